@@ -1,0 +1,45 @@
+"""The command table of `t5x_like COMMAND ...`: finds the command, prints errors in one line, sets the exit status.
+
+Commands are imported when they are called, so that `t5x_like --help` does not wait for jax.
+Exit status: 0 done, 1 failed, 2 wrong use, 75 preempted and saved (start again).
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UsageError, UserError
+
+COMMANDS = {
+    "train": "train a model from a config, or resume a workdir",
+    "prepare": "tokenize the data of a config into its cache",
+    "plan": "compile a config for a TPU topology and print memory, cycles and collectives",
+    "generate": "continue text with a model directory",
+    "inspect": "print what a model directory holds, or the documents in a batch",
+}
+
+_USAGE = "usage: t5x_like COMMAND ...\n\ncommands (t5x_like COMMAND --help says more):\n" + "\n".join(
+    f"  {name:<10}{text}" for name, text in COMMANDS.items()
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if arguments else UsageError.exit_status
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise UsageError(f"command {command!r} is unknown; {nearest(command, COMMANDS)}")
+        return importlib.import_module(f"t5x_like.commands.{command}").run(rest)
+    except UserError as error:
+        print(f"t5x_like: {error}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Floor 10: one file a command; arguments in, library calls, exit status out."""

@@ -1,0 +1,89 @@
+"""Command lines: `--config=FILE[:ARG] --config.a.b=VALUE` through ml_collections, the rest through argparse.
+
+Wrong use becomes one line and exit status 2. What the config means is decided in experiment.py.
+"""
+
+import argparse
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from t5x_like.core.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UsageErrors: one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}; --help says more")
+
+
+def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the `--config...` arguments, the others); `--config FILE` is accepted like `--config=FILE`."""
+    chosen, others = [], []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        name = argument.partition("=")[0]
+        if name == "--config" or name.startswith("--config."):
+            if "=" not in argument:
+                if not remaining:
+                    raise UsageError(f"{argument} needs a value: {argument}=VALUE")
+                argument = f"{argument}={remaining.pop(0)}"
+            chosen.append(argument)
+        else:
+            others.append(argument)
+    return chosen, others
+
+
+def load_config(arguments: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config that `--config=...` names with its overrides applied, and {dotted path: value} of these."""
+    files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    if len(files) != 1:
+        raise UsageError("give one --config=FILE[:ARG], for example --config=configs/pretrain/tiny.py")
+    path = pathlib.Path(files[0].partition(":")[0])
+    if not path.is_file():
+        raise UsageError(f"--config={files[0]}: {path} is no file; the shipped ones are under configs/")
+    _make_importable(path)
+    values = flags.FlagValues()
+    line = ["t5x_like", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=line, lock_config=True)
+    try:
+        values(line)
+        config = values["config"].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise UsageError(_explain(error, path, arguments)) from None
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"{path}: get_config() should return a ConfigDict, not {type(config).__name__}")
+    return config, config_flags.get_override_values(values["config"])
+
+
+def _make_importable(path: pathlib.Path) -> None:
+    """Lets a config say `from configs import common`, from wherever the command is started."""
+    for folder in path.resolve().parents:
+        if (folder / "configs" / "common.py").is_file():
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
+            return
+
+
+def _explain(error: Exception, path: pathlib.Path, arguments: Sequence[str]) -> str:
+    """One line for what went wrong: the place in the config file if it raised, else the override at fault."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if pathlib.Path(frame.filename).resolve() == path.resolve():
+            return f"{path}:{frame.lineno}: {type(error).__name__}: {_line(error)}"
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {_line(error)}"
+    text = _line(error)
+    at_fault = [argument for argument in arguments[1:] if argument.partition("=")[0].lstrip("-") in text]
+    return f"{at_fault[0] if at_fault else path}: {text}"
+
+
+def _line(error: Exception) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())

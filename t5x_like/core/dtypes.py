@@ -1,0 +1,32 @@
+"""The one place that decides number formats: fp32 master weights, bf16 compute on accelerators, fp32 on CPU.
+
+Softmax, norms, losses and accumulations are fp32 everywhere; each other cast in the code carries a comment.
+"""
+
+import dataclasses
+
+from t5x_like.core.errors import UsageError
+
+_NAMES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class DtypePolicy:
+    """`params`: storage of weights; `compute`: operands of matrix products. Both are numpy dtype names."""
+
+    params: str
+    compute: str
+
+
+def policy(*, params: str, compute: str, platform: str) -> DtypePolicy:
+    """`compute="auto"` is bfloat16 on tpu and gpu and float32 on cpu.
+
+    >>> policy(params="float32", compute="auto", platform="tpu").compute
+    'bfloat16'
+    """
+    if compute == "auto":
+        compute = "float32" if platform == "cpu" else "bfloat16"
+    for field, name in (("params", params), ("compute", compute)):
+        if name not in _NAMES:
+            raise UsageError(f"config.model.dtype.{field}={name!r} is unknown; use one of {', '.join(_NAMES)}")
+    return DtypePolicy(params, compute)

@@ -1,0 +1,46 @@
+"""What a parameter is, and the letters that name dimensions. No arrays are made here.
+
+Dimension legend, used as suffixes of names inside bodies (`x_BTD`) wherever arrays are handled:
+B batch, T query length, S key length, D model width (embed), N query heads, K key-value heads, H head size,
+F mlp width, V vocabulary, L layers, E experts.
+
+A leaf of a parameter tree is an array or an object with `shape`, `axes` and `kind` that is registered as a pytree
+(a quantized or a low-rank weight); whatever walks trees of parameters stops at such a leaf.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+Tree: TypeAlias = Mapping[str, Any]  # nested dicts with string keys; anything that is no dict is a leaf
+Axes: TypeAlias = tuple[str | None, ...]  # one logical axis name for each dim; None is never sharded
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter before it exists: `dtype` is its storage type by name, `init` names its initializer."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: Axes
+    init: str
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+
+    @property
+    def kind(self) -> str:
+        return "array"
+
+
+@runtime_checkable
+class Leaf(Protocol):
+    """A weight that is no plain array: knows its logical shape, axes and kind."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def axes(self) -> Axes: ...
+    @property
+    def kind(self) -> str: ...

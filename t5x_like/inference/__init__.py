@@ -1,0 +1,1 @@
+"""Floor 5: sampling and decoding with a KV cache."""

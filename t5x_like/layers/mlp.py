@@ -1,0 +1,76 @@
+"""The feed-forward part of a block: plain (up, activation, down) or gated (activation(gate) * up, down). Not experts.
+
+Legend: B batch, T length, D model, F mlp.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from t5x_like.layers.param import ZEROS, param
+from t5x_like.layers.weights import einsum, value
+from t5x_like.parallel.sharding import constrain
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _relu2(x: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": _gelu,  # with erf
+    "gelu_tanh": _gelu_tanh,  # the approximation: Hugging Face's gelu_new and gelu_pytorch_tanh
+    "relu": jax.nn.relu,
+    "relu2": _relu2,  # arXiv 2109.08668
+}
+
+
+class Mlp(nnx.Module):
+    def __init__(
+        self, *, embed: int, mlp: int, activation: str, gated: bool, bias: bool, init: str, init_down: str
+    ):
+        self.activation = activation
+        if gated:
+            self.gate = param((embed, mlp), axes=("embed", "mlp"), init=init)
+        self.up = param((embed, mlp), axes=("embed", "mlp"), init=init)
+        self.down = param((mlp, embed), axes=("mlp", "embed"), init=init_down)
+        if bias:
+            if gated:
+                self.gate_bias = param((mlp,), axes=("mlp",), init=ZEROS)
+            self.up_bias = param((mlp,), axes=("mlp",), init=ZEROS)
+            self.down_bias = param((embed,), axes=("norm",), init=ZEROS)
+        self.gated, self.biased = gated, bias
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden_BTF = checkpoint_name(self._project(x_BTD, "up"), "mlp_up")
+        activate = ACTIVATIONS[self.activation]
+        if self.gated:
+            hidden_BTF = activate(checkpoint_name(self._project(x_BTD, "gate"), "mlp_gate")) * hidden_BTF
+        else:
+            hidden_BTF = activate(hidden_BTF)
+        out_BTD = einsum("BTF,FD->BTD", hidden_BTF, self.down)
+        return add_bias(out_BTD, self.down_bias) if self.biased else out_BTD
+
+    def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        hidden_BTF = einsum("BTD,DF->BTF", x_BTD, getattr(self, name))
+        if self.biased:
+            hidden_BTF = add_bias(hidden_BTF, getattr(self, f"{name}_bias"))
+        return constrain(hidden_BTF, "batch", "length", "act_mlp")
+
+
+def add_bias(x: jax.Array, bias: nnx.Param) -> jax.Array:
+    """x + bias over the last dims, in the type of x."""
+    array = value(bias).astype(x.dtype)
+    return x + array.reshape((1,) * (x.ndim - array.ndim) + array.shape)

@@ -1,0 +1,49 @@
+"""Normalisation over the last dim: RMS norm and layer norm, computed in float32. Not batch statistics.
+
+Legend: B batch, T length, D model.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from t5x_like.layers.param import ONES, ZEROS, param
+from t5x_like.layers.weights import value
+
+
+class RmsNorm(nnx.Module):
+    """x / rms(x) * scale (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, *, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = param((size,), axes=("norm",), init=ONES)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse * _row(self.scale, x.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / deviation(x) * scale + bias (arXiv 1607.06450)."""
+
+    def __init__(self, size: int, *, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = param((size,), axes=("norm",), init=ONES)
+        self.bias = param((size,), axes=("norm",), init=ZEROS)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        return (centred * inverse * _row(self.scale, x.ndim) + _row(self.bias, x.ndim)).astype(x.dtype)
+
+
+NORMS: dict[str, type[RmsNorm] | type[LayerNorm]] = {"rms": RmsNorm, "layer": LayerNorm}
+
+
+def _row(w: nnx.Param, ndim: int) -> jax.Array:
+    """A vector as an array of `ndim` dims: ranks are never promoted silently."""
+    array = value(w).astype(jnp.float32)
+    return array.reshape((1,) * (ndim - 1) + array.shape)

@@ -1,0 +1,43 @@
+"""The three contractions that meet a weight: `einsum`, `take`, `ragged`. Layers use weights in no other way.
+
+A weight is a leaf of the parameter tree: an array now, later also quantized and low-rank values, which are told apart
+here and nowhere else. It is NOT the place of activations' products (attention, gates) nor of shardings.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+def value(w: Any) -> Any:
+    """The leaf itself, whether it is held by a module (nnx.Param) or comes straight from the tree."""
+    return w.get_value() if isinstance(w, nnx.Variable) else w
+
+
+def einsum(equation: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]:
+    """`jnp.einsum(equation, x, w)` in the type of x: the float32 master is rounded at use, so its gradient is float32.
+
+    The product has the type of x (the hardware accumulates in float32).
+    """
+    w = _array(w)
+    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=x.dtype)
+
+
+def take(w: Any, ids: Int[Array, "..."], *, dtype: str) -> Float[Array, "..."]:
+    """Rows of a [V, D] weight by number, in `dtype`. Numbers past the end give the last row, as on every platform."""
+    return _array(w).astype(dtype).at[ids].get(mode="clip")
+
+
+def ragged(x_MD: Float[Array, "M D"], w_EDF: Any, sizes_E: Int[Array, " E"]) -> Float[Array, "M F"]:
+    """Rows of x in groups, the first sizes[0] of them times w[0], and so on (experts), in the type of x."""
+    return jax.lax.ragged_dot(x_MD, _array(w_EDF).astype(x_MD.dtype), sizes_E)
+
+
+def _array(w: Any) -> jax.Array:
+    leaf = value(w)
+    if not isinstance(leaf, jax.Array):
+        raise TypeError(f"a weight of type {type(leaf).__name__} is no leaf that contractions know")
+    return leaf

@@ -1,0 +1,1 @@
+"""Floor 5: what is minimised, as sums that add over micro-batches."""

@@ -1,0 +1,1 @@
+"""Optimizers, schedules, clipping and the rules by path that decide what they do to which parameter."""

@@ -1,0 +1,108 @@
+"""From logical axes to shardings of arrays: parameters by their specs, activations by `constrain`.
+
+The rules in force are a context that `Model.apply` enters itself; the mesh is the one of `jax.set_mesh`.
+Which axis lies where is decided in `rules.py` alone.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
+
+from t5x_like.core import tree
+from t5x_like.core.types import Axes, Tree
+from t5x_like.parallel.rules import Rules
+
+_rules: contextvars.ContextVar[Rules | None] = contextvars.ContextVar("rules", default=None)
+
+
+@contextlib.contextmanager
+def use_rules(rules: Rules) -> Iterator[None]:
+    token = _rules.set(rules)
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+def current_rules() -> Rules:
+    rules = _rules.get()
+    if rules is None:
+        raise RuntimeError("no rules in force: enter use_rules(...), as Model.apply does")
+    return rules
+
+
+def activation_spec(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
+    """Where an activation lies on the mesh in context, leaving out axes that an enclosing shard_map handles."""
+    mesh = get_abstract_mesh()
+    sizes = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual
+    }
+    return current_rules().spec(axes, shape, sizes)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the layout of an activation; the identity without a mesh and inside a shard_map over all axes."""
+    mesh = get_abstract_mesh()
+    if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types) or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(axes, x.shape))
+
+
+def named(mesh: Mesh, rules: Rules, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+    return NamedSharding(mesh, rules.spec(axes, shape, dict(mesh.shape)))
+
+
+def tree_shardings(mesh: Mesh, rules: Rules, specs: Tree) -> dict[str, Any]:
+    """The sharding of each parameter of a tree of specs (anything with `axes` and `shape`)."""
+    return tree.map_with_path(lambda _, spec: named(mesh, rules, spec.axes, spec.shape), specs)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shardings(mesh: Mesh, rules: Rules, shapes: dict[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
+    """Shardings of a batch of [B, T] arrays."""
+    return {name: named(mesh, rules, ("batch", "length")[: len(shape)], shape) for name, shape in shapes.items()}
+
+
+def addressable_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+    """The global rows (dim 0) that devices of this process need, ascending and without repetition."""
+    needed = sharding.addressable_devices_indices_map(shape).values()
+    rows = np.zeros(shape[0], bool)
+    for index in needed:
+        rows[index[0] if index else slice(None)] = True
+    return np.flatnonzero(rows)
+
+
+def global_batch(
+    read_rows: Callable[[np.ndarray], dict[str, np.ndarray]],
+    *,
+    rows: np.ndarray,
+    shapes: dict[str, tuple[int, ...]],
+    shardings: dict[str, NamedSharding],
+) -> dict[str, jax.Array]:
+    """Sharded arrays of a whole batch, of which this process reads only `rows` (from `addressable_rows`).
+
+    The sharding says which part each device takes; equal slices per process would be silently wrong where a
+    model axis spans processes.
+    """
+    local = read_rows(rows)
+    row_of = np.full(next(iter(shapes.values()))[0], -1)
+    row_of[rows] = np.arange(len(rows))
+
+    def part(values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        return values[(row_of[index[0]], *index[1:])]
+
+    return {
+        name: jax.make_array_from_callback(shapes[name], shardings[name], functools.partial(part, local[name]))
+        for name in shapes
+    }

@@ -1,0 +1,1 @@
+"""Floor 2: everything that is written to disk or gs:// and read back."""

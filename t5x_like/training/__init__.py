@@ -1,0 +1,1 @@
+"""Floor 6: state, step, loop, evaluation, telemetry and faults."""

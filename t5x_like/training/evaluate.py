@@ -1,0 +1,45 @@
+"""Evaluation on held-out data inside the loop: sums over all batches, divided once at the end.
+
+What is summed is the objective's business (`Objective.evaluate`); harnesses of whole benchmarks live elsewhere.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from t5x_like.core.types import Tree
+from t5x_like.objectives.interface import Batch, Sums
+
+EvaluateFunction = Callable[[Tree, dict[str, Any], Batch], Sums]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """`every_steps`: steps between evaluations, 0 for the last step only; `ema`: of the averaged parameters."""
+
+    every_steps: int
+    ema: bool
+
+
+def evaluate(function: EvaluateFunction, params: Tree, frozen: dict[str, Any], batches: Iterable[Batch]) -> dict:
+    """{name: value} over all batches; `perplexity` is exp of the mean loss. Two batches are in flight at most."""
+    totals: dict[str, tuple[float, float]] = {}
+    pending: Sums | None = None
+    for batch in batches:
+        sums = function(params, frozen, batch)
+        _add(totals, pending)
+        pending = sums
+    _add(totals, pending)
+    values = {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
+    if "loss" in values:
+        values["perplexity"] = math.exp(values["loss"]) if values["loss"] < 700 else math.inf
+    return values
+
+
+def _add(totals: dict[str, tuple[float, float]], sums: Sums | None) -> None:
+    for name, (total, weight) in jax.device_get(sums or {}).items():
+        before = totals.get(name, (0.0, 0.0))
+        totals[name] = (before[0] + float(total), before[1] + float(weight))

@@ -1,0 +1,147 @@
+"""The training loop: one loop, in one order, for every objective.
+
+    evaluate -> flush metrics through this step -> save -> next batch -> dispatch the step
+      -> wait for the previous step's metrics and log them
+
+Do not reorder: a checkpoint must never be ahead of the rows that led to it, and the batch is taken after the save.
+At most two steps are in flight, whatever `log_every_steps` is. A row of metrics holds the values of that one step.
+Steps are counted from 1: row N is update N, which trained on batch N - 1 of the loader.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import jax
+
+from t5x_like.core.errors import UserError
+from t5x_like.objectives.interface import Batch
+from t5x_like.training.evaluate import EvaluateConfig, EvaluateFunction, evaluate
+from t5x_like.training.faults import Faults
+from t5x_like.training.state import State
+from t5x_like.training.step import StepFunction
+from t5x_like.training.telemetry import Telemetry
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long to train and what to do about bad updates.
+
+    steps: updates in all
+    log_every_steps: rows of metrics are written every so many steps
+    micro_batches: parts of a batch whose gradients are added one after the other
+    ema_decay: decay of the running average of parameters, None for none
+    on_nonfinite: "stop" or "skip" when loss or gradient norm is NaN or infinite; the update is refused either way
+    on_spike: "off", "stop" or "skip" when the loss is `spike_deviations` standard deviations above its running mean
+    spike_memory: decay of the running mean and variance; `spike_warmup`: losses before the test begins
+    """
+
+    steps: int
+    log_every_steps: int
+    micro_batches: int
+    ema_decay: float | None
+    on_nonfinite: str
+    on_spike: str
+    spike_deviations: float
+    spike_memory: float
+    spike_warmup: int
+
+
+class Saver(Protocol):
+    """Saves a state under a step number and returns once the loop may go on; it may still be writing."""
+
+    def due(self, step: int) -> bool: ...
+    def save(self, step: int, state: State, frozen: dict[str, Any], evaluation: dict[str, float]) -> None: ...
+    def wait(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What the loop runs: built values, no configs of other components."""
+
+    config: LoopConfig
+    evaluate_config: EvaluateConfig
+    step: StepFunction
+    evaluate: EvaluateFunction
+    batch_at: Callable[[int], Batch]  # index of the batch (0 for step 1) -> sharded arrays
+    held_out: dict[str, Iterable[Batch]]
+    saver: Saver
+    telemetry: Telemetry
+    faults: Faults
+
+
+def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int) -> tuple[State, bool]:
+    """Trains from `start` updates done to `config.steps`; (final state, whether all steps are done).
+
+    Ends early, saved, when the process is asked to stop. Raises UserError when a bad update asks for a stop.
+    """
+    telemetry, faults, total = loop.telemetry, loop.faults, loop.config.steps
+    step, pending, evaluation = start, None, {}
+    while True:
+        last = step == total
+        stopping = step > start and faults.should_stop(step)
+        saving = step > start and (last or stopping or loop.saver.due(step))
+        evaluating = step > start and (last or _due(step, loop.evaluate_config.every_steps))
+        if evaluating or saving:
+            _report(loop, pending)
+            pending = None
+        if evaluating:
+            with faults.phase("evaluate"), telemetry.timed("evaluate"):
+                evaluation = _evaluate(loop, state, frozen, step)
+        telemetry.flush(step) if saving else None
+        if saving:
+            with faults.phase("save"), telemetry.timed("checkpoint"):
+                loop.saver.save(step, state, frozen, evaluation)
+                if last or stopping:
+                    loop.saver.wait()
+        if last or stopping:
+            return state, last
+
+        faults.enter("step")
+        with telemetry.timed("input"):
+            batch = loop.batch_at(step)
+        telemetry.before_step(step + 1)
+        state, metrics = loop.step(state, frozen, batch)
+        _report(loop, pending)
+        step += 1
+        pending = (step, metrics)
+
+
+def _report(loop: Loop, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+    """Waits for the metrics of a step, writes them if due, and acts on a refused update."""
+    if pending is None:
+        return
+    step, device_metrics = pending
+    metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    finite, spike, skipped = (metrics.pop(name) > 0 for name in ("finite", "spike", "skipped"))
+    if skipped:
+        metrics["skipped"] = 1.0
+    due = skipped or step == loop.config.steps or _due(step, loop.config.log_every_steps)
+    loop.telemetry.log_step(step, metrics, write=due)
+    if not finite and loop.config.on_nonfinite == "stop":
+        raise UserError(_bad_update(step, f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}", "nonfinite"))
+    if spike and loop.config.on_spike == "stop":
+        raise UserError(_bad_update(step, f"loss {metrics['loss']:.4f} is a spike", "spike"))
+
+
+def _bad_update(step: int, what: str, field: str) -> str:
+    return (
+        f"step {step}: {what}; the update was refused and the run stops (config.loop.on_{field}=stop; "
+        f"'skip' goes on; t5x_like inspect DIR --step={step} names the documents)"
+    )
+
+
+def _evaluate(loop: Loop, state: State, frozen: dict[str, Any], step: int) -> dict[str, float]:
+    """Evaluates on every held-out set and logs it; {"NAME/loss": value, ...}."""
+    params = state["ema"] if loop.evaluate_config.ema and "ema" in state else state["params"]
+    results: dict[str, float] = {}
+    for name, batches in loop.held_out.items():
+        values = evaluate(loop.evaluate, params, frozen, batches)
+        loop.telemetry.log_evaluation(step, name, values)
+        results |= {f"{name}/{key}": value for key, value in values.items() if math.isfinite(value)}
+    return results
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

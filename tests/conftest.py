@@ -1,0 +1,73 @@
+"""The world of the tests: 8 CPU devices, no network, rank promotion raises, one compilation cache kept between runs.
+
+The cache lies outside the checkout, in a folder named by the CPU's features and the versions, since a compiled
+program belongs to both. Fixtures of single subjects stand beside their tests, not here.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+from importlib import metadata
+
+import pytest
+
+PLATFORM = os.environ.get("T5X_LIKE_TEST_PLATFORM", "cpu")  # cuda or tpu: for the tests marked so, and only those
+MAX_CACHE_BYTES = 4 * 2**30
+
+
+def _cache_folder() -> pathlib.Path:
+    root = os.environ.get("T5X_LIKE_TEST_CACHE")
+    if not root:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "t5x_like", "tests")
+    flags = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), flags)
+    versions = "-".join(metadata.version(name) for name in ("jax", "jaxlib"))
+    features = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
+    return pathlib.Path(root, f"{PLATFORM}-{platform.machine()}-{features}-jax-{versions}")
+
+
+CACHE = _cache_folder()
+
+# For this process and for the children that tests start. All of it stands before the first import of jax.
+os.environ["JAX_PLATFORMS"] = PLATFORM
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax  # noqa: E402
+
+if PLATFORM == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A cache that outgrew its limit is started anew. Only the process that the workers belong to looks."""
+    if hasattr(session.config, "workerinput") or not CACHE.is_dir():
+        return
+    if sum(entry.stat().st_size for entry in CACHE.iterdir() if entry.is_file()) > MAX_CACHE_BYTES:
+        shutil.rmtree(CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file share a worker, as their fixtures share compiled programs; a named group spans files."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+def pytest_warning_recorded(warning_message) -> None:
+    """jax warns about a damaged cache entry, compiles, and leaves the damage: remove the entries of that program."""
+    text = str(warning_message.message)
+    if text.startswith("Error reading persistent compilation cache entry for '"):
+        module = text.split("'")[1]
+        for entry in CACHE.glob(f"{module}-*"):
+            entry.unlink(missing_ok=True)
