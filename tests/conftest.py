@@ -4,30 +4,22 @@ The cache lies outside the checkout, in a folder named by the CPU's features and
 program belongs to both. Fixtures of single subjects stand beside their tests, not here.
 """
 
-import hashlib
 import os
 import pathlib
-import platform
 import shutil
-from importlib import metadata
 
 import pytest
+
+from t5x_like.core.environment import cache_folder
 
 PLATFORM = os.environ.get("T5X_LIKE_TEST_PLATFORM", "cpu")  # cuda or tpu: for the tests marked so, and only those
 MAX_CACHE_BYTES = 4 * 2**30
 
 
 def _cache_folder() -> pathlib.Path:
-    root = os.environ.get("T5X_LIKE_TEST_CACHE")
-    if not root:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "t5x_like", "tests")
-    flags = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), flags)
-    versions = "-".join(metadata.version(name) for name in ("jax", "jaxlib"))
-    features = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
-    return pathlib.Path(root, f"{PLATFORM}-{platform.machine()}-{features}-jax-{versions}")
+    folder = cache_folder()
+    root = os.environ.get("T5X_LIKE_TEST_CACHE") or folder.parent.with_name("tests")
+    return pathlib.Path(root, f"{PLATFORM}-{folder.name}")
 
 
 CACHE = _cache_folder()

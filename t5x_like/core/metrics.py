@@ -200,13 +200,15 @@ class TensorBoardWriter:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
+        events: Any = event_pb2  # generated code, which no type checker sees into
+        summaries: Any = summary_pb2
         os.makedirs(directory, exist_ok=True)
         self._clock = clock
-        self._event, self._summary, self._value = event_pb2.Event, summary_pb2.Summary, summary_pb2.Summary.Value
+        self._event, self._summary, self._value = events.Event, summaries.Summary, summaries.Summary.Value
         # The name of a file of events ends in whole seconds: two quick starts must not share one.
         self._writer: Any = EventsWriter(os.path.join(directory, "events"), f".{os.getpid()}.{time.monotonic_ns()}")
         if restored_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = events.SessionLog(status=events.SessionLog.START)
             self._add(self._event(step=restored_step + 1, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -3,12 +3,12 @@
 Legend: B batch, T length, D model, V vocab (padded).
 """
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from t5x_like.layers.param import param
-from t5x_like.layers.weights import take, value
+from t5x_like.layers.weights import take
 
 
 class Embedding(nnx.Module):
@@ -27,7 +27,6 @@ class Embedding(nnx.Module):
         x_BTD = take(self.tokens, ids_BT, dtype=dtype)
         if not self.learned:
             return x_BTD
-        if positions_BT is not None:
-            return x_BTD + take(self.positions, positions_BT, dtype=dtype)
-        table: jax.Array = value(self.positions)  # a slice, whose gradient needs no scatter
-        return x_BTD + table[: ids_BT.shape[1]].astype(dtype)[None, :, :]
+        if positions_BT is None:
+            positions_BT = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)[None, :]
+        return x_BTD + take(self.positions, positions_BT, dtype=dtype)

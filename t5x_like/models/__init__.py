@@ -1,1 +1,1 @@
-"""Floor 4: families of models, as functions over a nested dict of parameters."""
+"""Floor 4: whole models built from layers, and their configs."""

@@ -24,12 +24,12 @@ class LmConfig:
 
 
 def build(config: LmConfig, model: Model) -> Objective:
-    if config.label_smoothing and model.config.logit_softcap:
-        raise UsageError("config.objective.lm.label_smoothing needs linear logits; set model.logit_softcap=None")
+    if config.label_smoothing and model.config.final_softcap:
+        raise UsageError("config.objective.lm.label_smoothing needs linear logits; set model.final_softcap=0")
 
     def scores(params, frozen, batch: Batch, key):
         whole = tree.join(params, frozen["base"])
-        hidden_BTD = model.apply(whole, batch, key=key).hidden
+        hidden_BTD = model.apply(whole, batch, key=key).hidden_BTD
         return hidden_BTD, model.head(whole)
 
     def weights(batch: Batch) -> dict[str, jax.Array]:

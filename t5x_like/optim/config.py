@@ -52,9 +52,13 @@ class WarmupStableDecayConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """name: `constant`, `cosine`, `linear`, `rsqrt` or `warmup_stable_decay`; warmup_steps: linear, 0 for none."""
+    """name: `constant`, `cosine`, `linear`, `rsqrt` or `warmup_stable_decay`; warmup_steps: linear, 0 for none.
+
+    steps: its length in updates; None is config.loop.steps of the first start, whatever a resume does to that.
+    """
 
     name: str
+    steps: int | None
     warmup_steps: int
     cosine: CosineConfig
     linear: LinearConfig

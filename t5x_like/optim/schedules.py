@@ -28,7 +28,7 @@ def build_schedule(
 
     >>> from t5x_like.optim.config import CosineConfig, LinearConfig, RsqrtConfig
     >>> config = ScheduleConfig(
-    ...     name="linear", warmup_steps=2, cosine=CosineConfig(0.0), linear=LinearConfig(0.0), rsqrt=RsqrtConfig(None),
+    ...     name="linear", steps=None, warmup_steps=2, cosine=CosineConfig(0.0), linear=LinearConfig(0.0), rsqrt=RsqrtConfig(None),
     ...     warmup_stable_decay=WarmupStableDecayConfig(decay_fraction=0.2, final_fraction=0.0, shape="linear"))
     >>> schedule = build_schedule(config, peak=1.0, total_steps=6)
     >>> [float(schedule(step)) for step in range(6)]
@@ -56,14 +56,14 @@ def _cosine(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
     final = config.cosine.final_fraction
     fraction(final, f"{path}.cosine.final_fraction")
     _check_room(config, total_steps, path)
-    return lambda t: _falling("cosine", final, _progress(t, config.warmup_steps, total_steps))
+    return lambda t: _falling("cosine", final, _remaining(t, config.warmup_steps, total_steps))
 
 
 def _linear(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
     final = config.linear.final_fraction
     fraction(final, f"{path}.linear.final_fraction")
     _check_room(config, total_steps, path)
-    return lambda t: _falling("linear", final, _progress(t, config.warmup_steps, total_steps))
+    return lambda t: _falling("linear", final, _remaining(t, config.warmup_steps, total_steps))
 
 
 def _rsqrt(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
@@ -88,7 +88,7 @@ def _warmup_stable_decay(config: ScheduleConfig, total_steps: int, path: str) ->
     start = total_steps - decay_steps
     if decay_steps == 0:
         return jnp.ones_like
-    return lambda t: _falling(section.shape, section.final_fraction, _progress(t, start, total_steps))
+    return lambda t: _falling(section.shape, section.final_fraction, _remaining(t, start, total_steps))
 
 
 SCHEDULES: dict[str, Callable[[ScheduleConfig, int, str], _Curve]] = {
@@ -100,21 +100,20 @@ SCHEDULES: dict[str, Callable[[ScheduleConfig, int, str], _Curve]] = {
 }
 
 
-def _progress(t: jax.Array, start: int, end: int) -> jax.Array:
-    """0 up to `start`, 1 from `end` on."""
-    return jnp.clip((t - start) / max(1, end - start), 0.0, 1.0)
+def _remaining(t: jax.Array, start: int, end: int) -> jax.Array:
+    """1 up to `start`, 0 from `end` on. What is left and not what is done: it stays exact near the end."""
+    return jnp.clip((end - t) / max(1, end - start), 0.0, 1.0)
 
 
-def _falling(shape: str, final: float, progress: jax.Array) -> jax.Array:
-    """From 1 at progress 0 to `final` at progress 1."""
+def _falling(shape: str, final: float, remaining: jax.Array) -> jax.Array:
+    """From 1 where all remains to `final` where nothing does."""
     if shape == "linear":
-        fall = 1.0 - progress
+        height = remaining
     elif shape == "sqrt":
-        fall = 1.0 - jnp.sqrt(progress)
+        height = remaining / (1.0 + jnp.sqrt(1.0 - remaining))  # 1 - sqrt(1 - remaining) without cancellation
     else:
-        # (1 + cos x) / 2 written as a square, which does not cancel near the end.
-        fall = jnp.square(jnp.cos(0.5 * jnp.pi * progress))
-    return final + (1.0 - final) * fall
+        height = jnp.square(jnp.sin(0.5 * jnp.pi * remaining))  # (1 - cos(pi * remaining)) / 2, likewise
+    return final + (1.0 - final) * height
 
 
 def _check_room(config: ScheduleConfig, total_steps: int, path: str) -> None:

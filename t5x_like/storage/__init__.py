@@ -1,1 +1,1 @@
-"""Floor 2: everything that is written to disk or gs:// and read back."""
+"""What outlives a process: paths, work directories, manifests, checkpoints. It knows no model and no config class."""

@@ -32,6 +32,7 @@ class Layout:
     state: State
     frozen: dict[str, Any]
     axes: State  # logical axes of every leaf of `state`
+    frozen_axes: dict[str, Any]  # and of `frozen`
 
     def shardings(self) -> State:
         return jax.tree.map(lambda leaf: leaf.sharding, self.state)
@@ -55,7 +56,7 @@ def fresh_progress() -> dict[str, jax.Array]:
 
 
 def layout(
-    model: Model, optimizer: Optimizer, *, trainable: Tree, frozen: Tree, ema: bool, mesh: Mesh, rules: Rules
+    optimizer: Optimizer, *, trainable: Tree, frozen: Tree, ema: bool, mesh: Mesh, rules: Rules
 ) -> Layout:
     """Shapes, dtypes and shardings of the state for trees of specs; allocates nothing."""
     abstract_params = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), trainable)
@@ -75,7 +76,8 @@ def layout(
 
     state = jax.tree.map(placed, shapes, axes)
     base = _abstract(frozen, tree_shardings(mesh, rules, frozen))
-    return Layout(state, {"base": base}, axes)
+    base_axes = tree.map_with_path(lambda _, spec: spec.axes, frozen)
+    return Layout(state, {"base": base}, axes, {"base": base_axes})
 
 
 def initialize(model: Model, optimizer: Optimizer, key: jax.Array, layout: Layout) -> tuple[State, dict[str, Any]]:

@@ -78,7 +78,7 @@ def make_step(
         with use_rules(rules):
             params, progress = state["params"], state["progress"]
             grads, sums, nothing = gradients(params, frozen, batch, progress["step"])
-            grads, grad_norm = clip_by_global_norm(grads, config.clip_norm)
+            grads, grad_norm = clip_by_global_norm(optimizer.mask(grads), config.clip_norm)
             metrics = {name: value / jnp.maximum(weight, 1e-9) for name, (value, weight) in sums.items()}
             spike = _is_spike(metrics["loss"], progress, config)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

@@ -1,1 +1,17 @@
-"""One file a family: its sizes and the fields that make it what it is."""
+"""The table of model families. A family is what its sizes have in common, and the sizes; both are fields of ModelConfig.
+
+Not here: how a family computes (layers/, decoder.py) and how its files are read (convert/).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_like.models.families import gpt2, llama
+
+Fields = Mapping[str, Any]  # fields of ModelConfig; a nested section is a nested mapping
+
+# family -> (fields of the whole family, {size: further fields})
+FAMILIES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
+    "gpt2": (gpt2.FAMILY, gpt2.SIZES),
+    "llama": (llama.FAMILY, llama.SIZES),
+}

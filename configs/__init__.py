@@ -1,0 +1,1 @@
+"""Experiments: each file returns a ConfigDict from `get_config`, starting from `common.config()`."""

@@ -1,0 +1,180 @@
+"""Every field of a run with its usual value: the one place where defaults stand. A config starts from `config()`.
+
+A field that is None is supplied later: those of `model` by family and size, those of `mesh` by the preset.
+Units and meanings are documented at the dataclass that each section becomes (`ModelConfig`, `DataConfig`, ...).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": model(),
+            "data": data(),
+            "mesh": mesh(),
+            "optim": optim(),
+            "objective": {"name": "lm", "lm": {"z_loss": 0.0, "label_smoothing": 0.0}},
+            "loop": loop(),
+            "checkpoint": checkpoint(),
+            "evaluate": {"every_steps": 0, "ema": False},
+            "telemetry": telemetry(),
+            "runtime": runtime(),
+        }
+    )
+
+
+def model() -> dict:
+    return {
+        "family": "llama",
+        "size": "tiny",
+        "vocab_size": placeholder(int),
+        "vocab_multiple": 128,
+        "layers": placeholder(int),
+        "embed": placeholder(int),
+        "heads": placeholder(int),
+        "kv_heads": placeholder(int),
+        "head": placeholder(int),
+        "mlp": placeholder(int),
+        "max_length": placeholder(int),
+        "norm": placeholder(str),
+        "norm_epsilon": placeholder(float),
+        "position": placeholder(str),
+        "rope": {
+            "theta": placeholder(tuple),
+            "scaling": {
+                "name": placeholder(str),
+                "factor": placeholder(float),
+                "low_frequency": placeholder(float),
+                "high_frequency": placeholder(float),
+                "original_length": placeholder(int),
+            },
+        },
+        "windows": placeholder(tuple),
+        "activation": placeholder(str),
+        "gated": placeholder(bool),
+        "qkv_bias": placeholder(bool),
+        "out_bias": placeholder(bool),
+        "mlp_bias": placeholder(bool),
+        "qk_norm": placeholder(bool),
+        "attention_softcap": placeholder(float),
+        "final_softcap": placeholder(float),
+        "tie_embeddings": placeholder(bool),
+        "init_deviation": placeholder(float),
+        "depth_scaled_init": placeholder(bool),
+        "dropout": 0.0,
+        "scan": True,
+        "remat": "none",
+        "dtype": {"params": "float32", "compute": "auto"},
+    }
+
+
+def data() -> dict:
+    return {
+        "source": "",
+        "mixture": {
+            "sources": {},
+            "rates": {},
+            "maximum": placeholder(float),
+            "scale": 1.0,
+            "temperature": 1.0,
+            "counts": "examples",
+        },
+        "fields": {"text": "text", "inputs": "", "targets": ""},
+        "preprocessors": (),
+        "tokenizer": "bytes",
+        "tokenizer_training_bytes": 100_000_000,
+        "validation": "",
+        "validation_stride": 0,
+        "validation_batches": 0,
+        "batch_size": 8,
+        "length": 256,
+        "packing": "concatenate",
+        "attend_across_documents": False,
+        "prefetch": 2,
+        "workers": 0,
+        "cache": "",
+        "verify": False,
+    }
+
+
+def mesh() -> dict:
+    axes = ("slice", "stage", "data", "fsdp", "expert", "sequence", "tensor")
+    return {"preset": "fsdp", "rules": ""} | {axis: placeholder(int) for axis in axes}
+
+
+def optim() -> dict:
+    adam = {"b1": 0.9, "b2": 0.95, "eps": 1e-8}
+    return {
+        "name": "adamw",
+        "learning_rate": 3e-4,
+        "schedule": {
+            "name": "cosine",
+            "steps": placeholder(int),  # None: loop.steps of the first start
+            "warmup_steps": 100,
+            "cosine": {"final_fraction": 0.1},
+            "linear": {"final_fraction": 0.0},
+            "rsqrt": {"timescale": placeholder(int)},
+            "warmup_stable_decay": {"decay_fraction": 0.2, "final_fraction": 0.0, "shape": "sqrt"},
+        },
+        "clip_norm": 1.0,
+        "weight_decay": 0.1,
+        # Matrices decay; norms and biases do not.
+        "decay": ((".*(norm|bias|scale).*", 0.0), (".*", 1.0)),
+        "multiplier": ((".*", 1.0),),
+        "freeze": ((".*", False),),
+        "adamw": adam,
+        "adafactor": {
+            "decay_rate": 0.8,
+            "eps": 1e-30,
+            "clip_threshold": 1.0,
+            "min_scale": placeholder(float),
+            "momentum": placeholder(float),
+            "min_dim_size_to_factor": 128,
+        },
+        "lion": {"b1": 0.9, "b2": 0.99},
+        "muon": {
+            "momentum": 0.95,
+            "nesterov": True,
+            "steps": 5,
+            "scale": "keller",
+            "rms": 0.2,
+            "adam_multiplier": 0.1,
+            "adam": adam,
+        },
+        "sgd": {"momentum": 0.9, "nesterov": False},
+    }
+
+
+def loop() -> dict:
+    return {
+        "steps": 1000,
+        "log_every_steps": 10,
+        "micro_batches": 1,
+        "ema_decay": placeholder(float),
+        "on_nonfinite": "stop",
+        "on_spike": "off",
+        "spike_deviations": 6.0,
+        "spike_memory": 0.99,
+        "spike_warmup": 100,
+    }
+
+
+def telemetry() -> dict:
+    return {
+        "tensorboard": True,
+        "plot": True,
+        "plot_every_seconds": 60.0,
+        "measure_cpu_peak": True,
+        "profile": {"start_step": 10, "steps": 0},
+    }
+
+
+def checkpoint() -> dict:
+    return {}
+
+
+def runtime() -> dict:
+    return {}

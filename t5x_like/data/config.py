@@ -1,0 +1,78 @@
+"""What the `data` section of a config holds. Values only: no file is opened here.
+
+Every field is given by the config (configs/common.py); there are no defaults in code.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldsConfig:
+    """Names of the fields of a record (jsonl, csv, parquet, tfds; a SeqIO feature has its own names).
+
+    text: the field of plain documents. When `inputs` and `targets` are given they are used instead, and a record is
+    an example: inputs followed by targets, with the loss on targets only. Both empty: plain documents.
+    """
+
+    text: str
+    inputs: str
+    targets: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Several sources at once, by SeqIO's rate rules.
+
+    sources: {name: source}; empty when `data.source` is the only one
+    rates: {name: rate}, relative; empty for rates from sizes n: min(n * scale, maximum) ** (1 / temperature)
+    maximum: cap on n * scale, None for no cap
+    counts: what rates count, "examples" (documents, as SeqIO does) or "tokens"
+    """
+
+    sources: dict[str, str]
+    rates: dict[str, float]
+    maximum: float | None
+    scale: float
+    temperature: float
+    counts: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Sources, tokenizer, held-out text and the shape of a batch.
+
+    source: `KIND:PATH`, KIND one of text, lines, jsonl, csv, parquet, tfds, seqio (docs/data.md); PATH may be a glob
+    preprocessors: names in data/preprocessors.py, applied to every text in this order
+    tokenizer: `bytes`, a path (tokenizer.json, SentencePiece model, or a folder), `train:bpe:SIZE`,
+        `train:unigram:SIZE`, `train:sentencepiece:SIZE`, or `task` (the vocabulary of a SeqIO task)
+    tokenizer_training_bytes: how much training text a tokenizer is trained on at most
+    validation: a source, or the fraction of the bytes that is cut off at the end ("0.1"), or "" for none
+    validation_stride: tokens between two rows of held-out text; 0 for `length`. Less than `length` makes rows overlap:
+        each token is still scored once, with more context before it
+    validation_batches: at most so many batches of each held-out set, 0 for all
+    batch_size: rows of a global batch; length: tokens of a row (T)
+    packing: "concatenate" (one stream, cut into rows) or "examples" (whole examples, best fit into rows)
+    attend_across_documents: documents of one row see each other (then a batch has no segment_ids)
+    prefetch: batches read ahead of the step
+    workers: processes of `prepare`, 0 for one per core
+    cache: folder of the token cache, local or gs://; "" for `cache/` in the workdir
+    verify: compare the checksums of all cache files when they are opened
+    """
+
+    source: str
+    mixture: MixtureConfig
+    fields: FieldsConfig
+    preprocessors: tuple[str, ...]
+    tokenizer: str
+    tokenizer_training_bytes: int
+    validation: str
+    validation_stride: int
+    validation_batches: int
+    batch_size: int
+    length: int
+    packing: str
+    attend_across_documents: bool
+    prefetch: int
+    workers: int
+    cache: str
+    verify: bool

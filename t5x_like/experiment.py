@@ -1,0 +1,257 @@
+"""What a run is: the configs of all components side by side, and how they become a model, a step, data and a mesh.
+
+`from_config` is the boundary: past it everything is a frozen dataclass whose values were checked. Nothing here
+trains (training/loop.py) or talks to a terminal (commands/).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from t5x_like.core import config as bridge
+from t5x_like.core import dtypes, tree
+from t5x_like.core.environment import RuntimeConfig
+from t5x_like.core.errors import UsageError
+from t5x_like.data.config import DataConfig
+from t5x_like.models import config as model_config
+from t5x_like.models.model import Model
+from t5x_like.objectives import build as objectives
+from t5x_like.objectives.interface import Objective
+from t5x_like.optim import optimizers
+from t5x_like.optim import rules as path_rules
+from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel import rules as sharding_rules
+from t5x_like.parallel.sharding import batch_shardings
+from t5x_like.training import state as train_state
+from t5x_like.training.evaluate import EvaluateConfig
+from t5x_like.training.keep import CheckpointConfig
+from t5x_like.training.loop import LoopConfig
+from t5x_like.training.step import StepConfig, make_step
+from t5x_like.training.telemetry import TelemetryConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One resolved run. Field names are those of the config's sections."""
+
+    seed: int
+    model: model_config.ModelConfig
+    data: DataConfig
+    mesh: meshes.MeshConfig
+    optim: optimizers.OptimConfig
+    objective: objectives.ObjectiveConfig
+    loop: LoopConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+    telemetry: TelemetryConfig
+    runtime: RuntimeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted train step of a run with all that it is called with, in the abstract: nothing is allocated."""
+
+    mesh: Mesh
+    model: Model
+    objective: Objective
+    optimizer: optimizers.Optimizer
+    layout: train_state.Layout
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Any  # jitted (state, frozen, batch) -> (state, metrics); the state is donated
+    evaluate: Any  # jitted (params, frozen, batch) -> sums
+
+
+def from_config(config: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """The experiment that a ConfigDict or a stored `config.json` describes; strict in both directions.
+
+    `overrides` are the dotted paths given on the command line: one that sets a field of a variant that is not named
+    is refused, because it would change nothing.
+    """
+    sections = {key: value for key, value in config.items()}
+    known = bridge.field_names(Experiment)
+    for key in sections:
+        if key not in known:
+            raise UsageError(f"config.{key} is unknown; {bridge.nearest(key, known)}")
+    for key in known:
+        if key not in sections:
+            raise UsageError(f"config.{key} is missing; start the config from configs/common.py")
+    _refuse_unnamed_variants(sections, overrides or {})
+    loop = bridge.build(LoopConfig, sections["loop"], path="config.loop")
+    optim = bridge.build(optimizers.OptimConfig, sections["optim"], path="config.optim")
+    if optim.schedule.steps is None:
+        # The length of the schedule is that of the first start, whatever a resume does to loop.steps.
+        optim = dataclasses.replace(optim, schedule=dataclasses.replace(optim.schedule, steps=loop.steps))
+    experiment = Experiment(
+        seed=_seed(sections["seed"]),
+        model=model_config.resolve(sections["model"]),
+        data=bridge.build(DataConfig, sections["data"], path="config.data"),
+        mesh=bridge.build(meshes.MeshConfig, sections["mesh"], path="config.mesh"),
+        optim=optim,
+        objective=bridge.build(objectives.ObjectiveConfig, sections["objective"], path="config.objective"),
+        loop=loop,
+        checkpoint=bridge.build(CheckpointConfig, sections["checkpoint"], path="config.checkpoint"),
+        evaluate=bridge.build(EvaluateConfig, sections["evaluate"], path="config.evaluate"),
+        telemetry=bridge.build(TelemetryConfig, sections["telemetry"], path="config.telemetry"),
+        runtime=bridge.build(RuntimeConfig, sections["runtime"], path="config.runtime"),
+    )
+    _check(experiment)
+    return experiment
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """What `config.json` holds; `from_config` reads it back to an equal experiment."""
+    return bridge.to_dict(experiment)
+
+
+def build_model(experiment: Experiment, *, platform: str) -> Model:
+    dtype = experiment.model.dtype
+    policy = dtypes.policy(params=dtype.params, compute=dtype.compute, platform=platform)
+    return Model(experiment.model, sharding_rules.rules(experiment.mesh.rules), policy)
+
+
+def build_program(experiment: Experiment, mesh: Mesh) -> Program:
+    """The train and the evaluation step on a mesh, which may be one of devices that are not there."""
+    platform = mesh.devices.flat[0].platform
+    model = build_model(experiment, platform=platform)
+    rules = model.rules
+    specs = model.specs()
+    _check_rules(rules, specs)
+    frozen_paths = path_rules.frozen_paths(experiment.optim, specs)
+    frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
+    objective = objectives.build(experiment.objective, model)
+    optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=experiment.optim.schedule.steps)
+    layout = train_state.layout(
+        optimizer,
+        trainable=trainable,
+        frozen=frozen,
+        ema=experiment.loop.ema_decay is not None,
+        mesh=mesh,
+        rules=rules,
+    )
+    shapes = batch_shapes(experiment.data)
+    shardings = batch_shardings(mesh, rules, {name: leaf.shape for name, leaf in shapes.items()})
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in shapes.items()
+    }
+    step = make_step(
+        objective, optimizer, rules=rules, param_axes=layout.axes["params"], config=_step_config(experiment)
+    )
+    options = experiment.runtime.compiler_options.get(platform) or None
+    return Program(
+        mesh=mesh,
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        layout=layout,
+        batch=batch,
+        step=jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings(), None), compiler_options=options),
+        evaluate=jax.jit(objective.evaluate, compiler_options=options),
+    )
+
+
+def batch_shapes(config: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch, all [B, T]. Without `segment_ids` documents of a row attend to each other."""
+    names = {
+        "inputs": "int32",
+        "targets": "int32",
+        "loss_weights": "float32",
+        "segment_ids": "int32",
+        "positions": "int32",
+        "target_bytes": "int32",
+    }
+    if config.attend_across_documents:
+        del names["segment_ids"]
+    return {name: jax.ShapeDtypeStruct((config.batch_size, config.length), dtype) for name, dtype in names.items()}
+
+
+def _step_config(experiment: Experiment) -> StepConfig:
+    loop = experiment.loop
+    return StepConfig(
+        micro_batches=loop.micro_batches,
+        clip_norm=experiment.optim.clip_norm,
+        ema_decay=loop.ema_decay,
+        spike_deviations=None if loop.on_spike == "off" else loop.spike_deviations,
+        spike_memory=loop.spike_memory,
+        spike_warmup=loop.spike_warmup,
+        dropout=experiment.model.dropout > 0,
+        seed=experiment.seed,
+    )
+
+
+def _seed(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**32:
+        raise UsageError(f"config.seed={value!r} should be a whole number from 0 to 2^32 - 1")
+    return value
+
+
+def _refuse_unnamed_variants(sections: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """An override below a section with `name` must be of a shared field or of the variant that is named."""
+    for path in overrides:
+        node: Any = sections
+        parts = path.split(".")
+        for depth, part in enumerate(parts[:-1]):
+            node = node[part]
+            if "name" in node and hasattr(node[parts[depth + 1]], "items") and len(parts) > depth + 2:
+                variant, section = parts[depth + 1], ".".join(parts[: depth + 1])
+                if variant != node["name"] and not hasattr(node[variant], "name"):
+                    raise UsageError(f"config.{path} has no effect, since config.{section}.name={node['name']!r}")
+
+
+def _check(experiment: Experiment) -> None:
+    """Relations between sections and ranges of values, each named with its remedy."""
+    loop, data = experiment.loop, experiment.data
+    for name, value in (("loop.steps", loop.steps), ("loop.micro_batches", loop.micro_batches)):
+        if value < 1:
+            raise UsageError(f"config.{name}={value} should be at least 1")
+    if data.batch_size % loop.micro_batches:
+        raise UsageError(
+            f"config.data.batch_size={data.batch_size} is not divisible by config.loop.micro_batches="
+            f"{loop.micro_batches}; use {_multiples(data.batch_size, loop.micro_batches)}"
+        )
+    for name, value, choices in (
+        ("loop.on_nonfinite", loop.on_nonfinite, ("stop", "skip")),
+        ("loop.on_spike", loop.on_spike, ("off", "stop", "skip")),
+    ):
+        if value not in choices:
+            raise UsageError(f"config.{name}={value!r} is unknown; {bridge.nearest(value, choices)}")
+    if experiment.evaluate.ema and loop.ema_decay is None:
+        raise UsageError("config.evaluate.ema=True needs config.loop.ema_decay (0.999, say)")
+
+
+def _multiples(value: int, factor: int) -> str:
+    below = value // factor * factor
+    return f"{below} or {below + factor}" if below else str(factor)
+
+
+def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
+    """The batch must divide over the data shards, micro-batch by micro-batch."""
+    rules = sharding_rules.rules(experiment.mesh.rules)
+    axes = [axis for axis in rules.mesh_axes("batch") if sizes[axis] > 1]
+    shards = 1
+    for axis in axes:
+        shards *= sizes[axis]
+    parts = shards * experiment.loop.micro_batches
+    if experiment.data.batch_size % parts:
+        composed = " x ".join(f"{axis}={sizes[axis]}" for axis in axes) or "1"
+        micro = f" x {experiment.loop.micro_batches} micro-batches" if experiment.loop.micro_batches > 1 else ""
+        raise UsageError(
+            f"config.data.batch_size={experiment.data.batch_size} is not divisible by the {shards} data shards "
+            f"({composed}){micro}; use {_multiples(experiment.data.batch_size, parts)}"
+        )
+    lengths = sizes.get("sequence", 1)
+    if experiment.data.length % lengths:
+        raise UsageError(
+            f"config.data.length={experiment.data.length} is not divisible by the {lengths} sequence shards; "
+            f"use {_multiples(experiment.data.length, lengths)}"
+        )
+
+
+def _check_rules(rules: sharding_rules.Rules, specs: Any) -> None:
+    activations = {name for name in sharding_rules.TABLE if name in ("batch", "length", "kv_length")}
+    activations |= {name for name in sharding_rules.TABLE if name.startswith("act_")}
+    used = {axis for _, spec in tree.leaves(specs) for axis in spec.axes}
+    for name in sharding_rules.unused(rules, used | activations):
+        raise UsageError(f"config.mesh.rules changes {name!r}, which no parameter of this model has; remove it")

@@ -1,0 +1,126 @@
+"""Decoding with a KV cache: one prefill of all prompts, then one token a row and step until all rows have ended.
+
+Batching of requests that come and go, paging and streaming are not here.
+
+Names: B batch (rows), T prompt length (padded), V vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from t5x_like.core.types import Tree
+from t5x_like.inference.sampling import Sampling, sample
+from t5x_like.layers.token_log_probs import logits
+from t5x_like.models.model import Model
+from t5x_like.parallel.sharding import use_rules
+
+# Prompts and answers are padded to multiples of this, so that few different shapes are compiled.
+BUCKET = 64
+
+
+def decode_step(
+    model: Model, params: Tree, cache: Any, tokens_B: Int[Array, " B"], positions_B: Int[Array, " B"]
+) -> tuple[Float[Array, "B V"], Any]:
+    """Float32 logits of the next token of each row, and the cache with the tokens written. Position -1: padding."""
+    batch = {"inputs": tokens_B[:, None], "positions": positions_B[:, None]}
+    output = model.apply(params, batch, cache=cache)
+    with use_rules(model.rules):
+        return logits(output.hidden_BTD, model.head(params))[:, 0], output.cache
+
+
+def prefill(
+    model: Model, params: Tree, cache: Any, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"]
+) -> tuple[Float[Array, "B V"], Any]:
+    """Float32 logits after each prompt, and the cache that holds the prompts. Rows are padded on the right."""
+    index_1T = jnp.arange(tokens_BT.shape[1])[None, :]
+    positions_BT = jnp.where(index_1T < lengths_B[:, None], index_1T, -1)
+    output = model.apply(params, {"inputs": tokens_BT, "positions": positions_BT}, cache=cache)
+    last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
+    with use_rules(model.rules):
+        return logits(last_B1D, model.head(params))[:, 0], output.cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "steps", "sampling", "stop_id"))
+def _continue(
+    params: Tree,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, " B"],
+    limit: Int[Array, ""],
+    keys_B: Array,
+    *,
+    model: Model,
+    steps: int,
+    sampling: Sampling,
+    stop_id: int,
+) -> Int[Array, "B steps"]:
+    """Up to `limit` <= `steps` new tokens a row; what follows a row's stop token is `stop_id`."""
+    rows, length = tokens_BT.shape
+    cache = model.init_cache(rows, length + steps)
+    logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
+
+    def pick(logits_BV: jax.Array, index: jax.Array) -> jax.Array:
+        return sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, index), sampling)
+
+    def going(carry) -> jax.Array:
+        _, _, _, ended_B, index = carry
+        return (index < limit) & ~jnp.all(ended_B)
+
+    def step(carry):
+        cache, logits_BV, out_BT, ended_B, index = carry
+        token_B = jnp.where(ended_B, stop_id, pick(logits_BV, index))
+        out_BT = jax.lax.dynamic_update_slice_in_dim(out_BT, token_B[:, None], index, axis=1)
+        ended_B |= token_B == stop_id
+        logits_BV, cache = decode_step(model, params, cache, token_B, jnp.where(ended_B, -1, lengths_B + index))
+        return cache, logits_BV, out_BT, ended_B, index + 1
+
+    out_BT = jnp.full((rows, steps), stop_id, jnp.int32)
+    carry = (cache, logits_BV, out_BT, jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(going, step, carry)[2]
+
+
+def generate(
+    model: Model,
+    params: Tree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stop_id: int | None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, without its stop token. Prompts must hold at least one token each.
+
+    The same seed gives the same tokens for a prompt at the same place in the list, whatever the other prompts are.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(prompts) or lengths.min() == 0:
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
+    stop = -1 if stop_id is None else stop_id
+    new = _continue(
+        params,
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+        jnp.asarray(max_new_tokens, jnp.int32),
+        keys,
+        model=model,
+        steps=bucket(max_new_tokens),
+        sampling=sampling,
+        stop_id=stop,
+    )
+    rows = np.asarray(new)[:, :max_new_tokens].tolist()
+    return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to a multiple of BUCKET."""
+    return -(-int(length) // BUCKET) * BUCKET

@@ -1,0 +1,135 @@
+"""A model directory ready to use from Python: logits, generation, log-likelihoods. No training, no server.
+
+    lm = t5x_like.load("runs/tiny")
+    lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_like.core.errors import UsageError
+from t5x_like.core.types import Tree
+from t5x_like.data.vocabularies import Vocabulary
+from t5x_like.inference import decode
+from t5x_like.inference.sampling import Sampling
+from t5x_like.layers.token_log_probs import logits, token_log_probs, token_predictions
+from t5x_like.models.model import Model
+from t5x_like.parallel.sharding import use_rules
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Functions of a model, its parameters and its vocabulary. Made by `t5x_like.load`."""
+
+    model: Model
+    params: Tree
+    vocabulary: Vocabulary
+
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """Float32 logits [B, T, V] for rows of tokens, V without padding of the vocabulary."""
+        tokens_BT = np.asarray(tokens_BT)
+        if tokens_BT.ndim != 2 or tokens_BT.size == 0:
+            raise UsageError(f"logits: tokens of shape {tokens_BT.shape}, expected [rows, length]")
+        self._check_tokens(tokens_BT)
+        return np.asarray(_logits(self.model, self.params, jnp.asarray(tokens_BT, jnp.int32)))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """The text that follows each prompt, up to the end of the document; temperature 0 is greedy."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={max_new_tokens} should be at least 1")
+        tokens = [self._encode(prompt) for prompt in prompts]
+        self._check_length(max(map(len, tokens), default=0) + max_new_tokens)
+        new = decode.generate(
+            self.model,
+            self.params,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            stop_id=self.vocabulary.eos_id,
+        )
+        return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
+
+    def log_likelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[tuple[float, bool]]:
+        """(natural log-probability of each continuation after its context, whether it is the greedy one)."""
+        if len(contexts) != len(continuations):
+            raise UsageError(f"log_likelihood: {len(contexts)} contexts but {len(continuations)} continuations")
+        pairs = [self._encode_pair(*pair) for pair in zip(contexts, continuations, strict=True)]
+        if not pairs:
+            return []
+        width = decode.bucket(max(len(tokens) for tokens, _ in pairs))
+        self._check_length(max(len(tokens) for tokens, _ in pairs))
+        tokens = np.zeros((len(pairs), width + 1), np.int32)
+        scored = np.zeros((len(pairs), width), bool)
+        for row, (ids, start) in enumerate(pairs):
+            tokens[row, : len(ids)] = ids
+            scored[row, start - 1 : len(ids) - 1] = True
+        logp, greedy = _score(self.model, self.params, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
+        sums = np.where(scored, np.asarray(logp, np.float64), 0).sum(axis=1)
+        matches = (np.asarray(greedy) | ~scored).all(axis=1)
+        return [(float(total), bool(match)) for total, match in zip(sums, matches, strict=True)]
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of a prompt: begins as a document does; an empty prompt starts after the end of the last one."""
+        begin = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
+        tokens = begin + list(self.vocabulary.encode(text))
+        return tokens or [self.vocabulary.eos_id]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """(tokens of both, index of the first continuation token).
+
+        White space at the end of the context belongs to the continuation, since tokens often begin with it.
+        """
+        stripped = context.rstrip()
+        whole = self._encode(context + continuation)
+        start = len(self._encode(stripped)) if stripped else 1
+        return whole, min(start, len(whole))
+
+    def _continuation(self, prompt: list[int], new: list[int]) -> str:
+        """The text that the new tokens add: decoded together with the prompt, since a character may span both."""
+        return self.vocabulary.decode(prompt + new)[len(self.vocabulary.decode(prompt)) :]
+
+    def _check_tokens(self, tokens_BT: np.ndarray) -> None:
+        if tokens_BT.min() < 0 or tokens_BT.max() >= self.vocabulary.size:
+            raise UsageError(f"token ids should be from 0 to {self.vocabulary.size - 1}, found {tokens_BT.max()}")
+
+    def _check_length(self, length: int) -> None:
+        limit = self.model.config.max_length
+        if self.model.config.position == "learned" and length > limit:
+            raise UsageError(f"{length} tokens are more than the {limit} positions of this model; shorten the text")
+
+
+def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, object]:
+    return model.apply(params, {"inputs": tokens_BT}).hidden_BTD, model.head(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
+    hidden_BTD, head = _apply(model, params, tokens_BT)
+    with use_rules(model.rules):
+        return logits(hidden_BTD, head)[:, :, : head.vocab_size]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+    model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    hidden_BTD, head = _apply(model, params, inputs_BT)
+    with use_rules(model.rules):
+        logp_BT, _ = token_log_probs(hidden_BTD, head, targets_BT)
+        return logp_BT, token_predictions(hidden_BTD, head) == targets_BT

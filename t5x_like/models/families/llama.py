@@ -1,0 +1,89 @@
+"""Llama: RMS norm, rotary positions, grouped-query attention, gated SiLU, no biases (arXiv 2302.13971, 2407.21783).
+
+Numbers only. "8b" and "70b" are Llama 3, a leading number is another version; `tiny` to `mini` are ours, for laptops.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+FAMILY: Mapping[str, Any] = {
+    "norm": "rms",
+    "norm_epsilon": 1e-5,
+    "position": "rope",
+    "activation": "silu",
+    "gated": True,
+    "qkv_bias": False,
+    "out_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "attention_softcap": 0.0,
+    "final_softcap": 0.0,
+    "windows": (0,),
+    "rope": {
+        "theta": (10_000.0,),
+        # Used only with scaling name "llama3": the numbers of Llama 3.1.
+        "scaling": {
+            "name": "none",
+            "factor": 8.0,
+            "low_frequency": 1.0,
+            "high_frequency": 4.0,
+            "original_length": 8192,
+        },
+    },
+    "init_deviation": 0.02,
+    "depth_scaled_init": False,
+}
+
+
+def _size(
+    layers: int,
+    embed: int,
+    heads: int,
+    kv_heads: int,
+    mlp: int,
+    *,
+    vocab: int,
+    length: int,
+    theta: float,
+    tied: bool,
+    scaling: str = "none",
+    factor: float = 8.0,
+) -> Mapping[str, Any]:
+    return {
+        "layers": layers,
+        "embed": embed,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head": embed // heads,
+        "mlp": mlp,
+        "vocab_size": vocab,
+        "max_length": length,
+        "tie_embeddings": tied,
+        "rope": {"theta": (theta,), "scaling": {"name": scaling, "factor": factor}},
+    }
+
+
+def _llama2(layers: int, embed: int, heads: int, kv_heads: int, mlp: int) -> Mapping[str, Any]:
+    return _size(layers, embed, heads, kv_heads, mlp, vocab=32_000, length=4096, theta=10_000.0, tied=False)
+
+
+def _llama3(layers: int, embed: int, heads: int, mlp: int) -> Mapping[str, Any]:
+    return _size(layers, embed, heads, 8, mlp, vocab=128_256, length=8192, theta=500_000.0, tied=False)
+
+
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": _size(4, 128, 4, 4, 352, vocab=512, length=256, theta=10_000.0, tied=True),
+    "small": _size(6, 256, 4, 4, 704, vocab=4096, length=512, theta=10_000.0, tied=True),
+    "mini": _size(8, 512, 8, 8, 1376, vocab=8192, length=512, theta=10_000.0, tied=False),
+    "2_7b": _llama2(32, 4096, 32, 32, 11_008),
+    "2_13b": _llama2(40, 5120, 40, 40, 13_824),
+    "2_70b": _llama2(80, 8192, 64, 8, 28_672),
+    "8b": _llama3(32, 4096, 32, 14_336),
+    "70b": _llama3(80, 8192, 64, 28_672),
+    "3_1_8b": _size(
+        32, 4096, 32, 8, 14_336, vocab=128_256, length=131_072, theta=500_000.0, tied=False, scaling="llama3"
+    ),
+    "3_2_1b": _size(
+        16, 2048, 32, 8, 8192, vocab=128_256, length=131_072, theta=500_000.0, tied=True, scaling="llama3", factor=32.0
+    ),
+}

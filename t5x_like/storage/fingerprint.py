@@ -1,0 +1,56 @@
+"""A 32-bit fingerprint of an array's bits and of where they stand. Not cryptographic, and not a checksum of files.
+
+Sum over all elements of mix(bits, global index) modulo 2^32. Addition of whole numbers is exact in any order, so the
+value does not depend on the mesh, the sharding or the number of processes; it is computed where the shards are.
+The mix is the finalizer of MurmurHash3 (public domain, github.com/aappleby/smhasher).
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+# More programs in flight than this abort the process on fake CPU devices (jax 0.10: 8 devices, more than 32 programs).
+_IN_FLIGHT = 8
+
+
+def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """The fingerprint of each array. All processes of a run call it together, with the same names."""
+    names = list(arrays)
+    result: dict[str, int] = {}
+    for start in range(0, len(names), _IN_FLIGHT):
+        group = names[start : start + _IN_FLIGHT]
+        values = [_fingerprint(arrays[name]) for name in group]
+        result.update({name: int(value) for name, value in zip(group, values, strict=True)})
+    return result
+
+
+@jax.jit
+def _fingerprint(array: jax.Array) -> jax.Array:
+    """One program for each (shape, dtype, sharding): a parameter and its moments share one."""
+    words = _words(array)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for dim, size in enumerate(words.shape):
+        # Wraps modulo 2^32 in arrays of more elements, alike on every mesh.
+        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+    # An odd factor keeps distinct positions distinct; adding one tells zeros at the end from no element at all.
+    return jnp.sum(_mix(words + (index + 1) * jnp.uint32(0x9E3779B1)), dtype=jnp.uint32)
+
+
+def _words(array: jax.Array) -> jax.Array:
+    """The bits of each element as uint32; elements of 64 bits become two."""
+    if jnp.issubdtype(array.dtype, jnp.bool_):
+        return array.astype(jnp.uint32)
+    bits = jax.dtypes.itemsize_bits(array.dtype)
+    if bits < 8:
+        # Storage of 4-bit and 2-bit numbers is packed; their values say the same.
+        return array.astype(jnp.int8).astype(jnp.uint32)
+    if bits >= 32:
+        return jax.lax.bitcast_convert_type(array, jnp.uint32)
+    return jax.lax.bitcast_convert_type(array, {8: jnp.uint8, 16: jnp.uint16}[bits]).astype(jnp.uint32)
+
+
+def _mix(words: jax.Array) -> jax.Array:
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)

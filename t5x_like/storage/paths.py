@@ -1,0 +1,344 @@
+"""Files by path, local or gs://: read, write whole or not at all, list, copy, stage. Not a general file system.
+
+A local file is written under a temporary name in its folder, synced and renamed; an object of a bucket appears only
+when its upload is complete. A file that grows (metrics.jsonl) is kept as a local copy and uploaded whole.
+gs:// needs the extra [gcs]; nothing of it is imported before the first such path. Paths are plain strings.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from t5x_like.core.errors import UserError
+
+_REMOTE = "gs://"
+_CREDENTIALS = "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS naming a key file"
+
+
+def is_remote(path: str) -> bool:
+    return path.startswith(_REMOTE)
+
+
+def normal(path: str) -> str:
+    """An absolute local path with `~` replaced, or a gs:// path without a trailing slash."""
+    if is_remote(path):
+        if not path[len(_REMOTE) :].strip("/"):
+            raise UserError(f"{path!r} names no bucket; write gs://BUCKET/FOLDER")
+        return path.rstrip("/")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def join(root: str, *names: str) -> str:
+    return "/".join([root.rstrip("/"), *names]) if is_remote(root) else os.path.join(root, *names)
+
+
+def parent(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path))
+
+
+def base_name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def exists(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.exists(path)
+    with _clear_errors(path):
+        return bool(_bucket_files().exists(path))
+
+
+def is_directory(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.isdir(path)
+    with _clear_errors(path):
+        return bool(_bucket_files().isdir(path))
+
+
+def list_names(directory: str) -> list[str]:
+    """The names in a directory, sorted; empty if there is none."""
+    if not is_remote(directory):
+        return sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    with _clear_errors(directory):
+        files = _bucket_files()
+        if not files.isdir(directory):
+            return []
+        found = {base_name(entry) for entry in files.ls(directory, detail=False)}
+        return sorted(found - {"", base_name(directory)})
+
+
+def read_bytes(path: str) -> bytes:
+    """Raises UserError where there is no such file."""
+    try:
+        if not is_remote(path):
+            with open(path, "rb") as file:
+                return file.read()
+        with _clear_errors(path):
+            return bytes(_bucket_files().cat_file(path))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read (permission denied)") from None
+
+
+def read_text(path: str) -> str:
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); it is damaged or no text file") from None
+
+
+def read_json(path: str) -> Any:
+    """Raises UserError, in one line, for a damaged file."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: no JSON ({error}); restore the file from a copy, or use a new workdir"
+        ) from None
+
+
+def write_bytes_atomic(path: str, data: bytes) -> None:
+    """Replaces the file: after a crash at any moment it holds the old bytes or the new ones."""
+    if is_remote(path):
+        with _clear_errors(path):
+            _bucket_files().pipe_file(path, data)
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    with _renamed_at_end(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_text_atomic(path: str, text: str) -> None:
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_json_atomic(path: str, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def make_directory(path: str) -> None:
+    """Makes a directory and its parents. Buckets have no directories: there it only checks that the bucket is there."""
+    if not is_remote(path):
+        try:
+            os.makedirs(path, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{path} cannot be a directory: a file stands there or above it") from None
+        except PermissionError:
+            raise UserError(f"{path} cannot be made (permission denied); choose another directory") from None
+        return
+    bucket = path[len(_REMOTE) :].partition("/")[0]
+    with _clear_errors(path):
+        try:
+            found = bool(_bucket_files().exists(_REMOTE + bucket))
+        except FileNotFoundError:
+            found = False
+    if not found:
+        raise UserError(
+            f"{path}: there is no bucket {bucket!r}, or it may not be seen; create it "
+            f"(`gcloud storage buckets create gs://{bucket}`) or give credentials: {_CREDENTIALS}"
+        )
+
+
+def remove_tree(path: str) -> None:
+    """Removes a file or a directory with all it holds; fine if it is not there."""
+    if is_remote(path):
+        with _clear_errors(path), contextlib.suppress(FileNotFoundError):
+            _bucket_files().rm(path, recursive=True)
+    elif os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def rename(source: str, target: str) -> None:
+    """Moves a file or directory. Atomic on a local disk; in a bucket every object is copied, then the old removed."""
+    if not is_remote(source):
+        os.rename(source, target)
+        _sync_folder(os.path.dirname(os.path.abspath(target)))
+        return
+    with _clear_errors(source):
+        files = _bucket_files()
+        for name in files.find(source):
+            files.copy(_REMOTE + name, target + (_REMOTE + name)[len(source) :])
+        files.rm(source, recursive=True)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copies one file, local or not on either side; the target appears whole or not at all."""
+    if is_remote(target):
+        with _clear_errors(target):
+            if is_remote(source):
+                _bucket_files().copy(source, target)
+            else:
+                _bucket_files().put_file(source, target)
+        return
+    os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+    with _renamed_at_end(target) as temporary:
+        if is_remote(source):
+            with _clear_errors(source):
+                _bucket_files().get_file(source, temporary)
+        else:
+            shutil.copyfile(source, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def tree_files(directory: str) -> dict[str, int]:
+    """Every file below a directory: its path relative to it, with `/`, and its size in bytes."""
+    if is_remote(directory):
+        with _clear_errors(directory):
+            found = _bucket_files().find(directory, detail=True)
+        prefix = len(directory.rstrip("/")) + 1
+        return {(_REMOTE + name)[prefix:]: int(info["size"]) for name, info in sorted(found.items())}
+    sizes = {}
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = os.path.join(folder, name)
+            sizes[os.path.relpath(path, directory).replace(os.sep, "/")] = os.path.getsize(path)
+    return dict(sorted(sizes.items()))
+
+
+def copy_tree(source: str, target: str) -> None:
+    """Copies every file below `source`; each appears whole, the tree as such is not atomic."""
+    if not is_directory(source):
+        raise UserError(f"{source}: no such directory")
+    for name in tree_files(source):
+        copy_file(join(source, name), join(target, name))
+
+
+class StagedFile:
+    """A file that grows, kept on a local disk. `upload` puts it to its place whole; a local path is its own place.
+
+    What stands at the path already is fetched first. Use `local_path` with `open`, and `close` at the end.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._uploaded: tuple[int, int] | None = None
+        if not is_remote(path):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            self.local_path = path
+            return
+        self._folder = tempfile.TemporaryDirectory(prefix="t5x_like-staged-")
+        self.local_path = os.path.join(self._folder.name, base_name(path))
+        if exists(path):
+            copy_file(path, self.local_path)
+            self._uploaded = self._state()
+
+    def upload(self) -> None:
+        """Does nothing for a local path, or when the file has not changed since the last upload."""
+        if self._folder is None or not os.path.exists(self.local_path):
+            return
+        state = self._state()
+        if state != self._uploaded:
+            copy_file(self.local_path, self.path)
+            self._uploaded = state
+
+    def close(self) -> None:
+        self.upload()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _state(self) -> tuple[int, int]:
+        status = os.stat(self.local_path)
+        return status.st_size, status.st_mtime_ns
+
+
+class StagedDirectory:
+    """A directory that is written locally (TensorBoard events); `upload` puts its changed files to their place."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        if is_remote(path):
+            self._folder = tempfile.TemporaryDirectory(prefix="t5x_like-staged-")
+            self.local_path = self._folder.name
+        else:
+            make_directory(path)
+            self.local_path = path
+
+    def upload(self) -> None:
+        if self._folder is None:
+            return
+        for name in tree_files(self.local_path):
+            source = os.path.join(self.local_path, name)
+            status = os.stat(source)
+            state = (status.st_size, status.st_mtime_ns)
+            if self._uploaded.get(name) != state:
+                copy_file(source, join(self.path, name))
+                self._uploaded[name] = state
+
+    def close(self) -> None:
+        self.upload()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def _renamed_at_end(path: str) -> Iterator[str]:
+    """A temporary name beside `path` that becomes `path` if the body ends well, and vanishes if not."""
+    temporary = f"{path}.tmp.{os.getpid()}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+        _sync_folder(os.path.dirname(os.path.abspath(path)))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def _sync_folder(folder: str) -> None:
+    """A rename is on the disk only when its folder is."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _bucket_files() -> Any:
+    """The file system object for gs://, the very one that Orbax uses, so that their caches of listings are one."""
+    # etils would import TensorFlow where it is installed: 10 s, for files that gcsfs reads as well.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401
+    except ImportError:
+        raise UserError("gs:// paths need the extra gcs: pip install 't5x_like[gcs]'") from None
+    # It warns about each bucket whose storage layout it may not ask for, an emulator's included.
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)
+    files = fsspec.filesystem("gcs", finalize_on_close=True)
+    files.invalidate_cache()
+    return files
+
+
+@contextlib.contextmanager
+def _clear_errors(path: str) -> Iterator[None]:
+    """Turns what the client of the bucket raises into one line that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        code = getattr(error, "code", None)
+        kind = f"{type(error).__module__}.{type(error).__name__}"
+        if str(code) in ("401", "403") or "Forbidden" in text or kind.startswith("google.auth."):
+            raise UserError(f"{path}: access refused ({text}); give credentials: {_CREDENTIALS}") from None
+        if isinstance(error, OSError) or kind.startswith(("aiohttp.", "gcsfs.", "requests.")):
+            raise UserError(f"{path}: the bucket cannot be reached ({type(error).__name__}: {text})") from None
+        raise

@@ -1,0 +1,46 @@
+"""How many FLOPs a second a device can do at most: what MFU divides by. Not what a model needs: that is models/flops.py.
+
+Peaks are dense bf16, from the vendors' documentation, whatever number format a run computes in.
+"""
+
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bf16 FLOP/s of one jax device by device_kind (vendors' documentation). A TPU v7x chip shows two devices.
+PEAKS: tuple[tuple[str, float], ...] = (
+    (r"TPU v4", 275e12),
+    (r"TPU v5 lite|TPU v5e", 197e12),
+    (r"TPU v5p?", 459e12),
+    (r"TPU v6 lite|TPU v6e", 918e12),
+    (r"TPU7x", 2307e12 / 2),
+    (r"NVIDIA A100.*", 312e12),
+    (r"NVIDIA H100 PCIe.*", 756e12),
+    (r"NVIDIA H100 NVL.*", 835e12),
+    (r"NVIDIA (H100|H200|GH200).*", 989e12),
+)
+
+
+def device_peak(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of one device, None where the table does not know it.
+
+    >>> device_peak("TPU v5 lite"), device_peak("TPU v5"), device_peak("cpu")
+    (197000000000000.0, 459000000000000.0, None)
+    """
+    return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, device_kind)), None)
+
+
+def cpu_matmul_peak(device: jax.Device, *, size: int = 1024, repeats: int = 5) -> float:
+    """fp32 FLOP/s of this machine in its best of a few square matmuls; about 0.3 s on 2 cores."""
+    matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    multiply = jax.jit(jnp.matmul)
+    multiply(matrix, matrix).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        multiply(matrix, matrix).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

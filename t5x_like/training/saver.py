@@ -1,0 +1,67 @@
+"""Between the train state and checkpoints on disk: which trees become which items, and back. Writes no bytes itself.
+
+A checkpoint holds whole models: `params` (and `ema`) join trained and frozen parameters, so that reading a model
+reads one item and needs no optimizer.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_like.core import tree
+from t5x_like.core.errors import UserError
+from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.training.keep import CheckpointConfig
+from t5x_like.training.state import Layout, State
+
+# Item of a checkpoint -> part of the train state.
+ITEMS = {"params": "params", "optimizer": "optimizer", "ema": "ema", "state": "progress"}
+_MODELS = ("params", "ema")
+
+
+class Saver:
+    """Saves when it is due; `metadata` (config, provenance) goes into every checkpoint."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, *, layout: Layout, config: CheckpointConfig, metadata: Mapping[str, Any]
+    ):
+        self._checkpoints, self._layout, self._config = checkpoints, layout, config
+        axes = _items(layout.axes, layout.frozen_axes["base"])
+        self._metadata = {**metadata, "axes": {name: _listed(item) for name, item in axes.items()}}
+
+    def due(self, step: int) -> bool:
+        return self._config.every_steps > 0 and step % self._config.every_steps == 0
+
+    def save(self, step: int, state: State, frozen: Mapping[str, Any], evaluation: Mapping[str, float]) -> None:
+        """Begins to save; returns when the state may be donated. A failure is logged by Checkpoints, and survived."""
+        self._checkpoints.save(step, _items(state, frozen["base"]), self._metadata, metrics=evaluation)
+
+    def wait(self) -> None:
+        """Waits for the last save. Raises UserError if it failed: a run must not end well without its result."""
+        if not self._checkpoints.wait():
+            raise UserError(
+                f"the last checkpoint could not be saved in {self._checkpoints.directory}; free disk space or check the "
+                "directory, then start again: the run resumes from the checkpoint before"
+            )
+
+    def restore(self) -> tuple[int, State, dict[str, Any]] | None:
+        """(updates done, state, frozen) of the newest sound checkpoint, placed as the layout says; None if none."""
+        found = self._checkpoints.restore_latest(_items(self._layout.state, self._layout.frozen["base"]))
+        if found is None:
+            return None
+        step, items = found
+        trained = tree.flatten(self._layout.state["params"]).keys()
+        state: State = {ITEMS[name]: item for name, item in items.items()}
+        base: dict[str, Any] = {}
+        for name in _MODELS:
+            if name in state:
+                state[name], base = tree.split(state[name], lambda path: path in trained)
+        return step, state, {"base": base}
+
+
+def _items(state: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    items = {name: state[part] for name, part in ITEMS.items() if part in state}
+    return {name: tree.join(item, base) if name in _MODELS else item for name, item in items.items()}
+
+
+def _listed(axes: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    return {path: list(names) for path, names in tree.leaves(axes)}

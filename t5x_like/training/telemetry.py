@@ -1,0 +1,390 @@
+"""What a run tells: the start-up screen, the step line, metrics.jsonl, TensorBoard, log.txt, loss.png, a profile.
+
+The loop hands over values; nothing here decides anything. Process 0 writes metrics and speaks on the terminal, every
+process has its own log. Rates, times, shares and memory are of this process's start and exempt from bit equality
+(`is_measurement`); the values of a row are those of that one step.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+import jax
+
+from t5x_like.core.errors import UserError
+from t5x_like.core.metrics import (
+    JsonlWriter,
+    StatusLine,
+    TensorBoardWriter,
+    format_bytes,
+    format_count,
+    format_duration,
+)
+from t5x_like.models.flops import CONVENTION
+from t5x_like.storage import paths
+from t5x_like.training import curves
+from t5x_like.training.peaks import cpu_matmul_peak, device_peak
+
+_package_log = logging.getLogger("t5x_like")
+
+# What a step is not: its time counts in the shares, not in the rates.
+_OUTSIDE_STEPS = ("compile", "evaluate", "checkpoint")
+_SHARES = ("input", *_OUTSIDE_STEPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A `jax.profiler` window of `steps` steps (0 for none) from step `start_step`, written to WORKDIR/profile."""
+
+    start_step: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TelemetryConfig:
+    """What is written beside metrics.jsonl and log.txt.
+
+    tensorboard: events in WORKDIR/tensorboard
+    plot: loss.png at the end, and at evaluations at least `plot_every_seconds` apart
+    measure_cpu_peak: on CPU, time a matmul at the start (0.3 s), so that there is an MFU
+    """
+
+    tensorboard: bool
+    plot: bool
+    plot_every_seconds: float
+    measure_cpu_peak: bool
+    profile: ProfileConfig
+
+
+def is_measurement(name: str) -> bool:
+    """Whether a field of a row may differ between two runs that are equal bit for bit.
+
+    >>> is_measurement("train/loss"), is_measurement("train/mfu"), is_measurement("time")
+    (False, True, True)
+    """
+    rates = ("train/tokens_per_second", "train/model_flops_per_second", "train/mfu", "train/step_seconds")
+    return name == "time" or name in rates or name.startswith(("time/", "memory/"))
+
+
+class Telemetry:
+    """The voice and the memory of one run; use as a context manager.
+
+    `workdir` may be gs://: files then grow in a local folder, which `flush` and `close` upload. `start_step` is the
+    number of updates that a restored state has behind it: rows of later steps are cut.
+    """
+
+    def __init__(
+        self,
+        config: TelemetryConfig,
+        workdir: str,
+        *,
+        flops_per_token: float | None,
+        tokens_per_step: int,
+        devices: Sequence[jax.Device],
+        total_steps: int,
+        start_step: int,
+        stream: IO[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._config, self._clock = config, clock
+        self._process = jax.process_index()
+        self._staged = _stage(workdir, [self._log_name] + ([] if self._process else ["metrics.jsonl"]))
+        self._directory = directory = self._staged.local_path
+        self._devices = [device for device in devices if device.process_index == self._process]
+        self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
+        self._peak, self._peak_source = _peak(config, devices)
+        self._total_steps = total_steps
+        self._begin = clock()
+        self._lost: dict[str, float] = defaultdict(float)
+        self._nested: list[float] = []
+        self._start = self._mark = _Mark(start_step, self._begin, 0.0)
+        self._plotted_at, self._plot_seconds = self._begin, 0.0
+        self._profiling = False
+        self._line = StatusLine(stream if stream is not None else sys.stdout)
+        self._handlers = _open_logs(os.path.join(directory, self._log_name), self._line)
+        self._rows: JsonlWriter | None = None
+        self._events: TensorBoardWriter | None = None
+        if self._process == 0:
+            self._rows = JsonlWriter(os.path.join(directory, "metrics.jsonl"))
+            self._rows.truncate_after(start_step)
+            if config.tensorboard:
+                self._events = TensorBoardWriter(os.path.join(directory, "tensorboard"), restored_step=start_step)
+
+    def __enter__(self) -> "Telemetry":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            # What ended the run is the news; this comes second.
+            _package_log.warning("%s", error)
+
+    @property
+    def plot_path(self) -> str:
+        """Where the reader of the run will find the picture."""
+        return paths.join(self._staged.path, "loss.png")
+
+    @property
+    def _log_name(self) -> str:
+        return f"log.{self._process}.txt" if self._process else "log.txt"
+
+    def summary(self, sections: Mapping[str, Mapping[str, object]]) -> None:
+        """Prints {title: {name: value}} as one screen, and how speed is counted below it."""
+        sections = {**sections, "speed": self._speed()}
+        for line in _screen(sections):
+            self._say(line)
+
+    def _speed(self) -> dict[str, object]:
+        speed: dict[str, object] = {}
+        if self._flops_per_token is not None:
+            speed["model FLOPs"] = f"{format_count(self._flops_per_token)} a token"
+            speed["counted"] = CONVENTION
+        if self._peak is not None:
+            speed["MFU"] = f"of {format_count(self._peak)}FLOP/s, {self._peak_source}"
+        limits = [stats["bytes_limit"] for stats in self._memory() if "bytes_limit" in stats]
+        if limits:
+            speed["HBM"] = f"{format_bytes(min(limits))} a device"
+        return speed
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the time inside as lost to `what`: input, compile, evaluate or checkpoint. May be nested."""
+        if what not in _SHARES:
+            raise ValueError(f"{what!r} is none of {', '.join(_SHARES)}")
+        begin = self._clock()
+        self._nested.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = self._clock() - begin
+            self._lost[what] += elapsed - self._nested.pop()
+            if self._nested:
+                self._nested[-1] += elapsed
+
+    def before_step(self, step: int) -> None:
+        """Opens and closes the profiler's window; `step` is about to be dispatched."""
+        window = self._config.profile
+        if window.steps and step == window.start_step:
+            jax.profiler.start_trace(os.path.join(self._directory, "profile"))
+            self._profiling = True
+        # Two steps may be in flight: the last one of the window is over when the second after it is dispatched.
+        elif self._profiling and step >= window.start_step + window.steps + 2:
+            self._stop_profile()
+
+    def log_step(self, step: int, values: Mapping[str, float], *, write: bool) -> None:
+        """Shows a finished step; with `write`, adds rates and makes it a row. Names come without `train/`."""
+        if self._process:
+            return
+        now = self._clock()
+        outside = sum(self._lost[what] for what in _OUTSIDE_STEPS)
+        rates = self._rates(step, now, outside)
+        if write:
+            shares = {f"time/{what}_share": self._lost[what] / max(now - self._begin, 1e-9) for what in _SHARES}
+            row = {f"train/{name}": value for name, value in values.items()} | rates | shares | self._memory_row()
+            self._row(step, row)
+            self._mark = _Mark(step, now, outside)
+        if write or self._line.live:
+            text = self._step_text(step, values, rates, now)
+            if write:
+                _package_log.info("%s", text)
+            self._line.show(text)
+
+    def log_evaluation(self, step: int, name: str, values: Mapping[str, float]) -> None:
+        """A row `eval/NAME/...` and a line that stays."""
+        if self._process:
+            return
+        self._row(step, {f"eval/{name}/{key}": value for key, value in values.items()})
+        text = "  ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in values.items())
+        self._say(f"step {step}: {name}  {text}")
+        pause = max(self._config.plot_every_seconds, 50 * self._plot_seconds)
+        if self._config.plot and self._clock() - self._plotted_at >= pause:
+            self._plot()
+
+    def flush(self, step: int) -> None:
+        """Makes all rows up to `step` safe. To be called before the checkpoint of that step."""
+        if self._rows is not None:
+            self._rows.flush()
+        if self._events is not None:
+            self._events.flush()
+        try:
+            self._staged.upload()
+        except UserError as error:
+            _package_log.warning("%s; metrics are uploaded again with the next checkpoint", error)
+        _package_log.debug("metrics are flushed through step %d", step)
+
+    def close(self) -> None:
+        """Ends the live line, draws loss.png and closes all files."""
+        self._line.end()
+        try:
+            if self._profiling:
+                self._stop_profile()
+            if self._rows is not None:
+                self._rows.close()
+                if self._config.plot:
+                    self._plot()
+            if self._events is not None:
+                self._events.close()
+        finally:
+            for handler in self._handlers:
+                _package_log.removeHandler(handler)
+                handler.close()
+            self._staged.close()
+
+    def _row(self, step: int, values: Mapping[str, float]) -> None:
+        assert self._rows is not None
+        self._rows.write(step, values)
+        if self._events is not None:
+            self._events.write(step, values)
+
+    def _rates(self, step: int, now: float, outside: float) -> dict[str, float]:
+        """Rates since the last row, without the time of compilation, evaluation and checkpoints."""
+        seconds = now - self._mark.time - (outside - self._mark.outside)
+        steps = step - self._mark.step
+        if steps <= 0 or seconds <= 0:
+            return {}
+        rates = {
+            "train/step_seconds": seconds / steps,
+            "train/tokens_per_second": self._tokens_per_step * steps / seconds,
+        }
+        if self._flops_per_token is not None:
+            flops = rates["train/tokens_per_second"] * self._flops_per_token
+            rates["train/model_flops_per_second"] = flops
+            if self._peak is not None:
+                rates["train/mfu"] = flops / self._peak
+        return rates
+
+    def _step_text(self, step: int, values: Mapping[str, float], rates: Mapping[str, float], now: float) -> str:
+        parts = [f"step {step}/{self._total_steps}", f"loss {values['loss']:.4f}"]
+        parts += [f"grad {values['grad_norm']:.3g}"] if "grad_norm" in values else []
+        parts += [f"lr {values['learning_rate']:.2e}"] if "learning_rate" in values else []
+        if "train/tokens_per_second" in rates:
+            parts.append(f"{format_count(rates['train/tokens_per_second'])} tok/s")
+        if "train/model_flops_per_second" in rates:
+            parts.append(f"{format_count(rates['train/model_flops_per_second'])}FLOP/s")
+        parts += [f"MFU {100 * rates['train/mfu']:.1f}%"] if "train/mfu" in rates else []
+        parts.append(f"ETA {format_duration(self._eta(step, now))}")
+        elapsed = max(now - self._begin, 1e-9)
+        lost = [f"{what} {100 * self._lost[what] / elapsed:.1f}%" for what in ("input", "checkpoint", "compile")]
+        parts.append(f"lost: {' '.join(lost)}")
+        parts += ["update skipped"] if values.get("skipped") else []
+        return "  ".join(parts)
+
+    def _eta(self, step: int, now: float) -> float:
+        """Seconds to the last step, at the mean pace of this start, everything but compilation included."""
+        steps = step - self._start.step
+        seconds = now - self._begin - self._lost["compile"]
+        return (self._total_steps - step) * seconds / steps if steps > 0 else float("inf")
+
+    def _memory(self) -> list[dict[str, Any]]:
+        return [stats for device in self._devices if (stats := device.memory_stats())]
+
+    def _memory_row(self) -> dict[str, float]:
+        """The fullest device of this process; nothing where devices do not report (CPU)."""
+        stats, row = self._memory(), {}
+        for source, name in (("bytes_in_use", "in_use_bytes"), ("peak_bytes_in_use", "peak_bytes")):
+            known = [each[source] for each in stats if source in each]
+            if known:
+                row[f"memory/{name}"] = max(known)
+        return row
+
+    def _say(self, text: str) -> None:
+        """A line that stays on the terminal of process 0, and in every process's log."""
+        _package_log.info("%s", text)
+        if self._process == 0:
+            self._line.print(text)
+
+    def _stop_profile(self) -> None:
+        self._profiling = False
+        jax.profiler.stop_trace()
+        self._say(f"profile: {paths.join(self._staged.path, 'profile')}")
+
+    def _plot(self) -> None:
+        begin = self._clock()
+        try:
+            curves.draw(*(os.path.join(self._directory, name) for name in ("metrics.jsonl", "loss.png")))
+        except OSError as error:
+            # A picture must not end a run.
+            _package_log.warning("%s: cannot draw: %s", self.plot_path, error)
+        self._plotted_at = self._clock()
+        self._plot_seconds = self._plotted_at - begin
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """A moment that rates are counted from: steps done, clock, time spent outside of steps until then."""
+
+    step: int
+    time: float
+    outside: float
+
+
+def _peak(config: TelemetryConfig, devices: Sequence[jax.Device]) -> tuple[float | None, str]:
+    """(FLOP/s of all devices together, where that figure comes from); None where it is not known."""
+    first = devices[0]
+    known = device_peak(first.device_kind)
+    if known is not None:
+        return known * len(devices), f"bf16 peak of {len(devices)} x {first.device_kind}"
+    if first.platform == "cpu" and config.measure_cpu_peak:
+        # All CPU devices of a process share its cores: one process, one peak.
+        processes = len({device.process_index for device in devices})
+        local = next(device for device in devices if device.process_index == jax.process_index())
+        return cpu_matmul_peak(local) * processes, "fp32 matmul peak measured here just now"
+    return None, ""
+
+
+def _screen(sections: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    """Two columns of names before the values: the section once, then each of its entries."""
+    entries = [(title, name, str(value)) for title, rows in sections.items() for name, value in rows.items()]
+    title_width = max((len(title) for title, _, _ in entries), default=0)
+    name_width = max((len(name) for _, name, _ in entries), default=0)
+    before = None
+    for title, name, value in entries:
+        shown = "" if title == before else title
+        yield f"{shown:<{title_width}}  {name:<{name_width}}  {value}".rstrip()
+        before = title
+
+
+def _stage(workdir: str, names: Sequence[str]) -> paths.StagedDirectory:
+    """The workdir itself, or for gs:// a local folder with what the bucket has of the named files."""
+    staged = paths.StagedDirectory(workdir)
+    for name in names:
+        if paths.is_remote(workdir) and paths.exists(paths.join(workdir, name)):
+            paths.copy_file(paths.join(workdir, name), os.path.join(staged.local_path, name))
+    return staged
+
+
+class _LineHandler(logging.Handler):
+    """Warnings of all components, above the live line."""
+
+    def __init__(self, line: StatusLine):
+        super().__init__(logging.WARNING)
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line.print(self.format(record))
+
+
+class _FileHandler(logging.FileHandler):
+    """A log that stays silent when it cannot be written (a full disk): it must not end what it reports on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002 (the library's name)
+        pass
+
+
+def _open_logs(path: str, line: StatusLine) -> list[logging.Handler]:
+    file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
+    handlers: list[logging.Handler] = [file, _LineHandler(line)]
+    _package_log.setLevel(logging.INFO)
+    for handler in handlers:
+        _package_log.addHandler(handler)
+    return handlers
