@@ -139,9 +139,9 @@ def optim() -> dict:
             "momentum": 0.95,
             "nesterov": True,
             "steps": 5,
-            "scale": "keller",
+            "scale": "rms",  # made for learning rates like AdamW's, as those here
             "rms": 0.2,
-            "adam_multiplier": 0.1,
+            "adam_multiplier": 1.0,
             "adam": adam,
         },
         "sgd": {"momentum": 0.9, "nesterov": False},
@@ -173,8 +173,29 @@ def telemetry() -> dict:
 
 
 def checkpoint() -> dict:
-    return {}
+    return {
+        "every_steps": 1000,
+        "asynchronous": True,
+        "timeout_seconds": 1200,
+        "keep_last": 2,
+        "keep_every": placeholder(int),
+        "best_metric": placeholder(str),
+        "best_mode": "min",
+        "keep_best": 1,
+        "init_from": placeholder(str),
+        "init_select": (".*",),
+    }
 
 
 def runtime() -> dict:
-    return {}
+    return {
+        "platform": "",
+        "threads": 0,
+        "fake_devices": 0,
+        "compiler_options": {"cpu": {}, "gpu": {}, "tpu": {}},
+        "heartbeat_seconds": 100,
+        "shutdown_seconds": 300,
+        "phase_seconds": {"start": 900.0, "compile": 3600.0, "step": 900.0, "evaluate": 3600.0, "save": 3600.0},
+        "compilation_cache": "auto",
+        "compilation_cache_bytes": 4 * 2**30,
+    }

@@ -25,9 +25,9 @@ from t5x_like.optim import rules as path_rules
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import batch_shardings
+from t5x_like.training import keep
 from t5x_like.training import state as train_state
 from t5x_like.training.evaluate import EvaluateConfig
-from t5x_like.training.keep import CheckpointConfig
 from t5x_like.training.loop import LoopConfig
 from t5x_like.training.step import StepConfig, make_step
 from t5x_like.training.telemetry import TelemetryConfig
@@ -44,7 +44,7 @@ class Experiment:
     optim: optimizers.OptimConfig
     objective: objectives.ObjectiveConfig
     loop: LoopConfig
-    checkpoint: CheckpointConfig
+    checkpoint: keep.CheckpointConfig
     evaluate: EvaluateConfig
     telemetry: TelemetryConfig
     runtime: RuntimeConfig
@@ -92,7 +92,7 @@ def from_config(config: Mapping[str, Any], *, overrides: Mapping[str, Any] | Non
         optim=optim,
         objective=bridge.build(objectives.ObjectiveConfig, sections["objective"], path="config.objective"),
         loop=loop,
-        checkpoint=bridge.build(CheckpointConfig, sections["checkpoint"], path="config.checkpoint"),
+        checkpoint=bridge.build(keep.CheckpointConfig, sections["checkpoint"], path="config.checkpoint"),
         evaluate=bridge.build(EvaluateConfig, sections["evaluate"], path="config.evaluate"),
         telemetry=bridge.build(TelemetryConfig, sections["telemetry"], path="config.telemetry"),
         runtime=bridge.build(RuntimeConfig, sections["runtime"], path="config.runtime"),
@@ -122,7 +122,7 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     frozen_paths = path_rules.frozen_paths(experiment.optim, specs)
     frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
     objective = objectives.build(experiment.objective, model)
-    optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=experiment.optim.schedule.steps)
+    optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=experiment.optim.schedule.steps, frozen=frozen_paths)
     layout = train_state.layout(
         optimizer,
         trainable=trainable,
@@ -150,6 +150,11 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
         step=jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings(), None), compiler_options=options),
         evaluate=jax.jit(objective.evaluate, compiler_options=options),
     )
+
+
+def initialize(program: Program, *, seed: int) -> tuple[train_state.State, dict[str, Any]]:
+    """The first state and the frozen parameters of a run, each leaf made where it lies."""
+    return train_state.initialize(program.model, program.optimizer, jax.random.key(seed), program.layout)
 
 
 def batch_shapes(config: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -217,6 +222,7 @@ def _check(experiment: Experiment) -> None:
     ):
         if value not in choices:
             raise UsageError(f"config.{name}={value!r} is unknown; {bridge.nearest(value, choices)}")
+    keep.check(experiment.checkpoint, evaluate_every_steps=experiment.evaluate.every_steps)
     if experiment.evaluate.ema and loop.ema_decay is None:
         raise UsageError("config.evaluate.ema=True needs config.loop.ema_decay (0.999, say)")
 

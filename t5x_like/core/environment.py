@@ -99,10 +99,10 @@ def _check(config: RuntimeConfig) -> None:
     for name in ("threads", "fake_devices", "compilation_cache_bytes"):
         if getattr(config, name) < 0:
             raise UsageError(f"config.runtime.{name}={getattr(config, name)} should not be negative")
-    if config.heartbeat_seconds < 3:
+    if config.heartbeat_seconds < 10:
         raise UsageError(
-            f"config.runtime.heartbeat_seconds={config.heartbeat_seconds} should be at least 3; "
-            "processes write a sign of life every second"
+            f"config.runtime.heartbeat_seconds={config.heartbeat_seconds} should be at least 10; processes write a "
+            "sign of life every second and are missed after a third of this"
         )
     if config.shutdown_seconds < 1:
         raise UsageError(f"config.runtime.shutdown_seconds={config.shutdown_seconds} should be at least 1")

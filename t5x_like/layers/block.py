@@ -30,11 +30,11 @@ from t5x_like.parallel.sharding import constrain
 class BlockConfig:
     """The sizes and choices of one layer, equal for all layers of a stack.
 
-    norm: a name in norms.NORMS. activation: a name in mlp.ACTIVATIONS. gated: activation(gate) * up. qkv_bias, out_bias,
-    mlp_bias: additive vectors. qk_norm: RMS norm of each query and key head. attention_softcap: c * tanh(logits / c), 0
-    for none. dropout: share of each branch's output set to zero in training (attention weights are never dropped).
-    init_deviation: standard deviation of first weights; depth_scaled_init divides it by sqrt(2 layers) where a branch
-    ends (GPT-2).
+    norm: a name in norms.NORMS. activation: a name in mlp.ACTIVATIONS. gated: activation(gate) * up. qkv_bias,
+    out_bias, mlp_bias: additive vectors. qk_norm: RMS norm of each query and key head. attention_softcap c: logits
+    become c * tanh(logits / c); 0 for none. dropout: share of the embedding's and of each branch's output that is set
+    to zero in training (attention weights are never dropped). init_deviation: standard deviation of first weights;
+    depth_scaled_init divides it by sqrt(2 layers) where a branch ends (GPT-2).
     """
 
     layers: int
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
 
 
 def _new_mask(shared: Shared, kind: LayerKind) -> MaskSpec:
-    """Among the tokens of this call: by position with a cache, else by index, which is the same and what kernels want."""
+    """Among the tokens of this call: by position with a cache, else by index, which is equal and what kernels want."""
     return MaskSpec(
         causal=True,
         window=kind.window or None,
@@ -184,7 +184,7 @@ class Block(nnx.Module):
         index: int | Array,
         cache: dict[str, Any] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """(output, the new keys and values when there is a cache). index: the layer's number, for its dropout key alone."""
+        """(output, the new keys and values when there is a cache). index: the layer's number, for its dropout key."""
         key = None if shared.key is None else jax.random.fold_in(shared.key, index)
         with jax.named_scope("attention"):
             branch_BTD, new = self.attention(self.attention_norm(x_BTD), shared, kind=kind, cache=cache)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import ParamSpec
+from t5x_like.layers.param import ZEROS
 
 EMPTY = -1  # the position in a slot that holds no token, and of a token that is padding
 
@@ -44,7 +45,7 @@ def specs(parts: Sequence[Entry], *, rows: int, kv_heads: int, head: int, dtype:
     axes = ("layers", "batch", "kv_length", "act_kv_heads", "head")
     tree: dict[str, Any] = {}
     for place, part in enumerate(parts):
-        values = ParamSpec((part.layers, rows, part.slots, kv_heads, head), dtype, axes, "constant(0.0)")
+        values = ParamSpec((part.layers, rows, part.slots, kv_heads, head), dtype, axes, ZEROS)
         positions = ParamSpec((rows, part.slots), "int32", ("batch", "kv_length"), f"constant({EMPTY})")
         tree[str(place)] = {"k": values, "v": values, "positions": positions}
     return tree

@@ -38,9 +38,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nnx.Module):
-    def __init__(
-        self, *, embed: int, mlp: int, activation: str, gated: bool, bias: bool, init: str, init_down: str
-    ):
+    def __init__(self, *, embed: int, mlp: int, activation: str, gated: bool, bias: bool, init: str, init_down: str):
         self.activation = activation
         if gated:
             self.gate = param((embed, mlp), axes=("embed", "mlp"), init=init)

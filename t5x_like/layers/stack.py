@@ -33,7 +33,7 @@ class BlockFunction(Protocol):
     its number; cache: its slice of what is read."""
 
     def __call__(
-        self, weights: Tree, x: jax.Array, *, place: int, index: int | jax.Array, cache: Tree | None
+        self, weights: Tree, x: jax.Array, /, *, place: int, index: int | jax.Array, cache: Tree | None
     ) -> tuple[jax.Array, Any]: ...
 
 
@@ -83,7 +83,7 @@ def run(
         cache = None if caches is None else jax.tree.map(lambda a, row=index // p: a[row], caches[index % p])
         x, output = steps[index % p](layer, x, index=index, cache=cache)
         outputs.append(jax.tree.map(lambda a: a[None], output))
-    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *outputs)
+    return x, outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
 
 def _body(steps: Sequence[Callable[..., Any]], x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
@@ -112,7 +112,8 @@ def _cut(weights: Tree, at: int, length: int) -> tuple[Tree, Tree]:
     if at in (0, length):
         return weights, weights
     pairs = jax.tree.map(lambda a: jax.lax.split(a, (at, length - at)), weights)
-    return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], weights, pairs) for i in (0, 1))
+    before, after = (jax.tree.map(lambda _, pair, i=i: pair[i], weights, pairs) for i in (0, 1))
+    return before, after
 
 
 def _layers(weights: Tree, count: int) -> list[Any]:

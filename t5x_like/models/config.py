@@ -1,4 +1,4 @@
-"""What a model is, in numbers and names: `ModelConfig`, and `resolve`, which fills a config section from family and size.
+"""What a model is, in numbers and names: `ModelConfig`, and `resolve`, which fills a section from family and size.
 
 Not here: the numbers of the families (families/) and anything that computes.
 """
@@ -71,11 +71,10 @@ class ModelConfig(BlockConfig):
     def kinds(self) -> tuple[LayerKind, ...]:
         """The static differences of each layer."""
         thetas = self.rope.theta if self.position == "rope" else (0.0,)
-        windows = self.windows
-        return tuple(
-            LayerKind(window=windows[i % len(windows)], rope_theta=thetas[i % len(windows)] if len(thetas) > 1 else thetas[0])
-            for i in range(self.layers)
-        )  # fmt: skip
+        count = len(self.windows)
+        thetas = thetas if len(thetas) == count else thetas * count
+        pattern = [LayerKind(window, theta) for window, theta in zip(self.windows, thetas, strict=True)]
+        return tuple(pattern[i % count] for i in range(self.layers))
 
 
 def resolve(section: Mapping[str, Any], *, path: str = "config.model") -> ModelConfig:
@@ -137,8 +136,8 @@ def _check(c: ModelConfig) -> None:
             raise UsageError(f"{where}.{field}={getattr(c, field)} should be at least 1")
     if c.heads % c.kv_heads:
         raise UsageError(
-            f"{where}.kv_heads={c.kv_heads} does not divide {where}.heads={c.heads}; each key-value head serves the same "
-            "number of query heads"
+            f"{where}.kv_heads={c.kv_heads} does not divide {where}.heads={c.heads}; each key-value head serves the "
+            "same number of query heads"
         )
     if not c.windows or min(c.windows) < 0:
         raise UsageError(f"{where}.windows={c.windows} should be numbers of tokens, 0 for a layer that sees all")

@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import Tree
 from t5x_like.layers import kv_cache, stack
 from t5x_like.layers.block import Block, Shared, dropout
 from t5x_like.layers.embedding import Embedding
 from t5x_like.layers.norms import NORMS
-from t5x_like.layers.param import declare, fold, initialize, initialize_stacked, normal, param, stacked
+from t5x_like.layers.param import declare, fold, normal, param, stacked
 from t5x_like.layers.positions import rope_table
 from t5x_like.models.config import ModelConfig
 from t5x_like.parallel.sharding import constrain
@@ -66,11 +66,6 @@ def specs(config: ModelConfig, parts: Declared) -> dict[str, Any]:
     return {**parts.end_specs, "layers": stacked(parts.layer_specs, config.layers)}
 
 
-def init(config: ModelConfig, parts: Declared, key: jax.Array) -> dict[str, Any]:
-    layers = initialize_stacked(parts.layer_specs, fold(key, "layers"), config.layers)
-    return {**initialize(parts.end_specs, key), "layers": layers}
-
-
 def cache_entries(config: ModelConfig, *, length: int) -> list[kv_cache.Entry]:
     windows = [kind.window for kind in config.kinds]
     return kv_cache.entries(windows, period=stack.period(config.kinds), length=length)
@@ -88,50 +83,57 @@ def apply(
 ) -> tuple[Float[Array, "B T D"], dict[str, Any] | None]:
     """(hidden states after the final norm, the cache with this call's tokens)."""
     ends = nnx.merge(parts.ends, {name: params[name] for name in parts.end_specs})
-    ids_BT, segments_BT = batch["inputs"], batch.get("segment_ids")
-    positions_BT = batch.get("positions")
-    if cache is not None and positions_BT is None:
-        raise ValueError("with a cache the batch needs 'positions': where in its row each token stands")
-    shared = _shared(config, batch, cached=cache is not None, key=key)
+    ids_BT, positions_BT = batch["inputs"], batch.get("positions")
+    shared = _shared(config, batch, slot_positions_BT=None if cache is None else _slot_positions(batch), key=key)
+    entries = [] if cache is None else [cache[str(place)] for place in range(len(cache))]
+    caches = [{"k": entry["k"], "v": entry["v"]} for entry in entries]
 
     def block(weights, x_BTD, *, place, index, cache):
         # A module for the span of one call: its parameters are the arrays at hand.
         layer = nnx.merge(parts.layer, weights)
         if cache is not None:
-            cache = {**cache, "positions": slot_positions[place]}
+            cache = {**cache, "positions": entries[place]["positions"]}
         return layer(x_BTD, shared, kind=config.kinds[place], index=index, cache=cache)
 
-    caches = slot_positions = None
-    if cache is not None:
-        entries = [cache[str(place)] for place in range(len(cache))]
-        caches = [{"k": entry["k"], "v": entry["v"]} for entry in entries]
-        slot_positions = [entry["positions"] for entry in entries]
     with jax.named_scope("embed"):
         x_BTD = ends.embed(ids_BT, positions_BT, dtype=dtype)
         x_BTD = constrain(dropout(x_BTD, config.dropout, key, "embed"), "batch", "length", "act_embed")
     with jax.named_scope("layers"):
         x_BTD, new = stack.run(
-            block, params["layers"], x_BTD, kinds=config.kinds, caches=caches, scan=config.scan, remat=config.remat
+            block,
+            params["layers"],
+            x_BTD,
+            kinds=config.kinds,
+            caches=caches or None,
+            scan=config.scan,
+            remat=config.remat,
         )
     with jax.named_scope("final_norm"):
         x_BTD = constrain(ends.final_norm(x_BTD), "batch", "length", "act_embed")
     if cache is not None:
-        cache = kv_cache.write(cache, *new, shared.positions_BT)
+        k_LBTKH, v_LBTKH = new
+        cache = kv_cache.write(cache, k_LBTKH, v_LBTKH, _slot_positions(batch))
     return x_BTD, cache
 
 
-def _shared(config: ModelConfig, batch: Mapping[str, Array], *, cached: bool, key: jax.Array | None) -> Shared:
-    segments_BT, positions_BT = batch.get("segment_ids"), batch.get("positions")
+def _slot_positions(batch: Mapping[str, Array]) -> Int[Array, "B T"]:
+    """What the cache's slots will say of each token: its position, or EMPTY for padding."""
+    if "positions" not in batch:
+        raise ValueError("with a cache the batch needs 'positions': where in its row each token stands")
+    if "segment_ids" not in batch:
+        return batch["positions"]
+    return jnp.where(batch["segment_ids"] == 0, kv_cache.EMPTY, batch["positions"])
+
+
+def _shared(
+    config: ModelConfig, batch: Mapping[str, Array], *, slot_positions_BT: Array | None, key: jax.Array | None
+) -> Shared:
     ropes = {}
     if config.position == "rope":
-        turned_BT = positions_BT
-        if turned_BT is None:
-            turned_BT = jnp.arange(batch["inputs"].shape[1], dtype=jnp.int32)[None, :]
+        positions_BT = batch.get("positions")
+        if positions_BT is None:
+            positions_BT = jnp.arange(batch["inputs"].shape[1], dtype=jnp.int32)[None, :]
         for theta in sorted({kind.rope_theta for kind in config.kinds}):
-            ropes[theta] = rope_table(turned_BT, config.head, theta=theta, scaling=config.rope.scaling)
-    if not cached:
-        positions_BT = None  # masks go by index, which within a segment is the same
-    elif segments_BT is not None:
-        positions_BT = jnp.where(segments_BT == 0, kv_cache.EMPTY, positions_BT)
+            ropes[theta] = rope_table(positions_BT, config.head, theta=theta, scaling=config.rope.scaling)
     layers_key = None if key is None else fold(key, "layers")
-    return Shared(ropes=ropes, segments_BT=segments_BT, positions_BT=positions_BT, key=layers_key)
+    return Shared(ropes=ropes, segments_BT=batch.get("segment_ids"), positions_BT=slot_positions_BT, key=layers_key)

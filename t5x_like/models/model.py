@@ -58,8 +58,8 @@ class Model:
         return self._specs
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """First parameters. Pure: jit it with `out_shardings` to draw each shard where it lies, with the same values."""
-        return decoder.init(self.config, self._parts, key)
+        """First parameters. Pure: jitted with `out_shardings` it draws each shard in place, with the same values."""
+        return initialize(self._specs, key)
 
     def apply(
         self,

@@ -108,8 +108,9 @@ class MuonConfig:
     """Matrices by Muon; embeddings, head, norms and vectors by AdamW.
 
     steps: Newton-Schulz iterations
-    scale: `keller`, sqrt(max(1, fan_out / fan_in)), made for learning rates near 0.02 (kellerjordan.github.io/posts/muon), or
-      `rms`, rms x sqrt(max(fan_in, fan_out)), made for AdamW's learning rates (arXiv 2502.16982, eq. 4)
+    scale: of the orthogonal update: `keller`, sqrt(max(1, fan_out / fan_in)), made for learning rates near 0.02
+      (kellerjordan.github.io/posts/muon); `rms`, rms x sqrt(max(fan_in, fan_out)), made for those of AdamW
+      (arXiv 2502.16982, eq. 4)
     rms: root mean square of an update under `scale="rms"`; 0.2 is AdamW's usual one
     adam_multiplier: learning rate of the AdamW part as a multiple of config.optim.learning_rate
     adam: the AdamW part

@@ -7,7 +7,7 @@ dicts, so that a checkpoint does not depend on a library's classes.
 
 import dataclasses
 import math
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def moment(spec: ParamSpec) -> ParamSpec:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1); the decoupled decay stands outside."""
+    """Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1) of optax's moments; the decoupled decay stands outside."""
 
     config: AdamWConfig
     name: str = "adamw"
@@ -75,8 +75,8 @@ class Lion:
         self, spec: ParamSpec, grad: jax.Array, slots: Slots, param: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, Slots]:
         lion = optax.scale_by_lion(self.config.b1, self.config.b2)
-        update, state = lion.update(grad, optax.ScaleByLionState(count=count, mu=slots["mu"]))
-        return update, {"mu": state.mu}
+        result: tuple[Any, Any] = lion.update(grad, optax.ScaleByLionState(count=count, mu=slots["mu"]))
+        return result[0], {"mu": result[1].mu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +95,12 @@ class SGD:
         if not self.config.momentum:
             return grad, {}
         trace = optax.trace(self.config.momentum, self.config.nesterov)
-        update, state = trace.update(grad, optax.TraceState(trace=slots["momentum"]))
-        return update, {"momentum": state.trace}
+        result: tuple[Any, Any] = trace.update(grad, optax.TraceState(trace=slots["momentum"]))
+        return result[0], {"momentum": result[1].trace}
 
 
 def _one_minus_power(base: float, exponent: jax.Array) -> jax.Array:
-    """1 - base^exponent without cancellation: written plainly in fp32 (as optax does) it is off by 2e-5 at first."""
+    """1 - base^exponent without cancellation: plainly in fp32, as optax has it, updates are 1e-5 off torch's."""
     if base == 0:
         return jnp.ones((), jnp.float32)
     return -jnp.expm1(exponent.astype(jnp.float32) * math.log(base))

@@ -70,6 +70,7 @@ def orthogonalize(x: Float[Array, "rows cols"], *, steps: int) -> Float[Array, "
     x = x / jnp.maximum(jnp.max(jnp.abs(x)), jnp.finfo(jnp.float32).tiny)
     x = x / jnp.maximum(jnp.linalg.norm(x), 1e-7)  # Frobenius: no singular value exceeds 1, where the quintic is safe
     a, b, c = _COEFFICIENTS
+    # Products at default precision: accelerators may take bf16 or TF32, in which Jordan runs the iteration anyway.
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x

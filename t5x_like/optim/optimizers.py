@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig, ParamSpec], Method]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Optimizer:
     """Pure functions over trees of parameters; made by `build`.
 
@@ -123,6 +123,22 @@ def build(config: OptimConfig, *, specs: Tree, total_steps: int, frozen: Iterabl
 
     `frozen` are the paths of parameters that are not trained, which a rule may name without matching anything else.
     Raises UsageError for values out of bounds and for rules that do not fit the parameters.
+
+    >>> from configs import common
+    >>> from ml_collections import ConfigDict
+    >>> from t5x_like.core import config as bridge
+    >>> config = bridge.build(OptimConfig, ConfigDict(common.optim() | {"name": "muon"}), path="config.optim")
+    >>> specs = {
+    ...     "layers": {"up": ParamSpec((2, 4, 8), "float32", ("layers", "embed", "mlp"), "")},
+    ...     "norm": ParamSpec((4,), "float32", ("norm",), ""),
+    ... }
+    >>> optimizer = build(config, specs=specs, total_steps=1000)
+    >>> params = {"layers": {"up": jnp.ones((2, 4, 8))}, "norm": jnp.ones(4)}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params, 0)
+    >>> tree.flatten(state).keys()
+    dict_keys(['count', 'mu/layers/up', 'mu/norm', 'nu/norm'])
+    >>> optimizer.state_axes(specs)["mu"]
+    {'layers': {'up': ('layers', 'embed', 'mlp')}, 'norm': ('norm',)}
     """
     if config.name not in OPTIMIZERS:
         raise UsageError(f"config.optim.name={config.name!r} is unknown; {nearest(config.name, OPTIMIZERS)}")
@@ -141,7 +157,7 @@ def build(config: OptimConfig, *, specs: Tree, total_steps: int, frozen: Iterabl
 
 def describe(optimizer: Optimizer) -> str:
     """A table for people: each parameter, its method, and what which rule says of it."""
-    rows = [("parameter", "method", "decay", "multiplier", "frozen", "slots")]
+    rows: list[tuple[str, ...]] = [("parameter", "method", "decay", "multiplier", "frozen", "slots")]
     for path, spec in optimizer.specs.items():
         rules, method = optimizer.rules[path], optimizer.methods[path]
         values = (rules.decay, rules.multiplier, rules.frozen)
@@ -149,7 +165,9 @@ def describe(optimizer: Optimizer) -> str:
         slots = " ".join(f"{name}{list(slot.shape)}" for name, slot in method.slots(spec).items())
         rows.append((path, method.name, *cells, slots))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _zero_where(frozen: Any, x: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ PATH = "config.optim"
 Factor = float | np.ndarray  # an array has the leaf's number of dims, all of size 1 but `layers`
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LeafRules:
     """What the rule lists say of one leaf, and the regexes that said it.
 

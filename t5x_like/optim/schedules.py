@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core.errors import UsageError
-from t5x_like.optim.config import ScheduleConfig, WarmupStableDecayConfig, fraction, one_of
+from t5x_like.optim.config import ScheduleConfig, fraction, one_of
 
 Schedule: TypeAlias = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 # The factor of the peak as a function of t = 1, 2, ..., from the end of the warmup on (1 before).
@@ -26,10 +26,10 @@ def build_schedule(
 ) -> Schedule:
     """The learning rate (fp32 scalar) of each step of a run of `total_steps`. Raises UsageError for impossible steps.
 
-    >>> from t5x_like.optim.config import CosineConfig, LinearConfig, RsqrtConfig
+    >>> from t5x_like.optim.config import CosineConfig, LinearConfig, RsqrtConfig, WarmupStableDecayConfig
     >>> config = ScheduleConfig(
-    ...     name="linear", steps=None, warmup_steps=2, cosine=CosineConfig(0.0), linear=LinearConfig(0.0), rsqrt=RsqrtConfig(None),
-    ...     warmup_stable_decay=WarmupStableDecayConfig(decay_fraction=0.2, final_fraction=0.0, shape="linear"))
+    ...     name="linear", steps=6, warmup_steps=2, cosine=CosineConfig(0.0), linear=LinearConfig(0.0),
+    ...     rsqrt=RsqrtConfig(None), warmup_stable_decay=WarmupStableDecayConfig(0.2, 0.0, shape="linear"))
     >>> schedule = build_schedule(config, peak=1.0, total_steps=6)
     >>> [float(schedule(step)) for step in range(6)]
     [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
@@ -82,8 +82,8 @@ def _warmup_stable_decay(config: ScheduleConfig, total_steps: int, path: str) ->
     decay_steps = round(section.decay_fraction * total_steps)
     if config.warmup_steps + decay_steps > total_steps:
         raise UsageError(
-            f"{path}: {config.warmup_steps} steps of warmup and {decay_steps} of decay exceed the run of {total_steps}; "
-            "lower warmup_steps or decay_fraction"
+            f"{path}: {config.warmup_steps} steps of warmup and {decay_steps} of decay exceed the {total_steps} of the "
+            "run; lower warmup_steps or decay_fraction"
         )
     start = total_steps - decay_steps
     if decay_steps == 0:
@@ -119,6 +119,6 @@ def _falling(shape: str, final: float, remaining: jax.Array) -> jax.Array:
 def _check_room(config: ScheduleConfig, total_steps: int, path: str) -> None:
     if config.warmup_steps > total_steps:
         raise UsageError(
-            f"{path}.warmup_steps={config.warmup_steps} exceeds the run of {total_steps} steps; "
+            f"{path}.warmup_steps={config.warmup_steps} exceeds the {total_steps} steps of the run; "
             "lower it or raise config.loop.steps"
         )

@@ -21,6 +21,7 @@ from t5x_like.core.errors import UsageError, UserError
 
 _PREFIX = "t5x_like"
 _SECONDS = 300.0  # patience with the others where the caller names none
+_LONGEST = 30 * 86400.0  # what an infinite patience becomes; a watchdog ends it sooner
 
 
 class KeyValueStore:
@@ -42,7 +43,7 @@ class KeyValueStore:
     def get(self, name: str, *, timeout: float = _SECONDS) -> str:
         """Waits for `name` to be set by anyone; TimeoutError after `timeout` seconds."""
         try:
-            return self._client.blocking_key_value_get(f"{_PREFIX}/{name}", max(1, int(timeout * 1000)))
+            return self._client.blocking_key_value_get(f"{_PREFIX}/{name}", max(1, int(min(timeout, _LONGEST) * 1000)))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 raise TimeoutError(f"no process has set {name!r} within {timeout:g} s") from None
@@ -231,7 +232,7 @@ def _slurm_local_devices(environ: Mapping[str, str]) -> list[int] | None:
 
 
 def _platform() -> str:
-    return (jax.config.jax_platforms or "").split(",")[0]
+    return (getattr(jax.config, "jax_platforms", None) or "").split(",")[0]
 
 
 def _check_port_is_free(coordinator: str) -> None:

@@ -11,7 +11,6 @@ Which steps are kept is decided by a function that the caller hands in (training
 
 import hashlib
 import json
-import logging
 import math
 import threading
 import time
@@ -28,6 +27,7 @@ from t5x_like.core import tree
 from t5x_like.core.errors import UserError
 from t5x_like.storage import leaves, paths
 from t5x_like.storage.fingerprint import fingerprints
+from t5x_like.storage.quiet import quiet_orbax
 
 METADATA = "metadata"
 _FORMAT = 1
@@ -69,9 +69,7 @@ class Checkpoints:
         self._saved = True
         self._metrics: dict[int, dict[str, float]] = {}
         self._writer: ocp.AsyncCheckpointer | None = None
-        # Orbax reports one failed write as hundreds of lines; we report it as one.
-        self._quiet = lambda record: "orbax" not in record.pathname
-        logging.getLogger("absl").addFilter(self._quiet)
+        quiet_orbax()
         if read_only:
             return
         if _is_main():
@@ -96,13 +94,16 @@ class Checkpoints:
         """The JSON object saved with a step. Raises DamagedCheckpoint, or UserError where there is no such step."""
         if step not in self.steps():
             raise UserError(f"{self.directory} holds no checkpoint of step {step}; it has {self.steps() or 'none'}")
+        where = self._path(step, METADATA, METADATA)
+        if not paths.exists(where):
+            raise DamagedCheckpoint(f"checkpoint {self._path(step)} is damaged: it has no metadata")
         try:
-            content = paths.read_json(self._path(step, METADATA, METADATA))
-            recorded = content.pop("sha256")
-        except (UserError, KeyError, AttributeError, TypeError) as error:
-            raise DamagedCheckpoint(f"checkpoint {self._path(step)} is damaged: {_one_line(error)}") from None
-        if _digest(content) != recorded:
-            raise DamagedCheckpoint(f"checkpoint {self._path(step)} is damaged: its metadata was changed after saving")
+            content = json.loads(paths.read_bytes(where))
+            sound = _digest(content) == content.pop("sha256")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            sound = False
+        if not sound:
+            raise DamagedCheckpoint(f"checkpoint {self._path(step)} is damaged: its metadata is not what was saved")
         return content
 
     def save(
@@ -125,7 +126,8 @@ class Checkpoints:
         if latest is not None and step <= latest:
             raise ValueError(f"step {step} is due after {latest}, which {self.directory} already holds")
         flat = {name: leaves.array_paths(item) for name, item in items.items()}
-        self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items()}
+        # A metric that is no number can be no best one, and JSON has no NaN.
+        self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         note = self._note(step, items, flat, metadata)
         parts: dict[str, Any] = {
             name: ocp.args.PyTreeSave(tree.unflatten(arrays)) for name, arrays in flat.items() if arrays
@@ -171,23 +173,27 @@ class Checkpoints:
         return result
 
     def restore_latest(self, templates: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
-        """(step, items) of the newest checkpoint that is sound; damaged ones are put aside and named. None if none.
+        """(step, items) of the newest sound checkpoint, None if there is no checkpoint; newer damaged ones are put aside.
 
-        Raises UserError when there are checkpoints and all are damaged: a run must not silently begin again.
+        Raises UserError when there are checkpoints and none is sound: a run must not silently begin again.
         """
-        while steps := _same_everywhere(self.steps()):
+        damaged: dict[int, str] = {}
+        for step in reversed(_same_everywhere(self.steps())):
             try:
-                return steps[-1], self.restore(steps[-1], templates)
+                items = self.restore(step, templates)
             except DamagedCheckpoint as error:
+                damaged[step] = _one_line(error)
+                continue
+            for bad, reason in damaged.items():
                 if self._read_only:
-                    raise
-                name = self.quarantine(steps[-1])
-                self._on_fault(f"{_one_line(error)}; it was renamed {name}, the one before is used")
-        corrupt = [name for name in paths.list_names(self.directory) if _CORRUPT in name]
-        if corrupt:
+                    raise DamagedCheckpoint(reason)
+                self._on_fault(f"{reason}; it was renamed {self.quarantine(bad)}, step {step} is used")
+            return step, items
+        if damaged:
+            # None is renamed: what fails for all of them may be this program or this machine.
             raise UserError(
-                f"{self.directory} has no sound checkpoint left, only {', '.join(corrupt)}; restore one from a copy, "
-                "or start in a new workdir"
+                f"none of the checkpoints {sorted(damaged)} in {self.directory} can be restored; the newest: "
+                f"{damaged[max(damaged)]}; restore one from a copy, or start in a new workdir"
             )
         return None
 
@@ -207,7 +213,6 @@ class Checkpoints:
         self.wait()
         if self._writer is not None:
             self._writer.close()
-        logging.getLogger("absl").removeFilter(self._quiet)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -236,8 +241,7 @@ class Checkpoints:
             },
             "kinds": {name: leaves.kinds(item) for name, item in items.items()},
             "fingerprints": {name: fingerprints(arrays) for name, arrays in flat.items()},
-            # JSON has no NaN; a metric that is no number can be no best one either.
-            "metrics": {name: value for name, value in self._metrics[step].items() if math.isfinite(value)},
+            "metrics": self._metrics[step],
         }
         # Through JSON once, so that what is hashed is what will be read.
         note = json.loads(json.dumps(note, allow_nan=False))
@@ -323,10 +327,13 @@ class Checkpoints:
             # The handler itself, not a Checkpointer: that one ends in a barrier, where the others would wait for a
             # process whose part of the data is damaged.
             arrays = tree.flatten(ocp.PyTreeCheckpointHandler().restore(epath.Path(self._path(step, name)), args=arguments))
-        except (OSError, ValueError, KeyError, RuntimeError) as caught:
-            error = caught
-        if error is not None and (isinstance(error, PermissionError) or any(mark in str(error) for mark in _NOT_DAMAGE)):
-            raise UserError(f"{self._path(step, name)} cannot be read ({_one_line(error)})") from None
+        except Exception as caught:  # Orbax raises anything, plain Exception included, for bytes it cannot decode
+            error = caught.__cause__ or caught
+            if isinstance(error, PermissionError) or any(mark in str(error) for mark in _NOT_DAMAGE):
+                raise UserError(f"{self._path(step, name)} cannot be read ({_one_line(error)})") from None
+        # A flipped bit in its description of the tree makes Orbax skip a leaf and hand back the template.
+        if error is None and not all(isinstance(arrays.get(path), jax.Array) for path in wanted):
+            error = ValueError("some arrays are missing")
         if not all(_gathered(error is None)):
             reason = _one_line(error) if error is not None else "another process could not read its part"
             raise DamagedCheckpoint(f"checkpoint {self._path(step)} is damaged: {name!r} cannot be read ({reason})")
@@ -358,7 +365,8 @@ def check_templates(wanted: Mapping[str, Any], recorded: Mapping[str, Mapping[st
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _as_dtype(array: jax.Array, dtype: Any) -> jax.Array:
@@ -366,8 +374,9 @@ def _as_dtype(array: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else f"{text[:240]}..."
+    """Beginning and end of a long message: TensorStore puts the reason behind several paths, and source lines last."""
+    text = " ".join(str(error).partition("[source locations=")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-180:]}"
 
 
 def _is_main() -> bool:

@@ -121,8 +121,18 @@ def write_text_atomic(path: str, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
+def json_text(value: Any) -> str:
+    """The text that `write_json_atomic` writes: sorted and indented, so that people and hashes can read it."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def as_json(value: Any) -> Any:
+    """What comes back of a value that was written as JSON: tuples as lists, keys as text."""
+    return json.loads(json_text(value))
+
+
 def write_json_atomic(path: str, value: Any) -> None:
-    write_text_atomic(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text_atomic(path, json_text(value))
 
 
 def make_directory(path: str) -> None:

@@ -11,7 +11,7 @@ Steps are counted from 1: row N is update N, which trained on batch N - 1 of the
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -19,6 +19,8 @@ from t5x_like.core.errors import UserError
 from t5x_like.objectives.interface import Batch
 from t5x_like.training.evaluate import EvaluateConfig, EvaluateFunction, evaluate
 from t5x_like.training.faults import Faults
+from t5x_like.training.keep import CheckpointConfig, is_due
+from t5x_like.training.saver import Saver
 from t5x_like.training.state import State
 from t5x_like.training.step import StepFunction
 from t5x_like.training.telemetry import Telemetry
@@ -48,20 +50,13 @@ class LoopConfig:
     spike_warmup: int
 
 
-class Saver(Protocol):
-    """Saves a state under a step number and returns once the loop may go on; it may still be writing."""
-
-    def due(self, step: int) -> bool: ...
-    def save(self, step: int, state: State, frozen: dict[str, Any], evaluation: dict[str, float]) -> None: ...
-    def wait(self) -> None: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """What the loop runs: built values, no configs of other components."""
 
     config: LoopConfig
     evaluate_config: EvaluateConfig
+    checkpoint_config: CheckpointConfig
     step: StepFunction
     evaluate: EvaluateFunction
     batch_at: Callable[[int], Batch]  # index of the batch (0 for step 1) -> sharded arrays
@@ -81,7 +76,7 @@ def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int) -> tu
     while True:
         last = step == total
         stopping = step > start and faults.should_stop(step)
-        saving = step > start and (last or stopping or loop.saver.due(step))
+        saving = step > start and (stopping or is_due(step, config=loop.checkpoint_config, last_step=total))
         evaluating = step > start and (last or _due(step, loop.evaluate_config.every_steps))
         if evaluating or saving:
             _report(loop, pending)
@@ -133,13 +128,13 @@ def _bad_update(step: int, what: str, field: str) -> str:
 
 
 def _evaluate(loop: Loop, state: State, frozen: dict[str, Any], step: int) -> dict[str, float]:
-    """Evaluates on every held-out set and logs it; {"NAME/loss": value, ...}."""
+    """Evaluates on every held-out set and logs it; {"eval/NAME/loss": value, ...}."""
     params = state["ema"] if loop.evaluate_config.ema and "ema" in state else state["params"]
     results: dict[str, float] = {}
     for name, batches in loop.held_out.items():
         values = evaluate(loop.evaluate, params, frozen, batches)
         loop.telemetry.log_evaluation(step, name, values)
-        results |= {f"{name}/{key}": value for key, value in values.items() if math.isfinite(value)}
+        results |= {f"eval/{name}/{key}": value for key, value in values.items() if math.isfinite(value)}
     return results
 
 

@@ -1,4 +1,4 @@
-"""How many FLOPs a second a device can do at most: what MFU divides by. Not what a model needs: that is models/flops.py.
+"""How many FLOPs a second a device can do at most: what MFU divides by. What a model needs: models/flops.py.
 
 Peaks are dense bf16, from the vendors' documentation, whatever number format a run computes in.
 """

@@ -10,7 +10,6 @@ from typing import Any
 from t5x_like.core import tree
 from t5x_like.core.errors import UserError
 from t5x_like.storage.checkpoint import Checkpoints
-from t5x_like.training.keep import CheckpointConfig
 from t5x_like.training.state import Layout, State
 
 # Item of a checkpoint -> part of the train state.
@@ -19,17 +18,12 @@ _MODELS = ("params", "ema")
 
 
 class Saver:
-    """Saves when it is due; `metadata` (config, provenance) goes into every checkpoint."""
+    """Saves and restores one run; `metadata` (config, provenance) goes into every checkpoint."""
 
-    def __init__(
-        self, checkpoints: Checkpoints, *, layout: Layout, config: CheckpointConfig, metadata: Mapping[str, Any]
-    ):
-        self._checkpoints, self._layout, self._config = checkpoints, layout, config
+    def __init__(self, checkpoints: Checkpoints, *, layout: Layout, metadata: Mapping[str, Any]):
+        self._checkpoints, self._layout = checkpoints, layout
         axes = _items(layout.axes, layout.frozen_axes["base"])
         self._metadata = {**metadata, "axes": {name: _listed(item) for name, item in axes.items()}}
-
-    def due(self, step: int) -> bool:
-        return self._config.every_steps > 0 and step % self._config.every_steps == 0
 
     def save(self, step: int, state: State, frozen: Mapping[str, Any], evaluation: Mapping[str, float]) -> None:
         """Begins to save; returns when the state may be donated. A failure is logged by Checkpoints, and survived."""

@@ -15,6 +15,7 @@ def section() -> dict[str, Any]:
         "learning_rate": 1e-2,
         "schedule": {
             "name": "constant",
+            "steps": None,
             "warmup_steps": 0,
             "cosine": {"final_fraction": 0.1},
             "linear": {"final_fraction": 0.0},

@@ -24,9 +24,9 @@ def draw(seed: int) -> dict:
     rng = np.random.default_rng(seed)
     layer_scale = np.array([0.01, 1.0])
     return tree.map_with_path(
-        lambda _, spec: (
-            rng.normal(size=spec.shape) * layer_scale.reshape([2] + [1] * (len(spec.shape) - 1))
-        ).astype(np.float32),
+        lambda _, spec: (rng.normal(size=spec.shape) * layer_scale.reshape([2] + [1] * (len(spec.shape) - 1))).astype(
+            np.float32
+        ),
         SPECS,
     )
 
@@ -34,8 +34,8 @@ def draw(seed: int) -> dict:
 @pytest.mark.parametrize(("scale", "theirs_scale"), [("keller", "original"), ("rms", "match_rms_adamw")])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_stacked_muon_equals_torch_on_every_layer(config, monkeypatch, scale, theirs_scale, nesterov):
-    # torch iterates in bf16; made to use its full precision, its own code is the reference.
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+    # torch iterates in bf16, in place on that copy; with a copy in full precision its own code is the reference.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     section = config({"name": "muon", "muon.scale": scale, "muon.nesterov": nesterov, "weight_decay": 0.1})
     optimizer = build(section, specs=SPECS, total_steps=STEPS)
     params = draw(0)

@@ -14,7 +14,9 @@ PEAK, STEPS = 3e-3, 20
 
 
 def ours(config, changes: dict, steps: int = STEPS) -> list[float]:
-    schedule = build_schedule(config({f"schedule.{k}": v for k, v in changes.items()}).schedule, peak=PEAK, total_steps=steps)
+    schedule = build_schedule(
+        config({f"schedule.{k}": v for k, v in changes.items()}).schedule, peak=PEAK, total_steps=steps
+    )
     return [float(schedule(step)) for step in range(steps)]
 
 
@@ -124,12 +126,15 @@ def test_the_end_of_a_long_run_is_exact(config):
     ("changes", "message"),
     [
         ({"name": "cosin"}, "config.optim.schedule.name='cosin' is unknown"),
-        ({"name": "cosine", "warmup_steps": 21}, "warmup_steps=21 exceeds the run of 20 steps; lower it"),
+        ({"name": "cosine", "warmup_steps": 21}, "warmup_steps=21 exceeds the 20 steps of the run; lower it"),
         ({"name": "constant", "warmup_steps": -1}, "warmup_steps=-1 should be at least 0"),
         ({"name": "linear", "linear.final_fraction": 1.5}, "linear.final_fraction=1.5 should be a fraction"),
         ({"name": "rsqrt"}, "rsqrt.timescale=0 should be at least 1"),
-        ({"name": "warmup_stable_decay", "warmup_steps": 17}, "17 steps of warmup and 4 of decay exceed the run of 20"),
-        ({"name": "warmup_stable_decay", "warmup_stable_decay.shape": "cube"}, "shape='cube' is unknown; known: linear"),
+        ({"name": "warmup_stable_decay", "warmup_steps": 17}, "17 steps of warmup and 4 of decay exceed the 20 of the"),
+        (
+            {"name": "warmup_stable_decay", "warmup_stable_decay.shape": "cube"},
+            "shape='cube' is unknown; known: linear",
+        ),
     ],
 )
 def test_impossible_schedules_are_refused_in_one_line(config, changes, message):

@@ -42,8 +42,8 @@ def make_state(seed: int = 0):
     def normal(*shape):
         return jnp.asarray(random.standard_normal(shape, dtype=np.float32))
 
-    params = {"layers": {"up": normal(2, 8, 16), "norm": normal(2, 8)}, "embed": normal(64, 48)}
-    optimizer = optax.adamw(1e-3).init(params)
+    params = {"layers": {"up": normal(2, 8, 16), "norm": normal(2, 8)}, "embed": normal(128, 96)}
+    optimizer = jax.tree.map(lambda x: x + normal(*x.shape).astype(x.dtype), optax.adamw(1e-3).init(params))
     return {"params": params, "optimizer": optimizer, "state": {"step": jnp.int32(seed), "spikes": normal(3)}}
 
 
@@ -97,7 +97,7 @@ def test_one_item_or_some_paths_of_it_can_be_restored(saved):
 
 def test_another_dtype_is_verified_first_and_then_converted(saved):
     directory, state = saved
-    wanted = {"embed": jax.ShapeDtypeStruct((64, 48), jnp.bfloat16)}
+    wanted = {"embed": jax.ShapeDtypeStruct((128, 96), jnp.bfloat16)}
     with Checkpoints(directory, read_only=True) as checkpoints:
         restored = checkpoints.restore(3, {"params": wanted})["params"]
     assert_equal_bits(restored, {"embed": state["params"]["embed"].astype(jnp.bfloat16)})
@@ -109,8 +109,8 @@ def test_another_dtype_is_verified_first_and_then_converted(saved):
         ({"ema": {}}, "holds no 'ema'; it has optimizer, params, state"),
         ({"params": {"head": jax.ShapeDtypeStruct((1,), jnp.float32)}}, "params has no 'head'; it belongs to another"),
         (
-            {"params": {"embed": jax.ShapeDtypeStruct((32, 48), jnp.float32)}},
-            r"'embed' is \[64, 48\] there and \[32, 48\] here; use the config",
+            {"params": {"embed": jax.ShapeDtypeStruct((32, 96), jnp.float32)}},
+            r"'embed' is \[128, 96\] there and \[32, 96\] here; use the config",
         ),
     ],
 )
@@ -170,7 +170,7 @@ def test_old_steps_are_deleted_after_the_commit_and_metrics_are_remembered_over_
         with Checkpoints(str(tmp_path), keep=keep) as checkpoints:
             for step in steps:
                 checkpoints.save(step, {"params": {"w": jnp.ones(4)}}, {}, metrics={"loss": abs(step - 2), "bad": np.nan})
-    assert seen[-1] == ([2, 3, 4, 5], {2: {"loss": 0}, 3: {"loss": 1}, 4: {"loss": 2}, 5: {"loss": 3, "bad": pytest.approx(np.nan, nan_ok=True)}})
+    assert seen[-1] == ([2, 3, 4, 5], {2: {"loss": 0}, 3: {"loss": 1}, 4: {"loss": 2}, 5: {"loss": 3}})
     assert Checkpoints(str(tmp_path), read_only=True).steps() == [2, 4, 5]
 
 

@@ -44,21 +44,23 @@ def _restore_latest(directory, faults=None):
         return checkpoints.restore_latest(template(make_state(), mesh(2, 2)))
 
 
-def test_every_flipped_bit_in_the_data_is_found_and_its_leaf_named(directory):
+def test_a_flipped_bit_in_the_data_is_found_and_its_leaf_named(directory):
     data = _largest_file(directory / "20" / "params")
     sound = data.read_bytes()
     random = np.random.default_rng(0)
     named = 0
     with Checkpoints(str(directory), read_only=True) as checkpoints:
         expected = template(make_state(), mesh(2, 2))
-        for _ in range(24):
+        for _ in range(30):
             _flip(data, int(random.integers(len(sound))), int(random.integers(8)))
-            with pytest.raises(DamagedCheckpoint, match="checkpoint .*/20 is damaged") as caught:
-                checkpoints.restore(20, expected)
-            assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-            named += "differs from what was saved" in str(caught.value)
+            try:
+                # The file also holds parts that nothing refers to: a flip there changes no value.
+                assert_equal_bits(checkpoints.restore(20, expected), make_state(20))
+            except DamagedCheckpoint as error:
+                assert "\n" not in str(error) and len(str(error)) < 600 and "/20 is damaged" in str(error)
+                named += "params/embed differs from what was saved" in str(error)
             data.write_bytes(sound)
-        assert named > 0, "no flip got past Orbax, so the fingerprints were not tested"
+        assert named > 20, "flips must get past Orbax for the fingerprints to be tested"
         assert_equal_bits(checkpoints.restore(20, expected), make_state(20))
 
 
@@ -118,8 +120,9 @@ def test_when_all_are_damaged_the_run_does_not_silently_begin_again(directory):
     for step in ("10", "20"):
         os.truncate(_largest_file(directory / step / "params"), 100)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no sound checkpoint left, only 10.corrupt, 20.corrupt; restore one"):
+        with pytest.raises(UserError, match=r"none of the checkpoints \[10, 20\] in .*; restore one from a copy"):
             _restore_latest(directory)
+    assert sorted(os.listdir(directory)) == ["10", "20"]
 
 
 def test_a_reader_beside_the_run_renames_nothing(directory):

@@ -1,4 +1,4 @@
-"""The table of model families. A family is what its sizes have in common, and the sizes; both are fields of ModelConfig.
+"""The table of model families: what the sizes of each have in common, and the sizes, both as fields of ModelConfig.
 
 Not here: how a family computes (layers/, decoder.py) and how its files are read (convert/).
 """

@@ -1,0 +1,95 @@
+# What a person types. Everything runs in .venv, which is made on first use; nothing else of the machine is changed.
+#
+#   make train     train the bundled example in about 3 minutes on 2 cores, into runs/tiny
+#   make test      the test suite
+#   make check     what .ci/run runs: lint, types, doctests, tests
+#   make nightly   the slow tests, the long crash test and the plan of every shipped config
+#   make help      this list
+#
+# Variables: PYTHON (3.11 or newer), TORCH_INDEX (a package index that holds torch for the CPU alone, which is far
+# smaller than the default one), CONSTRAINTS (empty: newest versions that pyproject.toml allows), WORKERS, TESTS.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+WORKERS ?= 2
+TESTS ?=
+WORKDIR ?= runs/tiny
+TORCH_INDEX ?=
+
+# The first interpreter that is new enough and can make environments; 3.11 first, as constraints.txt was tested on it.
+ABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	"$$python" -c "$(ABLE)" 2>/dev/null && echo "$$python" && break; done)
+
+.PHONY: help train test install install-test check lint format types doctest nightly test-gpu constraints clean
+
+help:
+	@sed -n 's/^#   make /  make /p' Makefile
+
+train: $(VENV)/.installed
+	$(RUN) -m t5x_like train --config=configs/pretrain/tiny.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.installed-test
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 $(TESTS)
+
+check: lint types doctest test
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(VENV)/.installed-test
+	$(VENV)/bin/pyright
+
+doctest: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -q --doctest-modules t5x_like
+
+nightly: $(VENV)/.installed-test
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 -m "not gpu and not tpu" $(TESTS)
+
+# Tests that need an accelerator; on a machine without one they are not collected.
+test-gpu: $(VENV)/.installed-test
+	T5X_LIKE_TEST_PLATFORM=cuda $(RUN) -m pytest -q -m gpu
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "make: no Python from 3.11 to 3.14 with venv and ensurepip was found;" \
+		"install one (Debian: python3 python3-venv) or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Versions are pinned where constraints.txt was tested, on Python 3.11; elsewhere pyproject.toml bounds them.
+CONSTRAINTS ?= $(shell test -x $(RUN) && $(RUN) -c "import sys; print('constraints.txt' * (sys.version_info[:2] == (3, 11)))")
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "installing t5x_like into $(VENV) (a minute or two)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/.made
+	@$(RUN) -c "import sys; sys.exit(sys.version_info[:2] > (3, 13))" || { echo "make: the test extras need Python" \
+		"3.11 to 3.13 (tensorflow-text has no later build): make clean, then make PYTHON=python3.13 ..." >&2; exit 1; }
+	@echo "installing t5x_like with its test extras into $(VENV) (several GB, some minutes)"
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+# Writes down what stands in .venv, after the suite has passed with it: versions alone, no build tags, no places.
+constraints: $(VENV)/.installed-test
+	{ echo "# Versions that the test suite has passed with on Python 3.11; made by \`make constraints\`."; \
+	  $(RUN) -m pip freeze --exclude-editable | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$'; } > $@.tmp
+	mv $@.tmp constraints.txt
+	@touch $(VENV)/.installed $(VENV)/.installed-test
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

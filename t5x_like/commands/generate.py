@@ -1,0 +1,40 @@
+"""`t5x_like generate DIR --prompt=TEXT`: continues text with a model directory. Prints prompt and continuation."""
+
+import sys
+
+from t5x_like.commands.arguments import Parser
+from t5x_like.core.errors import UsageError
+
+
+def run(arguments: list[str]) -> int:
+    parser = Parser(prog="t5x_like generate", description=__doc__)
+    parser.add_argument("directory", help="workdir, checkpointed model or converted model")
+    parser.add_argument("--prompt", action="append", help="text to continue; may be repeated; - reads standard input")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at most (default 128)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens; 0 is off (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set of this probability; 1 is off")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="read the averaged parameters")
+    options = parser.parse_args(arguments)
+    if not options.prompt:
+        raise UsageError("t5x_like generate: give at least one --prompt=TEXT")
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt]
+
+    from t5x_like.language_model import load  # after the arguments are known to be right: imports jax
+
+    model = load(options.directory, step=options.step, ema=options.ema)
+    texts = model.generate(
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if index:
+            print("-" * 40)
+        print(prompt + text)
+    return 0

@@ -1,0 +1,43 @@
+"""Trains a tokenizer on the text of sources and saves it as a folder; the program is `tools/train_tokenizer.py`.
+
+No command of `t5x_like`: `config.data.tokenizer="train:bpe:8192"` trains one as a part of `prepare`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from t5x_like.commands.arguments import Parser
+from t5x_like.core.errors import UsageError
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="train_tokenizer", description=__doc__)
+    parser.add_argument("sources", nargs="+", help="KIND:PATH, KIND one of text, lines, jsonl, csv, parquet, tfds")
+    parser.add_argument("--kind", default="bpe", help="bpe (default), unigram or sentencepiece")
+    parser.add_argument("--size", type=int, default=8192, help="tokens, with 256 bytes and the special ones")
+    parser.add_argument("--field", default="text", help="field of a record that holds the text (default: text)")
+    parser.add_argument("--bytes", type=int, default=100_000_000, help="characters of each source to read at most")
+    parser.add_argument("--output", required=True, help="folder to write; a config names it as config.data.tokenizer")
+    options = parser.parse_args(arguments)
+
+    from t5x_like.data import tokenizer_training
+
+    parsed = tokenizer_training.parse(f"train:{options.kind}:{options.size}", where="--kind and --size")
+    if parsed is None or options.bytes < 1:
+        raise UsageError(f"train_tokenizer: --bytes={options.bytes} should be at least 1")
+    texts = _texts(options.sources, options.field, options.bytes)
+    vocabulary = tokenizer_training.train(*parsed, texts)
+    vocabulary.save(options.output)
+    print(f"{options.output}: {options.kind}, {vocabulary.size} tokens, fingerprint {vocabulary.fingerprint[:16]}")
+    return 0
+
+
+def _texts(names: Sequence[str], field: str, limit: int) -> Iterator[str]:
+    from t5x_like.data import encoding, sources
+    from t5x_like.data.config import FieldsConfig
+
+    for name in names:
+        source = sources.parse(name, where="source")
+        files = sources.files(source, where="source")
+        pieces = sources.pieces(source.kind, files, 0, sum(file.measure for file in files))
+        documents = encoding.read_pieces(source, files, pieces, FieldsConfig(field, "", ""), ())
+        yield from encoding.first_texts(documents, limit)

@@ -1,0 +1,126 @@
+"""The token cache as a whole: which token sets and tokenizer belong to a config, and where they lie.
+
+`prepared-KEY.json` names them; KEY is a hash of what the config says about sources, fields, tokenizer and held-out
+text, so a reader needs the cache alone and not the sources. A cache in a bucket is copied to a local disk once and
+read there. Contents of the folders: data/token_set.py.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from t5x_like.core.errors import UserError
+from t5x_like.data.config import DataConfig
+from t5x_like.storage import paths
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SetEntry:
+    """One token set of a manifest. `rate`: as its source states it (SeqIO), None where the config decides."""
+
+    folder: str
+    source: str
+    files: tuple[str, ...]
+    rate: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a config's data became: {name: set} to train on and held out, and the tokenizer's folder."""
+
+    tokenizer: str
+    train: dict[str, SetEntry]
+    validation: dict[str, SetEntry]
+
+
+def key(config: DataConfig) -> str:
+    """16 hexadecimal digits of everything in the config that decides which tokens there are."""
+    named = ("source", "fields", "preprocessors", "tokenizer", "validation")
+    chosen: dict[str, Any] = {name: getattr(config, name) for name in named}
+    chosen["fields"] = dataclasses.astuple(config.fields)
+    chosen["sources"] = sorted(config.mixture.sources.items())
+    if config.tokenizer.startswith("train:"):
+        chosen["tokenizer_training_bytes"] = config.tokenizer_training_bytes
+    return digest({"version": VERSION, **chosen})[:16]
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def local_folder(cache_dir: str) -> pathlib.Path:
+    """Where the files of a cache are read and written: itself, or the local copy of one in a bucket."""
+    if not paths.is_remote(cache_dir):
+        return pathlib.Path(cache_dir)
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return (
+        pathlib.Path(root) / "t5x_like" / "tokens" / hashlib.sha256(paths.normal(cache_dir).encode()).hexdigest()[:16]
+    )
+
+
+def name(config: DataConfig) -> str:
+    return f"prepared-{key(config)}.json"
+
+
+def write_manifest(config: DataConfig, cache_dir: str, manifest: Manifest) -> None:
+    """Declares the config's data prepared; in a bucket only after everything it names is there."""
+    folder = local_folder(cache_dir)
+    paths.write_json_atomic(str(folder / name(config)), {"version": VERSION, **dataclasses.asdict(manifest)})
+    if paths.is_remote(cache_dir):
+        for part in _parts(manifest):
+            _copy_missing(str(folder / part), paths.join(cache_dir, part))
+        paths.copy_file(str(folder / name(config)), paths.join(cache_dir, name(config)))
+
+
+def fetch(config: DataConfig, cache_dir: str) -> None:
+    """Copies what a bucket holds of this config's data to the local disk; does nothing for a local cache."""
+    remote = paths.join(cache_dir, name(config))
+    if not paths.is_remote(cache_dir) or not paths.exists(remote):
+        return
+    folder = local_folder(cache_dir)
+    manifest = _manifest(paths.read_json(remote), remote)
+    for part in _parts(manifest):
+        _copy_missing(paths.join(cache_dir, part), str(folder / part))
+    paths.copy_file(remote, str(folder / name(config)))
+
+
+def read_manifest(config: DataConfig, cache_dir: str) -> Manifest:
+    """UserError when the config's data has not been prepared there."""
+    fetch(config, cache_dir)
+    path = local_folder(cache_dir) / name(config)
+    if not path.is_file():
+        raise UserError(f"{cache_dir}: no token cache of config.data.source={config.source!r}; run `t5x_like prepare`")
+    return _manifest(paths.read_json(str(path)), str(path))
+
+
+def _manifest(content: Any, where: str) -> Manifest:
+    try:
+        sets = [
+            {
+                name: SetEntry(e["folder"], e["source"], tuple(e["files"]), e["rate"])
+                for name, e in content[part].items()
+            }
+            for part in ("train", "validation")
+        ]
+        return Manifest(content["tokenizer"], *sets)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: not a manifest of a token cache ({error!r}); delete it and prepare again") from None
+
+
+def _parts(manifest: Manifest) -> list[str]:
+    entries = [*manifest.train.values(), *manifest.validation.values()]
+    return [manifest.tokenizer, *dict.fromkeys(entry.folder for entry in entries)]
+
+
+def _copy_missing(source: str, target: str) -> None:
+    """Copies the files that the target lacks, the index of a token set last."""
+    there = paths.tree_files(target)
+    wanted = {file: size for file, size in paths.tree_files(source).items() if not file.startswith(".")}
+    for file in sorted(wanted, key=lambda file: (file == "index.json", file)):
+        if there.get(file) != wanted[file]:
+            paths.copy_file(paths.join(source, *file.split("/")), paths.join(target, *file.split("/")))

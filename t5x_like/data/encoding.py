@@ -1,0 +1,159 @@
+"""From documents to tokens: batches of texts through a vocabulary, with BOS, EOS, byte counts and places.
+
+One job, `encode_shard`, is what a worker of `prepare` runs: it reads pieces of a source and writes one shard.
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5x_like.core.errors import UserError
+from t5x_like.data import preprocessors, sources, token_set, vocabularies
+from t5x_like.data.config import FieldsConfig
+from t5x_like.data.preprocessors import Document
+from t5x_like.data.sources import Piece, Source, SourceFile
+
+_BATCH_CHARACTERS = 1 << 18
+_LONG_TEXT = 1 << 22  # characters; a longer text is tokenized in parts, cut between two lines
+_BETWEEN_LINES = re.compile(r"\S\n(?=\S)")
+
+Placed = tuple[int, int, Document]  # number of the file, offset in it, document
+Report = Callable[[int], None]  # called with characters or records done since the last call
+
+
+def encode_shard(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Writes the shard a job of data/prepare.py describes; returns its facts."""
+    vocabulary = load_vocabulary(job["tokenizer"])
+    batches = encode(_documents(job, report), vocabulary)
+    return token_set.write_shard(pathlib.Path(job["folder"]), job["index"], batches, job["token_type"])
+
+
+@functools.lru_cache(maxsize=2)
+def load_vocabulary(path: str) -> vocabularies.Vocabulary:
+    return vocabularies.load(path)
+
+
+def _documents(job: dict[str, Any], report: Report) -> Iterator[Placed]:
+    fields = FieldsConfig(**job["fields"])
+    for file, begin, end in job["pieces"]:
+        piece = Piece(file, begin, end)
+        yield from _read_piece(
+            job["kind"], job["name"], job["files"][file], piece, fields, job["preprocessors"], report
+        )
+
+
+def read_pieces(
+    source: Source, files: Sequence[SourceFile], pieces: Iterable[Piece], fields: FieldsConfig, names: Sequence[str]
+) -> Iterator[Placed]:
+    """The documents of some pieces of a native source, in order."""
+    for piece in pieces:
+        yield from _read_piece(source.kind, source.name, files[piece.file].path, piece, fields, names, _no_report)
+
+
+def first_texts(documents: Iterable[Placed], limit: int) -> Iterator[str]:
+    """The texts of documents until `limit` characters are reached; the last one is cut."""
+    for _, _, document in documents:
+        for text in (document.inputs[:limit], document.text[:limit]):
+            if text:
+                yield text
+                limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def _no_report(amount: int) -> None:
+    del amount
+
+
+def _read_piece(
+    kind: str, name: str, path: str, piece: Piece, fields: FieldsConfig, names: Sequence[str], report: Report
+) -> Iterator[Placed]:
+    """`report` gets the offsets passed."""
+    done, unit = piece.begin, sources.unit(kind)
+    reading = FieldsConfig("text", "", "") if kind in ("text", "lines") else fields
+    for record in sources.read(kind, path, piece.begin, piece.end, name=name):
+        report(record.offset - done)
+        done = record.offset
+        place = f"{path}: {unit} {record.offset}"
+        yield piece.file, record.offset, preprocessors.document(record.fields, reading, names, place=place)
+    report(piece.end - done)
+
+
+def encode(documents: Iterable[Placed], vocabulary: vocabularies.Vocabulary) -> Iterator[token_set.Encoded]:
+    """Batches of encoded documents; those without a token are left out and counted."""
+    batch: list[Placed] = []
+    size = 0
+    for placed in documents:
+        batch.append(placed)
+        size += len(placed[2].inputs) + len(placed[2].text) + 16
+        if size >= _BATCH_CHARACTERS:
+            yield _encode_batch(batch, vocabulary)
+            batch, size = [], 0
+    if batch:
+        yield _encode_batch(batch, vocabulary)
+
+
+def _encode_batch(batch: list[Placed], vocabulary: vocabularies.Vocabulary) -> token_set.Encoded:
+    examples = any(document.inputs for _, _, document in batch)
+    texts = [
+        t for _, _, document in batch for t in ((document.inputs, document.text) if examples else (document.text,))
+    ]
+    ids, counts, lengths = _encode_texts(texts, vocabulary)
+    pairs = lengths.reshape(-1, 2) if examples else np.stack([np.zeros_like(lengths), lengths], axis=1)
+    return assemble(ids, counts, pairs, [(file, offset) for file, offset, _ in batch], vocabulary)
+
+
+def _encode_texts(texts: list[str], vocabulary: vocabularies.Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, bytes per id, ids per text); long texts in parts."""
+    parts: list[str] = []
+    first: list[int] = []
+    for text in texts:
+        first.append(len(parts))
+        parts.extend(_parts(text))
+    ids, lengths = vocabulary.encode_batch(parts)
+    counts = vocabulary.count_bytes(parts, ids, lengths)
+    return ids, counts, np.add.reduceat(lengths, first) if len(parts) > len(texts) else lengths
+
+
+def _parts(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > _LONG_TEXT:
+        cut = _BETWEEN_LINES.search(text, begin + _LONG_TEXT)
+        if cut is None:
+            break
+        yield text[begin : cut.end()]
+        begin = cut.end()
+    yield text[begin:]
+
+
+def assemble(
+    ids: np.ndarray,
+    counts: np.ndarray,
+    pairs: np.ndarray,
+    places: list[tuple[int, int]],
+    vocabulary: vocabularies.Vocabulary,
+) -> token_set.Encoded:
+    """Puts BOS (where there is one) before and EOS behind each document of pairs[i] = (input tokens, text tokens)."""
+    lengths = pairs.sum(axis=1)
+    kept = lengths > 0
+    lengths, inputs = lengths[kept], pairs[kept, 0]
+    where = np.array(places, np.int64).reshape(-1, 2)[kept]
+    if vocabulary.eos_id is None:
+        raise UserError("the tokenizer names no end-of-text token; name one in a tokenizer_config.json beside it")
+    before = 0 if vocabulary.bos_id is None else 1
+    wholes = lengths + before + 1
+    begins = np.cumsum(wholes) - wholes
+    content = np.repeat(begins + before - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+    out_ids = np.full(wholes.sum(), vocabulary.eos_id, np.int32)
+    out_counts = np.zeros(wholes.sum(), np.int64)
+    out_ids[content], out_counts[content] = ids, counts
+    if vocabulary.bos_id is not None:
+        out_ids[begins] = vocabulary.bos_id
+    without_loss = np.where(inputs > 0, inputs + before, 0)
+    return token_set.Encoded(
+        out_ids, out_counts, wholes, without_loss, where[:, 0], where[:, 1], int(len(kept) - kept.sum())
+    )

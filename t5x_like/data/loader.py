@@ -1,0 +1,268 @@
+"""Reading: a batch that is a pure function of (config, seed, step), from the token cache alone.
+
+Row r of step s is example s * batch_size + r. Example i belongs to a component and has an index within it
+(data/mixtures.py); index // rows is the epoch and a keyed permutation of that epoch says which row of the component
+it is. No state, no iterator: a process reads the rows it wants, in any order. Numpy only.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Int
+
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UserError
+from t5x_like.data import cache, features, mixtures, packing, vocabularies
+from t5x_like.data.config import DataConfig
+from t5x_like.data.permutation import permute
+from t5x_like.data.token_set import TokenSet
+
+Batch = features.Batch
+Read = TypeVar("Read")
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentPlace:
+    """A document (or its rest) in a batch: where it lies in the batch and in its source. `unit`: of offset."""
+
+    row: int
+    column: int
+    component: str
+    file: str
+    offset: int
+    unit: str
+    epoch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Component:
+    name: str
+    entry: cache.SetEntry
+    tokens: TokenSet
+    packing: packing.Packing
+
+
+class TrainData:
+    """Opened data: batches to train on, held-out batches, and the vocabulary they are written in.
+
+    `fingerprint` changes when any row of any step does.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        vocabulary: vocabularies.Vocabulary,
+        train: list[_Component],
+        validation: list[_Component],
+        *,
+        seed: int,
+    ):
+        self.batch_size, self.length, self.vocabulary = config.batch_size, config.length, vocabulary
+        self.tokens_per_step = config.batch_size * config.length
+        self._config, self._seed, self._validation = config, seed, validation
+        sizes = {component.name: component.packing.size for component in train}
+        rates = mixtures.row_rates(config.mixture, sizes, {c.name: c.entry.rate for c in train})
+        self._components = [component for component in train if component.name in rates]
+        self._shares = mixtures.shares([rates[component.name] for component in self._components])
+        self._slots = mixtures.Slots(self._shares)
+        self._sizes = sizes
+        self.fingerprint = cache.digest(
+            {
+                "train": [(c.name, c.tokens.fingerprint) for c in self._components],
+                "validation": [(c.name, c.tokens.fingerprint) for c in validation],
+                "shares": self._shares,
+                "shape": (config.batch_size, config.length, config.validation_stride, config.validation_batches),
+                "packing": (config.packing, config.attend_across_documents),
+                "seed": seed,
+            }
+        )
+
+    def rows(self, step: int, rows: Int[np.ndarray, "n"]) -> Batch:
+        """Rows of the global batch of `step` (from 0), each array [n, T]; the same whoever asks for them."""
+        located = self._locate(step, np.asarray(rows, np.int64))
+        parts = [
+            (chosen, features.batch(component.packing.read(local), attend_across_documents=self._attends))
+            for component, chosen, local, _ in located
+        ]
+        return _gather(parts, len(rows))
+
+    def documents(self, step: int) -> list[DocumentPlace]:
+        """Every document in the batch of `step`, row by row."""
+        found = [
+            _place(component, row, column, document, int(epoch))
+            for component, chosen, local, epochs in self._locate(step, np.arange(self.batch_size))
+            for row, packed, epoch in zip(chosen.tolist(), local.tolist(), epochs, strict=True)
+            for document, column in component.packing.documents(packed)
+        ]
+        return sorted(found, key=lambda place: (place.row, place.column))
+
+    def evaluation_batches(self) -> dict[str, "HeldOut"]:
+        """{name of a held-out set: its batches}, the same at every evaluation."""
+        return {component.name: HeldOut(component, self._config) for component in self._validation}
+
+    def evaluation(self, name: str) -> "HeldOut":
+        batches = self.evaluation_batches()
+        if name not in batches:
+            raise UserError(
+                f"held-out set {name!r} is unknown; {nearest(name, batches) if batches else 'there is none'}"
+            )
+        return batches[name]
+
+    def describe(self, steps: int | None = None) -> dict[str, Any]:
+        """Facts for a summary; with `steps`, also how many epochs of each component these will read."""
+        total = sum(self._shares)
+        components = {}
+        for component, share in zip(self._components, self._shares, strict=True):
+            facts = _facts(component) | {"share_of_rows": share / total}
+            if steps is not None:
+                facts["epochs"] = steps * self.batch_size * share / total / self._sizes[component.name].rows
+            components[component.name] = facts
+        summary: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "tokenizer": {"kind": self.vocabulary.kind, "size": self.vocabulary.size},
+            "components": components,
+            "validation": {component.name: _facts(component) for component in self._validation},
+            "tokens_per_step": self.tokens_per_step,
+        }
+        return summary if steps is None else summary | {"tokens_to_come": steps * self.tokens_per_step}
+
+    def close(self) -> None:
+        for component in [*self._components, *self._validation]:
+            component.tokens.close()
+
+    @property
+    def _attends(self) -> bool:
+        return self._config.attend_across_documents
+
+    def _locate(self, step: int, rows: np.ndarray) -> Iterator[tuple[_Component, np.ndarray, np.ndarray, np.ndarray]]:
+        """(component, indices into `rows`, rows of the component, their epochs)."""
+        numbers, indices = self._slots.locate(step * self.batch_size + rows)
+        for number in np.unique(numbers):
+            component = self._components[number]
+            chosen = np.flatnonzero(numbers == number)
+            size = self._sizes[component.name].rows
+            epochs, positions = np.divmod(indices[chosen], size)
+            local = np.zeros_like(positions)
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                local[here] = permute(positions[here], size, f"{self._seed}/{component.name}/{epoch}")
+            yield component, chosen, local, epochs
+
+
+class HeldOut:
+    """Batches of a held-out set in order; rows behind its end are padding with loss weight 0."""
+
+    def __init__(self, component: _Component, config: DataConfig):
+        self._component, self._config = component, config
+        self._rows = component.packing.size.rows
+        whole = -(-self._rows // config.batch_size)
+        self._batches = min(whole, config.validation_batches) if config.validation_batches else whole
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.rows(index, np.arange(self._config.batch_size))
+
+    def rows(self, index: int, rows: Int[np.ndarray, "n"]) -> Batch:
+        """Some rows of batch `index`."""
+        if not 0 <= index < self._batches:
+            raise IndexError(index)
+        numbers = index * self._config.batch_size + np.asarray(rows, np.int64)
+        read = self._component.packing.read(np.minimum(numbers, self._rows - 1))
+        read.valid[numbers >= self._rows] = 0
+        read.tokens[numbers >= self._rows] = 0
+        return features.batch(read, attend_across_documents=self._config.attend_across_documents)
+
+
+class Prefetch(Generic[Read]):
+    """Calls `read(step)` for the next steps in one thread while the caller works on this one.
+
+    What is returned, or raised, for a step is what `read(step)` gives, whatever order steps are asked for.
+    """
+
+    def __init__(self, read: Callable[[int], Read], *, ahead: int):
+        self._read, self._ahead = read, ahead
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._waiting: collections.OrderedDict[int, concurrent.futures.Future[Read]] = collections.OrderedDict()
+
+    def __call__(self, step: int) -> Read:
+        future = self._waiting.pop(step, None)
+        wanted = range(step + 1, step + 1 + self._ahead)
+        for other in [other for other in self._waiting if other not in wanted]:
+            self._waiting.pop(other).cancel()
+        if future is None and self._ahead:
+            future = self._thread.submit(self._read, step)
+        for other in wanted:
+            if other not in self._waiting:
+                self._waiting[other] = self._thread.submit(self._read, other)
+        return self._read(step) if future is None else future.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
+    """Opens what `prepare` wrote in `cache_dir` for this config (a cache in a bucket is copied to a local disk)."""
+    _check(config)
+    manifest = cache.read_manifest(config, cache_dir)
+    folder = cache.local_folder(cache_dir)
+    vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
+    train = [_open(name, entry, folder, config, config.length) for name, entry in sorted(manifest.train.items())]
+    stride = config.validation_stride or config.length
+    validation = [_open(name, entry, folder, config, stride) for name, entry in sorted(manifest.validation.items())]
+    return TrainData(config, vocabulary, train, validation, seed=seed)
+
+
+def _check(config: DataConfig) -> None:
+    for name in ("batch_size", "length"):
+        if getattr(config, name) < 1:
+            raise UserError(f"config.data.{name}={getattr(config, name)} should be at least 1")
+    if not 0 <= config.validation_stride <= config.length:
+        raise UserError(
+            f"config.data.validation_stride={config.validation_stride} should lie between 0 and length={config.length}"
+        )
+    if config.packing not in packing.PACKINGS:
+        raise UserError(
+            f"config.data.packing={config.packing!r} is unknown; {nearest(config.packing, packing.PACKINGS)}"
+        )
+
+
+def _open(name: str, entry: cache.SetEntry, folder: pathlib.Path, config: DataConfig, stride: int) -> _Component:
+    tokens = TokenSet(folder / entry.folder, verify=config.verify)
+    if tokens.tokens < 2:
+        raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
+    return _Component(name, entry, tokens, packing.PACKINGS[config.packing](tokens, config.length, stride))
+
+
+def _place(component: _Component, row: int, column: int, document: int, epoch: int) -> DocumentPlace:
+    file, offset = component.tokens.place(document)
+    return DocumentPlace(row, column, component.name, component.entry.files[file], offset, component.tokens.unit, epoch)
+
+
+def _facts(component: _Component) -> dict[str, Any]:
+    tokens, size = component.tokens, component.packing.size
+    return {
+        "source": component.entry.source,
+        "documents": tokens.documents,
+        "tokens": tokens.tokens,
+        "bytes": tokens.text_bytes,
+        "rows": size.rows,
+        "truncated": component.packing.truncated,
+        "skipped": tokens.skipped,
+    }
+
+
+def _gather(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:
+    if len(parts) == 1 and len(parts[0][0]) == count:
+        return parts[0][1]
+    batch = {key: np.zeros((count, array.shape[1]), array.dtype) for key, array in parts[0][1].items()} if parts else {}
+    for chosen, part in parts:
+        for key, array in part.items():
+            batch[key][chosen] = array
+    return batch

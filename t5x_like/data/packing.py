@@ -1,0 +1,158 @@
+"""Packing: which tokens of a token set form row r. An index into the cache, no copy of it.
+
+`Concatenated`: one stream of all documents, rows of T+1 tokens that begin every `stride` tokens. `BestFit`: whole
+examples, each put into the row with the least room that still holds it. Order of rows: data/loader.py.
+"""
+
+import fractions
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from t5x_like.data.features import Rows
+from t5x_like.data.mixtures import Size
+from t5x_like.data.token_set import TokenSet
+
+
+class Packing(Protocol):
+    """Rows of one token set. `truncated`: examples that were too long for a row."""
+
+    truncated: int
+
+    @property
+    def size(self) -> Size: ...
+
+    def read(self, rows: Int[np.ndarray, "n"]) -> Rows: ...
+
+    def documents(self, row: int) -> list[tuple[int, int]]:
+        """(document, column where it or its rest begins) of a row."""
+        ...
+
+
+class Concatenated:
+    """Rows of T+1 tokens with stride T: every token but the very first is a target exactly once.
+
+    A smaller stride makes rows overlap; then a row only predicts what the one before has not. The last row is padded.
+    """
+
+    truncated = 0
+
+    def __init__(self, token_set: TokenSet, *, length: int, stride: int):
+        self._set, self._length, self._stride = token_set, length, stride
+        self.rows = 1 + max(0, -(-(token_set.tokens - 1 - length) // stride))
+
+    @property
+    def size(self) -> Size:
+        return Size(self._set.documents, self._set.tokens, self.rows, fractions.Fraction(self._length))
+
+    def read(self, rows: Int[np.ndarray, "n"]) -> Rows:
+        starts = np.asarray(rows, np.int64) * self._stride
+        width = self._length + 1
+        valid = np.minimum(self._set.tokens - starts, width)
+        spans = np.arange(len(starts))
+        tokens, counts = self._set.read(starts, valid, spans, np.zeros_like(spans), (len(starts), width))
+        begins = np.zeros((len(starts), width), bool)
+        first, last = (np.searchsorted(self._set.ends, edge) for edge in (starts, starts + valid))
+        inside = _ranges(first, last - first)
+        row = np.repeat(spans, last - first)
+        begins[row, self._set.ends[inside] - starts[row]] = True
+        trained = np.ones((len(starts), width), bool)
+        if self._set.inputs is not None:
+            trained = self._behind_inputs(starts, begins)
+        trained[starts > 0, : width - self._stride] = False
+        return Rows(tokens, counts, begins, trained, valid)
+
+    def documents(self, row: int) -> list[tuple[int, int]]:
+        start = row * self._stride
+        first, last = np.searchsorted(self._set.ends, [start, start + self._length], side="right").tolist()
+        last = min(last, self._set.documents - 1)
+        places = [0, *(int(self._set.ends[document]) - start for document in range(first, last))]
+        return list(zip(range(first, last + 1), places, strict=True))
+
+    def _behind_inputs(self, starts: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        assert self._set.inputs is not None
+        later = begins.copy()
+        later[:, 0] = False
+        document = np.searchsorted(self._set.ends, starts, side="right")[:, None] + np.cumsum(later, axis=1)
+        document = np.minimum(document, self._set.documents - 1)
+        begin = np.where(document > 0, self._set.ends[document - 1], 0)
+        return starts[:, None] + np.arange(begins.shape[1]) - begin >= self._set.inputs[document]
+
+
+class BestFit:
+    """Rows of whole examples, at most T+1 tokens together; a longer example loses its end. The first token of an
+    example is never predicted."""
+
+    def __init__(self, token_set: TokenSet, *, length: int):
+        self._set, self._width = token_set, length + 1
+        self._begins = np.concatenate([[0], token_set.ends[:-1]])
+        lengths = token_set.ends - self._begins
+        self.truncated = int((lengths > self._width).sum())
+        self._lengths = np.minimum(lengths, self._width)
+        self._order, self._edges = best_fit(self._lengths, self._width)
+
+    @property
+    def size(self) -> Size:
+        rows, tokens = len(self._edges) - 1, int(self._lengths.sum())
+        return Size(self._set.documents, tokens, rows, fractions.Fraction(tokens, rows))
+
+    def read(self, rows: Int[np.ndarray, "n"]) -> Rows:
+        first, held = self._edges[rows], np.diff(self._edges)[rows]
+        examples = self._order[_ranges(first, held)]
+        row = np.repeat(np.arange(len(rows)), held)
+        lengths = self._lengths[examples]
+        before = np.cumsum(lengths) - lengths
+        column = before - before[np.cumsum(held) - held][row]
+        shape = (len(rows), self._width)
+        tokens, counts = self._set.read(self._begins[examples], lengths, row, column, shape)
+        begins, trained = np.zeros(shape, bool), np.ones(shape, bool)
+        begins[row, column] = True
+        silent = np.ones(len(examples), np.int64)
+        if self._set.inputs is not None:
+            silent = np.clip(self._set.inputs[examples], 1, lengths)
+        inside = _ranges(column, silent)
+        trained[np.repeat(row, silent), inside] = False
+        valid = np.bincount(row, weights=lengths, minlength=len(rows)).astype(np.int64)
+        return Rows(tokens, counts, begins, trained, valid)
+
+    def documents(self, row: int) -> list[tuple[int, int]]:
+        examples = self._order[self._edges[row] : self._edges[row + 1]]
+        lengths = self._lengths[examples]
+        return list(zip(examples.tolist(), (np.cumsum(lengths) - lengths).tolist(), strict=True))
+
+
+PACKINGS = {
+    "concatenate": lambda token_set, length, stride: Concatenated(token_set, length=length, stride=stride),
+    "examples": lambda token_set, length, stride: BestFit(token_set, length=length),
+}
+
+
+def best_fit(lengths: Int[np.ndarray, "examples"], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(examples in row order, edges): row r holds order[edges[r]:edges[r + 1]].
+
+    Rows with equal room are used newest first. `room` has one bit for each amount of room that some row has.
+    """
+    open_rows: list[list[int]] = [[] for _ in range(width + 1)]
+    row_of = np.zeros(len(lengths), np.int64)
+    room = rows = 0
+    for example, length in enumerate(lengths.tolist()):
+        fitting = room >> length
+        if fitting:
+            left = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[left].pop()
+            if not open_rows[left]:
+                room &= ~(1 << left)
+        else:
+            left, row, rows = width, rows, rows + 1
+        row_of[example] = row
+        if left > length:
+            open_rows[left - length].append(row)
+            room |= 1 << (left - length)
+    order = np.argsort(row_of, kind="stable")
+    return order, np.searchsorted(row_of[order], np.arange(rows + 1))
+
+
+def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """first[0], first[0] + 1, ... (counts[0] of them), first[1], ..."""
+    return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())

@@ -1,0 +1,223 @@
+"""The SeqIO adapter: a Task or Mixture defined in code becomes token sets. Runs in worker processes only.
+
+SeqIO and TensorFlow are imported inside these functions, and nothing else in the project imports them: the trainer
+reads the cache. A task is run once, unshuffled, with its own preprocessors and vocabulary. A mixture is its tasks,
+with the rates SeqIO computes. Tasks whose features are still text are tokenized with the config's tokenizer.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from t5x_like.core.errors import UserError
+from t5x_like.data import token_set, tokenizer_files, vocabularies
+
+_BATCH_EXAMPLES = 1000
+_MOST_SHARDS = 64
+
+
+def describe(job: dict[str, Any], report: Callable[[int], None]) -> dict[str, Any]:
+    """What `job["module"]` and `job["name"]` stand for; saves the task's vocabulary, if it has one, in `job["folder"]`.
+
+    Gives {"tasks": {name: {"rate", "shards", "fingerprint"}}, "split", "vocabulary": folder name or None}.
+    """
+    provider, split = _provider(job["module"], job["name"])
+    found = {}
+    for task in _guarded(lambda: _tasks(provider), provider.name):
+        shards = _guarded(lambda task=task: list(task.source.list_shards(split)), task.name)
+        if split not in (task.splits or [split]):
+            raise UserError(f"seqio task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
+        rate = _guarded(lambda task=task: _rate(provider, task), task.name)
+        count = min(max(len(shards), 1), _MOST_SHARDS)
+        found[task.name] = {
+            "rate": rate,
+            "shards": count,
+            "fingerprint": _fingerprint(job["module"], task, split, shards),
+        }
+    vocabulary = _vocabulary(provider)
+    if vocabulary is not None:
+        vocabulary.save(job["folder"])
+    return {"tasks": found, "split": split, "vocabulary": vocabulary is not None}
+
+
+def encode_shard(job: dict[str, Any], report: Callable[[int], None]) -> dict[str, Any]:
+    """Runs shard `job["shard"]` of `job["shards"]` of one task and writes it as a shard of a token set."""
+    task, split = _provider(job["module"], job["name"])
+    vocabulary = vocabularies.load(job["tokenizer"])
+    batches = _batches(task, split, job, vocabulary, report)
+    return token_set.write_shard(pathlib.Path(job["folder"]), job["index"], batches, job["token_type"])
+
+
+def _provider(module: str, name: str) -> tuple[Any, str]:
+    """(seqio Task or Mixture, split) of `NAME[:SPLIT]`; names may hold colons themselves."""
+    seqio = _import(module)
+    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    for candidate, split in ((name, "train"), tuple(name.rsplit(":", 1)) if ":" in name else (name, "train")):
+        if candidate in known:
+            return seqio.get_mixture_or_task(candidate), split
+    raise UserError(f"seqio:{module}:{name}: {module} registers no such task; registered: {', '.join(known) or 'none'}")
+
+
+def _import(module: str) -> Any:
+    try:
+        import seqio
+    except ImportError:
+        raise UserError("seqio: sources need seqio and TensorFlow; pip install 't5x_like[data]'") from None
+    if not module.endswith(".py"):
+        _guarded(lambda: importlib.import_module(module), module)
+        return seqio
+    name = f"seqio_tasks_{hashlib.sha256(os.path.abspath(module).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:  # a second execution would register its tasks twice
+        if not os.path.isfile(module):
+            raise UserError(f"seqio:{module}: no such file")
+        spec = importlib.util.spec_from_file_location(name, module)
+        assert spec is not None and spec.loader is not None
+        loader, sys.modules[name] = spec.loader, importlib.util.module_from_spec(spec)
+        _guarded(lambda: loader.exec_module(sys.modules[name]), module)
+    return seqio
+
+
+def _guarded(call: Callable[[], Any], what: str) -> Any:
+    """Runs code that a user wrote: what it raises becomes one line that names the place."""
+    try:
+        return call()
+    except UserError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"seqio:{what}: {type(error).__name__}: {text} ({last.filename}, line {last.lineno})") from None
+
+
+def _tasks(provider: Any) -> list[Any]:
+    return list(provider.tasks) if hasattr(provider, "tasks") else [provider]
+
+
+def _rate(provider: Any, task: Any) -> float:
+    return float(provider.get_rate(task)) if hasattr(provider, "tasks") else 1.0
+
+
+def _fingerprint(module: str, task: Any, split: str, shards: list[str]) -> str:
+    """Of the module's own file and the files that the task reads, as far as they are local.
+
+    A change in a module that this one imports is not seen: delete the cache after such a change.
+    """
+    import seqio
+
+    digest = hashlib.sha256(f"seqio {seqio.__version__} {task.name} {split} {len(shards)}".encode())
+    code = module if module.endswith(".py") else getattr(sys.modules[module], "__file__", None)
+    for path in [code, *shards]:
+        if path and os.path.isfile(path):
+            digest.update(pathlib.Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def _vocabulary(provider: Any) -> vocabularies.Vocabulary | None:
+    """The task's vocabulary as one of ours; None for features that are text or ids without a vocabulary."""
+    import seqio
+
+    features = provider.output_features
+    if "targets" not in features:
+        raise UserError(f"seqio task {provider.name} has features {', '.join(features)}; needs targets")
+    theirs = features["targets"].vocabulary
+    if "inputs" in features and features["inputs"].vocabulary != theirs:
+        raise UserError(f"seqio task {provider.name}: inputs and targets have two vocabularies; one model reads both")
+    if isinstance(theirs, seqio.SentencePieceVocabulary):
+        import tensorflow
+
+        path = theirs.sentencepiece_model_file
+        with tensorflow.io.gfile.GFile(path, "rb") as file:
+            content = file.read()
+        read = tokenizer_files.read_sentencepiece(content, pathlib.Path(path), extra_ids=theirs.extra_ids)
+        return vocabularies.Vocabulary(read)
+    if isinstance(theirs, seqio.ByteVocabulary):
+        return vocabularies.Vocabulary(tokenizer_files.read_bytes(extra_ids=theirs.extra_ids))
+    if isinstance(theirs, seqio.PassThroughVocabulary):
+        return None
+    raise UserError(
+        f"seqio task {provider.name}: a {type(theirs).__name__} cannot be read; use a SentencePieceVocabulary or "
+        "ByteVocabulary, or leave the features as text and set config.data.tokenizer"
+    )
+
+
+def _batches(
+    task: Any, split: str, job: dict[str, Any], vocabulary: vocabularies.Vocabulary, report: Callable[[int], None]
+) -> Iterator[token_set.Encoded]:
+    from t5x_like.data.encoding import assemble
+
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    inputs: list[int] = []
+    first = 0
+    for example in _examples(task, split, job):
+        parts = [_part(example, name, vocabulary, task.name) for name in ("inputs", "targets")]
+        inputs.append(len(parts[0][0]))
+        rows.append((np.concatenate([ids for ids, _ in parts]), np.concatenate([counts for _, counts in parts])))
+        if len(rows) == _BATCH_EXAMPLES:
+            yield assemble(*_flat(rows, inputs, first, job), vocabulary)
+            report(len(rows))
+            first, rows, inputs = first + len(rows), [], []
+    if rows:
+        yield assemble(*_flat(rows, inputs, first, job), vocabulary)
+        report(len(rows))
+
+
+def _examples(task: Any, split: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    import seqio
+
+    shard = seqio.ShardInfo(index=job["shard"], num_shards=job["shards"])
+    data = _guarded(
+        lambda: task.get_dataset(
+            sequence_length=None, split=split, shuffle=False, seed=0, shard_info=shard, num_epochs=1
+        ).as_numpy_iterator(),
+        task.name,
+    )
+    while (example := _guarded(lambda: next(data, None), task.name)) is not None:
+        yield example
+
+
+def _part(
+    example: dict[str, Any], name: str, vocabulary: vocabularies.Vocabulary, task: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, bytes per id) of one feature, without the BOS and EOS at its ends, which every document gets."""
+    if name not in example:
+        return np.zeros(0, np.int32), np.zeros(0, np.int64)
+    value = np.asarray(example[name])
+    if value.dtype.kind in "OSU":
+        text = value.item()
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        ids, lengths = vocabulary.encode_batch([text])
+        return ids, vocabulary.count_bytes([text], ids, lengths)
+    ids = value.astype(np.int32)
+    if ids.ndim != 1 or (len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary.size):
+        raise UserError(f"seqio task {task}: {name} should be ids below {vocabulary.size}, are {ids!r:.80}")
+    if len(ids) and ids[0] == vocabulary.bos_id:
+        ids = ids[1:]
+    if name == "targets" and len(ids) and ids[-1] == vocabulary.eos_id:
+        ids = ids[:-1]
+    return ids, _count_bytes(ids, example.get(f"{name}_pretokenized"), vocabulary)
+
+
+def _count_bytes(ids: np.ndarray, source: Any, vocabulary: vocabularies.Vocabulary) -> np.ndarray:
+    """Of the text before tokenizing where SeqIO kept it and it gives these ids; else the bytes each id decodes to."""
+    if isinstance(source, bytes):
+        text = source.decode("utf-8", errors="replace")
+        again, lengths = vocabulary.encode_batch([text])
+        if np.array_equal(again, ids):
+            return vocabulary.count_bytes([text], again, lengths)
+    return vocabulary.decoded_bytes(ids)
+
+
+def _flat(
+    rows: list[tuple[np.ndarray, np.ndarray]], inputs: list[int], first: int, job: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    pairs = np.array([(count, len(ids) - count) for (ids, _), count in zip(rows, inputs, strict=True)], np.int64)
+    places = [(job["shard"], first + index) for index in range(len(rows))]
+    return np.concatenate([ids for ids, _ in rows]), np.concatenate([counts for _, counts in rows]), pairs, places

@@ -1,0 +1,286 @@
+"""A token set: the tokens of all documents of one source, on disk, and how they are written and read.
+
+A folder of shards. A shard is one file of sections (tokens, bytes per token, document ends, ...) and a JSON beside it
+that is written last and holds sizes and checksum; `index.json` is written when all shards are there. Reading goes
+through `os.preadv`: a memory map of a truncated file would end the process. Which rows are read is data/packing.py.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from t5x_like.core.errors import UserError
+from t5x_like.storage import paths
+
+VERSION = 1
+INDEX = "index.json"
+_LARGE = 255  # in the section `bytes`: the value is in the list of large ones
+_SECTIONS = (  # (name, numpy type or None for the tokens' own, entries per)
+    ("tokens", None, "tokens"),
+    ("bytes", "<u1", "tokens"),
+    ("ends", "<i8", "documents"),
+    ("files", "<i4", "documents"),
+    ("offsets", "<i8", "documents"),
+    ("inputs", "<i4", "documents"),
+    ("large_positions", "<i8", "large"),
+    ("large_values", "<i8", "large"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Documents one after the other. All arrays but the first two have one entry per document.
+
+    ids, byte_counts: all tokens, with BOS and EOS; inputs: tokens at its begin without loss; files, offsets: its place
+    """
+
+    ids: Int[np.ndarray, "tokens"]
+    byte_counts: Int[np.ndarray, "tokens"]
+    lengths: Int[np.ndarray, "documents"]
+    inputs: Int[np.ndarray, "documents"]
+    files: Int[np.ndarray, "documents"]
+    offsets: Int[np.ndarray, "documents"]
+    skipped: int  # documents without a token
+
+
+def token_type(vocabulary_size: int) -> str:
+    return "<u2" if vocabulary_size <= 1 << 16 else "<u4"
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+def write_shard(folder: pathlib.Path, index: int, batches: Iterable[Encoded], kind: str) -> dict[str, Any]:
+    """Writes shard number `index`, tokens of numpy type `kind`; returns and stores what its JSON says."""
+    data = folder / f"{shard_name(index)}.bin"
+    temporary = folder / f".{shard_name(index)}.{os.getpid()}.writing"
+    digest, written = hashlib.sha256(), 0
+    columns: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _SECTIONS[1:]}
+    tokens = skipped = text_bytes = 0
+    try:
+        with open(temporary, "wb") as file:
+            for batch in batches:
+                written += _append(file, digest, batch.ids.astype(kind))
+                large = np.flatnonzero(batch.byte_counts >= _LARGE)
+                columns["bytes"].append(np.minimum(batch.byte_counts, _LARGE).astype("<u1"))
+                columns["ends"].append(tokens + np.cumsum(batch.lengths))
+                columns["large_positions"].append(tokens + large)
+                columns["large_values"].append(batch.byte_counts[large])
+                for name in ("files", "offsets", "inputs"):
+                    columns[name].append(getattr(batch, name))
+                tokens += len(batch.ids)
+                skipped += batch.skipped
+                text_bytes += int(batch.byte_counts.sum())
+            for name, section_type, _ in _SECTIONS[1:]:
+                column = np.concatenate([np.zeros(0, section_type), *columns[name]]).astype(section_type)
+                columns[name] = [column]
+                written += _append(file, digest, column)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(data)
+    finally:
+        temporary.unlink(missing_ok=True)
+    facts = {
+        "file": data.name,
+        "tokens": tokens,
+        "documents": len(columns["ends"][0]),
+        "large": len(columns["large_values"][0]),
+        "text_bytes": text_bytes,
+        "skipped": skipped,
+        "size": written,
+        "sha256": digest.hexdigest(),
+    }
+    paths.write_json_atomic(str(folder / f"{shard_name(index)}.json"), facts)
+    return facts
+
+
+def _append(file: Any, digest: Any, array: np.ndarray) -> int:
+    content = np.ascontiguousarray(array).data.cast("B") if array.size else b""
+    digest.update(content)
+    file.write(content)
+    return array.nbytes
+
+
+def shard_facts(folder: pathlib.Path, index: int) -> dict[str, Any] | None:
+    """What the JSON of a finished shard says; None when it is not finished (or its file has another size)."""
+    try:
+        facts = json.loads((folder / f"{shard_name(index)}.json").read_text())
+        return facts if (folder / facts["file"]).stat().st_size == facts["size"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_index(folder: pathlib.Path, *, fingerprint: str, kind: str, unit: str, shards: list[dict[str, Any]]) -> None:
+    """Declares a token set complete. `unit`: what document offsets count, "byte" or "record"."""
+    total = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes", "skipped")}
+    index = {"version": VERSION, "fingerprint": fingerprint, "token_type": kind, "unit": unit, **total}
+    paths.write_json_atomic(str(folder / INDEX), index | {"shards": shards})
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what writers that are no longer alive left behind."""
+    for path in folder.glob(".shard-*.writing"):
+        try:
+            os.kill(int(path.name.split(".")[2]), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            pass
+
+
+class TokenSet:
+    """A complete token set, open for reading. `documents`, `tokens`, `text_bytes`, `skipped`: totals.
+
+    Sizes are checked when it is opened, checksums too with `verify`. Reading is safe from several threads.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, verify: bool):
+        self.folder = folder
+        index = read_index(folder)
+        self.fingerprint: str = index["fingerprint"]
+        self.unit: str = index["unit"]
+        self.tokens: int = index["tokens"]
+        self.documents: int = index["documents"]
+        self.text_bytes: int = index["text_bytes"]
+        self.skipped: int = index["skipped"]
+        self._type = np.dtype(index["token_type"])
+        self._shards = [_Shard(folder, facts, self._type, verify=verify) for facts in index["shards"]]
+        counts = np.array([[shard.tokens, shard.documents] for shard in self._shards], np.int64).reshape(-1, 2)
+        self._first_token = np.concatenate([[0], np.cumsum(counts[:, 0])])
+        self._first_document = np.concatenate([[0], np.cumsum(counts[:, 1])])
+        self.ends: np.ndarray = self._column("ends", self._first_token)  # the token behind each document
+        inputs = self._column("inputs", np.zeros(len(self._shards), np.int64))
+        self.inputs: np.ndarray | None = inputs.astype(np.int32) if inputs.any() else None
+        self._large_positions = self._column("large_positions", self._first_token)
+        self._large_values = self._column("large_values", np.zeros(len(self._shards), np.int64))
+
+    def read(
+        self,
+        starts: Int[np.ndarray, "spans"],
+        lengths: Int[np.ndarray, "spans"],
+        rows: Int[np.ndarray, "spans"],
+        columns: Int[np.ndarray, "spans"],
+        shape: tuple[int, int],
+    ) -> tuple[Int[np.ndarray, "n width"], Int[np.ndarray, "n width"]]:
+        """(tokens, bytes they stand for): tokens [start, start + length) at (row, column) and on; zeros elsewhere."""
+        tokens, counts = np.zeros(shape, self._type), np.zeros(shape, np.uint8)
+        spans = (starts, lengths, rows, columns, self._shard_of(starts))
+        for start, length, row, column, shard in zip(*(array.tolist() for array in spans), strict=True):
+            end = column + length
+            self._read_span(tokens[row, column:end], counts[row, column:end], start, shard)
+        values = counts.astype(np.int32)
+        if self._large_values.size:
+            places = np.zeros(shape, np.int64)
+            for start, length, row, column in zip(starts, lengths, rows, columns, strict=True):
+                places[row, column : column + length] = np.arange(start, start + length)
+            large = counts == _LARGE
+            values[large] = self._large_values[np.searchsorted(self._large_positions, places[large])]
+        return tokens.astype(np.int32), values
+
+    def place(self, document: int) -> tuple[int, int]:
+        """(number of the source file, offset in it) of a document."""
+        shard = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        local = document - int(self._first_document[shard])
+        found = (self._shards[shard].column(name, local, 1)[0] for name in ("files", "offsets"))
+        file, offset = (int(value) for value in found)
+        return file, offset
+
+    def close(self) -> None:
+        for shard in self._shards:
+            shard.close()
+
+    def _shard_of(self, tokens: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._first_token, tokens, side="right") - 1
+
+    def _read_span(self, tokens: np.ndarray, counts: np.ndarray, start: int, shard: int) -> None:
+        done = 0
+        while done < len(tokens):
+            local = start + done - int(self._first_token[shard])
+            count = min(len(tokens) - done, self._shards[shard].tokens - local)
+            if count:
+                self._shards[shard].read_into(tokens[done : done + count], counts[done : done + count], local)
+            done, shard = done + count, shard + 1
+
+    def _column(self, name: str, first: np.ndarray) -> np.ndarray:
+        parts = [s.column(name, 0, None) + first[i] for i, s in enumerate(self._shards)]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+
+class _Shard:
+    """One open shard file; all reads name it when they fail."""
+
+    def __init__(self, folder: pathlib.Path, facts: dict[str, Any], kind: np.dtype, *, verify: bool):
+        self.path = folder / facts["file"]
+        self.tokens, self.documents = facts["tokens"], facts["documents"]
+        self._sections: dict[str, tuple[int, np.dtype, int]] = {}
+        position = 0
+        for name, section_type, per in _SECTIONS:
+            entry = np.dtype(section_type or kind)
+            self._sections[name] = (position, entry, facts[per])
+            position += entry.itemsize * facts[per]
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; {_REMEDY}") from None
+        size = os.fstat(self._file).st_size
+        if size != facts["size"] or position != size:
+            raise UserError(f"{self.path}: has {size} bytes, its index says {facts['size']}; {_REMEDY}")
+        if verify and self._checksum() != facts["sha256"]:
+            raise UserError(f"{self.path}: its sha256 is not the one in its index; {_REMEDY}")
+
+    def read_into(self, tokens: np.ndarray, counts: np.ndarray, local: int) -> None:
+        self._fill(tokens, self._sections["tokens"][0] + local * tokens.itemsize)
+        self._fill(counts, self._sections["bytes"][0] + local)
+
+    def column(self, name: str, first: int, count: int | None) -> np.ndarray:
+        position, entry, entries = self._sections[name]
+        column = np.empty(entries if count is None else count, entry)
+        self._fill(column, position + first * entry.itemsize)
+        return column
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _fill(self, out: np.ndarray, position: int) -> None:
+        """Reads exactly the bytes of `out`; the kernel may give fewer at a time."""
+        view, done = out.data.cast("B") if out.size else memoryview(b""), 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._file, [view[done:]], position + done)
+            except OSError as error:
+                raise UserError(f"{self.path}: reading at byte {position + done}: {error.strerror}") from None
+            if count == 0:
+                raise UserError(f"{self.path}: ends at byte {position + done}, within its data; {_REMEDY}")
+            done += count
+
+    def _checksum(self) -> str:
+        digest, buffer, position = hashlib.sha256(), bytearray(1 << 20), 0
+        while count := os.preadv(self._file, [buffer], position):
+            digest.update(memoryview(buffer)[:count])
+            position += count
+        return digest.hexdigest()
+
+
+_REMEDY = "delete this file and run `t5x_like prepare` again (other shards are kept)"
+
+
+def read_index(folder: pathlib.Path) -> dict[str, Any]:
+    """The JSON that declares a token set complete."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the index of a token set ({error}); delete {folder} and prepare again") from None
+    if index.get("version") != VERSION:
+        raise UserError(
+            f"{path}: version {index.get('version')} instead of {VERSION}; delete {folder} and prepare again"
+        )
+    return index

@@ -1,0 +1,267 @@
+"""What tokenizer files say: SentencePiece models, `tokenizer.json` of the `tokenizers` library, and plain bytes.
+
+Each becomes a `TokenizerFile`: an engine that encodes, and per token its `surface`, the bytes that it stands for
+wherever it occurs. Only the formats are read: no code comes with a tokenizer. What the project does with one
+(counting bytes, decoding, saving) is data/vocabularies.py.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from t5x_like.core.errors import UserError
+
+_BYTES_OFFSET = 3  # ids 0, 1, 2 are padding, end of text and unknown, as in ByT5 and seqio.ByteVocabulary
+_EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]")
+_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[CLS]")
+
+
+class Engine(Protocol):
+    """What a tokenizer library has to give. Special tokens written out in a text are plain text."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def count_bytes(self, text: str) -> list[int]:
+        """Bytes of `text` per token of `encode([text])[0]`, from offsets; adds up to all bytes."""
+        ...
+
+    def decode(self, ids: list[int]) -> str | None:
+        """None when joining surfaces is exact."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer as its file describes it. `surfaces[id]` is None where it depends on the text (unknown tokens)."""
+
+    kind: str  # bytes, sentencepiece or tokenizers
+    name: str  # of the file when it is saved, "" for bytes
+    content: bytes
+    engine: Engine
+    surfaces: tuple[bytes | None, ...]
+    bos_id: int | None
+    eos_id: int | None
+    extra_ids: int  # ids without text behind those of the file (T5's sentinels)
+
+
+# Bytes.
+
+
+class _Bytes:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [(np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _BYTES_OFFSET).tolist() for text in texts]
+
+    def count_bytes(self, text: str) -> list[int]:
+        return [1] * len(text.encode())
+
+    def decode(self, ids: list[int]) -> str | None:
+        return None
+
+
+def read_bytes(*, extra_ids: int) -> TokenizerFile:
+    surfaces = (b"",) * _BYTES_OFFSET + tuple(bytes([value]) for value in range(256)) + (b"",) * extra_ids
+    return TokenizerFile("bytes", "", b"", _Bytes(), surfaces, None, 1, extra_ids)
+
+
+# SentencePiece.
+
+
+class _SentencePiece:
+    def __init__(self, processor: Any):
+        self._processor = processor
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts), num_threads=1)
+
+    def count_bytes(self, text: str) -> list[int]:
+        try:
+            proto = self._processor.encode(text, out_type="proto")
+        except ValueError:  # the name before sentencepiece 0.2.2
+            proto = self._processor.encode(text, out_type="immutable_proto")
+        counts = [len(piece.surface.encode()) for piece in proto.pieces]
+        return _spread(counts, [self._processor.is_byte(piece.id) for piece in proto.pieces], len(text.encode()))
+
+    def decode(self, ids: list[int]) -> str | None:
+        return None
+
+
+def read_sentencepiece(content: bytes, path: pathlib.Path, *, extra_ids: int) -> TokenizerFile:
+    """From a serialized SentencePiece model; `path` is its name in messages."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except (RuntimeError, ValueError):
+        raise UserError(f"{path}: not a SentencePiece model nor a tokenizer.json") from None
+    size = processor.get_piece_size()
+    surfaces = [_sentencepiece_surface(processor, token) for token in range(size)] + [b""] * extra_ids
+    bos, eos = processor.bos_id(), processor.eos_id()
+    return TokenizerFile(
+        "sentencepiece",
+        "tokenizer.model",
+        content,
+        _SentencePiece(processor),
+        tuple(surfaces),
+        bos if bos >= 0 else None,
+        eos if eos >= 0 else None,
+        extra_ids,
+    )
+
+
+def _sentencepiece_surface(processor: Any, token: int) -> bytes | None:
+    if processor.is_unknown(token):
+        return None
+    if processor.is_control(token) or processor.is_unused(token):
+        return b""
+    return _piece_bytes(processor.id_to_piece(token))
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """`<0x0A>` is one byte, U+2581 a space, everything else itself."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\u2581", " ").encode()
+
+
+def _spread(counts: list[int], is_byte: list[bool], total: int) -> list[int]:
+    """Corrects counts from spans: byte pieces of one character hold one byte each, and all add up to `total`."""
+    counts = list(counts)
+    begin = 0
+    while begin < len(counts):
+        end = begin
+        while end < len(counts) and is_byte[end]:
+            end += 1
+        if end > begin and sum(counts[begin:end]) == end - begin:
+            counts[begin:end] = [1] * (end - begin)
+        begin = end + 1
+    if counts:
+        counts[-1] += total - sum(counts)  # what the tokenizer dropped at the end, such as a last newline
+    return counts
+
+
+# tokenizer.json
+
+
+class _Tokenizers:
+    def __init__(self, tokenizer: Any, *, exact: bool):
+        self._tokenizer, self._exact = tokenizer, exact
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def count_bytes(self, text: str) -> list[int]:
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return _counts_from_offsets(text, offsets)
+
+    def decode(self, ids: list[int]) -> str | None:
+        return None if self._exact else self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _counts_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Bytes per token from character spans; gaps go to the token behind them, a shared span is divided evenly."""
+    if not offsets:
+        return []
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    position = np.concatenate([[0], np.cumsum(widths)])
+    spans = np.array(offsets, np.int64)
+    ends = np.maximum.accumulate(position[spans[:, 1]])
+    ends[-1] = position[-1]
+    counts = np.diff(ends, prepend=0)
+    first = np.concatenate([[True], np.any(spans[1:] != spans[:-1], axis=1)])
+    group = np.cumsum(first) - 1
+    members = np.bincount(group)
+    totals = np.bincount(group, weights=counts).astype(np.int64)
+    rank = np.arange(len(group)) - np.flatnonzero(first)[group]
+    return (totals[group] // members[group] + (rank < totals[group] % members[group])).tolist()
+
+
+def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | None, str | None]) -> TokenizerFile:
+    """From the text of a tokenizer.json; `names` of BOS and EOS, None for the usual ones that it has."""
+    import tokenizers
+
+    try:
+        layout = json.loads(content)
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
+    tokenizer.encode_special_tokens = True  # a text that spells out <|endoftext|> is text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    style = _style(layout)
+    added = {token["id"]: token for token in layout.get("added_tokens", [])}
+    pieces = {token: piece for piece, token in tokenizer.get_vocab(with_added_tokens=True).items()}
+    unknown = (layout.get("model") or {}).get("unk_token")
+    surfaces: list[bytes | None] = [b""] * (max(pieces, default=-1) + 1)
+    for token, piece in pieces.items():
+        surfaces[token] = _token_surface(piece, added.get(token), style, unknown)
+    ids = {piece: token for token, piece in pieces.items()}
+    bos, eos = (_named(ids, name, path) for name in names)
+    specials = {token["content"]: token["id"] for token in added.values() if token["special"]}
+    bos = next((specials[n] for n in _BOS_NAMES if n in specials), None) if names == (None, None) else bos
+    eos = next((specials[n] for n in _EOS_NAMES if n in specials), None) if eos is None else eos
+    bos = None if bos == eos else bos  # GPT-2 names one token twice: documents are then separated by one, not two
+    engine = _Tokenizers(tokenizer, exact=style != "opaque")
+    return TokenizerFile("tokenizers", "tokenizer.json", content, engine, tuple(surfaces), bos, eos, 0)
+
+
+def _named(ids: dict[str, int], name: str | None, path: pathlib.Path) -> int | None:
+    if name is not None and name not in ids:
+        raise UserError(f"{path}: tokenizer_config.json beside it names the token {name!r}, which it lacks")
+    return None if name is None else ids[name]
+
+
+def _style(layout: dict[str, Any]) -> str:
+    """How a token's text stands for bytes: "byte_level" (GPT-2's letters), "metaspace" (SentencePiece's), "opaque"."""
+
+    def kinds(part: dict[str, Any] | None) -> set[str]:
+        inner = [] if part is None else part.get("decoders", []) + part.get("pretokenizers", [])
+        return set().union({part["type"]} if part else set(), *(kinds(entry) for entry in inner))
+
+    found = kinds(layout.get("decoder"))
+    if "ByteLevel" in found:
+        return "byte_level"
+    return "metaspace" if found & {"Metaspace", "ByteFallback"} else "opaque"
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's printable letter of each byte, inverted: those without a printable one follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(value): value for value in printable}
+    others = [value for value in range(256) if value not in printable]
+    return letters | {chr(0x100 + index): value for index, value in enumerate(others)}
+
+
+def _token_surface(piece: str, added: dict[str, Any] | None, style: str, unknown: str | None) -> bytes | None:
+    if added is not None and added["special"]:
+        return None if piece == unknown else b""
+    if style == "opaque" or piece == unknown:
+        return None
+    if added is not None:
+        return piece.encode()
+    if style == "metaspace":
+        return _piece_bytes(piece)
+    letters = _byte_letters()
+    return bytes(letters[letter] for letter in piece) if all(letter in letters for letter in piece) else piece.encode()
+
+
+def special_names(folder: pathlib.Path) -> tuple[str | None, str | None]:
+    """(bos, eos) as `tokenizer_config.json` names them, None where it does not."""
+    place = folder / "tokenizer_config.json"
+    if not place.is_file():
+        return None, None
+    try:
+        settings = json.loads(place.read_text())
+        named = [settings.get(key) for key in ("bos_token", "eos_token")]
+        bos, eos = (name["content"] if isinstance(name, dict) else name for name in named)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{place}: not the JSON of a tokenizer ({error})") from None
+    return bos, eos

@@ -1,0 +1,189 @@
+"""Collectives of a compiled program: which mesh axes they span and how many bytes they move.
+
+Devices in HLO are numbered along the mesh that the program was jitted with (row-major over its axes), so replica
+groups become names of axes. Not here: how often each one runs (cost.py).
+
+Bytes are those of the whole buffer that one device takes part in, per execution: the output of all-gather and
+collective-permute, the input of reduce-scatter, all-reduce, all-to-all and collective-broadcast. Over a ring of n devices each one sends
+(n - 1)/n of that, twice for all-reduce. Padding of layouts is not counted.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from t5x_like.planner import hlo
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_OF_OUTPUT = ("all-gather", "collective-permute", "collective-broadcast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction. `count` executions a step, `bytes_each` as the head of this file says.
+
+    `axes` are mesh axes in mesh order; `group_size` devices exchange with each other, fewer than the axes hold where
+    the compiler splits an axis. `source` is the name that jax gave the operation.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group_size: int
+    count: int
+    bytes_each: int
+    source: str
+
+
+def kind_of(opcode: str) -> str | None:
+    """The kind of collective that an opcode starts; None for other opcodes and for the `-done` half of a pair."""
+    kind = opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def read(
+    instruction: hlo.Instruction, operand_shapes: Sequence[str], mesh_shape: Mapping[str, int], *, count: int
+) -> Collective:
+    """The facts of one collective instruction; `mesh_shape` is {axis: size} in mesh order."""
+    kind = kind_of(instruction.opcode)
+    assert kind is not None, instruction.opcode
+    outputs = hlo.array_bytes(instruction.shape)
+    inputs = tuple(size for shape in operand_shapes for size in hlo.array_bytes(shape))
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        # The shape of these is (inputs, outputs, context...).
+        outputs = outputs[len(inputs) : 2 * len(inputs)]
+    axes, size = axes_of(groups_of(instruction.attributes, math.prod(mesh_shape.values())), mesh_shape)
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return Collective(
+        kind=kind,
+        axes=axes,
+        group_size=size,
+        count=count,
+        bytes_each=sum(outputs if kind in _OF_OUTPUT else inputs),
+        source=source.group(1) if source else "",
+    )
+
+
+# Groups of devices, in the four ways that HLO writes them.
+
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}")
+_LISTED = re.compile(r"replica_groups=\{((?:\{[\d, ]*\},? ?)*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=\w*@?mesh\[([^\]]*)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
+)
+_AXIS = re.compile(r"'?([\w]+)'?(?::\((\d+)\)(\d+))?")
+
+
+def groups_of(attributes: str, devices: int) -> list[list[int]]:
+    """Groups of device numbers that exchange with each other.
+
+    >>> groups_of("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
+    [[0, 2], [1, 3]]
+    >>> groups_of("replica_groups=mesh['a'=2,'b'=2] {'b'}", 4)
+    [[0, 1], [2, 3]]
+    """
+    pairs = _PAIRS.search(attributes)
+    if pairs:
+        return _components([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))])
+    named = _MESH.search(attributes)
+    if named:
+        return _mesh_groups(*named.groups())
+    iota = _IOTA.search(attributes)
+    if iota:
+        shape, source, order = iota.groups()
+        return _iota(source, order).reshape(_ints(shape)).tolist()
+    listed = _LISTED.search(attributes)
+    groups = [_ints(group) for group in re.findall(r"\{([\d, ]+)\}", listed.group(1))] if listed else []
+    return groups or [list(range(devices))]  # no group written: all devices
+
+
+def _ints(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    dims = _ints(shape)
+    numbers = np.arange(math.prod(dims)).reshape(dims)
+    return numbers.transpose(_ints(order)) if order else numbers
+
+
+def _mesh_groups(axes: str, source: str | None, order: str | None, chosen: str) -> list[list[int]]:
+    """`mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'b'}`: groups along some axes of a mesh named on the spot.
+
+    An axis may be split: `'b':(2)4` is the part of size 4 that lies below a part of size 2.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'?([\w]+)'?=(\d+)", axes)}
+    parts = [(name, int(before or 1), int(size or sizes[name])) for name, before, size in _AXIS.findall(chosen)]
+    dims, taken = [], []
+    for name, size in sizes.items():
+        position = 1
+        for _, before, part in sorted(item for item in parts if item[0] == name):
+            dims.append(before // position)
+            taken.append(len(dims))
+            dims.append(part)
+            position = before * part
+        dims.append(size // position)
+    numbers = (_iota(source, order) if source else np.arange(math.prod(sizes.values()))).reshape(dims)
+    rest = [dim for dim in range(len(dims)) if dim not in taken]
+    return numbers.transpose(rest + taken).reshape(-1, math.prod(dims[dim] for dim in taken)).tolist()
+
+
+def _components(pairs: list[list[int]]) -> list[list[int]]:
+    """Devices that are connected by (source, target) pairs."""
+    group: dict[int, set[int]] = {}
+    for source, target in pairs:
+        joined = group.get(source, {source}) | group.get(target, {target})
+        for device in joined:
+            group[device] = joined
+    return [list(g) for g in {id(g): sorted(g) for g in group.values()}.values()]
+
+
+def axes_of(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
+    """(mesh axes along which the devices of a group differ, devices in a group).
+
+    >>> axes_of([[0, 2], [1, 3]], {"data": 2, "fsdp": 2})
+    (('data',), 2)
+    """
+    sizes = list(mesh_shape.values())
+    axes = set()
+    for group in groups:
+        places = np.stack(np.unravel_index(np.array(group), sizes), axis=1)
+        axes |= {axis for axis, column in zip(mesh_shape, places.T, strict=True) if len(set(column.tolist())) > 1}
+    return tuple(axis for axis in mesh_shape if axis in axes), max(len(group) for group in groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """All collectives of a step that are of one kind, over the same axes and groups."""
+
+    kind: str
+    axes: tuple[str, ...]
+    group_size: int
+    count: int
+    bytes: int
+
+
+def totals(collectives: Sequence[Collective]) -> tuple[Total, ...]:
+    """Sums by kind, axes and group size, most bytes first."""
+
+    def key(item: Collective):
+        return (item.kind, item.axes, item.group_size)
+
+    sums = []
+    for (kind, axes, size), items in itertools.groupby(sorted(collectives, key=key), key):
+        same = list(items)
+        counted = sum(item.count for item in same)
+        sums.append(Total(kind, axes, size, counted, sum(item.count * item.bytes_each for item in same)))
+    return tuple(sorted(sums, key=lambda total: -total.bytes))

@@ -1,0 +1,272 @@
+"""Reads the text of a compiled program (HLO): computations, instructions, shapes, and how often a loop runs.
+
+It knows what HLO text is and nothing of cost (cost.py) or networks (collectives.py). The compiler has no interface
+that gives schedules with trip counts, so its text is read; forms of libtpu 0.0.42 to 0.0.50 are known. What is not
+understood is None, never a guess.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_NAME = re.compile(r"^ +(ROOT )?%?([\w.\-]+) = ")
+_CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_COMMENT = re.compile(r"/\*.*?\*/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line. `argument` is the text between the parentheses: operands, a parameter's number or a literal."""
+
+    name: str
+    shape: str
+    opcode: str
+    argument: str
+    attributes: str
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operands, in order."""
+        return tuple(part.split()[-1].lstrip("%") for part in _split(_COMMENT.sub("", self.argument)) if part.strip())
+
+    def called(self, *kinds: str) -> tuple[str, ...]:
+        """Names of the computations it refers to as `kinds` (such as "calls", "body")."""
+        return tuple(name for kind, name in _CALLED.findall(self.attributes) if kind in kinds)
+
+    def branches(self) -> tuple[str, ...]:
+        """The computations of a conditional, in either form of writing them."""
+        found = _BRANCHES.search(self.attributes)
+        if found:
+            return tuple(name.strip().lstrip("%") for name in found.group(1).split(","))
+        return self.called("true_computation", "false_computation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A named list of instructions, in schedule order."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+    root: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A whole program."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+
+def parse(text: str) -> Module:
+    """The module that `compiled.as_text()` prints; ValueError when it has no entry."""
+    computations: dict[str, Computation] = {}
+    entry = None
+    name, instructions, root = None, {}, ""
+    for line in text.splitlines():
+        if name is None:
+            header = _HEADER.match(line)
+            if header:
+                name, instructions, root = header.group(2), {}, ""
+                entry = name if header.group(1) else entry
+        elif line.startswith("}"):
+            computations[name] = Computation(name, instructions, root)
+            name = None
+        else:
+            found = _NAME.match(line)
+            if found:
+                instructions[found.group(2)] = _instruction(found.group(2), line[found.end() :])
+                root = found.group(2) if found.group(1) else root
+    if entry is None:
+        raise ValueError("this text is no HLO module: it has no ENTRY")
+    return Module(computations, entry)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    return Instruction(name, shape, rest[:opening], rest[opening + 1 : closing], rest[closing + 1 :].lstrip(", "))
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`; quoted text is skipped."""
+    depth, quoted, index = 0, False, start
+    while index < len(text):
+        character = text[index]
+        if quoted:
+            index += character == "\\"
+            quoted = character != '"'
+        elif character == '"':
+            quoted = True
+        elif character == "(":
+            depth += 1
+        elif character == ")":
+            depth -= 1
+            if depth == 0:
+                return index
+        index += 1
+    return len(text)
+
+
+def _split(text: str) -> list[str]:
+    """Parts of a list between commas that stand outside all brackets."""
+    parts, depth, start = [], 0, 0
+    for index, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append(text[start:index])
+            start = index + 1
+    return [*parts, text[start:]]
+
+
+# Shapes.
+
+
+def array_bytes(shape: str) -> tuple[int, ...]:
+    """Bytes of each array in a shape or tuple of shapes, without the padding of the layout.
+
+    >>> array_bytes("(bf16[4,128]{1,0:T(8,128)(2,1)}, f32[])")
+    (1024, 4)
+    """
+    sizes = []
+    for dtype, dims in _ARRAY.findall(_COMMENT.sub("", shape)):
+        bits = re.match(r"[a-z]+(\d+)", dtype)
+        width = 8 if dtype == "pred" else int(bits.group(1)) if bits else 0
+        sizes.append(math.ceil(math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d) * width / 8))
+    return tuple(sizes)
+
+
+# Trip counts. A loop that jax.lax.scan or fori_loop wrote counts a scalar from a constant by a constant to a constant,
+# but the compiler moves these constants about: into the body, into the loop's state, into fusions. So the scalars are
+# evaluated: int, bool, None (unknown) or a list of these for a tuple.
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction, arguments: Sequence) -> int | None:
+    """How often a `while` in `computation` runs its body; None when that depends on data.
+
+    `arguments` are the known values of the parameters of `computation` (see `loop_arguments`).
+    """
+    known = _KNOWN_TRIPS.search(loop.attributes)
+    if known:
+        return int(known.group(1))
+    condition = module.computations[loop.called("condition")[0]]
+    states = _states(module, computation, loop, arguments)
+    found = [_comparison(module, condition, condition.root, [state]) for state in states]
+    if any(item is None for item in found):
+        return None
+    direction = found[0][0]  # type: ignore[index]
+    gaps = [left - right for _, left, right in found]  # type: ignore[misc]
+    step = gaps[1] - gaps[0]
+    if gaps[2] - gaps[1] != step:
+        return None
+    return _count(direction, gaps[0], step)
+
+
+def loop_arguments(module: Module, computation: Computation, loop: Instruction, arguments: Sequence) -> list:
+    """The values that a loop's body and condition can rely on in every iteration: those that it does not change."""
+    first, second, third = _states(module, computation, loop, arguments)
+    if not isinstance(first, list):
+        return [None]
+    return [[a if a == b == c else None for a, b, c in zip(first, second, third, strict=True)]]
+
+
+def _states(module: Module, computation: Computation, loop: Instruction, arguments: Sequence) -> list:
+    """The loop's state at the start of its first three iterations."""
+    body = module.computations[loop.called("body")[0]]
+    states = [_value(module, computation, loop.operands[0], arguments)]
+    for _ in range(2):
+        states.append(_value(module, body, body.root, [states[-1]]))
+    lengths = {len(state) if isinstance(state, list) else -1 for state in states}
+    return states if len(lengths) == 1 else [None, None, None]
+
+
+def _count(direction: str, gap: int, step: int) -> int | None:
+    """Iterations of `while gap < 0: gap += step` and its kin; None if it does not end or the form is unknown."""
+    if direction in ("GT", "GE"):
+        gap, step = -gap, -step
+    if direction in ("LE", "GE"):
+        gap -= 1
+    if direction in ("LT", "LE", "GT", "GE"):
+        if gap >= 0:
+            return 0
+        return -(gap // step) if step > 0 else None
+    if direction == "NE":
+        if gap == 0:
+            return 0
+        return -gap // step if step and -gap % step == 0 and -gap // step > 0 else None
+    return None
+
+
+def _comparison(module: Module, computation: Computation, name: str, arguments: Sequence):
+    """(direction, left, right) of the compare that decides a condition, or None."""
+    instruction = computation.instructions[name]
+    if instruction.opcode == "compare":
+        sides = [_value(module, computation, operand, arguments) for operand in instruction.operands]
+        direction = re.search(r"direction=(\w+)", instruction.attributes)
+        if direction and all(type(side) is int for side in sides):
+            return direction.group(1), sides[0], sides[1]
+        return None
+    if instruction.opcode in ("copy", "bitcast", "reshape", "convert"):
+        return _comparison(module, computation, instruction.operands[0], arguments)
+    if instruction.opcode in ("fusion", "call"):
+        called = module.computations[instruction.called("calls", "to_apply")[0]]
+        values = [_value(module, computation, operand, arguments) for operand in instruction.operands]
+        return _comparison(module, called, called.root, values)
+    return None
+
+
+# No min, max or select: equal in three iterations would then prove nothing for the rest.
+_ARITHMETIC: Mapping[str, Callable] = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "multiply": lambda a, b: a * b,
+    "negate": lambda a: -a,
+}
+_SAME = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "optimization-barrier")
+
+
+def _value(module: Module, computation: Computation, name: str, arguments: Sequence):
+    """What a scalar (or each scalar of a tuple) is, given the parameters; None where it is not known."""
+    instruction = computation.instructions[name]
+    opcode, operands = instruction.opcode, instruction.operands if instruction.opcode != "constant" else ()
+
+    def operand(index: int):
+        return _value(module, computation, operands[index], arguments)
+
+    if opcode == "parameter":
+        number = int(instruction.argument)
+        return arguments[number] if number < len(arguments) else None
+    if opcode == "get-tuple-element":
+        index = int(re.search(r"index=(\d+)", instruction.attributes).group(1))  # type: ignore[union-attr]
+        source = computation.instructions[operands[0]]
+        if source.opcode == "tuple":
+            return _value(module, computation, source.operands[index], arguments)
+        whole = operand(0)
+        return whole[index] if isinstance(whole, list) else None
+    if opcode == "tuple":
+        return [operand(index) for index in range(len(operands))]
+    if opcode in _SAME and instruction.shape.startswith("("):
+        return operand(0)
+    if instruction.shape.startswith("("):
+        return loop_arguments(module, computation, instruction, arguments)[0] if opcode == "while" else None
+    if not re.match(r"[su]\d+\[\]", instruction.shape):
+        return None
+    if opcode == "constant":
+        return int(instruction.argument) if re.fullmatch(r"-?\d+", instruction.argument) else None
+    if opcode in _SAME:
+        return operand(0)
+    if opcode in _ARITHMETIC:
+        values = [operand(index) for index in range(len(operands))]
+        return _ARITHMETIC[opcode](*values) if all(type(value) is int for value in values) else None
+    if opcode in ("fusion", "call"):
+        called = module.computations[instruction.called("calls", "to_apply")[0]]
+        return _value(module, called, called.root, [operand(index) for index in range(len(operands))])
+    return None

@@ -1,0 +1,233 @@
+"""The folder of a run: what lies where, whose it is, and whether a config may go on with it. Knows no section's meaning.
+
+    config.json overrides.json manifest.json tokenizer/ checkpoints/STEP/ metrics.jsonl tensorboard/ loss.png log*.txt
+
+`config.json` is written last at a start: a folder without it has begun no run. Configs are plain nested dicts here.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from t5x_like.core.errors import UsageError, UserError
+from t5x_like.storage import lock, manifest, paths
+
+if TYPE_CHECKING:
+    from t5x_like.parallel.multihost import Processes
+
+CONFIG, OVERRIDES, TOKENIZER, CHECKPOINTS = "config.json", "overrides.json", "tokenizer", "checkpoints"
+
+# What a start or a run that never got to its first config.json may have left.
+_BEFORE_CONFIG = (lock.LOCAL_NAME, lock.REMOTE_NAME, manifest.NAME, OVERRIDES, TOKENIZER, "cache", "profile", "tensorboard")
+# Sections and fields that do not change what is computed, or change it as asked.
+RESUME_MAY_CHANGE = ("mesh", "runtime", "telemetry", "checkpoint", "evaluate", "loop.steps")
+_SHOWN = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One field that two configs do not share; the values as JSON, None for absent."""
+
+    path: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {_shown(self.before)} -> {_shown(self.after)}"
+
+    @property
+    def allowed(self) -> bool:
+        return any(self.path == f"config.{field}" or self.path.startswith(f"config.{field}.") for field in RESUME_MAY_CHANGE)
+
+
+def read_config(root: str) -> dict[str, Any] | None:
+    """The config that a workdir was started with; None if it holds no run. Raises UserError if it is damaged."""
+    path = paths.join(paths.normal(root), CONFIG)
+    if not paths.exists(path):
+        return None
+    config = paths.read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: no mapping of sections; restore the file from a copy, or use a new workdir")
+    return config
+
+
+def recorded_threads(root: str) -> int | None:
+    """The thread count of a run's first start, which its bits depend on on CPU; None if it holds no run."""
+    starts = manifest.read(paths.normal(root))["starts"]
+    threads = starts[0].get("threads") if starts else None
+    return threads if isinstance(threads, int) else None
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Every field in which two configs differ, by path.
+
+    >>> [str(change) for change in differences({"a": {"b": 1, "c": [2]}}, {"a": {"b": 1.5, "c": [2]}, "d": 0})]
+    ['config.a.b: 1 -> 1.5', 'config.d: absent -> 0']
+    """
+    one, two = dict(_fields(before, "config")), dict(_fields(after, "config"))
+    return [
+        Change(path, one.get(path, _ABSENT), two.get(path, _ABSENT))
+        for path in sorted(one.keys() | two.keys())
+        if one.get(path, _ABSENT) != two.get(path, _ABSENT)
+    ]
+
+
+class Workdir:
+    """An open workdir. Process 0 alone writes its files; the others only read."""
+
+    def __init__(self, root: str, *, process: int, write: bool):
+        self.root = paths.normal(root)
+        self._process = process
+        self._writes = process == 0 and write
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, root: str, *, processes: "Processes", write: bool = True) -> Iterator["Workdir"]:
+        """Makes the folder if need be, takes its lock, and checks what stands in it; for all processes together.
+
+        `write` off looks only. Raises UserError for a folder that is not a workdir, is damaged, or is in use.
+        """
+        workdir = cls(root, process=processes.index, write=write)
+        with contextlib.ExitStack() as stack:
+            error = None
+            if processes.primary:
+                try:
+                    if write:
+                        paths.make_directory(workdir.root)
+                        workdir._refuse_foreign()
+                        stack.enter_context(lock.locked(workdir.root))
+                    workdir._refuse_foreign()
+                    workdir._verify_files()
+                except UserError as caught:
+                    error = caught
+            told = processes.broadcast(f"workdir {workdir.root}", str(error) if error else None)
+            if error is not None:
+                raise error
+            if told is not None:
+                raise UserError(told)
+            yield workdir
+
+    def path(self, *names: str) -> str:
+        return paths.join(self.root, *names)
+
+    @property
+    def checkpoints(self) -> str:
+        return self.path(CHECKPOINTS)
+
+    @property
+    def tokenizer(self) -> str:
+        return self.path(TOKENIZER)
+
+    @property
+    def log_path(self) -> str | None:
+        """The log of this process; None on gs://, where files that grow are staged by who writes them."""
+        if paths.is_remote(self.root):
+            return None
+        return self.path("log.txt" if self._process == 0 else f"log.{self._process}.txt")
+
+    def config(self) -> dict[str, Any] | None:
+        return read_config(self.root)
+
+    def manifest(self) -> dict[str, Any]:
+        return manifest.read(self.root)
+
+    def check_config(self, new: Mapping[str, Any]) -> list[Change]:
+        """What the new config changes of the stored one, all of it allowed; [] for a new workdir.
+
+        Raises UsageError with the differences where it changes what the run is.
+        """
+        stored = self.config()
+        if stored is None:
+            return []
+        changes = differences(stored, paths.as_json(new))
+        refused = [change for change in changes if not change.allowed]
+        if refused:
+            shown = "; ".join(str(change) for change in refused[:_SHOWN])
+            more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+            raise UsageError(
+                f"{self.root} holds a run of another config ({shown}{more}); a resume may change "
+                f"{', '.join(RESUME_MAY_CHANGE)}. For a new run from these parameters, use a new --workdir with "
+                f"--config.checkpoint.init_from={self.root}"
+            )
+        return changes
+
+    def record_start(
+        self, *, config: Mapping[str, Any], overrides: Mapping[str, Any], entry: Mapping[str, Any]
+    ) -> None:
+        """Writes overrides.json, the entry of this start and config.json. Only process 0 does.
+
+        In this order, so that whenever the process is killed the config that stands there is one of the manifest.
+        """
+        if not self._writes:
+            return
+        content = self.manifest()
+        content.pop("finished", None)
+        files = manifest.file_digests(self.tokenizer) if paths.exists(self.tokenizer) else {}
+        content["starts"] = [*content["starts"], {**entry, "tokenizer_sha256": files}]
+        manifest.write(self.root, content)
+        paths.write_json_atomic(self.path(OVERRIDES), dict(overrides))
+        paths.write_text_atomic(self.path(CONFIG), paths.json_text(config))
+
+    def record_finished(self, step: int) -> None:
+        """Notes that all steps are done and everything is written."""
+        if self._writes:
+            manifest.write(self.root, {**self.manifest(), "finished": {"step": step, "time": round(time.time(), 3)}})
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether a run of this many steps ended here and left nothing to do."""
+        finished = self.manifest().get("finished")
+        return bool(finished) and finished["step"] >= steps
+
+    def _refuse_foreign(self) -> None:
+        names = [name for name in paths.list_names(self.root) if not name.startswith(".")]
+        if CONFIG in names:
+            return
+        if CHECKPOINTS in names and paths.list_names(self.checkpoints):
+            raise UserError(f"{self.root} holds checkpoints but no {CONFIG}; restore that file, or use a new --workdir")
+        foreign = [n for n in names if n not in (*_BEFORE_CONFIG, CHECKPOINTS) and not _is_run_file(n)]
+        if foreign:
+            shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+            raise UserError(f"{self.root} is no workdir: it holds {shown} and no {CONFIG}; use a new or empty --workdir")
+
+    def _verify_files(self) -> None:
+        """config.json and the tokenizer must be what some start, and the latest start, wrote."""
+        starts, config = self.manifest()["starts"], self.config()
+        if config is None:
+            return
+        if not starts:
+            raise UserError(f"{self.root} holds {CONFIG} but no start in {manifest.NAME}; restore it, or use a new workdir")
+        if manifest.config_digest(config) not in {entry.get("config_sha256") for entry in starts}:
+            raise UserError(
+                f"{self.path(CONFIG)} is not what the run was started with (its sha256 is in no start of "
+                f"{manifest.NAME}); restore the file, and change a run by --config and --config.a.b=value instead"
+            )
+        recorded = starts[-1].get("tokenizer_sha256", {})
+        found = manifest.file_digests(self.tokenizer) if recorded else {}
+        for name, digest in recorded.items():
+            if found.get(name) != digest:
+                how = "is missing" if name not in found else "has changed"
+                raise UserError(f"{self.path(TOKENIZER, name)} {how} since the run was started; restore the file")
+
+
+_ABSENT = type("_Absent", (), {"__repr__": lambda self: "absent"})()
+
+
+def _fields(node: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _fields(value, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}", value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_run_file(name: str) -> bool:
+    return name.startswith("log") and name.endswith(".txt") or name in ("metrics.jsonl", "loss.png")
+
+

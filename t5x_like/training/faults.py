@@ -1,0 +1,395 @@
+"""Nothing hangs: a watchdog with a limit per phase, signs of life between processes, and stops that save first.
+
+Each process runs two threads. The monitor keeps the clock, reads signals and ends the process; the messenger does
+every key-value call, because a call to a dead coordinator can block for minutes. A process ends by one line on
+stderr, the stacks in its log and `os._exit`, never through jax's exit barrier, which waits for the others.
+Not here: what a NaN or a spike means (training/step.py, loop.py), and the exit statuses' table (__main__.py).
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import faulthandler
+import json
+import os
+import select
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import jax
+from jax.experimental import multihost_utils
+
+from t5x_like.core.environment import RuntimeConfig
+from t5x_like.core.errors import UserError
+from t5x_like.parallel import multihost
+from t5x_like.parallel.multihost import ALONE, Processes
+
+PREEMPTED = 75  # exit status: saved (or nothing to save), start again
+
+_TICK = 0.25  # s between looks of the monitor
+_ROUND = 1.0  # s between rounds of the messenger
+_PARTING = 3.0  # s that the coordinator's process waits for the others to read why it ends
+_STUCK = 120.0  # s without the monitor running (the interpreter's lock is held) after which the C timer ends us
+_UNSAVED = ("start", "prepare", "compile")  # phases in which a stop does not wait: there is nothing new to save
+_LEFT = "left"
+
+
+class Faults:
+    """The watchdog of one process. The loop names its phases and asks whether to stop; the rest runs by itself.
+
+    Use as a context: an exception that passes through ends a run of several processes with its message on all of
+    them; in a run of one it just passes. `enter` and `should_stop` together cost about a microsecond.
+    """
+
+    def __init__(self, config: RuntimeConfig, *, log_path: str | None, processes: Processes = ALONE) -> None:
+        self._limits = {"prepare": 0.0, "end": 0.0, **dataclasses.asdict(config.phase_seconds)}
+        # A third of jax's limit, counted from the last sign: jax speaks half to one limit after the last beat.
+        self._silence = config.heartbeat_seconds / 3
+        self._processes = processes
+        self._log: TextIO | None = None
+        self._awake = 0.0  # seconds this process has run; a stopped process, or a sleeping machine, does not age
+        self._phase = ("start", 0.0)
+        self._step = 0
+        self._signal: str | None = None  # the first signal to this process
+        self._elsewhere: str | None = None  # a signal to another process
+        self._closed = threading.Event()
+        self._ending = threading.Lock()
+        self._messenger = _Messenger(self) if processes.store is not None else None
+        self._signals = _Signals(forward=processes.count > 1)
+        self._monitor = threading.Thread(target=self._watch, name="faults-monitor", daemon=True)
+        self._monitor.start()
+        if self._messenger:
+            self._messenger.thread.start()
+        if log_path:
+            self.log_to(log_path)
+        if processes.aborts:
+            processes.aborts.explain = self._explain_abort
+            processes.aborts.write = self._record
+
+    def __enter__(self) -> "Faults":
+        return self
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        if error is not None:
+            self.fatal(error)
+        self.close()
+
+    def log_to(self, path: str) -> None:
+        """Names the local file that stacks and tracebacks go to, once it is known."""
+        self._log = open(path, "a", encoding="utf-8")
+
+    # For the loop.
+
+    def enter(self, phase: str) -> None:
+        """The phase that begins now; entering it again restarts its time.
+
+        start, prepare (no limit), compile, step, evaluate, save, end (no limit).
+        """
+        if phase not in self._limits:
+            raise ValueError(f"phase {phase!r} should be one of {', '.join(self._limits)}")
+        self._phase = (phase, self._awake)
+
+    @contextlib.contextmanager
+    def phase(self, phase: str) -> Iterator[None]:
+        """A phase inside another, whose time starts anew afterwards."""
+        outer = self._phase[0]
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(outer)
+
+    def should_stop(self, step: int) -> bool:
+        """Whether to save and leave after `step` updates; the same answer on all processes, asked at every step."""
+        self._step = step
+        if self._processes.count == 1:
+            return self._signal is not None
+        return self._signals.synchronised and multihost_utils.reached_preemption_sync_point(step)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this process was asked to stop; the others may not know yet."""
+        return self._signal is not None
+
+    def fatal(self, error: BaseException) -> None:
+        """Leaves a run of several processes with the message of `error` on all of them; returns in a run of one."""
+        if isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED):
+            return
+        self._record("".join(traceback.format_exception(error)).rstrip())
+        if self._processes.count == 1:
+            return
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            # Most likely the echo of another process's end: whoever knows the cause gets the time to say it.
+            self._phase = ("end", self._awake)
+            self._closed.wait(self._silence + 2 * _ROUND)
+        user = isinstance(error, UserError)
+        text = " ".join(str(error).split())
+        message = text if user else f"{type(error).__name__}: {text}"
+        self._end(f"process {self._processes.index} failed: {message[:500]}", getattr(error, "exit_status", 1))
+
+    def close(self) -> None:
+        """Ends the watch: the others no longer expect signs of life. Twice is once."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._signals.restore()
+        self._monitor.join(2)
+        if self._messenger:
+            faulthandler.cancel_dump_traceback_later()
+            self._messenger.thread.join(2)
+        if self._log and not self._processes.aborts:
+            self._log.close()
+
+    # The monitor.
+
+    def _watch(self) -> None:
+        last = armed = time.monotonic()
+        while not self._closed.is_set():
+            names = self._signals.wait(_TICK)
+            now = time.monotonic()
+            self._awake += min(now - last, 4 * _TICK)
+            last = now
+            for name in names:
+                self._on_signal(name)
+            self._check()
+            if self._messenger and now - armed > _STUCK / 8:
+                armed = now
+                faulthandler.dump_traceback_later(_STUCK, exit=True, file=self._log or 2)
+
+    def _check(self) -> None:
+        phase, entered = self._phase
+        limit = self._limits[phase]
+        stop = self._signal or self._elsewhere
+        if stop and phase in _UNSAVED:
+            self._end(f"{self._name}stopped by {stop} in phase {phase}: nothing to save, start again", PREEMPTED)
+        if limit and self._awake - entered > limit:
+            others = self._messenger.states() if self._messenger else ""
+            self._end(
+                f"{self._name}no progress in phase {phase!r} for {limit:g} s "
+                f"(config.runtime.phase_seconds.{phase}), step {self._step}{others}"
+            )
+        if self._messenger:
+            self._messenger.check()
+
+    @property
+    def _name(self) -> str:
+        return f"process {self._processes.index}: " if self._processes.count > 1 else ""
+
+    def _on_signal(self, name: str) -> None:
+        if self._signal:
+            self._end(f"{self._name}second signal ({name}): ends at once, without saving")
+        self._signal = name
+        if self._phase[0] not in _UNSAVED:
+            self._say(f"{self._name}{name}: saves after this step and ends; a second signal ends at once")
+
+    # Ending.
+
+    def _end(self, line: str, status: int = 1, *, tell: str | None = "fault") -> None:
+        """Says why, tells the others, and ends the process. Only the first caller speaks.
+
+        `tell`: "fault" publishes the line, "left" only takes leave, None is silent (there is nobody to hear).
+        """
+        if self._closed.is_set():
+            return
+        if not self._ending.acquire(blocking=False):
+            time.sleep(_PARTING + 2)
+            os._exit(status)
+        self._say(line)
+        if self._log and status != PREEMPTED:
+            faulthandler.dump_traceback(file=self._log, all_threads=True)
+        if self._messenger and tell:
+            # In a thread, since the call blocks when the coordinator is gone.
+            parting = threading.Thread(target=self._messenger.part, args=(line, status, tell), daemon=True)
+            parting.start()
+            parting.join(_PARTING + 1)
+        os._exit(status)
+
+    def _say(self, line: str) -> None:
+        # Not through sys.stderr, whose lock may be held by a thread that hangs.
+        os.write(2, f"t5x_like: {line}\n".encode())
+        self._record(line)
+
+    def _record(self, text: str) -> None:
+        if self._log:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
+
+    def _explain_abort(self) -> str:
+        """Called while jax aborts this process from C++."""
+        address = self._processes.coordinator
+        who = f"process {self._processes.index}"
+        if address and self._processes.index and not multihost.answers(address):
+            return f"{who}: process 0, which runs the coordinator {address}, has ended; its log may say why"
+        return f"{who}: jax lost the coordinator {address} or another process"
+
+
+class _Messenger:
+    """Signs of life and news between processes, over the coordinator's store.
+
+    Every process writes a sign each second. Process 0 reads them all; the others read only the folder `watch`, with
+    the sign of process 0 and the news, so that the coordinator's load grows with the number of processes, not its
+    square. `check` is called by the monitor, everything else that touches the store by the messenger's thread.
+    """
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self._processes = faults._processes
+        assert self._processes.store is not None
+        self._store = self._processes.store
+        self._count = 0
+        self._answered = 0.0  # on the clock of Faults, as all times here
+        self._seen: dict[int, tuple[str, float]] = {}  # process -> its last sign, when it changed
+        self._news: dict[str, Any] | None = None
+        self._parting = False
+        self.thread = threading.Thread(target=self._run, name="faults-messenger", daemon=True)
+
+    def _run(self) -> None:
+        closed = self._faults._closed
+        while not closed.is_set() and not self._parting:
+            with contextlib.suppress(RuntimeError):
+                self._round()
+                self._answered = self._faults._awake
+            closed.wait(_ROUND)
+        with contextlib.suppress(RuntimeError):
+            self._sign(_LEFT)
+
+    def _sign(self, value: str) -> None:
+        index = self._processes.index
+        self._store.set(f"alive/{index}" if index else "watch/0", value, overwrite=True)
+
+    def _round(self) -> None:
+        faults, now = self._faults, self._faults._awake
+        phase, entered = faults._phase
+        self._count += 1
+        self._sign(f"{self._count} {phase} {now - entered:.0f} {faults._step}")
+        watch = self._store.folder("watch")
+        signs = {0: watch["0"]} if "0" in watch else {}
+        if self._processes.primary:
+            signs |= {int(name): value for name, value in self._store.folder("alive").items()}
+        for index, sign in signs.items():
+            if self._seen.get(index, ("", 0.0))[0] != sign:
+                self._seen[index] = (sign, now)
+        if "fault" in watch:
+            self._news = json.loads(watch["fault"])
+        # jax agrees on the step to stop at; this is for the phases that do not get that far.
+        if faults._signal and "stop" not in watch:
+            self._store.set("watch/stop", f"{faults._signal} of process {self._processes.index}")
+        elif "stop" in watch:
+            faults._elsewhere = watch["stop"]
+
+    def check(self) -> None:
+        """Ends this process if there is news of a fault, or no news where there should be some."""
+        faults, me, limit = self._faults, self._processes.index, self._faults._silence
+        if self._news:
+            news, line = self._news, self._news["line"]
+            faults._end(f"{line} (process {me} ends with it)", news["status"], tell=_LEFT)
+        if faults._awake - self._answered > limit:
+            address = self._processes.coordinator
+            line = f"process {me}: the coordinator {address} (process 0) has not answered for {limit:.1f} s"
+            faults._end(line, tell=None)
+        if faults._awake - self._answered > 2 * _ROUND:
+            return  # no news of anybody: the coordinator is the one to blame, if it lasts
+        for index, (sign, changed) in list(self._seen.items()):
+            if index != me and sign != _LEFT and faults._awake - changed > limit:
+                faults._end(
+                    f"process {index} has given no sign of life for {limit:.1f} s: it was killed or stopped, or its "
+                    f"machine is out of reach (process {me} ends)"
+                )
+
+    def states(self) -> str:
+        """Where the others are, as far as this process knows; for the line of a limit that was passed."""
+        parts = []
+        for index, (sign, _) in sorted(self._seen.items()):
+            if index != self._processes.index and sign != _LEFT:
+                _, phase, seconds, step = sign.split()
+                parts.append(f"process {index} in {phase!r} for {seconds} s at step {step}")
+        return "; " + ", ".join(parts) if parts else ""
+
+    def part(self, line: str, status: int, tell: str) -> None:
+        """Tells the others why this process ends. The coordinator lives in process 0, which waits till all know."""
+        self._parting = True
+        with contextlib.suppress(RuntimeError):
+            if tell == "fault":
+                self._store.set("watch/fault", json.dumps({"line": line, "status": status}))
+            self._sign(_LEFT)
+            if not self._processes.primary:
+                return
+            now, limit = self._faults._awake, self._faults._silence
+            silent = {index for index, (_, changed) in self._seen.items() if now - changed > limit}
+            waited = set(range(1, self._processes.count)) - silent
+            deadline = time.monotonic() + _PARTING
+            while waited and time.monotonic() < deadline:
+                waited -= {int(index) for index, sign in self._store.folder("alive").items() if sign == _LEFT}
+                time.sleep(0.1)
+
+
+class _Signals:
+    """SIGTERM and SIGINT as bytes of a pipe: Python writes them at once, even while C++ code runs.
+
+    With several processes jax's own SIGTERM handler starts the agreement on a step to save at. A handler of ours
+    would silently disable it, so ours is put before it and the monitor calls it.
+    """
+
+    def __init__(self, *, forward: bool) -> None:
+        self._jax_handler: Any = None
+        self._before: dict[int, Any] = {}
+        self._reader = self._writer = -1
+        self.synchronised = False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if forward:
+            self._jax_handler = _take_handler(signal.SIGTERM)
+            self.synchronised = self._jax_handler is not None
+            if not self.synchronised:
+                return
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, _noted)
+
+    def wait(self, seconds: float) -> list[str]:
+        """The names of signals that arrive within `seconds`; at once when there is one."""
+        if self._reader < 0:
+            time.sleep(seconds)
+            return []
+        poll = select.poll()
+        poll.register(self._reader, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            return []
+        numbers = [number for number in os.read(self._reader, 64) if number in (signal.SIGTERM, signal.SIGINT)]
+        if numbers and self._jax_handler:
+            self._jax_handler(int(signal.SIGTERM))
+        return [signal.Signals(number).name for number in numbers]
+
+    def restore(self) -> None:
+        if self._reader < 0:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.write(self._writer, b"\0")  # wakes the monitor
+
+
+def _noted(_number: int, _frame: Any) -> None:
+    """The wakeup pipe has it already."""
+
+
+def _take_handler(number: int) -> Any:
+    """The C handler of a signal as a function, taken out of its place; None if there is none within 2 seconds.
+
+    jax installs its handler from a thread of its own, a moment after the processes are joined.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.restype = ctypes.c_void_p
+    library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    for _ in range(40):
+        address = library.signal(int(number), None)
+        if address and address not in (1, ctypes.c_void_p(-1).value):
+            return ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
+        time.sleep(0.05)
+    return None

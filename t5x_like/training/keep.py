@@ -1,0 +1,89 @@
+"""Which checkpoints are kept, and when one is due: pure functions of steps and metrics. No file is touched here.
+
+Always kept: the newest two, whatever else is said, so that a damaged newest has a predecessor. Kept besides: the last
+`keep_last`, every `keep_every` steps, and the best by a metric. The best are an additional set and never displace others
+(Orbax's own retention by metric with two to keep was seen to delete the newest).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from t5x_like.core.errors import UsageError
+
+_ALWAYS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """`config.checkpoint`: when to save, what to keep, where the first parameters come from."""
+
+    every_steps: int  # the last step and a preemption save too
+    asynchronous: bool  # False waits until the disk has it
+    timeout_seconds: int  # for one save; then it counts as failed
+    keep_last: int  # at least 2
+    keep_every: int | None  # steps that it divides are kept for ever
+    best_metric: str | None  # a name such as "eval/validation/loss"
+    best_mode: str  # "min" or "max"
+    keep_best: int  # how many of the best
+    init_from: str | None  # a model or work directory whose parameters a new run begins with
+    init_select: tuple[str, ...]  # regexes over parameter paths: which of them are taken
+
+
+def check(config: CheckpointConfig, *, evaluate_every_steps: int | None) -> None:
+    """Raises UsageError for what could not work; called before anything is built."""
+    for field in ("every_steps", "timeout_seconds", "keep_best"):
+        if getattr(config, field) < 1:
+            raise UsageError(f"config.checkpoint.{field}={getattr(config, field)} should be at least 1")
+    if config.keep_last < _ALWAYS:
+        raise UsageError(
+            f"config.checkpoint.keep_last={config.keep_last} should be at least {_ALWAYS}: the newest may be damaged"
+        )
+    if config.keep_every is not None and config.keep_every < 1:
+        raise UsageError(f"config.checkpoint.keep_every={config.keep_every} should be at least 1, or None")
+    if config.best_mode not in ("min", "max"):
+        raise UsageError(f"config.checkpoint.best_mode={config.best_mode!r} should be 'min' or 'max'")
+    if config.best_metric is None:
+        return
+    if not evaluate_every_steps:
+        raise UsageError(
+            f"config.checkpoint.best_metric={config.best_metric!r} needs evaluations; set config.evaluate.every_steps"
+        )
+    if config.every_steps % evaluate_every_steps:
+        raise UsageError(
+            f"config.checkpoint.every_steps={config.every_steps} should be a multiple of config.evaluate.every_steps="
+            f"{evaluate_every_steps}, so that {config.best_metric!r} is known at each checkpoint"
+        )
+
+
+def is_due(step: int, *, config: CheckpointConfig, last_step: int) -> bool:
+    """Whether a checkpoint is saved after `step` steps. A preemption, which comes unasked, saves besides."""
+    return step > 0 and (step % config.every_steps == 0 or step == last_step)
+
+
+def steps_to_keep(
+    steps: Sequence[int], metrics: Mapping[int, Mapping[str, float]], *, config: CheckpointConfig
+) -> set[int]:
+    """The steps to keep out of those that are there; `metrics` by step, where they are known.
+
+    >>> config = CheckpointConfig(10, True, 60, 2, 50, "loss", "min", 1, None, (".*",))
+    >>> sorted(steps_to_keep([40, 50, 60, 70, 80], {60: {"loss": 1.0}, 70: {"loss": 2.0}}, config=config))
+    [50, 60, 70, 80]
+    """
+    ordered = sorted(steps)
+    kept = set(ordered[-max(config.keep_last, _ALWAYS) :])
+    if config.keep_every is not None:
+        kept |= {step for step in ordered if step % config.keep_every == 0}
+    if config.best_metric is not None:
+        kept |= set(best_steps(ordered, metrics, config=config)[: config.keep_best])
+    return kept
+
+
+def best_steps(
+    steps: Sequence[int], metrics: Mapping[int, Mapping[str, float]], *, config: CheckpointConfig
+) -> list[int]:
+    """The steps with a finite `best_metric`, best first; of equal ones the newer first."""
+    sign = 1 if config.best_mode == "min" else -1
+    judged = [(step, metrics.get(step, {}).get(config.best_metric or "")) for step in steps]
+    ranked = sorted((sign * value, -step) for step, value in judged if value is not None and math.isfinite(value))
+    return [-negative for _, negative in ranked]

@@ -1,0 +1,96 @@
+"""Tiny models for tests: one table of cases for all families, and the config section that they start from."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_like.core.dtypes import DtypePolicy
+from t5x_like.models.config import ModelConfig, resolve
+from t5x_like.models.model import Model
+from t5x_like.parallel.rules import rules
+
+SIZE = {
+    "layers": 2,
+    "embed": 32,
+    "heads": 4,
+    "kv_heads": 4,
+    "head": 8,
+    "mlp": 48,
+    "vocab_size": 61,
+    "vocab_multiple": 32,
+    "max_length": 64,
+    "tie_embeddings": False,
+    "init_deviation": 0.2,  # large, so that attention is far from uniform
+}
+LLAMA3 = {"name": "llama3", "factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_length": 16}
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama"},
+    "llama_grouped_tied": {"family": "llama", "kv_heads": 2, "tie_embeddings": True},
+    "llama_scaled_rope": {"family": "llama", "kv_heads": 1, "rope": {"theta": (100.0,), "scaling": LLAMA3}},
+    "gpt2": {"family": "gpt2", "tie_embeddings": True},
+    "local_and_global": {
+        "family": "llama",
+        "layers": 5,
+        "windows": (3, 0),
+        "rope": {"theta": (100.0, 10_000.0), "scaling": LLAMA3 | {"name": "none"}},
+        "qk_norm": True,
+        "attention_softcap": 5.0,
+        "final_softcap": 3.0,
+    },
+}
+# Those that transformers has under the same name of a family.
+PUBLISHED = ("llama", "llama_grouped_tied", "llama_scaled_rope", "gpt2")
+
+
+def section(**fields: Any) -> dict[str, Any]:
+    """The section `model` of a config with every field given: None where family and size decide."""
+    scaling = dict.fromkeys(("name", "factor", "low_frequency", "high_frequency", "original_length"))
+    empty = dict.fromkeys(field.name for field in dataclasses.fields(ModelConfig))
+    return empty | {
+        "rope": {"theta": None, "scaling": scaling},
+        "vocab_multiple": 128,
+        "dropout": 0.0,
+        "scan": True,
+        "remat": "none",
+        "dtype": {"params": "float32", "compute": "float32"},
+    } | fields  # fmt: skip
+
+
+def config(case: str, **fields: Any) -> ModelConfig:
+    return resolve(section(size="custom", **(SIZE | CASES[case] | fields)))
+
+
+def model(case: str, **fields: Any) -> Model:
+    return Model(config(case, **fields), rules(), DtypePolicy("float32", "float32"))
+
+
+def sized(family: str, size: str) -> Model:
+    return Model(resolve(section(family=family, size=size)), rules(), DtypePolicy("float32", "float32"))
+
+
+def random_params(model: Model, seed: int = 0) -> dict[str, Any]:
+    """Drawn by numpy, which compiles nothing. Biases and scales too are away from 0 and 1."""
+    generator = np.random.default_rng(seed)
+
+    def draw(spec):
+        kind, number = spec.init.rstrip(")").split("(")
+        noise = generator.standard_normal(spec.shape).astype(np.float32)
+        return jnp.asarray(noise * float(number) if kind == "normal" else float(number) + 0.3 * noise)
+
+    return jax.tree.map(draw, model.specs(), is_leaf=lambda leaf: hasattr(leaf, "init"))
+
+
+def tokens(model: Model, rows: int, length: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, model.config.vocab_size, (rows, length)), jnp.int32)
+
+
+def largest_difference(a: Any, b: Any) -> float:
+    """max|a - b| / max|b|."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    assert np.abs(b).max() > 0, "both all zero would prove nothing"
+    return float(np.abs(a - b).max() / np.abs(b).max())

@@ -1,0 +1,218 @@
+"""What a model promises whatever its family: causality, packing, caching, scanning, remat, dropout, and its own tree.
+
+Agreement with independent code is in test_transformers_parity.py, shardings are in test_sharding.py.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_like.core import tree
+from t5x_like.core.errors import UserError
+from tests.models import cases
+
+FAST = {"xla_backend_optimization_level": 0}  # compiles faster; the comparisons are between programs of one level
+
+
+@functools.cache
+def built(case):
+    model = cases.model(case)
+    return model, cases.random_params(model)
+
+
+def hidden(model, params, batch, **rest):
+    function = jax.jit(lambda params, batch: model.apply(params, batch, **rest).hidden_BTD, compiler_options=FAST)
+    return function(params, batch)
+
+
+def loss_and_gradients(model, params, batch):
+    """A loss in which every hidden number has a weight of its own."""
+    shape = (*batch["inputs"].shape, model.config.embed)
+    weights = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
+    function = jax.value_and_grad(lambda params: (weights * model.apply(params, batch).hidden_BTD).sum())
+    return jax.jit(function, compiler_options=FAST).lower(params).compile()
+
+
+def assert_equal_trees(ours, theirs, tolerance=1e-5):
+    differences = {
+        path: cases.largest_difference(a, b)
+        for (path, a), (_, b) in zip(tree.leaves(ours), tree.leaves(theirs), strict=True)
+        if np.any(b)
+    }
+    assert max(differences.values()) <= tolerance, sorted(differences.items(), key=lambda item: -item[1])[:5]
+
+
+def influence(model, params, length):
+    """[t, s]: how strongly the hidden state at t depends on the token at s, by the gradient of its embedding row."""
+    ids = jnp.arange(length, dtype=jnp.int32)[None, :]  # all different, so that each row of the table is one position
+
+    def run(table):
+        return model.apply({**params, "embed": {**params["embed"], "tokens": table}}, {"inputs": ids}).hidden_BTD[0]
+
+    def of_all(table):
+        out, back = jax.vjp(run, table)
+        weights = jnp.linspace(1.0, 2.0, out.shape[-1])  # a norm makes the plain sum of its outputs blind
+        return jax.vmap(lambda row: back(row[:, None] * weights[None, :])[0])(jnp.eye(length))
+
+    gradients = jax.jit(of_all, compiler_options=FAST)(params["embed"]["tokens"])
+    return np.abs(np.asarray(gradients)).max(axis=-1)[:, :length]
+
+
+@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global"])
+def test_future_tokens_do_not_change_hidden_states_and_past_tokens_do(case):
+    model, params = built(case)
+    strength = influence(model, params, 12)
+    past = np.tril(np.ones_like(strength, bool))
+    assert (strength[~past] == 0.0).all()
+    assert (strength[past] > 1e-6).all()
+
+
+def test_window_limits_how_far_each_layer_sees():
+    model = cases.model("llama", windows=(3,), layers=2)
+    strength = influence(model, cases.random_params(model), 12)
+    distance = np.arange(12)[:, None] - np.arange(12)[None, :]
+    seen = (distance >= 0) & (distance <= 2 * (3 - 1))  # each layer reaches two tokens further back
+    assert (strength[~seen] == 0.0).all()
+    assert (strength[seen] > 1e-7).all()
+
+
+@pytest.mark.parametrize("case", ["llama_grouped_tied", "local_and_global"])
+def test_scan_and_unrolled_layers_give_the_same_loss_and_gradients(case):
+    model, params = built(case)
+    batch = {"inputs": cases.tokens(model, 2, 12)}
+    unrolled = dataclasses.replace(model, config=dataclasses.replace(model.config, scan=False))
+    programs = [loss_and_gradients(m, params, batch) for m in (model, unrolled)]
+    assert [" while(" in program.as_text() for program in programs] == [True, False]
+    (value, gradients), (other, others) = (program(params) for program in programs)
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    assert_equal_trees(gradients, others)
+
+
+@pytest.fixture(scope="module")
+def without_remat():
+    model = cases.model("llama_grouped_tied", layers=4)
+    params = cases.random_params(model)
+    batch = {"inputs": cases.tokens(model, 4, 32)}
+    return model, params, batch, loss_and_gradients(model, params, batch)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("remat", ["dots", "minimal", "context", "full"])
+def test_remat_changes_memory_and_nothing_else(without_remat, remat, scan):
+    model, params, batch, plain = without_remat
+    config = dataclasses.replace(model.config, remat=remat, scan=scan)
+    program = loss_and_gradients(dataclasses.replace(model, config=config), params, batch)
+    value, gradients = plain(params)
+    other, others = program(params)
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    assert_equal_trees(gradients, others)
+    if scan:
+        sizes = [p.memory_analysis().temp_size_in_bytes for p in (program, plain)]
+        assert sizes[0] < sizes[1], "nothing was computed again"
+
+
+def test_packed_documents_give_what_each_gives_alone():
+    model, params = built("local_and_global")
+    lengths = (5, 9, 4)
+    ids = cases.tokens(model, 1, 20)
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 2])[None, :]
+    positions = np.concatenate([np.arange(n) for n in (*lengths, 2)])[None, :]
+    batch = {"inputs": ids, "segment_ids": jnp.asarray(segments), "positions": jnp.asarray(positions)}
+    packed = hidden(model, params, batch)
+    across = hidden(model, params, {"inputs": ids})
+    starts = np.cumsum([0, *lengths])
+    for start, end in zip(starts[:-1], starts[1:], strict=True):
+        alone = hidden(model, params, {"inputs": ids[:, start:end]})
+        assert cases.largest_difference(packed[:, start:end], alone) <= 1e-5
+        assert start == 0 or cases.largest_difference(across[:, start:end], alone) > 1e-2
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global"])
+def test_cached_decoding_gives_what_the_full_forward_gives(case, scan):
+    """Two rows of different length, a prompt in two parts (the first longer than a window's ring), then single steps."""
+    model, params = built(case)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, scan=scan))
+    total, lengths = 16, np.array([7, 4])  # tokens of the first part; row 1 is padded to 7
+    ids = cases.tokens(model, 2, total + 3)
+    whole = np.asarray(hidden(model, params, {"inputs": ids}))
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def step(params, cache, batch):
+        out = model.apply(params, batch, cache=cache)
+        return out.hidden_BTD, out.cache
+
+    cache, done = model.init_cache(2, total + 3), np.zeros(2, int)
+    for width in (7, 5, 1, 1, 1, 1):
+        real = np.minimum(lengths, width) if width == 7 else np.full(2, width)
+        columns = done[:, None] + np.arange(width)[None, :]
+        valid = np.arange(width)[None, :] < real[:, None]
+        batch = {
+            "inputs": jnp.asarray(np.where(valid, np.take_along_axis(np.asarray(ids), columns, axis=1), 0)),
+            "positions": jnp.asarray(columns, jnp.int32),
+            "segment_ids": jnp.asarray(valid, jnp.int32),
+        }
+        out, cache = step(params, cache, batch)
+        expected = np.take_along_axis(whole, columns[..., None], axis=1)
+        assert cases.largest_difference(np.asarray(out)[valid], expected[valid]) <= 1e-5
+        done += real
+    assert done.tolist() == [16, 13]
+
+
+def test_cache_of_a_windowed_layer_is_a_ring_of_that_many_slots():
+    model, _ = built("local_and_global")
+    specs = model.cache_specs(2, 40)
+    assert specs["0"]["k"].shape == (3, 2, 3, 4, 8)  # layers 0, 2, 4 with a window of 3
+    assert specs["1"]["k"].shape == (2, 2, 40, 4, 8)
+
+
+def test_dropout_needs_a_key_and_depends_on_it_alone():
+    model = cases.model("gpt2", dropout=0.5)
+    params = cases.random_params(model)
+    batch = {"inputs": cases.tokens(model, 2, 8)}
+    plain = hidden(built("gpt2")[0], params, batch)
+    off = hidden(model, params, batch)
+    one, again, two = (hidden(model, params, batch, key=jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(off, plain)
+    np.testing.assert_array_equal(one, again)
+    assert cases.largest_difference(one, off) > 0.1
+    assert cases.largest_difference(one, two) > 0.1
+
+
+def test_gradients_are_in_the_type_of_the_masters_and_hidden_states_in_that_of_compute():
+    model, params = built("llama_grouped_tied")
+    half = dataclasses.replace(model, dtypes=dataclasses.replace(model.dtypes, compute="bfloat16"))
+    batch = {"inputs": cases.tokens(model, 1, 8)}
+    out = jax.eval_shape(lambda p: half.apply(p, batch).hidden_BTD, params)
+    gradients = jax.eval_shape(jax.grad(lambda p: half.apply(p, batch).hidden_BTD.astype(jnp.float32).sum()), params)
+    assert out.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {**p, "final_norm": {}}, "parameter 'final_norm/scale' is missing"),
+        (lambda p: {**p, "more": p["final_norm"]["scale"]}, "parameter 'more' is unknown"),
+        (lambda p: {**p, "final_norm": {"scale": jnp.ones(31)}}, r"'final_norm/scale' has shape \(31,\); expected \(32,\)"),
+    ],
+)  # fmt: skip
+def test_a_tree_of_other_names_or_shapes_is_refused(change, message):
+    model, params = built("llama")
+    with pytest.raises(ValueError, match=message):
+        model.apply(change(params), {"inputs": jnp.zeros((1, 4), jnp.int32)})
+
+
+def test_rows_longer_than_max_length_are_refused():
+    model, params = built("llama")
+    with pytest.raises(UserError, match="65 tokens is longer than config.model.max_length=64"):
+        model.apply(params, {"inputs": jnp.zeros((1, 65), jnp.int32)})
+
+
+def test_model_is_a_value():
+    assert cases.model("llama") == cases.model("llama") and hash(cases.model("llama")) == hash(cases.model("llama"))
+    assert cases.model("llama") != cases.model("llama", windows=(3,))

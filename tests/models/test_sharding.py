@@ -1,0 +1,79 @@
+"""The same loss and gradients of a model on every mesh, from parameters that are really sharded. The train step as a
+whole has its own matrix (tests/training); this one stops at the model, so that a difference is found where it arises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from t5x_like.core import tree
+from t5x_like.parallel.rules import MESH_AXES
+from t5x_like.parallel.sharding import batch_shardings, tree_shardings
+from tests.models import cases
+
+FAST = {"xla_backend_optimization_level": 0}
+ROWS, LENGTH = 8, 16
+MESHES = {
+    "data8": {"data": 8},
+    "fsdp8": {"fsdp": 8},
+    "data2_fsdp2_tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp2_sequence2_tensor2": {"fsdp": 2, "sequence": 2, "tensor": 2},
+    "tensor8": {"tensor": 8},
+}
+
+
+def make_mesh(sizes):
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+@functools.cache
+def one_device():
+    """The model, its parameters and batch, and what one device makes of them."""
+    model = cases.model("local_and_global", heads=8, kv_heads=8, head=4, mlp=64, vocab_size=250, qk_norm=False)
+    params = cases.random_params(model)
+    segments = np.where(np.arange(LENGTH) < 11, 1, 2)[None, :].repeat(ROWS, 0)
+    positions = np.where(segments == 1, np.arange(LENGTH), np.arange(LENGTH) - 11)
+    batch = {"inputs": cases.tokens(model, ROWS, LENGTH), "segment_ids": segments, "positions": positions}
+    return model, params, {name: np.asarray(value, np.int32) for name, value in batch.items()}, run(model, params, batch)
+
+
+def run(model, params, batch, out_shardings=None):
+    weights = jnp.asarray(np.random.default_rng(5).standard_normal((ROWS, LENGTH, model.config.embed)), jnp.float32)
+
+    def loss(params, batch):
+        return (weights * model.apply(params, batch).hidden_BTD).sum()
+
+    shardings = None if out_shardings is None else (None, out_shardings)
+    return jax.jit(jax.value_and_grad(loss), compiler_options=FAST, out_shardings=shardings)(params, batch)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_loss_and_every_gradient_equal_those_of_one_device(name):
+    model, params, batch, (value, gradients) = one_device()
+    mesh = make_mesh(MESHES[name])
+    shardings = tree_shardings(mesh, model.rules, model.specs())
+    placed = jax.tree.map(jax.device_put, params, shardings)
+    rows = batch_shardings(mesh, model.rules, {key: leaf.shape for key, leaf in batch.items()})
+    placed_batch = {key: jax.device_put(leaf, rows[key]) for key, leaf in batch.items()}
+    if set(MESHES[name]) != {"data"}:
+        assert not placed["layers"]["mlp"]["up"].sharding.is_fully_replicated
+    with jax.set_mesh(mesh):
+        other, others = run(model, placed, placed_batch, shardings)
+    np.testing.assert_allclose(other, value, rtol=1e-6)
+    ours = tree.flatten(others)
+    for path, expected in tree.leaves(gradients):
+        assert cases.largest_difference(ours[path], expected) <= 1e-5, path
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    model = cases.model("llama_grouped_tied")
+    shardings = tree_shardings(make_mesh({"fsdp": 4, "tensor": 2}), model.rules, model.specs())
+    here = jax.jit(model.init, compiler_options=FAST)(jax.random.key(0))
+    there = jax.jit(model.init, out_shardings=shardings, compiler_options=FAST)(jax.random.key(0))
+    assert not there["layers"]["mlp"]["up"].sharding.is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, here, there)

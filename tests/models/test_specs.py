@@ -1,0 +1,61 @@
+"""The parameters of each family, word for word: path, shape, axes and initializer, in tests/golden.
+
+After a change that is meant, T5X_LIKE_UPDATE_GOLDEN=1 writes them anew.
+"""
+
+import os
+import pathlib
+
+import pytest
+
+from t5x_like.core import tree
+from t5x_like.models.families import FAMILIES
+from tests.models import cases
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def text(model) -> str:
+    lines = []
+    for path, spec in tree.leaves(model.specs()):
+        shape = "x".join(str(dim) for dim in spec.shape)
+        axes = ",".join(axis or "-" for axis in spec.axes)
+        lines.append(f"{path:26} {shape:16} {axes:32} {spec.dtype} {spec.init}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "llama-8b", "gpt2-tiny", "gpt2-small"])
+def test_parameter_specs_are_the_golden_ones(name):
+    family, size = name.split("-")
+    model = cases.sized(family, size)
+    path = GOLDEN / f"specs-{name}.txt"
+    if os.environ.get("T5X_LIKE_UPDATE_GOLDEN"):
+        path.write_text(text(model))
+    assert text(model) == path.read_text()
+
+
+# Published numbers of parameters: the papers' and model cards' rounded figures, to the digits they give.
+PUBLISHED = {
+    ("llama", "2_7b"): 6_738_415_616,
+    ("llama", "2_13b"): 13_015_864_320,
+    ("llama", "2_70b"): 68_976_648_192,
+    ("llama", "8b"): 8_030_261_248,
+    ("llama", "70b"): 70_553_706_496,
+    ("llama", "3_1_8b"): 8_030_261_248,
+    ("llama", "3_2_1b"): 1_235_814_400,
+    ("gpt2", "small"): 124_439_808,
+    ("gpt2", "medium"): 354_823_168,
+    ("gpt2", "large"): 774_030_080,
+    ("gpt2", "xl"): 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize(("family", "size"), PUBLISHED)
+def test_released_sizes_have_their_published_number_of_parameters(family, size):
+    assert cases.sized(family, size).parameter_count() == PUBLISHED[family, size]
+
+
+def test_every_size_that_is_not_ours_is_checked():
+    ours = {"tiny", "small", "mini"}
+    released = {(f, s) for f, (_, sizes) in FAMILIES.items() for s in sizes if s not in ours or f == "gpt2"}
+    assert released - {("gpt2", "tiny")} == set(PUBLISHED)

@@ -1,0 +1,135 @@
+"""The compiled train step on 8 devices against one device: same loss, same gradients, expected collectives.
+
+Gradients are read from one step of plain SGD with learning rate 1: what is added to a parameter is minus its gradient.
+"""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.pretrain import test as test_config
+from t5x_like import experiment as experiments
+from t5x_like.core import tree
+from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel.sharding import batch_shardings
+
+MESHES = {
+    "data=8": {"preset": "data"},
+    "fsdp=8": {"preset": "fsdp"},
+    "data=2 fsdp=2 tensor=2": {"preset": "fsdp_tensor", "data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp=2 sequence=2 tensor=2": {"preset": "fsdp_tensor_sequence"},
+    "slice=2 fsdp=2 tensor=2": {"preset": "fsdp_tensor", "slice": 2, "fsdp": 2, "tensor": 2},
+    "tensor=8, kv heads replicated": {"preset": "fsdp_tensor", "fsdp": 1, "tensor": 8},
+}
+FAMILIES = {
+    "llama": {"family": "llama", "windows": (8, 0), "tie_embeddings": False},
+    "gpt2": {"family": "gpt2"},
+}
+
+
+def _config(family: str) -> ConfigDict:
+    config = test_config.get_config()
+    config.model.update(FAMILIES[family] | {"heads": 8, "head": 8, "kv_heads": 8 if family == "gpt2" else 2})
+    config.optim.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0})
+    config.optim.schedule.update({"name": "constant", "warmup_steps": 0})
+    config.optim.sgd.momentum = 0.0
+    config.objective.lm.z_loss = 1e-2
+    config.runtime.compiler_options.cpu = {"xla_backend_optimization_level": 0}  # compiles sooner, computes the same
+    return config
+
+
+def _batch() -> dict[str, np.ndarray]:
+    """Two documents a row, and padding at the end of every other row."""
+    rng = np.random.default_rng(0)
+    rows, length = 8, 32
+    tokens = rng.integers(0, 256, (rows, length + 1)).astype(np.int32)
+    segments = np.ones((rows, length), np.int32)
+    segments[:, 12:] = 2
+    segments[::2, 28:] = 0
+    positions = np.tile(np.concatenate([np.arange(12), np.arange(20)]), (rows, 1)).astype(np.int32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": (segments > 0).astype(np.float32),
+        "segment_ids": segments,
+        "positions": positions,
+        "target_bytes": np.ones((rows, length), np.int32),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    loss: float
+    gradients: dict[str, np.ndarray]
+    program: experiments.Program
+    text: str
+
+
+def _step(family: str, mesh_section: dict, devices: int) -> Result:
+    config = _config(family)
+    config.mesh.update(mesh_section)
+    experiment = experiments.from_config(config)
+    mesh = meshes.make(experiment.mesh, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        program = experiments.build_program(experiment, mesh)
+        state, frozen = experiments.initialize(program, seed=0)
+        before = jax.device_get(state["params"])
+        host = _batch()
+        shardings = batch_shardings(mesh, program.model.rules, {name: value.shape for name, value in host.items()})
+        batch = {name: jax.device_put(value, shardings[name]) for name, value in host.items()}
+        compiled = program.step.lower(state, frozen, batch).compile()
+        state, metrics = compiled(state, frozen, batch)
+    after = tree.flatten(jax.device_get(state["params"]))
+    gradients = {path: leaf - after[path] for path, leaf in tree.leaves(before)}
+    return Result(float(metrics["loss"]), gradients, program, compiled.as_text())
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The result of one device, made once for each family."""
+    return {family: _step(family, {"preset": "data"}, 1) for family in FAMILIES}
+
+
+CASES = [("llama", name) for name in MESHES] + [("gpt2", "data=2 fsdp=2 tensor=2"), ("gpt2", "fsdp=2 sequence=2 tensor=2")]
+
+
+@pytest.mark.parametrize("family,name", CASES)
+def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name):
+    reference, result = single[family], _step(family, MESHES[name], 8)
+    assert result.loss == pytest.approx(reference.loss, rel=1e-6)
+    for path, gradient in reference.gradients.items():
+        largest = np.abs(gradient).max()
+        assert largest > 0, f"{path} has no gradient: nothing is compared"
+        # The gradient is a difference of parameters: it cannot be more exact than a parameter's last bit.
+        assert np.abs(result.gradients[path] - gradient).max() <= 1e-5 * largest + 1.2e-7, path
+
+
+def _kinds(text: str) -> set[str]:
+    return set(re.findall(r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text))
+
+
+def test_the_compiled_steps_hold_the_collectives_that_their_presets_are_for(single):
+    assert _kinds(single["llama"].text) == set()
+    data = _step("llama", MESHES["data=8"], 8)
+    assert _kinds(data.text) == {"all-reduce"}
+    fsdp = _kinds(_step("llama", MESHES["fsdp=8"], 8).text)
+    assert "all-gather" in fsdp and fsdp & {"reduce-scatter", "all-reduce"}
+
+
+@pytest.mark.parametrize("name,limit", [("fsdp=8", 512), ("data=2 fsdp=2 tensor=2", 512)])
+def test_no_parameter_above_a_small_size_is_replicated(name, limit):
+    """Norm scales (32 numbers a layer) are; whatever is larger than `limit` numbers lies in parts."""
+    config = _config("llama")
+    config.mesh.update(MESHES[name])
+    experiment = experiments.from_config(config)
+    mesh = meshes.make(experiment.mesh)
+    with jax.set_mesh(mesh):
+        layout = experiments.build_program(experiment, mesh).layout
+    sizes = {path: leaf for path, leaf in tree.leaves(layout.state["params"]) if leaf.size > limit}
+    assert len(sizes) >= 8
+    for path, leaf in sizes.items():
+        assert not leaf.sharding.is_fully_replicated, path
