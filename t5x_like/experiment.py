@@ -64,11 +64,16 @@ class Program:
     evaluate: Any  # jitted (params, frozen, batch) -> sums
 
 
-def from_config(config: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> Experiment:
+def from_config(
+    config: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> Experiment:
     """The experiment that a ConfigDict or a stored `config.json` describes; strict in both directions.
 
     `overrides` are the dotted paths given on the command line: one that sets a field of a variant that is not named
-    is refused, because it would change nothing.
+    is refused, because it would change nothing. `stored` is the config of the run that is resumed, if any.
     """
     sections = {key: value for key, value in config.items()}
     known = bridge.field_names(Experiment)
@@ -83,7 +88,8 @@ def from_config(config: Mapping[str, Any], *, overrides: Mapping[str, Any] | Non
     optim = bridge.build(optimizers.OptimConfig, sections["optim"], path="config.optim")
     if optim.schedule.steps is None:
         # The length of the schedule is that of the first start, whatever a resume does to loop.steps.
-        optim = dataclasses.replace(optim, schedule=dataclasses.replace(optim.schedule, steps=loop.steps))
+        steps = loop.steps if stored is None else stored["optim"]["schedule"]["steps"]
+        optim = dataclasses.replace(optim, schedule=dataclasses.replace(optim.schedule, steps=steps))
     experiment = Experiment(
         seed=_seed(sections["seed"]),
         model=model_config.resolve(sections["model"]),
@@ -122,7 +128,8 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     frozen_paths = path_rules.frozen_paths(experiment.optim, specs)
     frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
     objective = objectives.build(experiment.objective, model)
-    optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=experiment.optim.schedule.steps, frozen=frozen_paths)
+    steps = experiment.optim.schedule.steps or experiment.loop.steps
+    optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)
     layout = train_state.layout(
         optimizer,
         trainable=trainable,

@@ -11,7 +11,7 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.config()
-    config.model.update({"family": "llama", "size": "custom", "vocab_size": 257, "layers": 2, "embed": 32})
+    config.model.update({"family": "llama", "size": "custom", "vocab_size": 259, "layers": 2, "embed": 32})
     config.model.update({"heads": 4, "kv_heads": 2, "head": 8, "mlp": 64, "max_length": 128, "tie_embeddings": True})
     config.data.update({"source": "text:configs/data/tinyshakespeare/input.txt", "tokenizer": "bytes"})
     config.data.update({"validation": "0.01", "validation_batches": 2, "batch_size": 8, "length": 32})

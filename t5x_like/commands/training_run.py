@@ -5,50 +5,52 @@ Everything is handed down as built values; the order of training itself stands i
 
 import contextlib
 import dataclasses
-import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from t5x_like import experiment as experiments
+from t5x_like.commands import summary
 from t5x_like.commands.train import Request
-from t5x_like.core import tree
 from t5x_like.core.environment import Environment
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.metrics import format_bytes, format_count
-from t5x_like.data.loader import TrainData, open_data
+from t5x_like.data.loader import HeldOut, Prefetch, TrainData, open_data
 from t5x_like.data.prepare import prepare
 from t5x_like.objectives.interface import Batch
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import multihost
 from t5x_like.parallel.sharding import addressable_rows, global_batch
-from t5x_like.storage import manifest
+from t5x_like.storage import manifest, paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.workdir import Workdir
+from t5x_like.training import loop as loops
 from t5x_like.training.faults import PREEMPTED, Faults
-from t5x_like.training.keep import keep
-from t5x_like.training.loop import Loop, train
-from t5x_like.training.saver import Saver
+from t5x_like.training.keep import steps_to_keep
+from t5x_like.training.saver import Saver, warm_start
 from t5x_like.training.telemetry import Telemetry
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """Where a run begins: updates done, state, frozen parameters, and how these came about."""
+class Run:
+    """A run as built, before it has a state."""
 
-    step: int
-    state: dict[str, Any]
-    frozen: dict[str, Any]
-    origin: str
+    request: Request
+    experiment: experiments.Experiment
+    environment: Environment
+    processes: multihost.Processes
+    workdir: Workdir
+    faults: Faults
+    data: TrainData
+    program: experiments.Program
+    changes: list[str]  # what the config changes of the stored one
 
 
-def run(request: Request, *, config: Mapping[str, Any], stored: Mapping[str, Any] | None, environment: Environment) -> int:
+def run(
+    request: Request, *, config: Mapping[str, Any], stored: Mapping[str, Any] | None, environment: Environment
+) -> int:
     """The exit status of a training run, or of its `--check`."""
     experiment = experiments.from_config(config, overrides=request.overrides, stored=stored)
     processes = multihost.start(
@@ -60,23 +62,208 @@ def run(request: Request, *, config: Mapping[str, Any], stored: Mapping[str, Any
     experiments.check_mesh(experiment, meshes.axis_sizes(experiment.mesh, jax.device_count()))
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(Workdir.open(request.workdir, processes=processes, write=not request.check))
-        changes = workdir.check_config(experiments.to_dict(experiment))
-        faults = stack.enter_context(Faults(experiment.runtime, log_path=workdir.log_path, processes=processes))
-        data = stack.enter_context(_open_data(experiment, workdir, processes, faults))
-        return _run(request, experiment, environment, processes, workdir, faults, data, changes)
+        changes = [str(change) for change in workdir.check_config(experiments.to_dict(experiment))]
+        if workdir.is_finished(experiment.loop.steps) and not request.check:
+            print(f"{workdir.root} is finished: {experiment.loop.steps} of {experiment.loop.steps} steps are done")
+            return 0
+        log_path = None if request.check else workdir.log_path
+        faults = stack.enter_context(Faults(experiment.runtime, log_path=log_path, processes=processes))
+        data = _open_data(experiment, workdir, processes)
+        stack.callback(data.close)
+        mesh = meshes.make(experiment.mesh)
+        stack.enter_context(jax.set_mesh(mesh))
+        program = experiments.build_program(experiment, mesh)
+        built = Run(request, experiment, environment, processes, workdir, faults, data, program, changes)
+        return _check(built) if request.check else _train(built)
 
 
-def _open_data(experiment: experiments.Experiment, workdir: Workdir, processes: multihost.Processes, faults: Faults) -> TrainData:
+def _open_data(experiment: experiments.Experiment, workdir: Workdir, processes: multihost.Processes) -> TrainData:
     """The prepared data; process 0 prepares what is missing while the others wait."""
     cache = experiment.data.cache or workdir.path("cache")
     if processes.primary:
         prepare(experiment.data, cache, report=None)
-    processes.broadcast("prepared", True, timeout=math.inf)
+    processes.broadcast("data is prepared", True, timeout=experiment.runtime.phase_seconds.start or 1e6)
     data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
-    size = experiment.model.vocab_size
-    if size < data.vocabulary.size:
+    processes.agree("data fingerprint", data.fingerprint)
+    if experiment.model.vocab_size != data.vocabulary.size:
         raise UsageError(
-            f"config.model.vocab_size={size}, but the tokenizer {experiment.data.tokenizer} has {data.vocabulary.size} "
-            f"tokens; set config.model.vocab_size={data.vocabulary.size}"
+            f"config.model.vocab_size={experiment.model.vocab_size}, but the tokenizer {experiment.data.tokenizer!r} has "
+            f"{data.vocabulary.size} tokens; set config.model.vocab_size={data.vocabulary.size}"
         )
     return data
+
+
+def _compile(built: Run) -> tuple[Any, Any]:
+    """The compiled train and evaluation steps; from here on no step waits for the compiler."""
+    program, layout = built.program, built.program.layout
+    with built.faults.phase("compile"):
+        step = program.step.lower(layout.state, layout.frozen, program.batch).compile()
+        if not built.data.evaluation_batches():
+            return step, None
+        return step, program.evaluate.lower(layout.state["params"], layout.frozen, program.batch).compile()
+
+
+def _check(built: Run) -> int:
+    step, _ = _compile(built)
+    for line in summary.lines(_summary(built, step, origin="not started (--check)", start=0)):
+        print(line)
+    return 0
+
+
+def _train(built: Run) -> int:
+    experiment, workdir, program, faults = built.experiment, built.workdir, built.program, built.faults
+    keep = functools.partial(steps_to_keep, config=experiment.checkpoint)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir.checkpoints,
+                keep=keep,
+                asynchronous=experiment.checkpoint.asynchronous,
+                timeout_seconds=experiment.checkpoint.timeout_seconds,
+                on_fault=summary.warn,
+            )
+        )
+        saver = Saver(checkpoints, layout=program.layout, metadata=_metadata(built))
+        start, state, frozen, origin = _start(built, saver)
+        _record(built, start)
+        telemetry = stack.enter_context(
+            Telemetry(
+                experiment.telemetry,
+                workdir.root,
+                flops_per_token=program.model.flops_per_token(experiment.data.length).train,
+                tokens_per_step=built.data.tokens_per_step,
+                devices=list(program.mesh.devices.flat),
+                total_steps=experiment.loop.steps,
+                start_step=start,
+            )
+        )
+        with telemetry.timed("compile"):
+            step, evaluate = _compile(built)
+        telemetry.summary(_summary(built, step, origin=origin, start=start))
+        prefetch = Prefetch(_read_rows(built), ahead=experiment.data.prefetch)
+        stack.callback(prefetch.close)
+        loop = loops.Loop(
+            config=experiment.loop,
+            evaluate_config=experiment.evaluate,
+            checkpoint_config=experiment.checkpoint,
+            step=step,
+            evaluate=evaluate,
+            batch_at=lambda index: _place(built, prefetch(index)),
+            held_out={name: HeldOutBatches(built, rows) for name, rows in built.data.evaluation_batches().items()},
+            saver=saver,
+            telemetry=telemetry,
+            faults=faults,
+        )
+        _, done = loops.train(loop, state, frozen, start=start)
+        if done:
+            workdir.record_finished(experiment.loop.steps)
+    if not done:
+        summary.warn(f"{workdir.root} is saved; start the same command again to go on")
+        return PREEMPTED
+    if built.processes.primary:
+        print(f"done: {workdir.root}  (curves: {workdir.path('loss.png')})" if experiment.telemetry.plot else "done")
+    return 0
+
+
+def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any], str]:
+    """(updates done, state, frozen parameters, where they come from)."""
+    restored = saver.restore()
+    if restored is not None:
+        step, state, frozen = restored
+        return step, state, frozen, f"checkpoint of step {step}"
+    state, frozen = experiments.initialize(built.program, seed=built.experiment.seed)
+    source = built.experiment.checkpoint.init_from
+    if source is None:
+        return 0, state, frozen, "random parameters"
+    state, frozen, origin = warm_start(
+        state,
+        frozen,
+        source,
+        select=built.experiment.checkpoint.init_select,
+        layout=built.program.layout,
+        tokenizer=built.data.vocabulary.fingerprint,
+    )
+    return 0, state, frozen, origin
+
+
+def _record(built: Run, start: int) -> None:
+    """Writes config, tokenizer and the manifest's entry of this start, before the first step."""
+    experiment, workdir = built.experiment, built.workdir
+    if not built.processes.primary:
+        return
+    if not paths.exists(workdir.tokenizer):
+        built.data.vocabulary.save(workdir.tokenizer)
+    config = experiments.to_dict(experiment)
+    entry = manifest.start_entry(
+        config=config,
+        data=built.data.fingerprint,
+        tokenizer=built.data.vocabulary.fingerprint,
+        mesh=dict(built.program.mesh.shape),
+        platform=jax.default_backend(),
+        devices=jax.device_count(),
+        processes=jax.process_count(),
+        threads=built.environment.threads,
+        resumed_from=start or None,
+        changes=built.changes,
+    )
+    workdir.record_start(config=config, overrides=built.request.overrides, entry=entry)
+
+
+def _metadata(built: Run) -> dict[str, Any]:
+    return {
+        "config": experiments.to_dict(built.experiment),
+        "provenance": {
+            "data": built.data.fingerprint,
+            "tokenizer": built.data.vocabulary.fingerprint,
+            "revision": manifest.revision(),
+            "versions": manifest.versions(),
+            "mesh": dict(built.program.mesh.shape),
+            "threads": built.environment.threads,
+        },
+    }
+
+
+def _summary(built: Run, step: Any, *, origin: str, start: int) -> Mapping[str, Mapping[str, object]]:
+    notes = [*built.environment.notes, *(f"changed at this start: {change}" for change in built.changes)]
+    return summary.sections(
+        built.experiment,
+        built.program,
+        workdir=built.workdir.root,
+        origin=origin,
+        start=start,
+        data=built.data.describe(built.experiment.loop.steps),
+        memory=step.memory_analysis(),
+        notes=notes,
+    )
+
+
+def _local_rows(built: Run) -> np.ndarray:
+    leaf = built.program.batch["inputs"]
+    return addressable_rows(leaf.sharding, leaf.shape)
+
+
+def _read_rows(built: Run) -> Any:
+    rows = _local_rows(built)
+    return lambda index: built.data.rows(index, rows)
+
+
+def _place(built: Run, local: Mapping[str, np.ndarray]) -> Batch:
+    """The sharded arrays of a batch of which this process has read its rows."""
+    return global_batch(
+        lambda rows: dict(local),
+        rows=_local_rows(built),
+        shapes={name: leaf.shape for name, leaf in built.program.batch.items()},
+        shardings={name: leaf.sharding for name, leaf in built.program.batch.items()},
+    )
+
+
+class HeldOutBatches:
+    """The batches of a held-out set as sharded arrays, from the first at each iteration."""
+
+    def __init__(self, built: Run, held_out: HeldOut):
+        self._built, self._held_out = built, held_out
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = _local_rows(self._built)
+        for index in range(len(self._held_out)):
+            yield _place(self._built, self._held_out.rows(index, rows))

@@ -88,6 +88,9 @@ def apply(config: RuntimeConfig, *, recorded_threads: int | None = None) -> Envi
         _set_fake_devices(config.fake_devices)
     if config.platform:
         _set_platform("cuda" if config.platform == "gpu" else config.platform)
+    elif "JAX_PLATFORMS" not in os.environ and not _jax_has_started() and not _has_accelerator():
+        # Spares a machine that only has libtpu installed, for the planner, its search for a TPU.
+        _set_platform("cpu")
     _quiet()
     cache = _set_cache(config, notes)
     return Environment(threads=threads, compilation_cache=cache, notes=tuple(notes))
@@ -176,6 +179,11 @@ def _set_platform(platform: str) -> None:
             )
         return
     _set("jax_platforms", platform)
+
+
+def _has_accelerator() -> bool:
+    """Whether this machine has the device files of a TPU or a GPU."""
+    return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
 
 
 def _quiet() -> None:

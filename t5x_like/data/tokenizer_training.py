@@ -70,7 +70,7 @@ def _unigram(size: int, texts: Iterable[str]) -> vocabularies.Vocabulary:
     from tokenizers import AddedToken, models, pre_tokenizers
 
     tokenizer = _byte_level(models.BPE())
-    counts: collections.Counter[str] = collections.Counter()
+    counts = collections.Counter(pre_tokenizers.ByteLevel.alphabet())  # a piece for every byte, seen or not
     for text in texts:
         counts.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
     model = _run_sentencepiece(
@@ -79,7 +79,6 @@ def _unigram(size: int, texts: Iterable[str]) -> vocabularies.Vocabulary:
         {
             "input_format": "tsv",
             "add_dummy_prefix": False,
-            "required_chars": "".join(sorted(pre_tokenizers.ByteLevel.alphabet())),
             "character_coverage": 1.0,
             "split_by_whitespace": False,
             "split_by_unicode_script": False,
@@ -139,7 +138,8 @@ def _run_sentencepiece(sentences: Iterator[str], size: int, settings: Mapping[st
             **settings,
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"the tokenizer could not be trained: {str(error).splitlines()[-1]}") from None
+        reason = str(error).splitlines()[-1].rpartition("] ")[2]  # without the place in the library's source
+        raise UserError(f"a tokenizer of {size} tokens could not be trained: {reason}") from None
     return model.getvalue()
 
 

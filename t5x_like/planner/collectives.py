@@ -4,7 +4,7 @@ Devices in HLO are numbered along the mesh that the program was jitted with (row
 groups become names of axes. Not here: how often each one runs (cost.py).
 
 Bytes are those of the whole buffer that one device takes part in, per execution: the output of all-gather and
-collective-permute, the input of reduce-scatter, all-reduce, all-to-all and collective-broadcast. Over a ring of n devices each one sends
+collective-permute, the input of reduce-scatter, all-reduce and all-to-all. Over a ring of n devices each one sends
 (n - 1)/n of that, twice for all-reduce. Padding of layouts is not counted.
 """
 

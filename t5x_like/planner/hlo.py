@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"^ +(ROOT )?%?([\w.\-]+) = ")
+_END = re.compile(r"^\}(, execution_thread=\"\w+\")?$")
 _CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
@@ -68,24 +69,32 @@ def parse(text: str) -> Module:
     """The module that `compiled.as_text()` prints; ValueError when it has no entry."""
     computations: dict[str, Computation] = {}
     entry = None
-    name, instructions, root = None, {}, ""
+    name, lines = "", []
     for line in text.splitlines():
-        if name is None:
-            header = _HEADER.match(line)
-            if header:
-                name, instructions, root = header.group(2), {}, ""
-                entry = name if header.group(1) else entry
-        elif line.startswith("}"):
-            computations[name] = Computation(name, instructions, root)
-            name = None
-        else:
-            found = _NAME.match(line)
-            if found:
-                instructions[found.group(2)] = _instruction(found.group(2), line[found.end() :])
-                root = found.group(2) if found.group(1) else root
+        header = None if name else _HEADER.match(line)
+        if header:
+            name, lines = header.group(2), []
+            entry = name if header.group(1) else entry
+        elif name and _END.match(line):
+            computations[name] = _computation(name, lines)
+            name = ""
+        elif name and _NAME.match(line):
+            lines.append(line)
+        elif name:
+            lines[-1] += line  # attributes of Pallas kernels hold line breaks
     if entry is None:
         raise ValueError("this text is no HLO module: it has no ENTRY")
     return Module(computations, entry)
+
+
+def _computation(name: str, lines: Sequence[str]) -> Computation:
+    instructions, root = {}, ""
+    for line in lines:
+        found = _NAME.match(line)
+        assert found is not None
+        instructions[found.group(2)] = _instruction(found.group(2), line[found.end() :])
+        root = found.group(2) if found.group(1) else root
+    return Computation(name, instructions, root)
 
 
 def _instruction(name: str, rest: str) -> Instruction:

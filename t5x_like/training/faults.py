@@ -7,13 +7,10 @@ Not here: what a NaN or a spike means (training/step.py, loop.py), and the exit 
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import faulthandler
 import json
 import os
-import select
-import signal
 import threading
 import time
 import traceback
@@ -27,6 +24,7 @@ from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UserError
 from t5x_like.parallel import multihost
 from t5x_like.parallel.multihost import ALONE, Processes
+from t5x_like.training.signals import Signals
 
 PREEMPTED = 75  # exit status: saved (or nothing to save), start again
 
@@ -59,7 +57,7 @@ class Faults:
         self._closed = threading.Event()
         self._ending = threading.Lock()
         self._messenger = _Messenger(self) if processes.store is not None else None
-        self._signals = _Signals(forward=processes.count > 1)
+        self._signals = Signals(forward=processes.count > 1)
         self._monitor = threading.Thread(target=self._watch, name="faults-monitor", daemon=True)
         self._monitor.start()
         if self._messenger:
@@ -115,6 +113,15 @@ class Faults:
         """Whether this process was asked to stop; the others may not know yet."""
         return self._signal is not None
 
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Reports an exception before anything else is unwound: closing a checkpoint would wait for the others."""
+        try:
+            yield
+        except BaseException as error:
+            self.fatal(error)
+            raise
+
     def fatal(self, error: BaseException) -> None:
         """Leaves a run of several processes with the message of `error` on all of them; returns in a run of one."""
         if isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED):
@@ -138,6 +145,8 @@ class Faults:
         self._closed.set()
         self._signals.restore()
         self._monitor.join(2)
+        if not self._monitor.is_alive():
+            self._signals.close()
         if self._messenger:
             faulthandler.cancel_dump_traceback_later()
             self._messenger.thread.join(2)
@@ -325,71 +334,3 @@ class _Messenger:
             while waited and time.monotonic() < deadline:
                 waited -= {int(index) for index, sign in self._store.folder("alive").items() if sign == _LEFT}
                 time.sleep(0.1)
-
-
-class _Signals:
-    """SIGTERM and SIGINT as bytes of a pipe: Python writes them at once, even while C++ code runs.
-
-    With several processes jax's own SIGTERM handler starts the agreement on a step to save at. A handler of ours
-    would silently disable it, so ours is put before it and the monitor calls it.
-    """
-
-    def __init__(self, *, forward: bool) -> None:
-        self._jax_handler: Any = None
-        self._before: dict[int, Any] = {}
-        self._reader = self._writer = -1
-        self.synchronised = False
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if forward:
-            self._jax_handler = _take_handler(signal.SIGTERM)
-            self.synchronised = self._jax_handler is not None
-            if not self.synchronised:
-                return
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, _noted)
-
-    def wait(self, seconds: float) -> list[str]:
-        """The names of signals that arrive within `seconds`; at once when there is one."""
-        if self._reader < 0:
-            time.sleep(seconds)
-            return []
-        poll = select.poll()
-        poll.register(self._reader, select.POLLIN)
-        if not poll.poll(seconds * 1000):
-            return []
-        numbers = [number for number in os.read(self._reader, 64) if number in (signal.SIGTERM, signal.SIGINT)]
-        if numbers and self._jax_handler:
-            self._jax_handler(int(signal.SIGTERM))
-        return [signal.Signals(number).name for number in numbers]
-
-    def restore(self) -> None:
-        if self._reader < 0:
-            return
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._fd_before)
-        os.write(self._writer, b"\0")  # wakes the monitor
-
-
-def _noted(_number: int, _frame: Any) -> None:
-    """The wakeup pipe has it already."""
-
-
-def _take_handler(number: int) -> Any:
-    """The C handler of a signal as a function, taken out of its place; None if there is none within 2 seconds.
-
-    jax installs its handler from a thread of its own, a moment after the processes are joined.
-    """
-    library = ctypes.CDLL(None)
-    library.signal.restype = ctypes.c_void_p
-    library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    for _ in range(40):
-        address = library.signal(int(number), None)
-        if address and address not in (1, ctypes.c_void_p(-1).value):
-            return ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
-        time.sleep(0.05)
-    return None

@@ -4,11 +4,15 @@ A checkpoint holds whole models: `params` (and `ema`) join trained and frozen pa
 reads one item and needs no optimizer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UserError
+from t5x_like.storage import paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.training.state import Layout, State
 
@@ -50,6 +54,41 @@ class Saver:
             if name in state:
                 state[name], base = tree.split(state[name], lambda path: path in trained)
         return step, state, {"base": base}
+
+
+def warm_start(
+    state: State,
+    frozen: dict[str, Any],
+    source: str,
+    *,
+    select: Sequence[str],
+    layout: Layout,
+    tokenizer: str,
+) -> tuple[State, dict[str, Any], str]:
+    """(state, frozen, what happened): parameters whose path matches a regex of `select` come from another run.
+
+    Raises UserError where a chosen parameter is missing there or has another shape, or when it was trained with
+    another tokenizer (`tokenizer` is our fingerprint).
+    """
+    with Checkpoints(paths.join(paths.normal(source), "checkpoints"), read_only=True) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"config.checkpoint.init_from={source} holds no checkpoint; give a workdir that has one")
+        theirs = checkpoints.metadata(step).get("provenance", {}).get("tokenizer", tokenizer)
+        if theirs != tokenizer:
+            raise UserError(
+                f"config.checkpoint.init_from={source} was trained with another tokenizer ({theirs[:12]}, here "
+                f"{tokenizer[:12]}); set config.data.tokenizer={source}/tokenizer"
+            )
+        templates = tree.join(layout.state["params"], layout.frozen["base"])
+        rules = [(pattern, True) for pattern in select]
+        chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
+        taken, _ = tree.split(templates, lambda path: chosen[path])
+        new = tree.flatten(checkpoints.restore(step, {"params": taken})["params"])
+    params = tree.map_with_path(lambda path, leaf: new.get(path, leaf), state["params"])
+    base = tree.map_with_path(lambda path, leaf: new.get(path, leaf), frozen["base"])
+    started = state | {"params": params} | ({"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {})
+    return started, {**frozen, "base": base}, f"{len(new)} of {len(chosen)} parameters of {source} at step {step}"
 
 
 def _items(state: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

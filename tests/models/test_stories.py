@@ -11,7 +11,7 @@ from tests.models import stories
 def test_greedy_decoding_with_the_cache_gives_the_published_story():
     model, params, expected = stories.model(), stories.params(), stories.expected_ids()
     steps = len(expected) - 1
-    assert len(set(expected)) > 100, "a story, not a loop"
+    assert len(set(expected)) > 50, "a story, not a loop"
 
     def step(params, carry, position):
         cache, ids = carry

@@ -1,0 +1,123 @@
+"""The start-up screen: what will run, in facts a person checks before leaving it alone. Computes nothing else."""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from t5x_like.core import tree
+from t5x_like.core.metrics import format_bytes, format_count
+from t5x_like.experiment import Experiment, Program
+
+
+def warn(text: str) -> None:
+    print(f"t5x_like: {text}", file=sys.stderr, flush=True)
+
+
+def sections(
+    experiment: Experiment,
+    program: Program,
+    *,
+    workdir: str,
+    origin: str,
+    start: int,
+    data: Mapping[str, Any],
+    memory: Any,
+    notes: Sequence[str],
+) -> dict[str, dict[str, object]]:
+    """{title: {name: value}}; `memory` is the compiler's analysis of the train step."""
+    loop = experiment.loop
+    shown = {
+        "run": {
+            "workdir": workdir,
+            "begins with": origin,
+            "steps": f"{start} to {loop.steps}, {format_count(data['tokens_per_step'])} tokens each"
+            + (f" in {loop.micro_batches} micro-batches" if loop.micro_batches > 1 else ""),
+            "objective": experiment.objective.name,
+        },
+        "model": _model(experiment, program),
+        "data": _data(data),
+        "mesh": _mesh(program),
+        "memory": _memory(program, memory),
+        "optimizer": {
+            "name": experiment.optim.name,
+            "learning rate": f"{experiment.optim.learning_rate:g}, {experiment.optim.schedule.name} over "
+            f"{experiment.optim.schedule.steps} steps after {experiment.optim.schedule.warmup_steps} of warm-up",
+        },
+    }
+    if notes:
+        shown["notes"] = {str(index): note for index, note in enumerate(notes, 1)}
+    return shown
+
+
+def lines(shown: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    """The screen where there is no Telemetry to print it."""
+    for title, rows in shown.items():
+        for index, (name, value) in enumerate(rows.items()):
+            yield f"{title if index == 0 else '':<12}{name:<16}{value}"
+
+
+def _model(experiment: Experiment, program: Program) -> dict[str, object]:
+    c = experiment.model
+    frozen = sum(leaf.size for _, leaf in tree.leaves(program.layout.frozen["base"]))
+    sizes = f"{c.layers} layers, embed {c.embed}, {c.heads} heads of {c.head}, {c.kv_heads} kv heads, mlp {c.mlp}"
+    return {
+        "family": f"{c.family} {c.size}",
+        "parameters": format_count(program.model.parameter_count())
+        + (f", of which {format_count(frozen)} are frozen" if frozen else ""),
+        "sizes": f"{sizes}, vocabulary {c.vocab_size} (stored {c.padded_vocab})",
+        "numbers": f"{program.model.dtypes.params} parameters, {program.model.dtypes.compute} compute, remat {c.remat}",
+    }
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, object]:
+    rows: dict[str, object] = {}
+    for name, facts in data["components"].items():
+        rows[name] = (
+            f"{facts['source']}: {format_count(facts['tokens'])} tokens of {format_count(facts['documents'])} documents, "
+            f"{facts['share_of_rows']:.1%} of rows, {facts['epochs']:.2f} epochs in all steps"
+        )
+    for name, facts in data["validation"].items():
+        rows[f"held out: {name}"] = f"{facts['source']}: {format_count(facts['tokens'])} tokens"
+    tokens = format_count(data["tokens_to_come"])
+    rows["tokens"] = f"{tokens} in all steps, vocabulary of {data['tokenizer']['size']} ({data['tokenizer']['kind']})"
+    rows["fingerprint"] = data["fingerprint"][:16]
+    return rows
+
+
+def _mesh(program: Program) -> dict[str, object]:
+    sizes = {name: size for name, size in program.mesh.shape.items() if size > 1}
+    first = program.mesh.devices.flat[0]
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    rules = program.model.rules
+    in_force = {name: axes for name, axes in rules.table if any(axis in sizes for axis in axes)}
+    rows: dict[str, object] = {
+        "devices": f"{program.mesh.size} x {first.device_kind}{processes}",
+        "axes": " x ".join(f"{name}={size}" for name, size in sizes.items()) or "one device",
+    }
+    if in_force:
+        rows["rules"] = ", ".join(
+            f"{name}={'+'.join(axis for axis in axes if axis in sizes)}" for name, axes in in_force.items()
+        )
+    if rules.replicated_heads(program.model.config.kv_heads, program.mesh.shape):
+        rows["note"] = f"{program.model.config.kv_heads} kv heads do not divide over the tensor shards: replicated"
+    return rows
+
+
+def _memory(program: Program, memory: Any) -> dict[str, object]:
+    """Bytes on one device."""
+    state = program.layout.state
+    parts = {
+        "parameters": [*jax.tree.leaves(state["params"]), *jax.tree.leaves(program.layout.frozen)],
+        "optimizer": jax.tree.leaves(state["optimizer"]) + jax.tree.leaves(state.get("ema", {})),
+    }
+    rows: dict[str, object] = {name: format_bytes(_bytes_a_device(leaves)) for name, leaves in parts.items()}
+    if memory is not None:
+        rows["activations"] = f"{format_bytes(memory.temp_size_in_bytes)} (the compiler's temporaries of a step)"
+    return {"a device": ", ".join(f"{name} {value}" for name, value in rows.items())}
+
+
+def _bytes_a_device(leaves: Iterable[Any]) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
