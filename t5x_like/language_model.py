@@ -12,14 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_like.core.errors import UsageError
+from t5x_like import experiment as experiments
+from t5x_like.core import tree
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Tree
+from t5x_like.data import vocabularies
 from t5x_like.data.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
 from t5x_like.layers.token_log_probs import logits, token_log_probs, token_predictions
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import use_rules
+from t5x_like.storage import paths
+from t5x_like.storage.checkpoint import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,3 +138,30 @@ def _score(
     with use_rules(model.rules):
         logp_BT, _ = token_log_probs(hidden_BTD, head, targets_BT)
         return logp_BT, token_predictions(hidden_BTD, head) == targets_BT
+
+
+def load(directory: str, *, step: int | None = None, ema: bool = False) -> LanguageModel:
+    """The model of a workdir or model directory, from its newest checkpoint or that of `step`.
+
+    `ema` takes the averaged parameters. Raises UserError where something is missing or damaged.
+    """
+    root = paths.normal(directory)
+    if not paths.is_directory(paths.join(root, "checkpoints")):
+        raise UserError(f"{directory} is no model directory: it has no checkpoints/; give the --workdir of a run")
+    with Checkpoints(paths.join(root, "checkpoints"), read_only=True) as checkpoints:
+        chosen = checkpoints.latest() if step is None else step
+        if chosen is None:
+            raise UserError(f"{directory} holds no checkpoint yet")
+        metadata = checkpoints.metadata(chosen)
+        experiment = experiments.from_config(metadata["config"])
+        with paths.local_copy(paths.join(root, "tokenizer")) as folder:
+            vocabulary = vocabularies.load(folder)
+        if vocabulary.fingerprint != metadata["provenance"]["tokenizer"]:
+            raise UserError(
+                f"{directory}/tokenizer is not the tokenizer that step {chosen} was trained with; restore that folder"
+            )
+        model = experiments.build_model(experiment, platform=jax.default_backend())
+        item = "ema" if ema else "params"
+        template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
+        params = checkpoints.restore(chosen, {item: template})[item]
+    return LanguageModel(model, params, vocabulary)

@@ -35,6 +35,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+
+import tests.shapes  # noqa: E402, F401
+
+# Shapes in signatures are checked at every call; production runs without.
+jaxtyping.install_import_hook(["t5x_like"], "tests.shapes.check")
 
 if PLATFORM == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)

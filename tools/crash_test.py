@@ -117,17 +117,16 @@ def _start(settings: Settings, workdir: pathlib.Path, output: Any) -> subprocess
 
 def _run_whole(settings: Settings, workdir: pathlib.Path) -> float:
     """Runs undisturbed; seconds from the start to the first row of metrics."""
-    workdir.mkdir(exist_ok=True)
     begun = time.monotonic()
     first_row = 0.0
-    with open(workdir / "output.txt", "wb") as output:
+    with open(output_of(workdir), "wb") as output:
         child = _start(settings, workdir, output)
         while child.poll() is None:
             if not first_row and last_row(workdir):
                 first_row = time.monotonic() - begun
             time.sleep(0.01)
     if child.returncode != 0:
-        sys.exit(f"crash_test: the undisturbed run failed:\n{(workdir / 'output.txt').read_text()[-3000:]}")
+        sys.exit(f"crash_test: the undisturbed run failed:\n{output_of(workdir).read_text()[-3000:]}")
     return first_row or time.monotonic() - begun
 
 
@@ -135,11 +134,10 @@ def _interrupt(
     settings: Settings, workdir: pathlib.Path, options: argparse.Namespace, chance: random.Random, start_seconds: float
 ) -> list[Blow]:
     """Starts the run and interrupts it until all interruptions are spent, then lets it finish."""
-    workdir.mkdir(exist_ok=True)
     kinds = ["SIGKILL"] * options.kills + ["SIGTERM"] * options.stops
     chance.shuffle(kinds)
     blows: list[Blow] = []
-    with open(workdir / "output.txt", "wb") as output:
+    with open(output_of(workdir), "wb") as output:
         while True:
             child = _start(settings, workdir, output)
             if len(blows) == len(kinds):
@@ -155,7 +153,7 @@ def _interrupt(
         print(flush=True)
         status = child.wait(600)
     if status != 0:
-        sys.exit(f"crash_test: the last start failed with {status}:\n{(workdir / 'output.txt').read_text()[-3000:]}")
+        sys.exit(f"crash_test: the last start failed with {status}:\n{output_of(workdir).read_text()[-3000:]}")
     if len(blows) < len(kinds):
         print(f"the run was done after {len(blows)} of {len(kinds)} interruptions")
     return blows
@@ -194,6 +192,10 @@ def _describe(number: int, sent: str, moment: str, workdir: pathlib.Path, status
 
 
 # Looking into a workdir.
+
+
+def output_of(workdir: pathlib.Path) -> pathlib.Path:
+    return workdir.with_suffix(".txt")
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -7,13 +7,17 @@ import argparse
 import pathlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from t5x_like.core.errors import UsageError
+
+
+# What the flags raise for a wrong override, and a config file for a mistake in it.
+_FLAG_ERRORS = (flags.Error, AttributeError, ImportError, KeyError, NameError, TypeError, ValueError, SyntaxError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +45,29 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return chosen, others
 
 
+def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
+    """A stored config with the overrides `--config.a.b=VALUE` applied, and {dotted path: value} of these."""
+    values = flags.FlagValues()
+    line = ["t5x_like", *arguments]
+    config_flags.DEFINE_config_dict("config", _config_dict(stored), flag_values=values, sys_argv=line, lock_config=True)
+    try:
+        values(line)
+    except _FLAG_ERRORS as error:
+        raise UsageError(_explain(error, None, arguments)) from None
+    return values["config"].value, config_flags.get_override_values(values["config"])
+
+
+def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:
+    """JSON has lists where configs have tuples."""
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: frozen(item) for key, item in value.items()}
+        return tuple(frozen(item) for item in value) if isinstance(value, list) else value
+
+    return ConfigDict(frozen(stored))
+
+
 def load_config(arguments: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
     """The config that `--config=...` names with its overrides applied, and {dotted path: value} of these."""
     files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
@@ -56,7 +83,7 @@ def load_config(arguments: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
     try:
         values(line)
         config = values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+    except _FLAG_ERRORS as error:
         raise UsageError(_explain(error, path, arguments)) from None
     if not isinstance(config, ConfigDict):
         raise UsageError(f"{path}: get_config() should return a ConfigDict, not {type(config).__name__}")
@@ -72,16 +99,16 @@ def _make_importable(path: pathlib.Path) -> None:
             return
 
 
-def _explain(error: Exception, path: pathlib.Path, arguments: Sequence[str]) -> str:
+def _explain(error: Exception, path: pathlib.Path | None, arguments: Sequence[str]) -> str:
     """One line for what went wrong: the place in the config file if it raised, else the override at fault."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if pathlib.Path(frame.filename).resolve() == path.resolve():
+        if path and pathlib.Path(frame.filename).resolve() == path.resolve():
             return f"{path}:{frame.lineno}: {type(error).__name__}: {_line(error)}"
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {_line(error)}"
     text = _line(error)
-    at_fault = [argument for argument in arguments[1:] if argument.partition("=")[0].lstrip("-") in text]
-    return f"{at_fault[0] if at_fault else path}: {text}"
+    at_fault = [argument for argument in arguments if argument.partition("=")[0].lstrip("-").removeprefix("config.") in text]
+    return f"{at_fault[0] if at_fault else path or 'config'}: {text}"
 
 
 def _line(error: Exception) -> str:

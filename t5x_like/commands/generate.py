@@ -3,6 +3,7 @@
 import sys
 
 from t5x_like.commands.arguments import Parser
+from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
 
 
@@ -22,7 +23,8 @@ def run(arguments: list[str]) -> int:
         raise UsageError("t5x_like generate: give at least one --prompt=TEXT")
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt]
 
-    from t5x_like.language_model import load  # after the arguments are known to be right: imports jax
+    environment.apply(environment.READING)
+    from t5x_like.language_model import load  # imports jax, whose environment now stands
 
     model = load(options.directory, step=options.step, ema=options.ema)
     texts = model.generate(

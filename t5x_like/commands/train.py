@@ -1,31 +1,27 @@
 """`t5x_like train --config=FILE --workdir=DIR`: trains a model, or resumes the run that DIR holds.
 
     t5x_like train --config=configs/pretrain/tiny.py --workdir=runs/tiny --config.loop.steps=500
-    t5x_like train --workdir=runs/tiny           resumes from its config.json
+    t5x_like train --workdir=runs/tiny [--config.loop.steps=2000]    resumes from its config.json
     t5x_like train --config=... --workdir=... --check    builds everything, prints the summary and exits
 
 Exit status 75: the run was asked to stop and has saved; start it again.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from t5x_like.commands.arguments import Parser, load_config, split_config
+from t5x_like.commands.arguments import Parser, load_config, override, split_config
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
-from t5x_like.core.metrics import format_bytes, format_count
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for. `config` is None when the workdir's own is to be resumed."""
+    """What the command line asks for."""
 
+    config_arguments: list[str]
     workdir: str
-    config: Mapping[str, Any] | None
-    overrides: dict[str, Any]
     check: bool
     coordinator: str | None
     process_id: int | None
@@ -38,17 +34,19 @@ def run(arguments: Sequence[str]) -> int:
     from t5x_like.storage import workdir as workdirs
 
     stored = workdirs.read_config(request.workdir)
-    if request.config is None and stored is None:
+    if any(argument.startswith("--config=") for argument in request.config_arguments):
+        config, overrides = load_config(request.config_arguments)
+    elif stored is not None:
+        config, overrides = override(stored, request.config_arguments)
+    else:
         raise UsageError(f"--workdir={request.workdir} holds no config.json to resume; give --config=FILE")
-    config = stored if request.config is None else request.config
-    assert config is not None
     runtime = bridge.build(environment.RuntimeConfig, config["runtime"], path="config.runtime")
     threads = workdirs.recorded_threads(request.workdir)
     in_force = environment.apply(runtime, recorded_threads=threads)
 
     from t5x_like.commands import training_run
 
-    return training_run.run(request, config=config, stored=stored, environment=in_force)
+    return training_run.run(request, config=config, overrides=overrides, stored=stored, environment=in_force)
 
 
 def _parse(arguments: Sequence[str]) -> Request:
@@ -60,5 +58,4 @@ def _parse(arguments: Sequence[str]) -> Request:
     parser.add_argument("--process_id", type=int, help="number of this process, from 0")
     parser.add_argument("--num_processes", type=int, help="how many processes the run has")
     options = parser.parse_args(others)
-    config, overrides = load_config(config_arguments) if config_arguments else (None, {})
-    return Request(config=config, overrides=overrides, **vars(options))
+    return Request(config_arguments=config_arguments, **vars(options))

@@ -37,7 +37,6 @@ from t5x_like.training.telemetry import Telemetry
 class Run:
     """A run as built, before it has a state."""
 
-    request: Request
     experiment: experiments.Experiment
     environment: Environment
     processes: multihost.Processes
@@ -45,14 +44,20 @@ class Run:
     faults: Faults
     data: TrainData
     program: experiments.Program
+    overrides: Mapping[str, Any]
     changes: list[str]  # what the config changes of the stored one
 
 
 def run(
-    request: Request, *, config: Mapping[str, Any], stored: Mapping[str, Any] | None, environment: Environment
+    request: Request,
+    *,
+    config: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    stored: Mapping[str, Any] | None,
+    environment: Environment,
 ) -> int:
     """The exit status of a training run, or of its `--check`."""
-    experiment = experiments.from_config(config, overrides=request.overrides, stored=stored)
+    experiment = experiments.from_config(config, overrides=overrides, stored=stored)
     processes = multihost.start(
         experiment.runtime,
         coordinator=request.coordinator,
@@ -73,7 +78,7 @@ def run(
         mesh = meshes.make(experiment.mesh)
         stack.enter_context(jax.set_mesh(mesh))
         program = experiments.build_program(experiment, mesh)
-        built = Run(request, experiment, environment, processes, workdir, faults, data, program, changes)
+        built = Run(experiment, environment, processes, workdir, faults, data, program, overrides, changes)
         return _check(built) if request.check else _train(built)
 
 
@@ -192,7 +197,9 @@ def _record(built: Run, start: int) -> None:
     if not built.processes.primary:
         return
     if not paths.exists(workdir.tokenizer):
-        built.data.vocabulary.save(workdir.tokenizer)
+        staged = paths.StagedDirectory(workdir.tokenizer)
+        built.data.vocabulary.save(staged.local_path)
+        staged.close()
     config = experiments.to_dict(experiment)
     entry = manifest.start_entry(
         config=config,
@@ -206,7 +213,7 @@ def _record(built: Run, start: int) -> None:
         resumed_from=start or None,
         changes=built.changes,
     )
-    workdir.record_start(config=config, overrides=built.request.overrides, entry=entry)
+    workdir.record_start(config=config, overrides=built.overrides, entry=entry)
 
 
 def _metadata(built: Run) -> dict[str, Any]:

@@ -69,6 +69,20 @@ class Environment:
     notes: tuple[str, ...]
 
 
+# Commands that only read a model: the machine as it is, compiled programs kept.
+READING = RuntimeConfig(
+    platform="",
+    threads=0,
+    fake_devices=0,
+    compiler_options={},
+    heartbeat_seconds=100,
+    shutdown_seconds=300,
+    phase_seconds=PhaseSeconds(start=0, compile=0, step=0, evaluate=0, save=0),
+    compilation_cache="auto",
+    compilation_cache_bytes=0,
+)
+
+
 def cores() -> int:
     """The cores this process may run on, which is also what XLA counts."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

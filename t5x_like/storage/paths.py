@@ -226,6 +226,17 @@ def copy_tree(source: str, target: str) -> None:
         copy_file(join(source, name), join(target, name))
 
 
+@contextlib.contextmanager
+def local_copy(directory: str) -> Iterator[str]:
+    """A local directory with the files of `directory`: itself, or a copy of a gs:// folder that lives as long."""
+    if not is_remote(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="t5x_like-copy-") as folder:
+        copy_tree(directory, folder)
+        yield folder
+
+
 class StagedFile:
     """A file that grows, kept on a local disk. `upload` puts it to its place whole; a local path is its own place.
 

@@ -385,6 +385,7 @@ def _open_logs(path: str, line: StatusLine) -> list[logging.Handler]:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file, _LineHandler(line)]
     _package_log.setLevel(logging.INFO)
+    _package_log.propagate = False  # other libraries put handlers on the root logger
     for handler in handlers:
         _package_log.addHandler(handler)
     return handlers

@@ -21,10 +21,10 @@ SENTENCES = (
 
 def config(**overrides):
     """A DataConfig from the project's own defaults, small; `mixture` and `fields` take partial dicts."""
-    section = common.data() | {"tokenizer": "bytes", "length": 16, "batch_size": 4, "workers": 1}
+    section = common.config().data.to_dict() | {"tokenizer": "bytes", "length": 16, "batch_size": 4, "workers": 1}
     for name, value in overrides.items():
         section[name] = section[name] | value if isinstance(section[name], dict) else value
-    return build(DataConfig, {**section, "mixture": {**section["mixture"]}}, path="config.data")
+    return build(DataConfig, section, path="config.data")
 
 
 def paragraphs(count):

@@ -133,7 +133,7 @@ def test_bad_content_is_one_line_with_path_and_place(tmp_path, kind, content, ex
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("jsonlines:a", "kind 'jsonlines': did you mean 'jsonl'"),
+        ("jsonls:a", "kind 'jsonls': did you mean 'jsonl'"),
         ("a.txt", "should be KIND:PATH"),
         ("text:", "should be KIND:PATH"),
         ("seqio:module", "TASK_OR_MIXTURE"),

@@ -1,0 +1,87 @@
+"""Damage in the cache is found, named with its shard, and repaired by removing that file alone."""
+
+import os
+
+import numpy as np
+import pytest
+
+from t5x_like.core.errors import UserError
+from t5x_like.data import packing, token_set
+from t5x_like.data.loader import open_data
+from t5x_like.data.prepare import prepare
+from tests.data import corpus
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """(config, cache folder, folder of the only token set, which has several shards)"""
+    monkeypatch.setattr("t5x_like.data.prepare._SMALLEST_SHARD", 1000)
+    monkeypatch.setattr("t5x_like.data.prepare._SHARDS", 4)
+    config = corpus.config(source=corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(60)))
+    done = prepare(config, str(tmp_path / "cache"), report=None)
+    return config, tmp_path / "cache", tmp_path / "cache" / done.manifest.train["train"].folder
+
+
+def read_all(config, cache):
+    data = open_data(config, cache_dir=str(cache), seed=0)
+    rows = data.describe()["components"]["train"]["rows"]
+    return np.stack([data.rows(step, np.arange(4))["inputs"] for step in range(rows // 4)])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "missing"])
+def test_a_shard_of_another_size_is_named_when_it_is_opened(prepared, damage):
+    config, cache, folder = prepared
+    shard = folder / "shard-00002.bin"
+    before = read_all(config, cache)
+    if damage == "missing":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size + (-5 if damage == "truncated" else 5))
+    with pytest.raises(UserError, match="shard-00002.bin") as caught:
+        read_all(config, cache)
+    assert "\n" not in str(caught.value) and "t5x_like prepare" in str(caught.value)
+    shard.unlink(missing_ok=True)
+    others = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.bin")}
+    prepare(config, str(cache), report=None)
+    assert len(others) > 2 and all(path.stat().st_mtime_ns == time for path, time in others.items())
+    assert np.array_equal(read_all(config, cache), before)
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_named(prepared):
+    config, _, folder = prepared
+    tokens = token_set.TokenSet(folder, verify=False)
+    packed = packing.Concatenated(tokens, length=16, stride=16)
+    os.truncate(folder / "shard-00001.bin", 100)
+    with pytest.raises(UserError, match="shard-00001.bin: ends at byte"):
+        packed.read(np.arange(packed.size.rows))
+
+
+def test_a_flipped_byte_is_found_when_checksums_are_verified(prepared):
+    config, cache, folder = prepared
+    with open(folder / "shard-00001.bin", "r+b") as file:
+        file.seek(7)
+        byte = file.read(1)[0]
+        file.seek(7)
+        file.write(bytes([byte ^ 1]))
+    token_set.TokenSet(folder, verify=False)  # the size is right
+    with pytest.raises(UserError, match=r"shard-00001.bin: its sha256"):
+        token_set.TokenSet(folder, verify=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": 0}'])
+def test_a_damaged_index_is_named(prepared, content):
+    _, _, folder = prepared
+    (folder / "index.json").write_text(content)
+    with pytest.raises(UserError, match="index.json") as caught:
+        token_set.TokenSet(folder, verify=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_writer_that_fails_leaves_nothing_that_counts(tmp_path):
+    def batches():
+        yield token_set.Encoded(*(np.arange(1, 4) for _ in range(2)), *(np.array([3]) for _ in range(4)), skipped=0)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        token_set.write_shard(tmp_path, 0, batches(), "<u2")
+    assert list(tmp_path.iterdir()) == []
