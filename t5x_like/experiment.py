@@ -65,7 +65,7 @@ class Program:
 
 
 def from_config(
-    config: Mapping[str, Any],
+    config: bridge.Values,
     *,
     overrides: Mapping[str, Any] | None = None,
     stored: Mapping[str, Any] | None = None,

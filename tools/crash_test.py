@@ -268,6 +268,7 @@ def compare_checkpoints(whole: pathlib.Path, broken: pathlib.Path) -> list[str]:
 
 def read_arrays(checkpoint: pathlib.Path) -> dict[str, Any]:
     """All arrays of a checkpoint as numpy arrays by `item/path`, read with Orbax alone."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import numpy as np
     import orbax.checkpoint as ocp

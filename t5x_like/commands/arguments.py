@@ -45,7 +45,7 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return chosen, others
 
 
-def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
+def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A stored config with the overrides `--config.a.b=VALUE` applied, and {dotted path: value} of these."""
     values = flags.FlagValues()
     line = ["t5x_like", *arguments]
@@ -54,7 +54,7 @@ def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[Confi
         values(line)
     except _FLAG_ERRORS as error:
         raise UsageError(_explain(error, None, arguments)) from None
-    return values["config"].value, config_flags.get_override_values(values["config"])
+    return values["config"].value.to_dict(), config_flags.get_override_values(values["config"])
 
 
 def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:
@@ -68,7 +68,7 @@ def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(frozen(stored))
 
 
-def load_config(arguments: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
+def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config that `--config=...` names with its overrides applied, and {dotted path: value} of these."""
     files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
     if len(files) != 1:
@@ -87,7 +87,7 @@ def load_config(arguments: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
         raise UsageError(_explain(error, path, arguments)) from None
     if not isinstance(config, ConfigDict):
         raise UsageError(f"{path}: get_config() should return a ConfigDict, not {type(config).__name__}")
-    return config, config_flags.get_override_values(values["config"])
+    return config.to_dict(), config_flags.get_override_values(values["config"])
 
 
 def _make_importable(path: pathlib.Path) -> None:

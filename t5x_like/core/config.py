@@ -10,11 +10,14 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
+
+from ml_collections import ConfigDict
 
 from t5x_like.core.errors import UsageError
 
 Section = TypeVar("Section")
+Values: TypeAlias = Mapping[str, Any] | ConfigDict  # a section at the edge; ConfigDict is no Mapping
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -28,12 +31,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def build(cls: type[Section], section: Mapping[str, Any], *, path: str) -> Section:
+def build(cls: type[Section], section: Values, *, path: str) -> Section:
     """An instance of the frozen dataclass `cls` from `section`; `path` is its place, such as `config.data`."""
-    if not isinstance(section, Mapping):
-        if not hasattr(section, "items"):
-            raise UsageError(f"{path}={section!r} should be a section with fields {', '.join(field_names(cls))}")
-        section = dict(section.items())
     known = field_names(cls)
     for key in section:
         if key not in known:
@@ -65,6 +64,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, path)
     if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping | ConfigDict):
+            fields = ", ".join(field_names(typing.cast(type, hint)))
+            raise UsageError(f"{path}={value!r} should be a section with fields {fields}")
         return build(typing.cast(type, hint), value, path=path)
     if origin is tuple:
         return _convert_tuple(arguments, value, path)

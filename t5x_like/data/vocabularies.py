@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -59,7 +59,7 @@ class Vocabulary:
         after = [self.eos_id] if eos and self.eos_id is not None else []
         return [*before, *self._engine.encode([text])[0], *after]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole document; special tokens are left out, incomplete UTF-8 becomes U+FFFD."""
         ids = [int(token) for token in ids]
         decoded = self._engine.decode(ids)
@@ -68,7 +68,7 @@ class Vocabulary:
         joined = self._join(ids)
         return (joined.removeprefix(b" ") if self.adds_space else joined).decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of a continuation: of two parts they are the parts' bytes joined, so text can be streamed.
 
         Only for vocabularies whose surfaces are exact; others raise UserError (use `decode` on the whole).

@@ -77,7 +77,7 @@ class ModelConfig(BlockConfig):
         return tuple(pattern[i % count] for i in range(self.layers))
 
 
-def resolve(section: Mapping[str, Any], *, path: str = "config.model") -> ModelConfig:
+def resolve(section: bridge.Values, *, path: str = "config.model") -> ModelConfig:
     """The model of a config section, in which None means: what family and size say.
 
     Raises UsageError for an unknown family, size, field or name, for a field that neither gives, and for numbers that
@@ -105,7 +105,7 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _fill(section: Mapping[str, Any], supplied: Mapping[str, Any], path: str, source: str) -> dict[str, Any]:
+def _fill(section: bridge.Values, supplied: Mapping[str, Any], path: str, source: str) -> dict[str, Any]:
     filled = {}
     for key, value in section.items():
         other = supplied.get(key)

@@ -1,0 +1,258 @@
+"""`prepare` writes the same cache however it is run, goes on where it was killed, and never lets held-out text in."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from t5x_like.core.errors import UserError
+from t5x_like.data import cache, prepare, vocabularies
+from t5x_like.data.loader import open_data
+from t5x_like.data.token_set import TokenSet
+from tests.data import corpus
+
+_PREPARE = """
+import json, sys
+from t5x_like.core.config import build
+from t5x_like.data import prepare
+from t5x_like.data.config import DataConfig
+prepare._SMALLEST_SHARD, prepare._SHARDS, prepare._INLINE_BYTES = 5000, 1 << 20, 0
+section, folder = json.loads(sys.argv[1]), sys.argv[2]
+prepare.prepare(build(DataConfig, section, path="config.data"), folder, report=None)
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("tensorflow", "seqio", "jax")))
+"""
+
+
+def child(config, folder, **options):
+    """`prepare` in a process of its own, with shards of 5 kB."""
+    section = json.dumps(dataclasses.asdict(config))
+    return subprocess.Popen([sys.executable, "-c", _PREPARE, section, str(folder)], text=True, **options)
+
+
+def contents(folder):
+    """{file: content} of a cache, without times."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not name.startswith("prepared-")}
+
+
+def tokens_of(config, folder, name="train"):
+    manifest = cache.read_manifest(config, str(folder))
+    entry = {**manifest.train, **manifest.validation}[name]
+    opened = TokenSet(folder / entry.folder, verify=True)
+    one = np.array([0])
+    ids, counts = opened.read(one, np.array([opened.tokens]), one, one, (1, opened.tokens))
+    return vocabularies.load(str(folder / manifest.tokenizer)), opened, ids[0], counts[0]
+
+
+def documents(config, folder, name="train"):
+    vocabulary, opened, ids, _ = tokens_of(config, folder, name)
+    return [vocabulary.decode(part) for part in np.split(ids, opened.ends)[:-1]]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A jsonl source of 60 kB in two files."""
+    root = tmp_path_factory.mktemp("source")
+    texts = corpus.paragraphs(400)
+    corpus.write_jsonl(root / "a.jsonl", texts[:250])
+    corpus.write_jsonl(root / "b.jsonl", texts[250:])
+    return f"jsonl:{root}/*.jsonl"
+
+
+@pytest.fixture(scope="module")
+def reference(source, tmp_path_factory):
+    """(config, cache of it that one worker wrote undisturbed)"""
+    config = corpus.config(source=source, tokenizer="train:bpe:400", validation="0.2", workers=1)
+    folder = tmp_path_factory.mktemp("reference")
+    with child(config, folder, stdout=subprocess.PIPE) as process:
+        assert process.communicate()[0].strip() == "[]" and process.returncode == 0
+    assert len(list(folder.rglob("shard-*.bin"))) > 8
+    return config, folder
+
+
+def test_the_cache_does_not_depend_on_the_number_of_workers(reference, tmp_path):
+    config, folder = reference
+    with child(dataclasses.replace(config, workers=2), tmp_path) as process:
+        assert process.wait() == 0
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_native_sources_import_no_tensorflow_and_no_jax(reference):
+    """Asserted in the fixture, on the modules of the process that prepared; workers run the same code."""
+    assert reference[1].is_dir()
+
+
+def test_a_killed_prepare_goes_on_with_the_shards_that_are_missing(reference, tmp_path):
+    config, folder = reference
+    with child(dataclasses.replace(config, workers=2), tmp_path, start_new_session=True) as process:
+        until = time.monotonic() + 60
+        while len(list(tmp_path.rglob("shard-*.json"))) < 3 and time.monotonic() < until:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not list(tmp_path.rglob("index.json"))
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard-*.bin") if path.with_suffix(".json").exists()}
+    with child(config, tmp_path) as process:
+        assert process.wait() == 0
+    assert len(done) >= 3 and all(path.stat().st_mtime_ns == written for path, written in done.items())
+    assert contents(tmp_path) == contents(folder)  # nothing half-written is left either
+
+
+def test_every_document_ends_with_eos_and_holds_its_text(reference):
+    config, folder = reference
+    texts = corpus.paragraphs(400)
+    train, held_out = documents(config, folder), documents(config, folder, "validation")
+    assert train + held_out == texts and 60 < len(held_out) < 100
+    vocabulary, opened, ids, counts = tokens_of(config, folder)
+    assert (ids[opened.ends - 1] == vocabulary.eos_id).all() and (counts[opened.ends - 1] == 0).all()
+    assert (ids == vocabulary.eos_id).sum() == opened.documents
+    assert counts.sum() == opened.text_bytes == sum(len(text.encode()) for text in train)
+
+
+def test_begin_of_text_is_written_where_the_vocabulary_has_one(source, tmp_path):
+    config = corpus.config(source=source, tokenizer=str(pathlib.Path(__file__).parent / "stories260K"))
+    prepare.prepare(config, str(tmp_path), report=None)
+    vocabulary, opened, ids, counts = tokens_of(config, tmp_path)
+    begins = np.concatenate([[0], opened.ends[:-1]])
+    assert vocabulary.bos_id == 1 and (ids[begins] == 1).all() and (counts[begins] == 0).all()
+    assert documents(config, tmp_path) == corpus.paragraphs(400)
+    assert counts.sum() == sum(len(text.encode()) for text in corpus.paragraphs(400))
+
+
+def test_a_fraction_of_one_document_is_cut_between_two_characters(tmp_path):
+    text = "\u00fcber\U0001f600" * 500  # 9 bytes each
+    (tmp_path / "a.txt").write_text(text)
+    for fraction in ("0.1", "0.11", "0.1111", "0.5"):
+        config = corpus.config(source=f"text:{tmp_path}/a.txt", validation=fraction)
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
+        [train], [held_out] = (documents(config, tmp_path / "cache", name) for name in ("train", "validation"))
+        assert train + held_out == text
+        assert 0 <= len(held_out.encode()) - float(fraction) * 4500 + 3 <= 6
+
+
+def test_the_last_tenth_of_tinyshakespeare_is_what_others_hold_out():
+    config = corpus.config(source="text:configs/data/tinyshakespeare/input.txt", validation="0.1")
+    train, validation, _ = prepare._parts(config, pathlib.Path("unused"), prepare.workers.Pool(1))
+    assert (train["train"].end, validation["validation"].begin) == (1003854, 1003854)  # nanoGPT: int(0.9 * n)
+
+
+def test_a_tokenizer_is_trained_without_held_out_text(source, tmp_path):
+    (tmp_path / "a.txt").write_text("plain words only " * 200 + "\nzyzzyva zyzzyva zyzzyva\n" * 20)
+    learned = {}
+    for validation in ("", "0.2"):
+        config = corpus.config(source=f"text:{tmp_path}/a.txt", tokenizer="train:bpe:263", validation=validation)
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
+        vocabulary = vocabularies.load(str(tmp_path / "cache" / cache.read_manifest(config, str(tmp_path / "cache")).tokenizer))
+        learned[validation] = vocabulary.encode("zyzzyva")
+    assert len(learned["0.2"]) == 7 > len(learned[""])
+
+
+def test_training_text_of_a_tokenizer_is_limited(source, tmp_path):
+    config = corpus.config(source=source, tokenizer="train:bpe:300", tokenizer_training_bytes=3000)
+    full = dataclasses.replace(config, tokenizer_training_bytes=100_000)
+    made = [prepare.prepare(c, str(tmp_path), report=None).manifest.tokenizer for c in (config, full, config)]
+    assert made[0] == made[2] != made[1]
+
+
+def test_what_is_there_already_is_not_written_again(source, tmp_path):
+    config = corpus.config(source=source, tokenizer="train:bpe:300")
+    seen = []
+    first = prepare.prepare(config, str(tmp_path), report=lambda done, total: seen.append((done, total)))
+    assert first.bytes_written > 0 and seen[-1][0] == seen[-1][1] == first.bytes_written
+    again = prepare.prepare(config, str(tmp_path), report=None)
+    assert again.bytes_written == 0 and again.manifest == first.manifest and again.tokens == first.tokens
+    # What decides rows but no tokens leaves the cache as it is.
+    other = dataclasses.replace(config, batch_size=2, length=5, packing="examples", attend_across_documents=True)
+    assert prepare.prepare(other, str(tmp_path), report=None).bytes_written == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokenizer": "bytes"}, {"validation": "0.1"}, {"preprocessors": ("strip",)}, {"fields": {"text": "other"}}, "content"],
+)
+def test_another_text_or_tokenizer_is_another_token_set(tmp_path, change):
+    lines = [json.dumps({"text": f" {text}", "other": text[::-1]}) for text in corpus.paragraphs(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    given = {"source": f"jsonl:{tmp_path}/a.jsonl", "tokenizer": "train:bpe:300"}
+    before = prepare.prepare(corpus.config(**given), str(tmp_path / "cache"), report=None)
+    if change == "content":
+        (tmp_path / "a.jsonl").write_text("\n".join(lines).replace("dog", "cat"))
+        change = {}
+    after = prepare.prepare(corpus.config(**given | change), str(tmp_path / "cache"), report=None)
+    assert after.manifest.train["train"].folder != before.manifest.train["train"].folder
+    data = open_data(corpus.config(**given | change), cache_dir=str(tmp_path / "cache"), seed=0)
+    assert data.describe()["components"]["train"]["tokens"] > 0
+
+
+def test_an_example_has_its_inputs_without_loss(tmp_path):
+    rows = [{"question": "2 + 2 =", "answer": " 4"}, {"question": "\u00fc?", "answer": " yes"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"inputs": "question", "targets": "answer"}
+    data = corpus.opened(corpus.config(source=f"jsonl:{tmp_path}/a.jsonl", fields=fields, packing="examples"), tmp_path)
+    batch = data.rows(0, np.arange(1))
+    trained = batch["targets"][batch["loss_weights"] > 0]
+    assert data.vocabulary.decode(trained) in (" 4 yes", " yes 4") and (trained == data.vocabulary.eos_id).sum() == 2
+    assert batch["target_bytes"].sum() == 6
+
+
+def test_documents_without_a_token_are_counted_and_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n\ntwo\n")
+    config = corpus.config(source=f"lines:{tmp_path}/a.txt")
+    assert prepare.prepare(config, str(tmp_path / "cache"), report=None).skipped == 2
+    assert documents(config, tmp_path / "cache") == ["one", "two"]
+
+
+def test_a_long_document_is_tokenized_in_parts_without_a_difference(tmp_path, monkeypatch):
+    text = "\n".join(corpus.paragraphs(120)) + "\n\n\nend"
+    (tmp_path / "a.txt").write_text(text)
+    config = corpus.config(source=f"text:{tmp_path}/a.txt", tokenizer="train:bpe:400")
+    results = []
+    for number, limit in enumerate((1 << 22, 500)):
+        monkeypatch.setattr("t5x_like.data.encoding._LONG_TEXT", limit)
+        prepare.prepare(config, str(tmp_path / f"{number}"), report=None)
+        results.append(tokens_of(config, tmp_path / f"{number}")[2:])
+    assert all(np.array_equal(left, right) for left, right in zip(*results, strict=True))
+
+
+def test_held_out_text_may_be_a_source_of_its_own(source, tmp_path):
+    (tmp_path / "v.txt").write_text("held out")
+    config = corpus.config(source=source, validation=f"text:{tmp_path}/v.txt")
+    prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert documents(config, tmp_path / "cache", "validation") == ["held out"]
+    assert len(documents(config, tmp_path / "cache")) == 400
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"source": "jsonl:missing.jsonl"}, "config.data.source=jsonl:missing.jsonl: no such file"),
+        ({"source": ""}, "give either source or mixture.sources"),
+        ({"mixture": {"sources": {"a": "text:a"}}}, "give either source or mixture.sources"),
+        ({"validation": "1.5"}, "config.data.validation=1.5"),
+        ({"validation": "test"}, "config.data.validation='test' should be KIND:PATH"),
+        ({"preprocessors": ("stripe",)}, "did you mean 'strip'"),
+        ({"fields": {"text": "body"}}, "no field 'body' among id, text; set config.data.fields.text"),
+        ({"fields": {"inputs": "text"}}, "give both inputs and targets"),
+        ({"tokenizer": "missing.json"}, "tokenizer missing.json: no such file"),
+        ({"tokenizer": "train:bpe:10"}, "at least 260"),
+        ({"tokenizer": "task"}, "config.data.tokenizer=task"),
+    ],
+)
+def test_wrong_data_configs_are_named_in_one_line(source, tmp_path, change, expected):
+    with pytest.raises(UserError) as caught:
+        prepare.prepare(corpus.config(**{"source": source} | change), str(tmp_path), report=None)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_error_in_a_worker_is_the_same_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    config = corpus.config(source=f"jsonl:{tmp_path}/a.jsonl", workers=2)
+    with child(config, tmp_path / "cache", stderr=subprocess.PIPE) as process:
+        message = process.communicate()[1].strip().splitlines()[-1]
+    assert message.endswith("a.jsonl: byte 14: field 'text' should be a text, is 3")

@@ -1,0 +1,223 @@
+"""The commands as a user calls them, in process: train, stop, resume, refuse, generate, and every kind of bad input.
+
+All runs are on 8 fake devices with the smallest config; one workdir with a finished run is shared and only read.
+"""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+import t5x_like
+from t5x_like.__main__ import main
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = "configs/pretrain/test.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def _train(workdir: pathlib.Path, *arguments: str, config: str | None = CONFIG) -> int:
+    chosen = [f"--config={config}"] if config else []
+    return main(["train", *chosen, f"--workdir={workdir}", *arguments])
+
+
+def _rows(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _values(workdir: pathlib.Path) -> list[tuple]:
+    """What must be equal between two runs: every row without time and rates."""
+    kept = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/validation/loss", "eval/validation/accuracy")
+    return [(row["step"], *(row.get(name) for name in kept)) for row in _rows(workdir)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of 12 steps: the schedule's length is 12."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert _train(workdir, "--config.loop.steps=12") == 0
+    return workdir
+
+
+def test_a_workdir_holds_all_that_a_run_leaves(finished):
+    for name in ("config.json", "overrides.json", "manifest.json", "metrics.jsonl", "log.txt", "tokenizer"):
+        assert (finished / name).exists(), name
+    assert json.loads((finished / "overrides.json").read_text()) == {"loop.steps": 12}
+    steps = sorted(int(path.name) for path in (finished / "checkpoints").iterdir())
+    assert steps == [10, 12]
+    rows = _rows(finished)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if "eval/validation/loss" in row] == [10, 12]
+    last = rows[-1]
+    assert {"eval/validation/bits_per_byte", "eval/validation/perplexity", "eval/validation/accuracy"} <= last.keys()
+    # Bytes are tokens here, so bits per byte are the loss in other units (the end of text is no byte).
+    assert last["eval/validation/bits_per_byte"] == pytest.approx(last["eval/validation/loss"] / 0.6931, rel=0.01)
+
+
+def test_the_loss_falls(finished):
+    losses = [row["train/loss"] for row in _rows(finished) if "train/loss" in row]
+    assert losses[0] == pytest.approx(5.55, abs=0.1) and losses[-1] < 4.5
+
+
+def test_a_finished_run_says_so_and_exits_0(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert _train(finished, config=None) == 0
+    assert "is finished: 12 of 12 steps" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_stopped_and_resumed_run_has_the_rows_of_an_undisturbed_one(finished, tmp_path):
+    """Stops after 10 steps (an earlier checkpoint than the last row), as a kill would leave it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    del manifest["finished"]
+    (workdir / "manifest.json").write_text(json.dumps(manifest))
+    assert _train(workdir, config=None) == 0
+    assert _values(workdir) == _values(finished)
+    starts = json.loads((workdir / "manifest.json").read_text())["starts"]
+    assert [start["resumed_from"] for start in starts] == [None, 10]
+
+
+def test_a_resume_may_change_mesh_and_length_and_reads_the_same_batches(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    assert _train(workdir, "--config.loop.steps=14", "--config.mesh.preset=fsdp_tensor", config=None) == 0
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["loop"]["steps"] == 14 and config["optim"]["schedule"]["steps"] == 12
+    assert _values(workdir)[: len(_values(finished))] == _values(finished)
+    assert [row["step"] for row in _rows(workdir) if "train/loss" in row] == list(range(1, 15))
+
+
+def test_micro_batches_give_the_losses_of_whole_batches(finished, tmp_path):
+    arguments = ("--config.loop.steps=12", "--config.loop.micro_batches=2", "--config.mesh.preset=fsdp_tensor")
+    assert _train(tmp_path / "run", *arguments) == 0
+    for one, two in zip(_values(finished), _values(tmp_path / "run"), strict=True):
+        assert [value for value in two if value is not None] == pytest.approx(
+            [value for value in one if value is not None], rel=2e-5
+        )
+
+
+def test_check_builds_everything_prints_the_summary_and_writes_nothing(tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert _train(tmp_path / "run", "--check", f"--config.data.cache={cache}") == 0
+    shown = capsys.readouterr().out
+    for part in ("26.9k", "fsdp=8", "activations", "held out"):
+        assert part in shown
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_generate_prints_prompt_and_continuation_and_repeats_for_a_seed(finished, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        assert main(["generate", str(finished), "--prompt=To be", "--max_new_tokens=20", f"--seed={seed}"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("To be") and len(texts[0]) > 10
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_python_interface_agrees_with_itself(finished):
+    import numpy as np
+
+    lm = t5x_like.load(str(finished))
+    tokens = np.array([lm.vocabulary.encode("To be, or not")])
+    logits = lm.logits(tokens)
+    assert logits.shape == (1, tokens.shape[1], 259)
+    logp = logits[0] - np.log(np.exp(logits[0]).sum(-1, keepdims=True))
+    expected = sum(logp[i - 1, tokens[0, i]] for i in range(5, tokens.shape[1]))
+    ((value, greedy),) = lm.log_likelihood(["To be"], [", or not"])
+    assert value == pytest.approx(expected, rel=1e-4) and not greedy
+    continuation = lm.generate(["To be"], max_new_tokens=5, temperature=0)[0]
+    assert lm.log_likelihood(["To be"], [continuation])[0][1]
+
+
+BAD_CONFIG = {
+    "an unknown key": (["--config.loop.stepz=5"], 2, "stepz"),
+    "a wrong type": (["--config.loop.steps=2.5"], 2, "steps"),
+    "an unknown optimizer": (["--config.optim.name=adamx"], 2, "did you mean 'adamw'"),
+    "a field of a variant that is not named": (["--config.optim.lion.b1=0.5"], 2, "config.optim.name='adamw'"),
+    "an unknown activation": (["--config.model.activation=sillu"], 2, "did you mean 'silu'"),
+    "an unknown remat policy": (["--config.model.remat=ful"], 2, "did you mean 'full'"),
+    "a batch that does not divide": (["--config.data.batch_size=12"], 2, "config.data.batch_size=12 is not divisible"),
+    "a mesh that does not fit": (["--config.mesh.tensor=3"], 2, "does not divide the 8 devices"),
+    "heads that do not divide": (["--config.mesh.preset=fsdp_tensor", "--config.mesh.tensor=8"], 2, "'heads' of size 4"),
+    "a rule that changes nothing": (["--config.mesh.rules=mlp=tensor"], 2, "changes nothing"),
+    "a rule for an absent axis": (["--config.mesh.rules=experts=fsdp"], 2, "no parameter of this model"),
+    "rules that match nothing": (["--config.optim.decay=(('nope', 0.0), ('.*', 1.0))"], 2, "'nope' matches no parameter"),
+    "a missing file": (["--config.data.source=text:no/such/file.txt"], 1, "no/such/file.txt"),
+    "a wrong vocabulary size": (["--config.model.vocab_size=300"], 2, "set config.model.vocab_size=259"),
+    "a negative seed": (["--config.seed=-1"], 2, "config.seed=-1"),
+    "best by a metric that checkpoints miss": (
+        ["--config.checkpoint.best_metric=eval/validation/loss", "--config.evaluate.every_steps=7"],
+        2,
+        "multiple of config.evaluate.every_steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIG)
+def test_a_bad_config_is_one_line_and_leaves_no_run(case, tmp_path, capsys):
+    arguments, status, part = BAD_CONFIG[case]
+    assert _train(tmp_path / "run", *arguments) == status
+    errors = capsys.readouterr().err.strip()
+    assert part in errors and errors.startswith("t5x_like: ") and "\n" not in errors, errors
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_bad_text_is_named_with_its_place(tmp_path, capsys):
+    broken, empty = tmp_path / "broken.txt", tmp_path / "empty.txt"
+    broken.write_bytes("gut".encode() + b"\xff\xfe" + b"x" * 100)
+    empty.write_bytes(b"")
+    for path, part in ((broken, "3"), (empty, "empty.txt")):
+        assert _train(tmp_path / "run", f"--config.data.source=text:{path}") == 1
+        errors = capsys.readouterr().err.strip()
+        assert part in errors and str(path) in errors and "\n" not in errors, errors
+
+
+def test_a_workdir_of_another_config_is_refused_and_unchanged(finished, capsys):
+    before = (finished / "config.json").read_bytes()
+    assert _train(finished, "--config.loop.steps=12", "--config.optim.learning_rate=0.5") == 2
+    errors = capsys.readouterr().err
+    assert "config.optim.learning_rate: 0.01 -> 0.5" in errors and "init_from" in errors
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_workdir_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert _train(tmp_path) == 1
+    assert "is no workdir" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_tokenizer_of_another_run_is_refused(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    settings = json.loads((workdir / "tokenizer" / "vocabulary.json").read_text())
+    (workdir / "tokenizer" / "vocabulary.json").write_text(json.dumps(settings | {"extra_ids": 5}))
+    assert main(["generate", str(workdir), "--prompt=a"]) == 1
+    assert "tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["generate", "x"], ["train", "--config=nope.py", "--workdir=x"]])
+def test_wrong_use_exits_2(arguments, capsys):
+    assert main(arguments) == 2
+    capsys.readouterr()
+
+
+def test_a_warm_start_takes_the_chosen_parameters(finished, tmp_path, capsys):
+    arguments = [f"--config.checkpoint.init_from={finished}", "--config.loop.steps=1", "--config.optim.schedule.warmup_steps=0"]
+    assert _train(tmp_path / "all", *arguments) == 0
+    first = _rows(tmp_path / "all")[0]["train/loss"]
+    assert first < 4.5 < _rows(finished)[0]["train/loss"]
+    assert _train(tmp_path / "some", *arguments, "--config.checkpoint.init_select=('embed/.*',)") == 0
+    assert "1 of 11 parameters" in capsys.readouterr().out
+    assert _train(tmp_path / "other", *arguments, "--config.model.mlp=96") == 1
+    assert "layers/mlp/" in capsys.readouterr().err
