@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, command = _parse(list(sys.argv[1:] if arguments is None else arguments))
     address = f"127.0.0.1:{_free_port()}"
     children = [_start(command, index, options, address) for index in range(options.processes)]
+    _say(f"coordinator {address}, process ids {' '.join(str(child.pid) for child in children)}")
     readers = [
         threading.Thread(target=_copy, args=(index, source, target), daemon=True)
         for index, child in enumerate(children)

@@ -105,6 +105,7 @@ def _start(settings: Settings, workdir: pathlib.Path, output: Any) -> subprocess
             f"--config.loop.steps={settings.steps}",
             f"--config.checkpoint.every_steps={SAVE_EVERY}",
             f"--config.evaluate.every_steps={2 * SAVE_EVERY}",
+            "--config.telemetry.tensorboard=False",  # its import takes longer than the run
             *settings.overrides,
         ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -134,16 +135,16 @@ def _interrupt(
     settings: Settings, workdir: pathlib.Path, options: argparse.Namespace, chance: random.Random, start_seconds: float
 ) -> list[Blow]:
     """Starts the run and interrupts it until all interruptions are spent, then lets it finish."""
-    kinds = ["SIGKILL"] * options.kills + ["SIGTERM"] * options.stops
-    chance.shuffle(kinds)
+    plan = [("SIGKILL", MOMENTS[number % len(MOMENTS)]) for number in range(options.kills)]
+    plan += [("SIGTERM", "stepping")] * options.stops
+    chance.shuffle(plan)
     blows: list[Blow] = []
     with open(output_of(workdir), "wb") as output:
         while True:
             child = _start(settings, workdir, output)
-            if len(blows) == len(kinds):
+            if len(blows) == len(plan):
                 break
-            sent = kinds[len(blows)]
-            moment = MOMENTS[chance.randrange(len(MOMENTS))] if sent == "SIGKILL" else "stepping"
+            sent, moment = plan[len(blows)]
             if not _reach(moment, workdir, child, chance, start_seconds):
                 break  # it has ended by itself
             child.send_signal(getattr(signal, sent))
@@ -154,8 +155,8 @@ def _interrupt(
         status = child.wait(600)
     if status != 0:
         sys.exit(f"crash_test: the last start failed with {status}:\n{output_of(workdir).read_text()[-3000:]}")
-    if len(blows) < len(kinds):
-        print(f"the run was done after {len(blows)} of {len(kinds)} interruptions")
+    if len(blows) < len(plan):
+        sys.exit(f"crash_test: the run was done after {len(blows)} of {len(plan)} interruptions; give more steps")
     return blows
 
 
@@ -163,21 +164,23 @@ def _reach(
     moment: str, workdir: pathlib.Path, child: subprocess.Popen[bytes], chance: random.Random, start_seconds: float
 ) -> bool:
     """Waits for a random point of the kind `moment`; False if the run ended before."""
-    begun, rows, known = time.monotonic(), last_row(workdir), saves(workdir)
+    begun, rows, base = time.monotonic(), last_row(workdir), newest_checkpoint(workdir)
+    known = saves(workdir)
     delay, distance = chance.random(), chance.randint(1, 2 * SAVE_EVERY)
-    resumed = False
+    resumed = rows == base
     while child.poll() is None:
         if moment == "starting" and time.monotonic() - begun > delay * start_seconds:
             return True
-        row = last_row(workdir)
-        resumed = resumed or row != rows  # cut back, or gone on
-        if moment == "stepping" and row >= newest_checkpoint(workdir) + distance and resumed:
-            time.sleep(0.02 * delay)
+        if moment == "saving" and any("tmp" in name for name in saves(workdir) - known):
+            time.sleep(0.01 * delay)
             return child.poll() is None
-        if moment == "saving" and unfinished(workdir) and saves(workdir) != known:
-            time.sleep(0.03 * delay)
-            return child.poll() is None
-        time.sleep(0.002)
+        if moment == "stepping":
+            row = last_row(workdir)
+            resumed = resumed or row != rows  # cut back, or gone on
+            if resumed and row >= base + distance:
+                time.sleep(0.02 * delay)
+                return child.poll() is None
+        time.sleep(0.001)
     return False
 
 

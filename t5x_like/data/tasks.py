@@ -27,25 +27,53 @@ _MOST_SHARDS = 64
 def describe(job: dict[str, Any], report: Callable[[int], None]) -> dict[str, Any]:
     """What `job["module"]` and `job["name"]` stand for; saves the task's vocabulary, if it has one, in `job["folder"]`.
 
-    Gives {"tasks": {name: {"rate", "shards", "fingerprint"}}, "split", "vocabulary": folder name or None}.
+    Gives {"tasks": {name: {"shards", "fingerprint"}}, "split", "vocabulary": whether it was saved, "files"}.
     """
     provider, split = _provider(job["module"], job["name"])
-    found = {}
-    for task in _guarded(lambda: _tasks(provider), provider.name):
-        shards = _guarded(lambda task=task: list(task.source.list_shards(split)), task.name)
-        if split not in (task.splits or [split]):
+    found, files = {}, []
+    for task in _tasks(provider):
+        if split not in task.splits:
             raise UserError(f"seqio task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
-        rate = _guarded(lambda task=task: _rate(provider, task), task.name)
+        shards = _guarded(lambda task=task: list(task.source.list_shards(split)), task.name)
+        read = [path for path in (_code(job["module"]), *shards) if path and os.path.isfile(path)]
         count = min(max(len(shards), 1), _MOST_SHARDS)
-        found[task.name] = {
-            "rate": rate,
-            "shards": count,
-            "fingerprint": _fingerprint(job["module"], task, split, shards),
-        }
+        found[task.name] = {"shards": count, "fingerprint": _fingerprint(task, split, read)}
+        files += read
     vocabulary = _vocabulary(provider)
     if vocabulary is not None:
         vocabulary.save(job["folder"])
-    return {"tasks": found, "split": split, "vocabulary": vocabulary is not None}
+    return {"tasks": found, "split": split, "vocabulary": vocabulary is not None, "files": files}
+
+
+def rates(job: dict[str, Any], report: Callable[[int], None]) -> dict[str, float]:
+    """{task: rate} in a mixture whose tasks have `job["examples"]` = {task: number} cached examples."""
+    mixture, _ = _provider(job["module"], job["name"])
+    tasks = {task.name: _CachedTask(task, job["examples"][task.name]) for task in _tasks(mixture)}
+    return {name: _guarded(lambda task=task: float(mixture.get_rate(task)), name) for name, task in tasks.items()}
+
+
+class _CachedTask:
+    """A task as SeqIO sees one in its own cache: rates by number of examples are computed from that of the cache."""
+
+    cache_dir = "token cache"
+
+    def __init__(self, task: Any, examples: int):
+        self._task, self._examples = task, examples
+
+    def get_cached_stats(self, split: str) -> dict[str, int]:
+        return {"examples": self._examples}
+
+    def num_input_examples(self, split: str) -> int:
+        return self._examples
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self._task or other is self
+
+    def __hash__(self) -> int:
+        return hash(self._task)
 
 
 def encode_shard(job: dict[str, Any], report: Callable[[int], None]) -> dict[str, Any]:
@@ -101,22 +129,20 @@ def _tasks(provider: Any) -> list[Any]:
     return list(provider.tasks) if hasattr(provider, "tasks") else [provider]
 
 
-def _rate(provider: Any, task: Any) -> float:
-    return float(provider.get_rate(task)) if hasattr(provider, "tasks") else 1.0
+def _code(module: str) -> str | None:
+    return module if module.endswith(".py") else getattr(sys.modules[module], "__file__", None)
 
 
-def _fingerprint(module: str, task: Any, split: str, shards: list[str]) -> str:
-    """Of the module's own file and the files that the task reads, as far as they are local.
+def _fingerprint(task: Any, split: str, files: list[str]) -> str:
+    """Of the module's own file and the local files that the task reads.
 
     A change in a module that this one imports is not seen: delete the cache after such a change.
     """
     import seqio
 
-    digest = hashlib.sha256(f"seqio {seqio.__version__} {task.name} {split} {len(shards)}".encode())
-    code = module if module.endswith(".py") else getattr(sys.modules[module], "__file__", None)
-    for path in [code, *shards]:
-        if path and os.path.isfile(path):
-            digest.update(pathlib.Path(path).read_bytes())
+    digest = hashlib.sha256(f"seqio {seqio.__version__} {task.name} {split}".encode())
+    for path in files:
+        digest.update(pathlib.Path(path).read_bytes())
     return digest.hexdigest()
 
 

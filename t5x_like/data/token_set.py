@@ -5,7 +5,9 @@ that is written last and holds sizes and checksum; `index.json` is written when 
 through `os.preadv`: a memory map of a truncated file would end the process. Which rows are read is data/packing.py.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -67,6 +69,7 @@ def write_shard(folder: pathlib.Path, index: int, batches: Iterable[Encoded], ki
     tokens = skipped = text_bytes = 0
     try:
         with open(temporary, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # says that somebody is writing it
             for batch in batches:
                 written += _append(file, digest, batch.ids.astype(kind))
                 large = np.flatnonzero(batch.byte_counts >= _LARGE)
@@ -126,14 +129,11 @@ def write_index(folder: pathlib.Path, *, fingerprint: str, kind: str, unit: str,
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes what writers that are no longer alive left behind."""
+    """Removes what writers that have died left behind: the files that nobody holds locked."""
     for path in folder.glob(".shard-*.writing"):
-        try:
-            os.kill(int(path.name.split(".")[2]), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except (PermissionError, ValueError):
-            pass
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 class TokenSet:

@@ -24,6 +24,7 @@ from t5x_like.data import encoding, tasks
 FUNCTIONS: dict[str, Callable[[dict[str, Any], encoding.Report], dict[str, Any]]] = {
     "encode_shard": encoding.encode_shard,
     "describe_task": tasks.describe,
+    "task_rates": tasks.rates,
     "encode_task_shard": tasks.encode_shard,
 }
 _REPORT_SECONDS = 0.2
@@ -36,26 +37,24 @@ class Pool:
         self._size = size
         self._idle: list[_Worker] = []
         self._all: list[_Worker] = []
-        self._stopped = threading.Event()
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped.set()
         for worker in self._all:
             worker.end()
 
     def run(
         self, function: str, jobs: Sequence[dict[str, Any]], report: Callable[[int, int], None]
     ) -> list[dict[str, Any]]:
-        """Results in the order of the jobs; `report` gets (job, amount done). The first error ends all."""
+        """Results in the order of the jobs; `report` gets (job, amount done). After an error no job is begun."""
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(jobs)):
             todo.put(index)
         results: list[dict[str, Any]] = [{} for _ in jobs]
         errors: list[BaseException] = []
-        lock = threading.Lock()
+        lock, stopped = threading.Lock(), threading.Event()
 
         def reported(index: int, amount: int) -> None:
             with lock:
@@ -63,14 +62,16 @@ class Pool:
 
         def drive(worker: _Worker) -> None:
             try:
-                while not self._stopped.is_set():
+                while not stopped.is_set():
                     index = todo.get_nowait()
                     results[index] = worker.run(function, jobs[index], functools.partial(reported, index))
             except queue.Empty:
-                self._idle.append(worker)
+                pass
             except BaseException as error:  # handed to the caller's thread below
                 errors.append(error)
-                self._stopped.set()
+                stopped.set()
+            if worker.alive():
+                self._idle.append(worker)
 
         threads = [threading.Thread(target=drive, args=(w,), daemon=True) for w in self._workers(len(jobs))]
         for thread in threads:
@@ -135,10 +136,15 @@ class _Worker:
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         return f"signal {-code}" if code < 0 else f"status {code}: {last[0]}"
 
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._log.close()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                stream.close()
 
 
 def _describe(job: dict[str, Any]) -> str:

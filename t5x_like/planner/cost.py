@@ -35,8 +35,8 @@ class Kernel:
 class Cost:
     """One step, per device. `cycles` are the compiler's estimate for the TensorCore, kernels not included.
 
-    `without_estimate`: {opcode: executions} of work that the compiler gave no estimate for, and `unknown_loops`:
-    loops whose length depends on data, counted once. Both should be small, or `cycles` is too low.
+    `without_estimate`: {name: executions} of work that the compiler gave no estimate for (sorts, scatters), and
+    `unknown_loops`: loops whose length depends on data, counted once. Where these are long, `cycles` is too low.
     """
 
     cycles: int
@@ -82,7 +82,7 @@ class _Tally:
 
 
 # Work worth naming when it has no estimate; the rest (get-tuple-element, bitcast, ...) is free.
-_WORK = ("fusion", "convolution", "dot", "scatter", "gather", "sort", "reduce", "custom-call", "copy", "dynamic-slice")
+_WORK = ("fusion", "convolution", "dot", "scatter", "gather", "sort", "reduce", "copy")
 
 
 class _Walk:
@@ -137,49 +137,54 @@ class _Walk:
         target = _TARGET.search(instruction.attributes) if instruction.opcode == "custom-call" else None
         if target:
             if target.group(1) == _KERNEL:
-                tally.kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
+                tally.kernels[_plain(instruction.name)] += times
             return
+        communicates = instruction.opcode == "fusion" and self.fused_collectives(tally, instruction, chains, times)
         estimate = _CYCLES.search(instruction.attributes)
         if estimate and int(estimate.group(1)) < _NO_ESTIMATE:
             tally.cycles += times * int(estimate.group(1))
-        elif instruction.opcode in _WORK and not instruction.shape.split("{")[0].endswith("[]"):
-            tally.without_estimate[instruction.opcode] += times
-        if instruction.opcode == "fusion":
-            self.fused_collectives(tally, computation, instruction, chains, times)
+        elif instruction.opcode in _WORK and not communicates and _is_array(instruction.shape):
+            tally.without_estimate[_plain(instruction.name)] += times
 
     def fused_collectives(
-        self,
-        tally: _Tally,
-        computation: hlo.Computation,
-        fusion: hlo.Instruction,
-        chains: set[tuple[str, str]],
-        times: int,
-    ) -> None:
-        """Adds the collectives inside a fusion.
+        self, tally: _Tally, fusion: hlo.Instruction, chains: set[tuple[str, str]], times: int
+    ) -> bool:
+        """Adds the collectives inside a fusion; whether there are any.
 
-        A collective that runs beside other work is written into each fusion that advances it: once a chain.
+        A collective that runs beside other work is written into each fusion that advances it: added once a chain.
         """
-        for name in fusion.called("calls"):
-            called = self.module.computations[name]
-            for inner in called.instructions.values():
-                if inner.opcode == "fusion":
-                    self.fused_collectives(tally, called, inner, chains, times)
-                if not kind_of(inner.opcode):
+        called = self.module.computations[fusion.called("calls")[0]]
+        any_found = False
+        for inner in called.instructions.values():
+            if inner.opcode == "fusion":
+                any_found |= self.fused_collectives(tally, inner, chains, times)
+            if not kind_of(inner.opcode):
+                continue
+            any_found = True
+            chain, channel = _CHAIN.search(inner.attributes), _CHANNEL.search(inner.attributes)
+            if chain:
+                key = (chain.group(1), channel.group(1) if channel else "")
+                if key in chains:
                     continue
-                chain, channel = _CHAIN.search(inner.attributes), _CHANNEL.search(inner.attributes)
-                if chain:
-                    key = (chain.group(1), channel.group(1) if channel else "")
-                    if key in chains:
-                        continue
-                    chains.add(key)
-                found = self.collective(called, inner, times)
-                if found.kind == "all-reduce" and _keeps_a_shard(called, inner):
-                    found = dataclasses.replace(found, kind="reduce-scatter")
-                tally.collectives.append(found)
+                chains.add(key)
+            found = self.collective(called, inner, times)
+            if found.kind == "all-reduce" and _keeps_a_shard(called, inner):
+                found = dataclasses.replace(found, kind="reduce-scatter")
+            tally.collectives.append(found)
+        return any_found
 
     def collective(self, computation: hlo.Computation, instruction: hlo.Instruction, times: int) -> Collective:
         shapes = [computation.instructions[name].shape for name in instruction.operands]
         return read(instruction, shapes, self.mesh_shape, count=times)
+
+
+def _plain(name: str) -> str:
+    """The name without the numbers that tell equal instructions apart."""
+    return re.sub(r"([._]\d+|\.clone)+$", "", name)
+
+
+def _is_array(shape: str) -> bool:
+    return not re.match(r"\w+\[\]", shape)
 
 
 def _keeps_a_shard(computation: hlo.Computation, reduction: hlo.Instruction) -> bool:

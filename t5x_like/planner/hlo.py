@@ -245,7 +245,7 @@ _SAME = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "op
 def _value(module: Module, computation: Computation, name: str, arguments: Sequence):
     """What a scalar (or each scalar of a tuple) is, given the parameters; None where it is not known."""
     instruction = computation.instructions[name]
-    opcode, operands = instruction.opcode, instruction.operands if instruction.opcode != "constant" else ()
+    opcode, operands = instruction.opcode, instruction.operands
 
     def operand(index: int):
         return _value(module, computation, operands[index], arguments)

@@ -20,7 +20,7 @@ Constructor = Callable[[dict[str, jax.ShapeDtypeStruct], tuple[int, ...], tuple[
 
 
 def array_paths(item: Any) -> dict[str, Any]:
-    """Path -> array (or abstract array) of any pytree, in the order of its leaves; a lone array has the path `value`."""
+    """Path -> array (or abstract array) of any pytree, in the order of its leaves; a lone one has the path `value`."""
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(item)[0]:
         path = "/".join(_name(key) for key in keys) or "value"
@@ -69,7 +69,9 @@ def templates(
         kind = record["kind"]
         if kind not in constructors:
             known = ", ".join(["array", *sorted(constructors)])
-            raise UserError(f"{where}: {path!r} is of the kind {kind!r}, which this program does not know; known: {known}")
+            raise UserError(
+                f"{where}: {path!r} is of the kind {kind!r}, which this program does not know; known: {known}"
+            )
         prefix = f"{path}/"
         parts = {name[len(prefix) :]: abstract.pop(name) for name in list(abstract) if name.startswith(prefix)}
         abstract[path] = constructors[kind](parts, tuple(record["shape"]), tuple(record["axes"]))

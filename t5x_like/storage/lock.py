@@ -70,16 +70,18 @@ def _remote_lock(workdir: str, beat_seconds: float) -> Iterator[None]:
         _wait_for_silence(workdir, path, holder, beat_seconds)
     stop = threading.Event()
 
+    def write(count: int) -> None:
+        paths.write_bytes_atomic(path, json.dumps({**_myself(token), "beat": count}).encode())
+
     def beat() -> None:
         count = 0
-        while True:
+        while not stop.wait(beat_seconds):
             count += 1
             # One that fails is followed by another; the lock is no reason to end a run.
             with contextlib.suppress(UserError, OSError):
-                paths.write_bytes_atomic(path, json.dumps({**_myself(token), "beat": count}).encode())
-            if stop.wait(beat_seconds):
-                return
+                write(count)
 
+    write(0)
     thread = threading.Thread(target=beat, name="lock", daemon=True)
     thread.start()
     try:

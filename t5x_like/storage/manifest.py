@@ -29,7 +29,9 @@ def read(workdir: str) -> dict[str, Any]:
     content = paths.read_json(path)
     starts = content.get("starts") if isinstance(content, dict) else None
     if not isinstance(starts, list) or not all(isinstance(entry, dict) for entry in starts):
-        raise UserError(f"{path} is damaged: it has no list of starts; restore the file from a copy, or use a new workdir")
+        raise UserError(
+            f"{path} is damaged: it has no list of starts; restore the file from a copy, or use a new workdir"
+        )
     return content
 
 

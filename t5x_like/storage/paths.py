@@ -106,7 +106,7 @@ def read_json(path: str) -> Any:
 def write_bytes_atomic(path: str, data: bytes) -> None:
     """Replaces the file: after a crash at any moment it holds the old bytes or the new ones."""
     if is_remote(path):
-        with _clear_errors(path):
+        with _clear_errors(path, writing=True):
             _bucket_files().pipe_file(path, data)
         return
     folder = os.path.dirname(os.path.abspath(path))
@@ -145,17 +145,13 @@ def make_directory(path: str) -> None:
         except PermissionError:
             raise UserError(f"{path} cannot be made (permission denied); choose another directory") from None
         return
-    bucket = path[len(_REMOTE) :].partition("/")[0]
     with _clear_errors(path):
         try:
-            found = bool(_bucket_files().exists(_REMOTE + bucket))
+            found = bool(_bucket_files().exists(_REMOTE + _bucket(path)))
         except FileNotFoundError:
             found = False
     if not found:
-        raise UserError(
-            f"{path}: there is no bucket {bucket!r}, or it may not be seen; create it "
-            f"(`gcloud storage buckets create gs://{bucket}`) or give credentials: {_CREDENTIALS}"
-        )
+        raise _no_bucket(path)
 
 
 def remove_tree(path: str) -> None:
@@ -186,7 +182,7 @@ def rename(source: str, target: str) -> None:
 def copy_file(source: str, target: str) -> None:
     """Copies one file, local or not on either side; the target appears whole or not at all."""
     if is_remote(target):
-        with _clear_errors(target):
+        with _clear_errors(target, writing=is_remote(target) and not is_remote(source)):
             if is_remote(source):
                 _bucket_files().copy(source, target)
             else:
@@ -333,33 +329,45 @@ def _sync_folder(folder: str) -> None:
 
 def _bucket_files() -> Any:
     """The file system object for gs://, the very one that Orbax uses, so that their caches of listings are one."""
-    # etils would import TensorFlow where it is installed: 10 s, for files that gcsfs reads as well.
-    os.environ.setdefault("EPATH_USE_TF", "false")
     try:
         import fsspec
         import gcsfs  # noqa: F401
     except ImportError:
         raise UserError("gs:// paths need the extra gcs: pip install 't5x_like[gcs]'") from None
-    # It warns about each bucket whose storage layout it may not ask for, an emulator's included.
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)
+    # Both warn about each bucket whose storage layout may not be asked for, an emulator's included.
+    for name in ("gcsfs", "google.auth"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     files = fsspec.filesystem("gcs", finalize_on_close=True)
     files.invalidate_cache()
     return files
 
 
 @contextlib.contextmanager
-def _clear_errors(path: str) -> Iterator[None]:
+def _clear_errors(path: str, *, writing: bool = False) -> Iterator[None]:
     """Turns what the client of the bucket raises into one line that says what to do."""
     try:
         yield
     except FileNotFoundError:
+        if writing:
+            raise _no_bucket(path) from None
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:200]
-        code = getattr(error, "code", None)
+        code = str(getattr(error, "code", None))
         kind = f"{type(error).__module__}.{type(error).__name__}"
-        if str(code) in ("401", "403") or "Forbidden" in text or kind.startswith("google.auth."):
+        if code in ("401", "403") or "Forbidden" in text or kind.startswith("google.auth."):
             raise UserError(f"{path}: access refused ({text}); give credentials: {_CREDENTIALS}") from None
         if isinstance(error, OSError) or kind.startswith(("aiohttp.", "gcsfs.", "requests.")):
             raise UserError(f"{path}: the bucket cannot be reached ({type(error).__name__}: {text})") from None
         raise
+
+
+def _bucket(path: str) -> str:
+    return path[len(_REMOTE) :].partition("/")[0]
+
+
+def _no_bucket(path: str) -> UserError:
+    return UserError(
+        f"{path}: there is no bucket {_bucket(path)!r}, or it may not be seen; create it "
+        f"(`gcloud storage buckets create gs://{_bucket(path)}`) or give credentials: {_CREDENTIALS}"
+    )

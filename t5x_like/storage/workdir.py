@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, whose it is, and whether a config may go on with it. Knows no section's meaning.
+"""The folder of a run: what lies where, whose it is, and whether a config may go on with it. Builds nothing.
 
     config.json overrides.json manifest.json tokenizer/ checkpoints/STEP/ metrics.jsonl tensorboard/ loss.png log*.txt
 
@@ -13,14 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.storage import lock, manifest, paths
+from t5x_like.storage.model_directory import CHECKPOINTS, TOKENIZER
 
 if TYPE_CHECKING:
     from t5x_like.parallel.multihost import Processes
 
-CONFIG, OVERRIDES, TOKENIZER, CHECKPOINTS = "config.json", "overrides.json", "tokenizer", "checkpoints"
+CONFIG, OVERRIDES = "config.json", "overrides.json"
 
 # What a start or a run that never got to its first config.json may have left.
-_BEFORE_CONFIG = (lock.LOCAL_NAME, lock.REMOTE_NAME, manifest.NAME, OVERRIDES, TOKENIZER, "cache", "profile", "tensorboard")
+_BEFORE_CONFIG = (
+    lock.LOCAL_NAME,
+    lock.REMOTE_NAME,
+    manifest.NAME,
+    OVERRIDES,
+    TOKENIZER,
+    "cache",
+    "profile",
+    "tensorboard",
+)
 # Sections and fields that do not change what is computed, or change it as asked.
 RESUME_MAY_CHANGE = ("mesh", "runtime", "telemetry", "checkpoint", "evaluate", "loop.steps")
 _SHOWN = 6
@@ -39,7 +49,7 @@ class Change:
 
     @property
     def allowed(self) -> bool:
-        return any(self.path == f"config.{field}" or self.path.startswith(f"config.{field}.") for field in RESUME_MAY_CHANGE)
+        return any(f"{self.path}.".startswith(f"config.{field}.") for field in RESUME_MAY_CHANGE)
 
 
 def read_config(root: str) -> dict[str, Any] | None:
@@ -49,7 +59,9 @@ def read_config(root: str) -> dict[str, Any] | None:
         return None
     config = paths.read_json(path)
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: no mapping of sections; restore the file from a copy, or use a new workdir")
+        raise UserError(
+            f"{path} is damaged: no mapping of sections; restore the file from a copy, or use a new workdir"
+        )
     return config
 
 
@@ -189,7 +201,9 @@ class Workdir:
         foreign = [n for n in names if n not in (*_BEFORE_CONFIG, CHECKPOINTS) and not _is_run_file(n)]
         if foreign:
             shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-            raise UserError(f"{self.root} is no workdir: it holds {shown} and no {CONFIG}; use a new or empty --workdir")
+            raise UserError(
+                f"{self.root} is no workdir: it holds {shown} and no {CONFIG}; use a new or empty --workdir"
+            )
 
     def _verify_files(self) -> None:
         """config.json and the tokenizer must be what some start, and the latest start, wrote."""
@@ -197,7 +211,9 @@ class Workdir:
         if config is None:
             return
         if not starts:
-            raise UserError(f"{self.root} holds {CONFIG} but no start in {manifest.NAME}; restore it, or use a new workdir")
+            raise UserError(
+                f"{self.root} holds {CONFIG} but no start in {manifest.NAME}; restore it, or use a new workdir"
+            )
         if manifest.config_digest(config) not in {entry.get("config_sha256") for entry in starts}:
             raise UserError(
                 f"{self.path(CONFIG)} is not what the run was started with (its sha256 is in no start of "
@@ -229,5 +245,3 @@ def _shown(value: Any) -> str:
 
 def _is_run_file(name: str) -> bool:
     return name.startswith("log") and name.endswith(".txt") or name in ("metrics.jsonl", "loss.png")
-
-

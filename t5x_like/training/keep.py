@@ -1,7 +1,7 @@
 """Which checkpoints are kept, and when one is due: pure functions of steps and metrics. No file is touched here.
 
 Always kept: the newest two, whatever else is said, so that a damaged newest has a predecessor. Kept besides: the last
-`keep_last`, every `keep_every` steps, and the best by a metric. The best are an additional set and never displace others
+`keep_last`, every `keep_every` steps, and the best by a metric. The best are an additional set that displaces nothing
 (Orbax's own retention by metric with two to keep was seen to delete the newest).
 """
 

@@ -140,7 +140,7 @@ class Telemetry:
     def summary(self, sections: Mapping[str, Mapping[str, object]]) -> None:
         """Prints {title: {name: value}} as one screen, and how speed is counted below it."""
         sections = {**sections, "speed": self._speed()}
-        for line in _screen(sections):
+        for line in screen(sections):
             self._say(line)
 
     def _speed(self) -> dict[str, object]:
@@ -341,8 +341,8 @@ def _peak(config: TelemetryConfig, devices: Sequence[jax.Device]) -> tuple[float
     return None, ""
 
 
-def _screen(sections: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """Two columns of names before the values: the section once, then each of its entries."""
+def screen(sections: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    """Lines of {title: {name: value}} in three columns; a title stands at its first entry alone."""
     entries = [(title, name, str(value)) for title, rows in sections.items() for name, value in rows.items()]
     title_width = max((len(title) for title, _, _ in entries), default=0)
     name_width = max((len(name) for _, name, _ in entries), default=0)

@@ -37,7 +37,9 @@ def every(packed):
 @pytest.mark.parametrize("length", [1, 4, 16, 60, 121, 500])
 def test_each_token_but_the_first_is_a_target_exactly_once(tmp_path, length):
     tokens, ids, _ = written(tmp_path, LENGTHS)
-    batch = features.batch(every(packing.Concatenated(tokens, length=length, stride=length)), attend_across_documents=True)
+    batch = features.batch(
+        every(packing.Concatenated(tokens, length=length, stride=length)), attend_across_documents=True
+    )
     assert batch["targets"][batch["loss_weights"] > 0].tolist() == ids[1:].tolist()
     assert batch["inputs"][batch["loss_weights"] > 0].tolist() == ids[:-1].tolist()
 
@@ -141,7 +143,9 @@ def test_whole_examples_fill_rows_and_long_ones_lose_their_end(tmp_path):
 
 def test_a_document_is_found_again_in_its_file(tmp_path):
     tokens, _, _ = written(tmp_path, LENGTHS)
-    assert [tokens.place(document) for document in range(len(LENGTHS))] == [(d % 2, 100 * d) for d in range(len(LENGTHS))]
+    assert [tokens.place(document) for document in range(len(LENGTHS))] == [
+        (d % 2, 100 * d) for d in range(len(LENGTHS))
+    ]
 
 
 def test_rows_are_read_the_same_from_several_threads(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import cache, prepare, vocabularies
+from t5x_like.data import cache, parts, prepare, vocabularies, workers
 from t5x_like.data.loader import open_data
 from t5x_like.data.token_set import TokenSet
 from tests.data import corpus
@@ -97,7 +97,9 @@ def test_a_killed_prepare_goes_on_with_the_shards_that_are_missing(reference, tm
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
     assert not list(tmp_path.rglob("index.json"))
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard-*.bin") if path.with_suffix(".json").exists()}
+    done = {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard-*.bin") if path.with_suffix(".json").exists()
+    }
     with child(config, tmp_path) as process:
         assert process.wait() == 0
     assert len(done) >= 3 and all(path.stat().st_mtime_ns == written for path, written in done.items())
@@ -138,19 +140,24 @@ def test_a_fraction_of_one_document_is_cut_between_two_characters(tmp_path):
 
 def test_the_last_tenth_of_tinyshakespeare_is_what_others_hold_out():
     config = corpus.config(source="text:configs/data/tinyshakespeare/input.txt", validation="0.1")
-    train, validation, _ = prepare._parts(config, pathlib.Path("unused"), prepare.workers.Pool(1))
-    assert (train["train"].end, validation["validation"].begin) == (1003854, 1003854)  # nanoGPT: int(0.9 * n)
+    found = parts.find(config, pathlib.Path("unused"), workers.Pool(1))
+    assert (found.train["train"].end, found.validation["validation"].begin) == (
+        1003854,
+        1003854,
+    )  # nanoGPT: int(0.9 * n)
 
 
 def test_a_tokenizer_is_trained_without_held_out_text(source, tmp_path):
-    (tmp_path / "a.txt").write_text("plain words only " * 200 + "\nzyzzyva zyzzyva zyzzyva\n" * 20)
+    (tmp_path / "a.txt").write_text("plain words only " * 100 + "\nzyzzyva zyzzyva zyzzyva" * 150)
     learned = {}
-    for validation in ("", "0.2"):
-        config = corpus.config(source=f"text:{tmp_path}/a.txt", tokenizer="train:bpe:263", validation=validation)
+    for validation in ("", "0.7"):
+        config = corpus.config(source=f"text:{tmp_path}/a.txt", tokenizer="train:bpe:265", validation=validation)
         prepare.prepare(config, str(tmp_path / "cache"), report=None)
-        vocabulary = vocabularies.load(str(tmp_path / "cache" / cache.read_manifest(config, str(tmp_path / "cache")).tokenizer))
+        vocabulary = vocabularies.load(
+            str(tmp_path / "cache" / cache.read_manifest(config, str(tmp_path / "cache")).tokenizer)
+        )
         learned[validation] = vocabulary.encode("zyzzyva")
-    assert len(learned["0.2"]) == 7 > len(learned[""])
+    assert len(learned["0.7"]) == 7 > len(learned[""])
 
 
 def test_training_text_of_a_tokenizer_is_limited(source, tmp_path):
@@ -174,7 +181,13 @@ def test_what_is_there_already_is_not_written_again(source, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"tokenizer": "bytes"}, {"validation": "0.1"}, {"preprocessors": ("strip",)}, {"fields": {"text": "other"}}, "content"],
+    [
+        {"tokenizer": "bytes"},
+        {"validation": "0.1"},
+        {"preprocessors": ("strip",)},
+        {"fields": {"text": "other"}},
+        "content",
+    ],
 )
 def test_another_text_or_tokenizer_is_another_token_set(tmp_path, change):
     lines = [json.dumps({"text": f" {text}", "other": text[::-1]}) for text in corpus.paragraphs(20)]
@@ -194,7 +207,9 @@ def test_an_example_has_its_inputs_without_loss(tmp_path):
     rows = [{"question": "2 + 2 =", "answer": " 4"}, {"question": "\u00fc?", "answer": " yes"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = {"inputs": "question", "targets": "answer"}
-    data = corpus.opened(corpus.config(source=f"jsonl:{tmp_path}/a.jsonl", fields=fields, packing="examples"), tmp_path)
+    data = corpus.opened(
+        corpus.config(source=f"jsonl:{tmp_path}/a.jsonl", fields=fields, packing="examples", length=32), tmp_path
+    )
     batch = data.rows(0, np.arange(1))
     trained = batch["targets"][batch["loss_weights"] > 0]
     assert data.vocabulary.decode(trained) in (" 4 yes", " yes 4") and (trained == data.vocabulary.eos_id).sum() == 2

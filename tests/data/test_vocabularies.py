@@ -114,7 +114,7 @@ def test_special_tokens_written_out_in_a_text_are_text(folder):
 def test_begin_and_end_are_those_the_file_names(folder):
     llama, own = load(folder, "llama"), load(folder, "bpe")
     assert (llama.bos_id, llama.eos_id) == (1, 2) and (own.bos_id, own.eos_id) == (None, 0)
-    assert llama.encode("a", bos=True, eos=True)[::len(llama.encode("a")) + 1] == [1, 2]
+    assert llama.encode("a", bos=True, eos=True)[:: len(llama.encode("a")) + 1] == [1, 2]
 
 
 def test_one_token_for_begin_and_end_separates_documents_once(folder, tmp_path):

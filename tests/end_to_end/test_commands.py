@@ -148,10 +148,18 @@ BAD_CONFIG = {
     "an unknown remat policy": (["--config.model.remat=ful"], 2, "did you mean 'full'"),
     "a batch that does not divide": (["--config.data.batch_size=12"], 2, "config.data.batch_size=12 is not divisible"),
     "a mesh that does not fit": (["--config.mesh.tensor=3"], 2, "does not divide the 8 devices"),
-    "heads that do not divide": (["--config.mesh.preset=fsdp_tensor", "--config.mesh.tensor=8"], 2, "'heads' of size 4"),
+    "heads that do not divide": (
+        ["--config.mesh.preset=fsdp_tensor", "--config.mesh.tensor=8"],
+        2,
+        "'heads' of size 4",
+    ),
     "a rule that changes nothing": (["--config.mesh.rules=mlp=tensor"], 2, "changes nothing"),
     "a rule for an absent axis": (["--config.mesh.rules=experts=fsdp"], 2, "no parameter of this model"),
-    "rules that match nothing": (["--config.optim.decay=(('nope', 0.0), ('.*', 1.0))"], 2, "'nope' matches no parameter"),
+    "rules that match nothing": (
+        ["--config.optim.decay=(('nope', 0.0), ('.*', 1.0))"],
+        2,
+        "'nope' matches no parameter",
+    ),
     "a missing file": (["--config.data.source=text:no/such/file.txt"], 1, "no/such/file.txt"),
     "a wrong vocabulary size": (["--config.model.vocab_size=300"], 2, "set config.model.vocab_size=259"),
     "a negative seed": (["--config.seed=-1"], 2, "config.seed=-1"),
@@ -206,14 +214,20 @@ def test_a_tokenizer_of_another_run_is_refused(finished, tmp_path, capsys):
     assert "tokenizer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["generate", "x"], ["train", "--config=nope.py", "--workdir=x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["train"], ["generate", "x"], ["train", "--config=nope.py", "--workdir=x"]]
+)
 def test_wrong_use_exits_2(arguments, capsys):
     assert main(arguments) == 2
     capsys.readouterr()
 
 
 def test_a_warm_start_takes_the_chosen_parameters(finished, tmp_path, capsys):
-    arguments = [f"--config.checkpoint.init_from={finished}", "--config.loop.steps=1", "--config.optim.schedule.warmup_steps=0"]
+    arguments = [
+        f"--config.checkpoint.init_from={finished}",
+        "--config.loop.steps=1",
+        "--config.optim.schedule.warmup_steps=0",
+    ]
     assert _train(tmp_path / "all", *arguments) == 0
     first = _rows(tmp_path / "all")[0]["train/loss"]
     assert first < 4.5 < _rows(finished)[0]["train/loss"]

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_like.core.errors import UserError
 from t5x_like.storage import leaves
-from t5x_like.storage.checkpoint import Checkpoints, DamagedCheckpoint
+from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage.model_directory import DamagedCheckpoint
 from tests.storage.quantized import CONSTRUCTORS, Quantized
 
 
@@ -123,7 +124,7 @@ def test_a_template_of_another_model_is_one_clear_line_and_no_damage(saved, temp
 
 
 def test_a_step_that_is_not_there_is_named(saved):
-    with Checkpoints(saved[0], read_only=True) as checkpoints, pytest.raises(UserError, match=r"step 4; it has \[3\]"):
+    with Checkpoints(saved[0], read_only=True) as checkpoints, pytest.raises(UserError, match=r"step 4; it has 3$"):
         checkpoints.restore(4, {"params": {}})
 
 
@@ -148,7 +149,9 @@ def test_special_leaves_come_back_from_the_record_of_their_kind(tmp_path):
 
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
     advance = jax.jit(lambda x: x * 1.5 + 1.0, donate_argnums=0)
-    state = sharded({"w": jnp.asarray(np.random.default_rng(1).standard_normal((64, 1024), dtype=np.float32))}, mesh(4, 2))
+    state = sharded(
+        {"w": jnp.asarray(np.random.default_rng(1).standard_normal((64, 1024), dtype=np.float32))}, mesh(4, 2)
+    )
     expected = jax.tree.map(np.array, state)
     with Checkpoints(str(tmp_path)) as checkpoints:
         checkpoints.save(1, {"params": state}, {})
@@ -169,7 +172,9 @@ def test_old_steps_are_deleted_after_the_commit_and_metrics_are_remembered_over_
     for steps in ([1, 2, 3], [4, 5]):
         with Checkpoints(str(tmp_path), keep=keep) as checkpoints:
             for step in steps:
-                checkpoints.save(step, {"params": {"w": jnp.ones(4)}}, {}, metrics={"loss": abs(step - 2), "bad": np.nan})
+                checkpoints.save(
+                    step, {"params": {"w": jnp.ones(4)}}, {}, metrics={"loss": abs(step - 2), "bad": np.nan}
+                )
     assert seen[-1] == ([2, 3, 4, 5], {2: {"loss": 0}, 3: {"loss": 1}, 4: {"loss": 2}, 5: {"loss": 3}})
     assert Checkpoints(str(tmp_path), read_only=True).steps() == [2, 4, 5]
 

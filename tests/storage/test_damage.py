@@ -9,7 +9,8 @@ import pytest
 
 from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
-from t5x_like.storage.checkpoint import Checkpoints, DamagedCheckpoint
+from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage.model_directory import DamagedCheckpoint
 from tests.storage.test_checkpoint import assert_equal_bits, make_state, mesh, sharded, template
 
 

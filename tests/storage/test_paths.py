@@ -31,7 +31,8 @@ def test_json_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b'{"a": 1', "is damaged: no JSON"), (b"\xff\xfe{}", "is not UTF-8 text"), (None, "no such file")]
+    ("content", "message"),
+    [(b'{"a": 1', "is damaged: no JSON"), (b"\xff\xfe{}", "is not UTF-8 text"), (None, "no such file")],
 )
 def test_a_damaged_file_is_one_line(tmp_path, content, message):
     path = tmp_path / "config.json"

@@ -128,7 +128,10 @@ def test_tuples_of_a_config_equal_the_lists_they_are_stored_as(tmp_path):
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is no workdir: it holds thesis.tex"), Workdir.open(str(tmp_path), processes=ALONE):
+    with (
+        pytest.raises(UserError, match="is no workdir: it holds thesis.tex"),
+        Workdir.open(str(tmp_path), processes=ALONE),
+    ):
         pass
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -142,7 +145,10 @@ def test_what_an_interrupted_first_start_left_is_no_obstacle(tmp_path):
 
 def test_checkpoints_without_their_config_are_refused(tmp_path):
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds checkpoints but no config.json"), Workdir.open(str(tmp_path), processes=ALONE):
+    with (
+        pytest.raises(UserError, match="holds checkpoints but no config.json"),
+        Workdir.open(str(tmp_path), processes=ALONE),
+    ):
         pass
 
 
@@ -225,7 +231,10 @@ def test_a_second_run_is_refused_and_the_lock_of_a_killed_one_is_free(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=f"is in use by process {holder.pid} on .*; wait for it"), lock.locked(str(tmp_path)):
+        with (
+            pytest.raises(UserError, match=f"is in use by process {holder.pid} on .*; wait for it"),
+            lock.locked(str(tmp_path)),
+        ):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()

@@ -42,7 +42,14 @@ def test_every_kth_is_kept_for_ever():
 
 def test_the_best_is_kept_besides_the_newest_two():
     """The case in which Orbax's own retention kept 3 and 4 and deleted 5 and 6."""
-    metrics = {1: {"loss": 5.0}, 2: {"loss": 4.0}, 3: {"loss": 1.0}, 4: {"loss": 2.0}, 5: {"loss": 3.0}, 6: {"loss": 9.0}}
+    metrics = {
+        1: {"loss": 5.0},
+        2: {"loss": 4.0},
+        3: {"loss": 1.0},
+        4: {"loss": 2.0},
+        5: {"loss": 3.0},
+        6: {"loss": 9.0},
+    }
     config = _config(best_metric="loss", keep_best=2)
     assert steps_to_keep(range(1, 7), metrics, config=config) == {3, 4, 5, 6}
     assert steps_to_keep(range(1, 7), metrics, config=_config(best_metric="loss", best_mode="max")) == {5, 6}

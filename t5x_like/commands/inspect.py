@@ -1,0 +1,161 @@
+"""`t5x_like inspect DIR`: what a model directory holds; with `--step=N`, the documents that step N of the run reads.
+
+    t5x_like inspect runs/tiny                    parameters, shapes, axes, sizes, and how they were made
+    t5x_like inspect runs/tiny --checkpoint=100   of an older checkpoint
+    t5x_like inspect runs/tiny --step=37          where each document in the batch of step 37 lies
+
+The first two read no array and build no model.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from t5x_like.commands.arguments import Parser
+from t5x_like.core.errors import UsageError, UserError
+from t5x_like.core.metrics import format_bytes, format_count
+from t5x_like.storage import model_directory, paths
+
+_MODELS = ("params", "ema")
+_LEFT = ("path", "shape", "axes", "dtype", "kind")
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="t5x_like inspect", description=__doc__)
+    parser.add_argument("directory", help="workdir, one checkpoint of it, or converted model")
+    parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to describe (default: the newest)")
+    parser.add_argument("--step", type=int, help="name the documents in the batch of this step, from 1")
+    options = parser.parse_args(arguments)
+    if options.step is not None and options.checkpoint is not None:
+        raise UsageError("t5x_like inspect: --step is about data and --checkpoint about parameters; give one of them")
+    if options.step is None:
+        described = describe(options.directory, options.checkpoint)
+    else:
+        described = documents(options.directory, options.step)
+    for line in described:
+        print(line)
+    return 0
+
+
+def describe(directory: str, step: int | None = None) -> Iterator[str]:
+    """The lines about a checkpoint: a table of its parameters, the other items, and its provenance."""
+    found = model_directory.locate(directory, step=step)
+    note = model_directory.read_metadata(found.checkpoint)
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["time"]))
+    yield f"{found.checkpoint}  (step {note['step']}, saved {saved})"
+    others = [other for other in found.steps if other != note["step"]]
+    if others:
+        yield f"other checkpoints: {', '.join(map(str, others))}"
+    for name in _MODELS:
+        if name in note["arrays"]:
+            yield ""
+            yield from _table(name, _rows(name, note))
+    yield ""
+    for name, arrays in note["arrays"].items():
+        if name not in _MODELS:
+            yield f"{name}: {len(arrays)} arrays, {format_bytes(sum(map(_bytes, arrays.values())))}"
+    for title in ("metrics", "provenance"):
+        if note.get(title):
+            yield ""
+            yield title
+            for name, value in _flat(note[title]):
+                yield f"  {name:<28} {value}"
+
+
+def documents(directory: str, step: int) -> Iterator[str]:
+    """The lines about the batch of a step: each document's place in the batch and in its source."""
+    if step < 1:
+        raise UsageError(f"--step={step} should be at least 1: rows of metrics.jsonl are counted from 1")
+    # Imported here: they need jax, the description of a checkpoint does not.
+    from t5x_like import experiment as experiments
+    from t5x_like.data.loader import open_data
+    from t5x_like.storage import workdir
+
+    config = workdir.read_config(directory)
+    if config is None:
+        raise UserError(f"{directory} holds no config.json; --step needs the workdir of a run")
+    experiment = experiments.from_config(config)
+    cache = experiment.data.cache or paths.join(paths.normal(directory), "cache")
+    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
+    try:
+        # Update N trains on batch N - 1 of the loader.
+        places = data.documents(step - 1)
+    finally:
+        data.close()
+    yield f"{directory}: {len(places)} documents in the batch of step {step}"
+    rows = [
+        [
+            str(place.row),
+            str(place.column),
+            place.component,
+            f"{place.offset} {place.unit}",
+            str(place.epoch),
+            place.file,
+        ]
+        for place in places
+    ]
+    yield from _columns([["row", "column", "component", "at", "epoch", "file"], *rows], left=(2, 5))
+
+
+def _rows(item: str, note: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each leaf: a weight in several parts is one, with its logical shape and the bytes of all parts."""
+    axes = note.get("axes", {}).get(item, {})
+    rows = {}
+    for path, array in note["arrays"][item].items():
+        rows[path] = {"shape": array["shape"], "dtype": array["dtype"], "kind": "array", "bytes": _bytes(array)}
+    for path, record in note["kinds"].get(item, {}).items():
+        parts = [rows.pop(name) for name in list(rows) if name.startswith(f"{path}/")]
+        dtypes = "+".join(dict.fromkeys(part["dtype"] for part in parts))
+        size = sum(part["bytes"] for part in parts)
+        rows[path] = {"shape": record["shape"], "dtype": dtypes, "kind": record["kind"], "bytes": size}
+        axes = {**axes, path: record["axes"]}
+    return [
+        {"path": path, "axes": axes.get(path), "size": math.prod(row["shape"]), **row}
+        for path, row in sorted(rows.items())
+    ]
+
+
+def _table(item: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    total, size = sum(row["size"] for row in rows), sum(row["bytes"] for row in rows)
+    yield f"{item}: {format_count(total)} parameters ({total:,}) in {len(rows)} arrays, {format_bytes(size)}"
+    cells = [[*_LEFT, "parameters", "bytes"]]
+    for row in rows:
+        axes = "?" if row["axes"] is None else " ".join(name or "-" for name in row["axes"]) or "-"
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        cells.append(
+            [row["path"], shape, axes, row["dtype"], row["kind"], f"{row['size']:,}", format_bytes(row["bytes"])]
+        )
+    yield from _columns(cells, left=range(len(_LEFT)))
+
+
+def _columns(cells: Sequence[Sequence[str]], *, left: Sequence[int] | range) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for row in cells:
+        padded = [
+            text.ljust(width) if column in left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield f"  {'  '.join(padded)}".rstrip()
+
+
+def _bytes(array: Mapping[str, Any]) -> int:
+    return math.ceil(math.prod(array["shape"]) * _bits(array["dtype"]) / 8)
+
+
+def _bits(dtype: str) -> int:
+    """The bits of one element, from the digits that every dtype's name but bool's holds.
+
+    >>> _bits("bfloat16"), _bits("int4"), _bits("float8_e4m3fn"), _bits("bool")
+    (16, 4, 8, 8)
+    """
+    digits = "".join(char if char.isdigit() else " " for char in dtype.partition("_")[0]).split()
+    return int(digits[0]) if digits else 8
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

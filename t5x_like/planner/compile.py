@@ -1,0 +1,99 @@
+"""Compiles a built step for devices that may not be there, and keeps what the compiler says of it.
+
+It receives a jitted function and abstract arguments (shapes with shardings); what they compute is not its business.
+Nothing is allocated and nothing runs.
+"""
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from t5x_like.core.errors import UserError
+
+_CACHE = "jax_enable_compilation_cache"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """HBM of one device in bytes, as the compiler lays it out; the runtime's own overhead is not in it.
+
+    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both, and once in `total_bytes`.
+    """
+
+    arguments_bytes: int
+    temporaries_bytes: int
+    outputs_bytes: int
+    aliased_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.arguments_bytes + self.temporaries_bytes + self.outputs_bytes - self.aliased_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program. `text` is its scheduled HLO; seconds are of this machine."""
+
+    text: str
+    memory: Memory
+    lower_seconds: float
+    compile_seconds: float
+
+
+def compile_program(step: Any, arguments: Sequence[Any], *, mesh: Mesh) -> Compiled:
+    """Compiles `step(*arguments)` over `mesh`. UserError when it does not fit into the devices' memory.
+
+    step: what `jax.jit` returned, with its own shardings, donation and compiler options. arguments: trees of
+    `jax.ShapeDtypeStruct` with shardings on `mesh`.
+    """
+    with _without_compilation_cache(), jax.set_mesh(mesh):
+        lowered, lower_seconds = _timed(lambda: step.trace(*arguments).lower())
+        try:
+            compiled, compile_seconds = _timed(lowered.compile)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(_explain(str(error))) from None
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        arguments_bytes=stats.argument_size_in_bytes,
+        temporaries_bytes=stats.temp_size_in_bytes,
+        outputs_bytes=stats.output_size_in_bytes,
+        aliased_bytes=stats.alias_size_in_bytes,
+    )
+    return Compiled(compiled.as_text(), memory, lower_seconds, compile_seconds)
+
+
+def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.monotonic()
+    return run(), time.monotonic() - start
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """A program for absent devices goes into the cache and cannot be read from it again: a warning each time."""
+    before = getattr(jax.config, _CACHE)
+    jax.config.update(_CACHE, False)
+    compilation_cache.reset_cache()  # jax decides once a process whether it uses the cache
+    try:
+        yield
+    finally:
+        jax.config.update(_CACHE, before)
+        compilation_cache.reset_cache()
+
+
+def _explain(message: str) -> str:
+    """One line of what the compiler said."""
+    memory = re.search(r"required for ([\w ]+) \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+    if memory:
+        what, needed, limit = memory.groups()
+        return (
+            f"the program does not fit: {what} need {needed}iB of the {limit}iB HBM of a device; use more chips, a "
+            "smaller batch (config.data.batch_size, --rows), more config.loop.micro_batches or another mesh"
+        )
+    return f"the TPU compiler fails: {' '.join(message.split())[:500]}"

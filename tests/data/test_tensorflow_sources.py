@@ -1,0 +1,277 @@
+"""TFDS and SeqIO for real: an ArrayRecord folder, and Tasks and a Mixture built from files, cached and read.
+
+SeqIO runs in worker processes (TensorFlow takes seconds to import), so all of it shares one cache where it can.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from t5x_like.core.errors import UserError
+from t5x_like.data import cache, prepare, sources, vocabularies, workers
+from t5x_like.data.loader import open_data
+from tests.data import corpus
+
+pytestmark = pytest.mark.xdist_group("tensorflow")
+
+_WRITE_TFDS = """
+import os, sys
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from tests.data import corpus
+
+folder = os.path.join(sys.argv[1], "tiny", "1.0.0")
+os.makedirs(folder)
+features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("question", "answer")})
+template = tfds.core.ShardedFileTemplate(
+    data_dir=folder, dataset_name="tiny", filetype_suffix="array_record",
+    template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+)
+splits = []
+for split, count in (("train", 70), ("test", 5)):
+    path = os.path.join(folder, f"tiny-{split}.array_record-00000-of-00001")
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+    for number, text in enumerate(corpus.paragraphs(count)):
+        writer.write(features.serialize_example({"question": text, "answer": f"answer {number}"}))
+    writer.close()
+    splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=1, filename_template=template))
+tfds.folder_dataset.write_metadata(
+    data_dir=folder, features=features, split_infos=splits, filename_template=template, check_data=False
+)
+print(folder)
+"""
+
+_READ_TFDS = """
+import json, sys
+from t5x_like.data import sources
+source = sources.parse(sys.argv[1], where="source")
+[file] = sources.files(source, where="source")
+records = [r.fields for r in sources.read("tfds", file.path, 10, file.measure, name=source.name)]
+print(json.dumps([file.measure, records, "tensorflow" in sys.modules]))
+"""
+
+_TASKS = """
+import functools
+import os
+import seqio
+import tensorflow as tf
+
+FOLDER = os.path.dirname(__file__)
+PIECES = seqio.SentencePieceVocabulary(os.path.join(FOLDER, "pieces.model"), extra_ids=3)
+FEATURES = {name: seqio.Feature(PIECES, add_eos=True) for name in ("inputs", "targets")}
+
+
+def to_example(line):
+    question_answer = tf.strings.split(line, "|")
+    return {"inputs": question_answer[0], "targets": question_answer[1]}
+
+
+def parse(dataset):
+    return dataset.map(to_example, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def source(name, shards=1):
+    files = [os.path.join(FOLDER, f"{name}-{i}.txt") for i in range(shards)]
+    return seqio.TextLineDataSource({"train": files, "validation": files[:1]})
+
+
+for name, shards in (("long", 2), ("short", 1)):
+    seqio.TaskRegistry.add(name, source=source(name, shards), output_features=FEATURES, preprocessors=[
+        parse, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos])
+
+seqio.MixtureRegistry.add("both", ["long", "short"], default_rate=functools.partial(
+    seqio.mixing_rate_num_examples, maximum=20))
+
+TEXT = {"targets": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, rank=0, dtype=tf.string)}
+seqio.TaskRegistry.add("plain_text", source=source("short"), output_features=TEXT, preprocessors=[
+    lambda dataset: dataset.map(lambda line: {"targets": line})])
+
+
+def fail(dataset):
+    raise KeyError("no such column")
+
+
+seqio.TaskRegistry.add("failing", source=source("short"), output_features=FEATURES, preprocessors=[fail])
+"""
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tfds")
+    command = [sys.executable, "-c", _WRITE_TFDS, str(root)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def test_an_array_record_folder_is_read_without_tensorflow(tfds_folder):
+    command = [sys.executable, "-c", _READ_TFDS, f"tfds:{tfds_folder}:train"]
+    measure, records, tensorflow = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
+    assert measure == 70 and len(records) == 60 and not tensorflow
+    assert {record["question"] for record in records} < set(corpus.paragraphs(70))
+
+
+def test_an_array_record_folder_becomes_batches(tfds_folder, tmp_path):
+    fields = {"inputs": "question", "targets": "answer"}
+    config = corpus.config(
+        source=f"tfds:{tfds_folder}", fields=fields, validation="0.1", packing="examples", length=500
+    )
+    data = corpus.opened(config, tmp_path)
+    facts = data.describe()
+    assert (facts["components"]["train"]["documents"], facts["validation"]["validation"]["documents"]) == (63, 7)
+    batch = data.rows(0, np.arange(4))
+    predicted = data.vocabulary.decode(batch["targets"][batch["loss_weights"] > 0])
+    assert predicted.startswith("answer ") and "fox" not in predicted
+    assert all(place.unit == "record" and place.offset < 63 for place in data.documents(0))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nothing", "no such folder"), ("", "not readable as an ArrayRecord")])
+def test_a_folder_that_is_no_data_set_is_named(tmp_path, name, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        prepare.prepare(corpus.config(source=f"tfds:{tmp_path / name}"), str(tmp_path / "cache"), report=None)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    """A file that defines SeqIO tasks over text files: `long` of 2 x 30 lines, `short` of 10."""
+    root = tmp_path_factory.mktemp("seqio")
+    texts = [text.replace("\n", " ").replace("|", "") for text in corpus.paragraphs(70)]
+    for name, lines in (("long-0", texts[:30]), ("long-1", texts[30:60]), ("short-0", texts[60:])):
+        content = "".join(f"question {number}|{line}\n" for number, line in enumerate(lines))
+        (root / f"{name}.txt").write_text(content)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(root / "pieces"),
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        bos_id=-1,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        minloglevel=2,
+    )
+    (root / "tasks.py").write_text(_TASKS)
+    return root / "tasks.py"
+
+
+@pytest.fixture(scope="module")
+def mixture(module, tmp_path_factory):
+    """(config of the mixture, folder of its cache)"""
+    config = corpus.config(
+        source=f"seqio:{module}:both",
+        validation=f"seqio:{module}:short:validation",
+        tokenizer="task",
+        packing="examples",
+        length=300,
+    )
+    folder = tmp_path_factory.mktemp("cache")
+    prepare.prepare(config, str(folder), report=None)
+    return config, folder
+
+
+def lines(module, name):
+    return [line.partition("|")[2] for line in (module.parent / f"{name}.txt").read_text().split("\n") if line]
+
+
+def test_a_mixture_is_cached_and_read_as_its_tasks(mixture, module):
+    config, folder = mixture
+    data = open_data(config, cache_dir=str(folder), seed=0)
+    facts = data.describe()["components"]
+    assert {name: component["documents"] for name, component in facts.items()} == {"long": 60, "short": 10}
+    read = []
+    for number, component in enumerate(data._components):
+        rows = component.packing.read(np.arange(component.packing.size.rows))
+        assert (number, component.name) in ((0, "long"), (1, "short"))
+        read += [data.vocabulary.decode(rows.tokens[row, : rows.valid[row]]) for row in range(len(rows.tokens))]
+    text = "".join(read)
+    normal = data.vocabulary.decode(data.vocabulary.encode(lines(module, "long-1")[3]))  # NFKC, spaces folded
+    assert normal in text and len(normal) > 30
+
+
+def test_the_rates_of_a_mixture_are_those_that_seqio_computes(mixture):
+    """Examples of long and short as 20 : 10, by its mixing_rate_num_examples with maximum 20."""
+    data = open_data(mixture[0], cache_dir=str(mixture[1]), seed=0)
+    facts = data.describe()["components"]
+    examples = {n: f["share_of_rows"] * f["documents"] / f["rows"] for n, f in facts.items()}
+    assert examples["long"] / examples["short"] == pytest.approx(2.0, rel=1e-3)
+
+
+def test_inputs_of_a_task_carry_no_loss_and_bytes_are_those_of_the_text(mixture, module):
+    data = open_data(mixture[0], cache_dir=str(mixture[1]), seed=0)
+    batch = data.evaluation("validation")[0]
+    trained = batch["loss_weights"] > 0
+    predicted = data.vocabulary.decode(batch["targets"][trained])
+    assert "question" not in predicted and "question" in data.vocabulary.decode(
+        batch["inputs"][batch["segment_ids"] > 0]
+    )
+    eos = data.vocabulary.eos_id
+    assert (batch["targets"][trained] == eos).sum() == 10 and (
+        batch["target_bytes"][batch["targets"] == eos] == 0
+    ).all()
+    assert batch["target_bytes"].sum() == sum(len(line.encode()) for line in lines(module, "short-0"))
+    places = data.documents(0)
+    assert all(place.file.startswith(f"seqio:{module}:both#") and place.unit == "record" for place in places)
+
+
+def test_the_vocabulary_of_a_task_is_kept_with_its_extra_ids(mixture, module):
+    manifest = cache.read_manifest(mixture[0], str(mixture[1]))
+    kept = vocabularies.load(str(mixture[1] / manifest.tokenizer))
+    plain = vocabularies.load(str(module.parent / "pieces.model"))
+    assert kept.size == plain.size + 3 and kept.encode("The quick fox") == plain.encode("The quick fox")
+
+
+def test_a_task_whose_features_are_text_is_tokenized_with_the_tokenizer_of_the_config(module, tmp_path):
+    data = corpus.opened(corpus.config(source=f"seqio:{module}:plain_text", tokenizer="bytes", length=400), tmp_path)
+    batch = data.rows(0, np.arange(1))
+    whole = (module.parent / "short-0.txt").read_text().replace("\n", "")
+    assert data.vocabulary.decode(batch["targets"][0])[5:60] in whole
+    assert data.describe()["components"]["train"]["bytes"] == len(whole.encode())
+
+
+def test_a_second_prepare_of_tasks_starts_no_worker(mixture, monkeypatch):
+    monkeypatch.setattr("t5x_like.data.workers._Worker", None)
+    again = prepare.prepare(mixture[0], str(mixture[1]), report=None)
+    assert again.manifest == cache.read_manifest(mixture[0], str(mixture[1])) and again.bytes_written == 0
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with workers.Pool(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nothing", "registers no such task; registered: "),
+        ("long:test", "has no split 'test'"),
+        ("failing", "seqio:failing: KeyError: 'no such column' ("),
+    ],
+)
+def test_mistakes_in_tasks_are_one_line(module, tmp_path, pool, name, expected):
+    (tmp_path / "tokens").mkdir()
+    source = sources.parse(f"seqio:{module}:{name}", where="")
+    vocabularies.load("bytes").save(str(tmp_path / "bytes"))
+    with pytest.raises(UserError) as caught:
+        pool.run("describe_task", [{"module": source.path, "name": source.name, "folder": str(tmp_path)}], print)
+        job = {"module": source.path, "name": name, "folder": str(tmp_path / "tokens"), "index": 0}
+        job |= {"tokenizer": str(tmp_path / "bytes"), "token_type": "<u2", "shard": 0, "shards": 1}
+        pool.run("encode_task_shard", [job], print)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [("bytes", "is not the vocabulary of the SeqIO task; use task"), ("train:bpe:300", "needs text")],
+)
+def test_tasks_bring_their_vocabulary(mixture, tokenizer, expected):
+    config = dataclasses.replace(mixture[0], tokenizer=tokenizer)
+    with pytest.raises(UserError, match=expected):
+        prepare.prepare(config, str(mixture[1]), report=None)

@@ -1,0 +1,188 @@
+"""Adding up a program: trip counts, branches, pairs, chains, kernels, on modules that can be counted by hand."""
+
+from t5x_like.planner.cost import Kernel, cost
+
+MESH = {"data": 2, "fsdp": 2}
+CYCLES = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
+
+
+def module(main, computations=""):
+    return f"HloModule m\n{computations}\nENTRY %main (p: f32[8,128]) -> f32[8,128] {{\n{main}\n}}\n"
+
+
+def line(text, cycles=None):
+    return f"  {text}" + (f", {CYCLES.format(cycles)}" if cycles is not None else "")
+
+
+def computation(name, *lines):
+    return "\n".join([f"%{name} (a: f32[8,128]) -> f32[8,128] {{", *lines, "}", ""])
+
+
+P = line("%p = f32[8,128] parameter(0)")
+A = line("%a = f32[8,128] parameter(0)")
+
+
+def loop_condition(name, trips):
+    return "\n".join(
+        [
+            f"%{name} (s: (s32[], f32[8,128])) -> pred[] {{",
+            "  %s = (s32[], f32[8,128]) parameter(0)",
+            "  %i = s32[] get-tuple-element(%s), index=0",
+            f"  %n = s32[] constant({trips})",
+            "  ROOT %lt = pred[] compare(%i, %n), direction=LT",
+            "}",
+            "",
+        ]
+    )
+
+
+def loop_body(name, *work):
+    return "\n".join(
+        [
+            f"%{name} (s: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {{",
+            "  %s = (s32[], f32[8,128]) parameter(0)",
+            "  %i = s32[] get-tuple-element(%s), index=0",
+            "  %one = s32[] constant(1)",
+            "  %next = s32[] add(%i, %one)",
+            "  %x = f32[8,128] get-tuple-element(%s), index=1",
+            *work,
+            "  ROOT %t = (s32[], f32[8,128]) tuple(%next, %y)",
+            "}",
+            "",
+        ]
+    )
+
+
+def run_loop(name, body, source):
+    return [
+        f"  %zero.{name} = s32[] constant(0)",
+        f"  %init.{name} = (s32[], f32[8,128]) tuple(%zero.{name}, %{source})",
+        f"  %while.{name} = (s32[], f32[8,128]) while(%init.{name}), condition=%c.{name}, body=%{body}",
+    ]
+
+
+def test_bodies_of_nested_loops_count_as_often_as_both_run():
+    inner = loop_body("inner", line("%y = f32[8,128] fusion(%x), kind=kLoop, calls=%f", 10))
+    outer = loop_body(
+        "outer",
+        line("%once = f32[8,128] fusion(%x), kind=kLoop, calls=%f", 1000),
+        *run_loop("in", "inner", "x"),
+        line("%y = f32[8,128] get-tuple-element(%while.in), index=1"),
+    )
+    computations = (
+        computation("f", A, line("ROOT %m = f32[8,128] multiply(%a, %a)", 7))
+        + inner
+        + outer
+        + loop_condition("c.in", 3)
+        + loop_condition("c.out", 5)
+    )
+    found = cost(module("\n".join([P, *run_loop("out", "outer", "p")]), computations), MESH)
+    assert found.cycles == 5 * (1000 + 3 * 10)  # and not the 7 inside the fusion, which the fusion's own include
+    assert found.unknown_loops == ()
+
+
+def test_a_conditional_counts_its_dearer_branch():
+    cheap = computation("cheap", A, line("ROOT %x = f32[8,128] add(%a, %a)", 10))
+    dear = computation(
+        "dear",
+        A,
+        line("%r = f32[8,128] all-reduce(%a), replica_groups={{0,1},{2,3}}, to_apply=%add"),
+        line("ROOT %x = f32[8,128] add(%r, %r)", 400),
+    )
+    branches = "branch_computations={%cheap, %dear}"
+    found = cost(module(f"{P}\n  %c = f32[8,128] conditional(%i, %p, %p), {branches}", cheap + dear), MESH)
+    assert found.cycles == 400
+    assert [(item.kind, item.axes) for item in found.collectives] == [("all-reduce", ("fsdp",))]
+
+
+def test_start_and_done_are_one_collective():
+    main = [
+        P,
+        line("%s = (f32[8,128], f32[16,128]) all-gather-start(%p), replica_groups={{0,2},{1,3}}, dimensions={0}"),
+        line("%d = f32[16,128] all-gather-done(%s)"),
+    ]
+    (found,) = cost(module("\n".join(main)), MESH).collectives
+    assert (found.kind, found.axes, found.count, found.bytes_each) == ("all-gather", ("data",), 1, 16 * 128 * 4)
+
+
+def test_a_wrapped_collective_is_found_in_the_computation_that_wraps_it():
+    wrapped = computation(
+        "wrapped", A, line("ROOT %s = f32[4,128] reduce-scatter(%a), replica_groups={{0,1},{2,3}}, to_apply=%add")
+    )
+    main = [
+        P,
+        line("%s = ((f32[8,128]), f32[4,128], s32[]) async-start(%p), calls=%wrapped"),
+        line("%u = ((f32[8,128]), f32[4,128], s32[]) async-update(%s)"),
+        line("%d = f32[4,128] async-done(%u)"),
+    ]
+    (found,) = cost(module("\n".join(main), wrapped), MESH).collectives
+    assert (found.kind, found.count, found.bytes_each) == ("reduce-scatter", 1, 8 * 128 * 4)
+
+
+def test_a_collective_that_several_fusions_advance_counts_once_a_loop_turn():
+    gather = '{} = f32[16,128] all-gather(%a), channel_id=11, replica_groups={{{{0,2}},{{1,3}}}}, \
+frontend_attributes={{chain_id="0"}}'
+    fused = "".join(
+        computation(name, A, line(gather.format(f"%g.{name}")), line("ROOT %x = f32[8,128] add(%a, %a)"))
+        for name in ("begin", "advance", "end")
+    )
+    body = loop_body(
+        "body",
+        line("%b = f32[8,128] fusion(%x), kind=kCustom, calls=%begin"),
+        line("%w = f32[8,128] fusion(%b), kind=kOutput, calls=%advance", 100),
+        line("%y = f32[8,128] fusion(%w), kind=kCustom, calls=%end"),
+    )
+    main = "\n".join([P, *run_loop("l", "body", "p")])
+    found = cost(module(main, fused + body + loop_condition("c.l", 6)), MESH)
+    assert [(item.kind, item.count) for item in found.collectives] == [("all-gather", 6)]
+    assert found.cycles == 600
+    assert found.without_estimate == {}
+
+
+def test_a_fused_all_reduce_of_which_each_device_keeps_a_slice_is_a_reduce_scatter():
+    fused = computation(
+        "scatter",
+        A,
+        line("%r = f32[8,128] all-reduce(%a), replica_groups={{0,1},{2,3}}, to_apply=%add"),
+        line("%i = s32[] constant(0)"),
+        line("ROOT %x = f32[4,128] dynamic-slice(%r, %i, %i), dynamic_slice_sizes={4,128}"),
+    )
+    (found,) = cost(module(f"{P}\n  %f = f32[4,128] fusion(%p), kind=kCustom, calls=%scatter", fused), MESH).collectives
+    assert (found.kind, found.bytes_each) == ("reduce-scatter", 8 * 128 * 4)
+
+
+def test_kernels_are_listed_and_bear_no_cycles():
+    target = 'custom_call_target="tpu_custom_call"'
+    body = loop_body(
+        "body", line(f"%splash.12 = f32[8,128] custom-call(%x), {target}"), line("%y = f32[8,128] copy(%x)", 5)
+    )
+    main = [P, line('%b = f32[8,128] custom-call(), custom_call_target="AllocateBuffer"'), *run_loop("l", "body", "p")]
+    found = cost(module("\n".join(main), body + loop_condition("c.l", 4)), MESH)
+    assert found.kernels == (Kernel("splash", 4),)
+    assert found.cycles == 20
+
+
+def test_work_without_an_estimate_is_named_and_the_largest_number_is_none():
+    main = [
+        P,
+        line("%sort.1 = f32[8,128] sort(%p), dimensions={0}"),
+        line("%gather_fusion.2 = f32[8,128] fusion(%p), kind=kCustom, calls=%f", 2**63 - 1),
+    ]
+    found = cost(module("\n".join(main), computation("f", A)), MESH)
+    assert found.cycles == 0
+    assert found.without_estimate == {"sort": 1, "gather_fusion": 1}
+
+
+def test_what_another_core_does_costs_this_one_nothing():
+    called = computation("offloaded", A, line("ROOT %x = f32[8,128] add(%a, %a)", 50))
+    start = '%s = f32[8,128] call-start(%p), async_execution_thread="sparsecore", to_apply=%offloaded'
+    found = cost(module(f"{P}\n  {start}\n  %d = f32[8,128] call-done(%s)", called), MESH)
+    assert found.cycles == 0
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_named():
+    body = loop_body("body", line("%y = f32[8,128] copy(%x)", 5))
+    condition = loop_condition("c.l", 4).replace("%n = s32[] constant(4)", "%n = s32[] get-tuple-element(%s), index=1")
+    found = cost(module("\n".join([P, *run_loop("l", "body", "p")]), body + condition), MESH)
+    assert found.cycles == 5
+    assert found.unknown_loops == ("while.l",)

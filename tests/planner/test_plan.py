@@ -1,0 +1,105 @@
+"""`t5x_like plan` from the command line: a real train step and a real decode step for a TPU that is not there."""
+
+import json
+import pathlib
+
+import pytest
+
+from t5x_like.__main__ import main
+
+pytestmark = pytest.mark.xdist_group("libtpu")
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = f"--config={ROOT / 'configs/pretrain/test.py'}"
+
+
+@pytest.fixture(scope="module")
+def trained(compiler, tmp_path_factory):
+    """The JSON of a train step with fsdp over 4 chips."""
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    assert main(["plan", CONFIG, "--topology=v5e:2x2", f"--json={path}"]) == 0
+    return json.loads(path.read_text())
+
+
+def test_json_holds_what_the_design_promises(trained):
+    assert {"program", "topology", "chips", "mesh", "memory", "cycles", "collectives"} <= trained.keys()
+    assert (trained["program"], trained["topology"], trained["chips"]) == ("train", "v5e:2x2", 4)
+    assert trained["mesh"]["fsdp"] == 4
+    assert {"arguments_bytes", "temporaries_bytes", "outputs_bytes"} <= trained["memory"].keys()
+    assert all({"kind", "axes", "count", "bytes"} <= item.keys() for item in trained["collectives"])
+    assert isinstance(trained["cycles"], int) and trained["cycles"] > 0
+
+
+def test_a_train_step_gathers_parameters_and_reduces_gradients_over_fsdp(trained):
+    kinds = {item["kind"] for item in trained["collectives"] if item["axes"] == ["fsdp"]}
+    assert "all-gather" in kinds
+    assert kinds & {"reduce-scatter", "all-reduce"}
+    assert trained["unknown_loops"] == []
+
+
+def test_the_train_state_is_donated(trained):
+    memory = trained["memory"]
+    assert memory["aliased_bytes"] > 0.9 * memory["outputs_bytes"]
+
+
+CACHE_SIZES = {"rows": 64, "length": 4096}  # 64 x 4096 x 2 layers x 2 kv heads x 128 x (k, v) x 2 bytes: 512 MiB
+
+
+@pytest.fixture(scope="module")
+def decoded(compiler, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    sizes = [f"--{name}={size}" for name, size in CACHE_SIZES.items()]
+    model = ["--config.model.head=128", f"--config.model.max_length={CACHE_SIZES['length']}"]
+    arguments = ["plan", CONFIG, "--topology=v5e:2x2", "--program=decode", *sizes, *model, f"--json={path}"]
+    assert main(arguments) == 0
+    return json.loads(path.read_text())
+
+
+def test_a_decode_step_makes_no_copy_of_the_cache(decoded):
+    cache = 64 * 4096 * 2 * 2 * 128 * 2 * 2 / decoded["chips"]
+    assert decoded["memory"]["arguments_bytes"] > cache
+    assert decoded["memory"]["aliased_bytes"] >= cache
+    assert decoded["memory"]["temporaries_bytes"] < 0.25 * cache
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--topology=v5p:3x3x3"], 2, "is no slice of v5p"),
+        ([], 2, "--topology"),
+        (["--topology=v5e:2x2", "--program=decode"], 2, "needs --rows and --length"),
+        (["--topology=v5e:2x2", "--rows=4"], 2, "are for --program=decode"),
+        (["--topology=v5e:2x2", "--program=fly"], 2, "invalid choice: 'fly'"),
+        (["--topology=v5e:2x2", "--json=/no/such/folder/plan.json"], 1, "/no/such/folder is no folder"),
+        (["--topology=v5e:2x2", "--config.data.batch_size=6"], 2, "is not divisible by the 4 data shards"),
+        (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], 2, "but there are 4 devices"),
+    ],
+)
+def test_bad_input_is_one_line(compiler, capsys, arguments, status, says):
+    assert main(["plan", CONFIG, *arguments]) == status
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_the_table_labels_its_figures_as_estimates(trained):
+    from t5x_like.planner import collectives, cost, report
+    from t5x_like.planner.compile import Compiled, Memory
+
+    items = tuple(
+        collectives.Collective(**(item | {"axes": tuple(item["axes"])})) for item in trained["collective_instructions"]
+    )
+    plan = report.Plan(
+        program="train",
+        topology="v5e:2x2",
+        chips=4,
+        mesh=trained["mesh"],
+        compiled=Compiled("", Memory(2**30, 2**20, 2**30, 2**30), 1.0, 2.0),
+        cost=cost.Cost(12345678, (cost.Kernel("splash", 2),), items, {"sort": 1}, ("while.3",)),
+    )
+    text = report.to_text(plan)
+    assert text.startswith("train step on v5e:2x2: 4 chips, mesh fsdp=4\nEstimates of the TPU compiler")
+    for part in ("1.00 GiB", "1.235e+07", "splash x 2", "sort x 1", "while.3", "all-gather  fsdp"):
+        assert part in text
+    assert "jit(step)" not in text
+    assert "jit(step)" in report.to_text(plan, details=True)
