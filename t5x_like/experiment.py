@@ -208,7 +208,7 @@ def _refuse_unnamed_variants(sections: Mapping[str, Any], overrides: Mapping[str
             node = node[part]
             if "name" in node and hasattr(node[parts[depth + 1]], "items") and len(parts) > depth + 2:
                 variant, section = parts[depth + 1], ".".join(parts[: depth + 1])
-                if variant != node["name"] and not hasattr(node[variant], "name"):
+                if variant != node["name"] and "name" not in node[variant]:
                     raise UsageError(f"config.{path} has no effect, since config.{section}.name={node['name']!r}")
 
 

@@ -23,8 +23,8 @@ from t5x_like.inference.sampling import Sampling
 from t5x_like.layers.token_log_probs import logits, token_log_probs, token_predictions
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import use_rules
-from t5x_like.storage import paths
-from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage import model_directory, paths
+from t5x_like.storage.reading import restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,27 +141,20 @@ def _score(
 
 
 def load(directory: str, *, step: int | None = None, ema: bool = False) -> LanguageModel:
-    """The model of a workdir or model directory, from its newest checkpoint or that of `step`.
+    """The model of a workdir or model directory, from its newest checkpoint or that of `step`, on the first device.
 
     `ema` takes the averaged parameters. Raises UserError where something is missing or damaged.
     """
-    root = paths.normal(directory)
-    if not paths.is_directory(paths.join(root, "checkpoints")):
-        raise UserError(f"{directory} is no model directory: it has no checkpoints/; give the --workdir of a run")
-    with Checkpoints(paths.join(root, "checkpoints"), read_only=True) as checkpoints:
-        chosen = checkpoints.latest() if step is None else step
-        if chosen is None:
-            raise UserError(f"{directory} holds no checkpoint yet")
-        metadata = checkpoints.metadata(chosen)
-        experiment = experiments.from_config(metadata["config"])
-        with paths.local_copy(paths.join(root, "tokenizer")) as folder:
-            vocabulary = vocabularies.load(folder)
-        if vocabulary.fingerprint != metadata["provenance"]["tokenizer"]:
-            raise UserError(
-                f"{directory}/tokenizer is not the tokenizer that step {chosen} was trained with; restore that folder"
-            )
-        model = experiments.build_model(experiment, platform=jax.default_backend())
-        item = "ema" if ema else "params"
-        template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
-        params = checkpoints.restore(chosen, {item: template})[item]
-    return LanguageModel(model, params, vocabulary)
+    place = model_directory.locate(directory, step=step)
+    metadata = model_directory.read_metadata(place.checkpoint)
+    experiment = experiments.from_config(metadata["config"])
+    with paths.local_copy(place.tokenizer) as folder:
+        vocabulary = vocabularies.load(folder)
+    if vocabulary.fingerprint != metadata["provenance"]["tokenizer"]:
+        raise UserError(
+            f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
+        )
+    model = experiments.build_model(experiment, platform=jax.default_backend())
+    item = "ema" if ema else "params"
+    template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
+    return LanguageModel(model, restore(place.checkpoint, {item: template})[item], vocabulary)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UserError
-from t5x_like.storage import paths
+from t5x_like.storage import model_directory
 from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage.reading import restore
 from t5x_like.training.state import Layout, State
 
 # Item of a checkpoint -> part of the train state.
@@ -37,8 +38,8 @@ class Saver:
         """Waits for the last save. Raises UserError if it failed: a run must not end well without its result."""
         if not self._checkpoints.wait():
             raise UserError(
-                f"the last checkpoint could not be saved in {self._checkpoints.directory}; free disk space or check the "
-                "directory, then start again: the run resumes from the checkpoint before"
+                f"the last checkpoint could not be saved in {self._checkpoints.directory}; free disk space or check "
+                "the directory, then start again: the run resumes from the checkpoint before"
             )
 
     def restore(self) -> tuple[int, State, dict[str, Any]] | None:
@@ -70,25 +71,24 @@ def warm_start(
     Raises UserError where a chosen parameter is missing there or has another shape, or when it was trained with
     another tokenizer (`tokenizer` is our fingerprint).
     """
-    with Checkpoints(paths.join(paths.normal(source), "checkpoints"), read_only=True) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"config.checkpoint.init_from={source} holds no checkpoint; give a workdir that has one")
-        theirs = checkpoints.metadata(step).get("provenance", {}).get("tokenizer", tokenizer)
-        if theirs != tokenizer:
-            raise UserError(
-                f"config.checkpoint.init_from={source} was trained with another tokenizer ({theirs[:12]}, here "
-                f"{tokenizer[:12]}); set config.data.tokenizer={source}/tokenizer"
-            )
-        templates = tree.join(layout.state["params"], layout.frozen["base"])
-        rules = [(pattern, True) for pattern in select]
-        chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
-        taken, _ = tree.split(templates, lambda path: chosen[path])
-        new = tree.flatten(checkpoints.restore(step, {"params": taken})["params"])
+    place = model_directory.locate(source)
+    metadata = model_directory.read_metadata(place.checkpoint)
+    theirs = metadata.get("provenance", {}).get("tokenizer", tokenizer)
+    if theirs != tokenizer:
+        raise UserError(
+            f"config.checkpoint.init_from={source} was trained with another tokenizer ({theirs[:12]}, here "
+            f"{tokenizer[:12]}); set config.data.tokenizer={place.tokenizer}"
+        )
+    templates = tree.join(layout.state["params"], layout.frozen["base"])
+    rules = [(pattern, True) for pattern in select]
+    chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
+    taken, _ = tree.split(templates, lambda path: chosen[path])
+    new = tree.flatten(restore(place.checkpoint, {"params": taken})["params"])
     params = tree.map_with_path(lambda path, leaf: new.get(path, leaf), state["params"])
     base = tree.map_with_path(lambda path, leaf: new.get(path, leaf), frozen["base"])
     started = state | {"params": params} | ({"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {})
-    return started, {**frozen, "base": base}, f"{len(new)} of {len(chosen)} parameters of {source} at step {step}"
+    origin = f"{len(new)} of {len(chosen)} parameters of {source} at step {metadata['step']}"
+    return started, {**frozen, "base": base}, origin
 
 
 def _items(state: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

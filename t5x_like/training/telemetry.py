@@ -107,7 +107,7 @@ class Telemetry:
         self._plotted_at, self._plot_seconds = self._begin, 0.0
         self._profiling = False
         self._line = StatusLine(stream if stream is not None else sys.stdout)
-        self._handlers = _open_logs(os.path.join(directory, self._log_name), self._line)
+        self._handlers = _open_logs(self.log_path, self._line)
         self._rows: JsonlWriter | None = None
         self._events: TensorBoardWriter | None = None
         if self._process == 0:
@@ -132,6 +132,11 @@ class Telemetry:
     def plot_path(self) -> str:
         """Where the reader of the run will find the picture."""
         return paths.join(self._staged.path, "loss.png")
+
+    @property
+    def log_path(self) -> str:
+        """The local file of this process's log, wherever the workdir is."""
+        return os.path.join(self._directory, self._log_name)
 
     @property
     def _log_name(self) -> str:

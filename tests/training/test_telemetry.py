@@ -9,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from t5x_like.core.errors import UserError
 from t5x_like.core.metrics import read_rows
+from t5x_like.storage import paths
 from t5x_like.training import curves
 from t5x_like.training.telemetry import ProfileConfig, Telemetry, TelemetryConfig, is_measurement
+from tests.storage.fake_gcs import fake_gcs  # noqa: F401
 
 
 class Clock:
@@ -214,3 +217,38 @@ def test_rows_are_json_that_any_tool_reads(tmp_path):
     telemetry.log_step(1, VALUES | {"loss": float("inf")}, write=True)
     telemetry.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["train/loss"] == "Infinity"
+
+
+def test_a_workdir_in_a_bucket_gets_all_files_and_a_resume_goes_on_with_them(fake_gcs, tmp_path):  # noqa: F811
+    root = f"{fake_gcs.bucket()}/run"
+    for first, last in ((0, 4), (2, 6)):
+        telemetry, _ = make(root, start_step=first, tensorboard=True, plot=True)
+        local = os.path.dirname(telemetry.log_path)
+        for step in range(first + 1, last + 1):
+            telemetry.log_step(step, VALUES | {"loss": 1.0 / step}, write=True)
+        assert not first or paths.read_text(f"{root}/metrics.jsonl").count("\n") == 4
+        telemetry.flush(last)
+        assert paths.read_text(f"{root}/metrics.jsonl").count("\n") == last
+        telemetry.close()
+        assert not os.path.exists(local) and telemetry.plot_path == f"{root}/loss.png"
+    assert set(paths.list_names(root)) == {"log.txt", "loss.png", "metrics.jsonl", "tensorboard"}
+    assert len(paths.list_names(f"{root}/tensorboard")) == 2
+    paths.copy_file(f"{root}/metrics.jsonl", str(tmp_path / "metrics.jsonl"))
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert paths.read_text(f"{root}/log.txt").count("step 1/10") == 1
+
+
+def test_a_bucket_that_is_away_for_a_while_does_not_end_the_run(fake_gcs, monkeypatch, caplog):  # noqa: F811
+    root = f"{fake_gcs.bucket()}/run"
+    telemetry, _ = make(root)
+    telemetry.log_step(1, VALUES, write=True)
+
+    def away(source, target):
+        raise UserError(f"{target}: the bucket cannot be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "copy_file", away)
+        telemetry.flush(1)
+    assert "cannot be reached" in caplog.text and not paths.exists(f"{root}/metrics.jsonl")
+    telemetry.close()
+    assert paths.exists(f"{root}/metrics.jsonl")
