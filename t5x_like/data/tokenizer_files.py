@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5x_like.core.errors import UserError
+from t5x_like.data.word_cache import WordCache, pattern_of
 
 _BYTES_OFFSET = 3  # ids 0, 1, 2 are padding, end of text and unknown, as in ByT5 and seqio.ByteVocabulary
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]")
@@ -150,11 +151,19 @@ def _spread(counts: list[int], is_byte: list[bool], total: int) -> list[int]:
 
 
 class _Tokenizers:
-    def __init__(self, tokenizer: Any, *, exact: bool):
+    def __init__(self, tokenizer: Any, *, exact: bool, pattern: str | None):
         self._tokenizer, self._exact = tokenizer, exact
+        self._words = None if pattern is None else WordCache(pattern, self._encode)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self._words is None:
+            return self._encode(list(texts))
+        found = [self._words.encode(text) for text in texts]
+        others = iter(self._encode([text for text, ids in zip(texts, found, strict=True) if ids is None]))
+        return [next(others) if ids is None else ids for ids in found]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def count_bytes(self, text: str) -> list[int]:
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
@@ -208,7 +217,7 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
     bos = next((specials[n] for n in _BOS_NAMES if n in specials), None) if names == (None, None) else bos
     eos = next((specials[n] for n in _EOS_NAMES if n in specials), None) if eos is None else eos
     bos = None if bos == eos else bos  # GPT-2 names one token twice: documents are then separated by one, not two
-    engine = _Tokenizers(tokenizer, exact=style != "opaque")
+    engine = _Tokenizers(tokenizer, exact=style != "opaque", pattern=pattern_of(layout))
     return TokenizerFile("tokenizers", "tokenizer.json", content, engine, tuple(surfaces), bos, eos, 0)
 
 

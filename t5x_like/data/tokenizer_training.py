@@ -16,13 +16,9 @@ from typing import Any
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UserError
-from t5x_like.data import tokenizer_files, vocabularies
+from t5x_like.data import tokenizer_files, vocabularies, word_cache
 
 END_OF_TEXT = "<|endoftext|>"
-WORDS = (  # Llama 3's pattern: a word with what stands before it, up to 3 digits, signs with the line ends after them
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _SENTENCE_BYTES = 4096  # SentencePiece leaves longer sentences out
 
 
@@ -100,7 +96,7 @@ def _byte_level(model: Any) -> Any:
     from tokenizers import decoders, pre_tokenizers
 
     tokenizer = tokenizers.Tokenizer(model)
-    cut = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    cut = pre_tokenizers.Split(tokenizers.Regex(word_cache.LLAMA3), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

@@ -134,14 +134,15 @@ def _plan(x_BTD: jax.Array, weight_VD: jax.Array, head: Head, chunk: int | None)
         return _Plan(head.vocab_size, head.softcap, _chunk_rows(rows * length, vocab, chunk))
     tokens = head.rules.spec(("batch", "length"), (rows, length), sizes)
     weight = head.rules.spec(("vocab", "embed"), weight_VD.shape, sizes)
-    token_axes = tuple(name for entry in tokens for name in entry or ())
+    token_axes = tuple(name for entry in tokens for name in _names(entry))
+    vocab_split, embed_split = map(_names, weight)
     vocab_axes: tuple[str, ...] = ()
-    for name in weight[0] or ():
+    for name in vocab_split:
         if name in token_axes:  # two devices along it score different tokens; what lies inside it is gathered as well
             break
         vocab_axes += (name,)
-    inner = (weight[0] or ())[len(vocab_axes) :]
-    gathered = tuple((0, name) for name in reversed(inner)) + tuple((1, name) for name in reversed(weight[1] or ()))
+    inner = vocab_split[len(vocab_axes) :]
+    gathered = tuple((0, name) for name in reversed(inner)) + tuple((1, name) for name in reversed(embed_split))
     tokens_here = rows * length // math.prod(sizes[name] for name in token_axes)
     vocab_here = vocab // math.prod(sizes[name] for name in vocab_axes)
     return _Plan(
@@ -155,6 +156,11 @@ def _plan(x_BTD: jax.Array, weight_VD: jax.Array, head: Head, chunk: int | None)
         vocab_axes=vocab_axes,
         gathered=gathered,
     )
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _free_sizes() -> dict[str, int]:
@@ -242,9 +248,9 @@ def _local_gradients(plan: _Plan, x_BTD, weight_VD, bias_V, targets_BT, logz_BT,
 
     kept_MV = None if kept_BTV is None else _flat(kept_BTV)
     arrays = (*map(_flat, (x_BTD, targets_BT, logz_BT, g_logp_BT, g_logz_BT)), kept_MV)
-    if plan.rows:
+    tokens = arrays[0].shape[0]
+    if plan.rows in range(1, tokens):
         none = (jnp.zeros(full_VD.shape, jnp.float32), None if bias_V is None else jnp.zeros(full_V.shape, jnp.float32))
-        tokens = arrays[0].shape[0]
         sums, g_x_nCD = jax.lax.scan(chunk, none, jax.tree.map(functools.partial(_cut, plan.rows), arrays))
         g_x_MD = _joined(g_x_nCD, tokens)
     else:
@@ -379,8 +385,8 @@ def _joined(array, tokens: int):
 
 
 def _over_chunks(function: Callable[..., Any], rows: int, *arrays):
-    if not rows or rows >= arrays[0].shape[0]:
+    tokens = arrays[0].shape[0]
+    if rows not in range(1, tokens):
         return function(*arrays)
-    cut = [_cut(rows, array) for array in arrays]
-    results = jax.lax.map(lambda slices: function(*slices), cut)
-    return jax.tree.map(lambda array: _joined(array, arrays[0].shape[0]), results)
+    results = jax.lax.map(lambda slices: function(*slices), [_cut(rows, array) for array in arrays])
+    return jax.tree.map(lambda array: _joined(array, tokens), results)

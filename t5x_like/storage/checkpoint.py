@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -200,8 +201,8 @@ class Checkpoints:
     ) -> dict[str, Any]:
         for name, arrays in flat.items():
             for path, array in arrays.items():
-                key = jax.dtypes.issubdtype(getattr(array, "dtype", None), jax.dtypes.prng_key)
-                if key or not isinstance(array, jax.Array | np.ndarray):
+                plain = isinstance(array, jax.Array | np.ndarray)
+                if not plain or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
                     raise TypeError(f"{name}/{path} is no array that can be saved but {type(array).__name__}")
         note = {
             **metadata,

@@ -6,6 +6,7 @@ gs:// needs the extra [gcs]; nothing of it is imported before the first such pat
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any
 from t5x_like.core.errors import UserError
 
 _REMOTE = "gs://"
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 _CREDENTIALS = "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS naming a key file"
 
 
@@ -109,8 +111,6 @@ def write_bytes_atomic(path: str, data: bytes) -> None:
         with _clear_errors(path, writing=True):
             _bucket_files().pipe_file(path, data)
         return
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
     with _renamed_at_end(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -142,8 +142,8 @@ def make_directory(path: str) -> None:
             os.makedirs(path, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{path} cannot be a directory: a file stands there or above it") from None
-        except PermissionError:
-            raise UserError(f"{path} cannot be made (permission denied); choose another directory") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be made ({error.strerror}); choose another directory") from None
         return
     with _clear_errors(path):
         try:
@@ -188,7 +188,6 @@ def copy_file(source: str, target: str) -> None:
             else:
                 _bucket_files().put_file(source, target)
         return
-    os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
     with _renamed_at_end(target) as temporary:
         if is_remote(source):
             with _clear_errors(source):
@@ -308,12 +307,17 @@ def _renamed_at_end(path: str) -> Iterator[str]:
     """A temporary name beside `path` that becomes `path` if the body ends well, and vanishes if not."""
     temporary = f"{path}.tmp.{os.getpid()}"
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         yield temporary
         os.replace(temporary, path)
         _sync_folder(os.path.dirname(os.path.abspath(path)))
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); free disk space or check permissions"
+            ) from None
         raise
 
 

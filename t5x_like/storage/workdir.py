@@ -32,7 +32,10 @@ _BEFORE_CONFIG = (
     "tensorboard",
 )
 # Sections and fields that do not change what is computed, or change it as asked.
-RESUME_MAY_CHANGE = ("mesh", "runtime", "telemetry", "checkpoint", "evaluate", "loop.steps")
+RESUME_MAY_CHANGE = (
+    *("mesh", "runtime", "telemetry", "checkpoint", "evaluate", "loop.steps", "loop.log_every_steps"),
+    *("data.cache", "data.workers", "data.prefetch", "data.verify"),
+)
 _SHOWN = 6
 
 

@@ -33,7 +33,9 @@ if __name__ == "__main__":
     def say(line):
         print(line, flush=True)
 
-    with Checkpoints(directory, keep=lambda steps, metrics: steps[-2:], timeout_seconds=60, on_fault=say) as checkpoints:
+    with Checkpoints(
+        directory, keep=lambda steps, metrics: steps[-2:], timeout_seconds=60, on_fault=say
+    ) as checkpoints:
         if task == "save":
             for step in (1, 2, 3):
                 checkpoints.save(step, {"params": state(step)}, {})

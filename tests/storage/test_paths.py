@@ -17,7 +17,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=r"config.json cannot be written \(No space left on device\); free disk"):
             paths.write_text_atomic(target, "new")
     assert paths.read_text(target) == "old" and os.listdir(tmp_path / "a") == ["config.json"]
     paths.write_text_atomic(target, "new")
