@@ -32,6 +32,8 @@ help:
 
 train: $(VENV)/.installed
 	$(RUN) -m t5x_like train --config=configs/pretrain/tiny.py --workdir=$(WORKDIR)
+	@echo "a sample:"
+	@$(RUN) -m t5x_like generate $(WORKDIR) --prompt="ROMEO:" --temperature=0.8 --max_new_tokens=160
 
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 $(TESTS)

@@ -10,6 +10,7 @@ import jax
 from t5x_like.core import tree
 from t5x_like.core.metrics import format_bytes, format_count
 from t5x_like.experiment import Experiment, Program
+from t5x_like.storage import paths
 
 
 def warn(text: str) -> None:
@@ -57,6 +58,17 @@ def lines(shown: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
     for title, rows in shown.items():
         for index, (name, value) in enumerate(rows.items()):
             yield f"{title if index == 0 else '':<12}{name:<16}{value}"
+
+
+def closing(workdir: str, evaluation: Mapping[str, float], *, plot: bool) -> Iterator[str]:
+    """What a finished run says at the end."""
+    yield f"done: {workdir}"
+    for name, value in evaluation.items():
+        if name.endswith("/bits_per_byte"):
+            yield f"  {name.split('/')[1]} bits per byte: {value:.4f}"
+    if plot:
+        yield f"  curves: {paths.join(workdir, 'loss.png')}"
+    yield f"  try: t5x_like generate {workdir} --prompt=..."
 
 
 def _model(experiment: Experiment, program: Program) -> dict[str, object]:

@@ -159,14 +159,15 @@ def _train(built: Run) -> int:
             telemetry=telemetry,
             faults=faults,
         )
-        _, done = loops.train(loop, state, frozen, start=start)
-        if done:
+        outcome = loops.train(loop, state, frozen, start=start)
+        if outcome.finished:
             workdir.record_finished(experiment.loop.steps)
-    if not done:
+    if not outcome.finished:
         summary.warn(f"{workdir.root} is saved; start the same command again to go on")
         return PREEMPTED
     if built.processes.primary:
-        print(f"done: {workdir.root}  (curves: {workdir.path('loss.png')})" if experiment.telemetry.plot else "done")
+        for line in summary.closing(workdir.root, outcome.evaluation, plot=experiment.telemetry.plot):
+            print(line)
     return 0
 
 

@@ -166,6 +166,8 @@ def _described(source: Source, folder: pathlib.Path, pool: workers.Pool) -> dict
         kept = tokenizer is None or (folder / tokenizer / vocabularies.SETTINGS).is_file()
         if kept and all(_state(path) == state for path, state in facts["files"].items()):
             return facts
+    if source.path.endswith(".py") and not os.path.isfile(source.path):
+        raise sources.MissingSource(f"{source}: there is no file {source.path}")
     staging = folder / f".task-vocabulary.{os.getpid()}"
     job = {"module": source.path, "name": source.name, "folder": str(staging), "source": str(source)}
     [facts] = pool.run("describe_task", [job], lambda index, amount: None)

@@ -48,32 +48,51 @@ class Prepared:
 
 
 def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Prepared:
-    """Makes the token cache of `config` complete in `cache_dir` (local or gs://). `report` is called with progress."""
+    """Makes the token cache of `config` complete in `cache_dir` (local or gs://). `report` is called with progress.
+
+    Where the sources are not on this machine, a cache that was prepared for the same config elsewhere is enough.
+    """
     preprocessors.check(config.preprocessors, config.fields)
     started = time.monotonic()
     cache.fetch(config, cache_dir)
     folder = cache.local_folder(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with workers.Pool(config.workers or _cores()) as pool:
-        found = parts.find(config, folder, pool)
-        tokenizer = _tokenizer(config, folder, found)
-        train, validation = list(found.train.values()), list(found.validation.values())
-        folders, written = _write_sets(config, folder, [*train, *validation], tokenizer, pool, report)
-        indexes = [token_set.read_index(folder / name) for name in folders]
-        counts = {name: index["documents"] for name, index in zip(found.train, indexes, strict=False)}
-        rates = parts.task_rates(train[0].source, counts, folder, pool) if _is_task_mixture(config, train) else {}
-    entries = [
-        cache.SetEntry(name, str(part.source), tuple(file.path for file in part.files), None)
-        for name, part in zip(folders, [*train, *validation], strict=True)
-    ]
-    manifest = cache.Manifest(
-        tokenizer,
-        {name: dataclasses.replace(e, rate=rates.get(name)) for name, e in zip(found.train, entries, strict=False)},
-        dict(zip(found.validation, entries[len(train) :], strict=True)),
-    )
-    cache.write_manifest(config, cache_dir, manifest)
+    written = 0
+    try:
+        with workers.Pool(config.workers or _cores()) as pool:
+            manifest, written = _write(config, folder, pool, report)
+        cache.write_manifest(config, cache_dir, manifest)
+    except sources.MissingSource:
+        if not (folder / cache.name(config)).is_file():
+            raise
+        manifest = cache.read_manifest(config, cache_dir)
+    entries = [*manifest.train.values(), *manifest.validation.values()]
+    indexes = [token_set.read_index(folder / entry.folder) for entry in entries]
     totals = [sum(index[key] for index in indexes) for key in ("documents", "tokens", "text_bytes", "skipped")]
     return Prepared(manifest, *totals, bytes_written=written, seconds=time.monotonic() - started)
+
+
+def _write(
+    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None
+) -> tuple[cache.Manifest, int]:
+    """Writes what is missing; (manifest, bytes of source read for it)."""
+    found = parts.find(config, folder, pool)
+    tokenizer = _tokenizer(config, folder, found)
+    train, validation = list(found.train.values()), list(found.validation.values())
+    folders, written = _write_sets(config, folder, [*train, *validation], tokenizer, pool, report)
+    rates: dict[str, float] = {}
+    if _is_task_mixture(config, train):
+        counts = [token_set.read_index(folder / name)["documents"] for name in folders[: len(train)]]
+        rates = parts.task_rates(train[0].source, dict(zip(found.train, counts, strict=True)), folder, pool)
+    entries = {
+        name: cache.SetEntry(place, str(part.source), tuple(file.path for file in part.files), rates.get(name))
+        for place, (name, part) in zip(folders, found.train.items(), strict=False)
+    }
+    held_out = {
+        name: cache.SetEntry(place, str(part.source), tuple(file.path for file in part.files), None)
+        for place, (name, part) in zip(folders[len(train) :], found.validation.items(), strict=True)
+    }
+    return cache.Manifest(tokenizer, entries, held_out), written
 
 
 def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:

@@ -19,6 +19,10 @@ from t5x_like.core.config import nearest
 from t5x_like.core.errors import UserError
 
 
+class MissingSource(UserError):
+    """The files of a source are not on this machine; a complete cache of them can still be read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """`kind:path`; for tfds and seqio `name` holds what follows the path: a split, or a task and its split."""
@@ -83,7 +87,7 @@ def files(source: Source, *, where: str) -> list[SourceFile]:
         return [_tfds_file(source, where)]
     paths = sorted(glob.glob(source.path, recursive=True)) if glob.has_magic(source.path) else [source.path]
     if not paths:
-        raise UserError(f"{where}={source}: no file has a name like this")
+        raise MissingSource(f"{where}={source}: no file has a name like this")
     return [_file(source.kind, path, where) for path in paths]
 
 
@@ -127,7 +131,7 @@ def unit(kind: str) -> str:
 
 def _file(kind: str, path: str, where: str) -> SourceFile:
     if not os.path.isfile(path):
-        raise UserError(f"{where}={kind}:{path}: no such file")
+        raise MissingSource(f"{where}={kind}:{path}: no such file")
     try:
         with open(path, "rb"):
             size = os.path.getsize(path)
@@ -277,7 +281,7 @@ def _tfds(folder: str, split: str) -> Any:
 
 def _tfds_file(source: Source, where: str) -> SourceFile:
     if not os.path.isdir(source.path):
-        raise UserError(f"{where}={source}: no such folder")
+        raise MissingSource(f"{where}={source}: no such folder")
     records = len(_tfds(source.path, source.name))
     parts = pathlib.Path(source.path).glob("*array_record*")
     size = sum(part.stat().st_size for part in parts if f"-{source.name.partition('[')[0]}." in part.name)

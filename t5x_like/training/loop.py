@@ -66,8 +66,17 @@ class Loop:
     faults: Faults
 
 
-def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int) -> tuple[State, bool]:
-    """Trains from `start` updates done to `config.steps`; (final state, whether all steps are done).
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The last state, whether all steps are done, and {"eval/NAME/loss": value, ...} of the last evaluation here."""
+
+    state: State
+    finished: bool
+    evaluation: dict[str, float]
+
+
+def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int) -> Outcome:
+    """Trains from `start` updates done to `config.steps`.
 
     Ends early, saved, when the process is asked to stop. Raises UserError when a bad update asks for a stop.
     """
@@ -84,14 +93,14 @@ def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int) -> tu
         if evaluating:
             with faults.phase("evaluate"), telemetry.timed("evaluate"):
                 evaluation = _evaluate(loop, state, frozen, step)
-        telemetry.flush(step) if saving else None
         if saving:
+            telemetry.flush(step)
             with faults.phase("save"), telemetry.timed("checkpoint"):
                 loop.saver.save(step, state, frozen, evaluation)
                 if last or stopping:
                     loop.saver.wait()
         if last or stopping:
-            return state, last
+            return Outcome(state, last, evaluation)
 
         faults.enter("step")
         with telemetry.timed("input"):

@@ -271,3 +271,13 @@ def test_an_error_in_a_worker_is_the_same_line(tmp_path):
     with child(config, tmp_path / "cache", stderr=subprocess.PIPE) as process:
         message = process.communicate()[1].strip().splitlines()[-1]
     assert message.endswith("a.jsonl: byte 14: field 'text' should be a text, is 3")
+
+
+def test_a_complete_cache_is_enough_where_the_text_is_not(tmp_path):
+    config = corpus.config(source=corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(9)))
+    before = prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    (tmp_path / "a.jsonl").unlink()
+    after = prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert after.manifest == before.manifest and after.bytes_written == 0
+    with pytest.raises(UserError, match="no such file"):
+        prepare.prepare(dataclasses.replace(config, validation="0.1"), str(tmp_path / "cache"), report=None)

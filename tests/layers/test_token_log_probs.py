@@ -166,8 +166,9 @@ def test_the_head_is_gathered_once_a_direction_and_its_gradient_scattered_once()
         counts.append(count(text))
         assert ("while" in text) == (chunk == 3)  # 12 tokens are one chunk of a device
     # Reduced over tensor: the highest logit, the other sums, the gradient of x; over all: the value of the test's sum.
-    assert counts[0] == {"all-gather": 2, "reduce-scatter": 1, "all-reduce": 4}
-    assert counts[1] == counts[0]
+    assert counts[0] == counts[1]
+    assert counts[0].pop("all-gather") in (1, 2)  # one, when the compiler keeps the first for the backward pass
+    assert counts[0] == {"reduce-scatter": 1, "all-reduce": 4}
 
 
 def test_the_head_is_gathered_in_the_compute_type():

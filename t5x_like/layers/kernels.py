@@ -1,0 +1,244 @@
+"""Flash attention kernels of accelerators: splash (Pallas) on TPU, cuDNN on GPU, each inside ONE shard_map.
+
+Both are libraries' kernels; this file says when one can run, hands it the mask in its own words, and places the work:
+rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered. It is
+NOT the choice between paths (attention.py) and holds no mathematics of its own.
+
+Legend: B batch, T query length, S key length, N heads, K kv heads, H head size.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash_library
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, get_abstract_mesh
+
+from t5x_like.core.errors import UsageError
+from t5x_like.layers.masks import MaskSpec, allowed
+from t5x_like.parallel.sharding import activation_spec
+
+# Rows of queries and of keys that a TPU core holds at once, and of keys in one product. Longer blocks mean fewer passes
+# over keys and values and larger products; logits of a block are float32 in VMEM (16 MiB). LANES is the kernel's least.
+BLOCK = 1024
+BLOCK_COMPUTE = 512
+LANES = 128
+# cuDNN's largest head on every generation; Hopper and later take 256.
+CUDNN_HEAD = 128
+
+
+# TPU.
+
+
+def splash_fits(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: MaskSpec) -> bool:
+    """Whether the splash kernel can compute this: lengths in whole tiles, and a mask known by index in advance."""
+    length = q_BTNH.shape[1]
+    known = mask.by_index and mask.static_window and mask.prefix_lengths_B is None and length == k_BSKH.shape[1]
+    return known and length % (LANES * _place(q_BTNH, k_BSKH).shards(1)) == 0
+
+
+def splash(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: MaskSpec,
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Splash attention. interpret: runs on any platform, slowly, for tests."""
+    place = _place(q_BTNH, k_BSKH)
+    one_head = _splash_mask(mask, q_BTNH.shape[1])
+    kernel = splash_library.make_splash_mha(
+        splash_library.MultiHeadMask([one_head] * q_BTNH.shape[2]),
+        head_shards=place.shards(2),
+        q_seq_shards=place.shards(1),
+        block_sizes=_block_sizes(q_BTNH.shape[1] // place.shards(1)),
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+
+    def local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, q_start):
+        del q_start  # each shard's kernel knows which queries it has
+        q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
+        segments = None
+        if mask.q_segments_BT is not None:
+            segments = splash_library.SegmentIds(q=mask.q_segments_BT, kv=mask.k_segments_BS)
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
+        return _without_padding(out_BNTH.transpose(0, 2, 1, 3), mask)
+
+    kernel_spec = None
+    if place.mapped:
+        # The kernel's tables of blocks, cut by head and by query.
+        sharding = NamedSharding(place.mesh, PartitionSpec(place.q_spec[2], place.q_spec[1]))
+        kernel_spec = kernel.manual_sharding_spec(sharding)
+    return place.run(local, q_BTNH, k_BSKH, v_BSKH, mask, kernel, kernel_spec)
+
+
+def _splash_mask(mask: MaskSpec, length: int):
+    """What is static of the mask: blocks that it empties are left out. Segments are compared in the kernel."""
+    if mask.window is not None:
+        reach = mask.window - 1
+        return splash_library.LocalMask((length, length), (reach, 0 if mask.causal else reach), 0)
+    return splash_library.CausalMask((length, length)) if mask.causal else splash_library.FullMask((length, length))
+
+
+def _block_sizes(length: int) -> splash_library.BlockSizes:
+    def divisor(limit: int) -> int:
+        return max(size for size in range(LANES, limit + 1, LANES) if length % size == 0)
+
+    block, compute = divisor(BLOCK), divisor(BLOCK_COMPUTE)
+    block = block if block % compute == 0 else compute
+    return splash_library.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=compute,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=compute,
+        block_q_dq=block,
+        block_kv_dq=compute,
+    )
+
+
+# GPU.
+
+
+def cudnn_fits(q_BTNH: jax.Array, k_BSKH: jax.Array, *, softcap: float | None) -> bool:
+    """Whether cuDNN's flash attention can compute this: 16-bit numbers, heads in eights, no softcap, a real length."""
+    head = q_BTNH.shape[3]
+    narrow = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and k_BSKH.dtype == q_BTNH.dtype
+    return narrow and softcap is None and head % 8 == 0 and head <= CUDNN_HEAD and q_BTNH.shape[1] > 1
+
+
+def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: MaskSpec, *, scale: float) -> jax.Array:
+    """cuDNN flash attention. Causality and windows are part of the kernel; all else is a matrix, shared by the heads."""
+    place = _place(q_BTNH, k_BSKH)
+    causal = mask.causal and mask.by_index and mask.static_window and mask.prefix_lengths_B is None
+    causal = causal and place.shards(1) == 1 and q_BTNH.shape[1] == k_BSKH.shape[1]
+
+    def local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, q_start):
+        del kernel
+        rest = dataclasses.replace(mask, causal=False, window=None) if causal else mask
+        matrix_BTS = allowed(rest, q_length=q_BTNH.shape[1], k_length=k_BSKH.shape[1], q_start=q_start)
+        out_BTNH = jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            mask=None if matrix_BTS is None else matrix_BTS[:, None, :, :],
+            scale=scale,
+            is_causal=causal,
+            local_window_size=(mask.window - 1, 0) if causal and mask.window is not None else None,
+            implementation="cudnn",
+        )
+        return _without_padding(out_BTNH, mask)
+
+    return place.run(local, q_BTNH, k_BSKH, v_BSKH, mask, None, None)
+
+
+def _without_padding(out_BTNH: jax.Array, mask: MaskSpec) -> jax.Array:
+    """Zero at padding, to which the kernels give a mean of something."""
+    if mask.q_segments_BT is None:
+        return out_BTNH
+    return jnp.where((mask.q_segments_BT != 0)[:, :, None, None], out_BTNH, 0)
+
+
+# On the mesh.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where queries and keys lie on the mesh in context; `mapped` is False without one, or where all is manual."""
+
+    mesh: Any
+    sizes: dict[str, int]
+    q_spec: PartitionSpec
+    k_spec: PartitionSpec
+
+    @property
+    def mapped(self) -> bool:
+        return math.prod(self.sizes.values()) > 1
+
+    def axes(self, dim: int) -> tuple[str, ...]:
+        entry = self.q_spec[dim]
+        return (entry,) if isinstance(entry, str) else entry or ()
+
+    def shards(self, dim: int) -> int:
+        """Into how many parts this dim of the queries is split."""
+        return math.prod(self.sizes[name] for name in self.axes(dim))
+
+    def run(
+        self,
+        local: Callable[..., jax.Array],
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask: MaskSpec,
+        kernel: Any,
+        kernel_spec: Any,
+    ) -> jax.Array:
+        """`local(q, k, v, mask, kernel, q_start)` of each device's rows, heads and queries, with all their keys."""
+        if not self.mapped:
+            return local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, 0)
+
+        def part(q_BTNH, k_BSKH, v_BSKH, mask, kernel):
+            k_BSKH, v_BSKH = (self._keys(x, heads=q_BTNH.shape[2]) for x in (k_BSKH, v_BSKH))
+            q_start = jax.lax.axis_index(self.axes(1)) * q_BTNH.shape[1] if self.axes(1) else 0
+            return local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, q_start)
+
+        return jax.shard_map(
+            part,
+            in_specs=(self.q_spec, self.k_spec, self.k_spec, self._mask_specs(mask), kernel_spec),
+            out_specs=self.q_spec,
+            axis_names=set(self.sizes),
+            check_vma=False,  # kernels do not say over which axes their results vary
+        )(q_BTNH, k_BSKH, v_BSKH, mask, kernel)
+
+    def _keys(self, x_BSKH: jax.Array, *, heads: int) -> jax.Array:
+        """Keys or values of the whole row, for the query heads here; transposed, a reduce-scatter."""
+        if self.axes(1):
+            x_BSKH = jax.lax.all_gather(x_BSKH, self.axes(1), axis=1, tiled=True)
+        if self.k_spec[2] == self.q_spec[2]:
+            return x_BSKH
+        # kv heads are replicated: those of the query heads here. One serves them all, or each gets its own copy.
+        group = heads * self.shards(2) // x_BSKH.shape[2]
+        first = jax.lax.axis_index(self.axes(2)) * heads
+        if group % heads == 0:
+            return jax.lax.dynamic_slice_in_dim(x_BSKH, first // group, 1, axis=2)
+        return jnp.take(x_BSKH, (first + jnp.arange(heads)) // group, axis=2)
+
+    def _mask_specs(self, mask: MaskSpec) -> MaskSpec:
+        """Arrays of keys are whole in every row, those of queries are split like the queries."""
+        rows, length = self.q_spec[0], self.q_spec[1]
+        specs = {
+            "window": PartitionSpec(),
+            "prefix_lengths_B": PartitionSpec(rows),
+            "q_positions_BT": PartitionSpec(rows, length),
+            "k_positions_BS": PartitionSpec(rows, None),
+            "q_segments_BT": PartitionSpec(rows, length),
+            "k_segments_BS": PartitionSpec(rows, None),
+        }
+        present = {name: spec for name, spec in specs.items() if getattr(mask, name) is not None}
+        if mask.static_window:
+            present.pop("window", None)
+        return dataclasses.replace(mask, **present)
+
+
+def _place(q_BTNH: jax.Array, k_BSKH: jax.Array) -> _Place:
+    mesh = get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    sizes = {name: size for name, size, kind in axes if kind != AxisType.Manual}
+    if math.prod(sizes.values()) == 1:
+        return _Place(mesh, {}, PartitionSpec(None, None, None, None), PartitionSpec(None, None, None, None))
+    q_spec = activation_spec(("batch", "length", "act_heads", "head"), q_BTNH.shape)
+    k_spec = activation_spec(("batch", "length", "act_kv_heads", "head"), k_BSKH.shape)
+    if q_spec[:2] != k_spec[:2] or k_spec[2] not in (None, q_spec[2]):
+        raise UsageError(
+            f"queries lie on the mesh as {q_spec} and keys as {k_spec}: rows, lengths and heads must be split alike "
+            "(kv heads may be replicated); change config.mesh.rules"
+        )
+    return _Place(mesh, sizes, q_spec, k_spec)
