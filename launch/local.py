@@ -69,7 +69,8 @@ def _start(command: list[str], index: int, options: argparse.Namespace, address:
         "JAX_PROCESS_ID": str(index),
         "JAX_NUM_PROCESSES": str(options.processes),
         "PYTHONUNBUFFERED": "1",
-        # gRPC would send loopback traffic to a proxy.
+        # gRPC would send loopback traffic to a proxy, and jax warns of any variable of that kind.
+        "JAX_CHECK_PROXY_ENVS": "false",
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),
         "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1"])),
     }

@@ -171,9 +171,12 @@ def _reach(
     while child.poll() is None:
         if moment == "starting" and time.monotonic() - begun > delay * start_seconds:
             return True
-        if moment == "saving" and any("tmp" in name for name in saves(workdir) - known):
-            time.sleep(0.01 * delay)
-            return child.poll() is None
+        if moment == "saving":
+            now = saves(workdir)
+            known &= now  # what was left half-written is removed at the start, and its name comes again
+            if any("tmp" in name for name in now - known):
+                time.sleep(0.01 * delay)
+                return child.poll() is None
         if moment == "stepping":
             row = last_row(workdir)
             resumed = resumed or row != rows  # cut back, or gone on

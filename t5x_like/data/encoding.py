@@ -18,6 +18,7 @@ from t5x_like.data.preprocessors import Document
 from t5x_like.data.sources import Piece, Source, SourceFile
 
 _BATCH_CHARACTERS = 1 << 18
+_REPORT_EVERY = 1 << 14  # bytes or records
 _LONG_TEXT = 1 << 22  # characters; a longer text is tokenized in parts, cut between two lines
 _BETWEEN_LINES = re.compile(r"\S\n(?=\S)")
 
@@ -73,13 +74,17 @@ def _read_piece(
     kind: str, name: str, path: str, piece: Piece, fields: FieldsConfig, names: Sequence[str], report: Report
 ) -> Iterator[Placed]:
     """`report` gets the offsets passed."""
-    done, unit = piece.begin, sources.unit(kind)
+    done = piece.begin
     reading = FieldsConfig("text", "", "") if kind in ("text", "lines") else fields
     for record in sources.read(kind, path, piece.begin, piece.end, name=name):
-        report(record.offset - done)
-        done = record.offset
-        place = f"{path}: {unit} {record.offset}"
-        yield piece.file, record.offset, preprocessors.document(record.fields, reading, names, place=place)
+        if record.offset - done > _REPORT_EVERY:
+            report(record.offset - done)
+            done = record.offset
+        try:
+            document = preprocessors.document(record.fields, reading, names)
+        except UserError as error:
+            raise UserError(f"{path}: {sources.unit(kind)} {record.offset}: {error}") from None
+        yield piece.file, record.offset, document
     report(piece.end - done)
 
 
@@ -109,14 +114,15 @@ def _encode_batch(batch: list[Placed], vocabulary: vocabularies.Vocabulary) -> t
 
 def _encode_texts(texts: list[str], vocabulary: vocabularies.Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids, bytes per id, ids per text); long texts in parts."""
-    parts: list[str] = []
-    first: list[int] = []
-    for text in texts:
-        first.append(len(parts))
-        parts.extend(_parts(text))
+    parts: list[str] = texts
+    first = None
+    if max(map(len, texts)) > _LONG_TEXT:
+        divided = [list(_parts(text)) for text in texts]
+        parts = [part for pieces in divided for part in pieces]
+        first = np.cumsum([0, *map(len, divided)])[:-1]
     ids, lengths = vocabulary.encode_batch(parts)
     counts = vocabulary.count_bytes(parts, ids, lengths)
-    return ids, counts, np.add.reduceat(lengths, first) if len(parts) > len(texts) else lengths
+    return ids, counts, lengths if first is None else np.add.reduceat(lengths, first)
 
 
 def _parts(text: str) -> Iterator[str]:

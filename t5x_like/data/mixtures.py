@@ -94,7 +94,7 @@ class Slots:
         """(component, index within the component) of each example number.
 
         >>> [part.tolist() for part in Slots([2, 1]).locate(np.arange(6))]
-        [[0, 1, 0, 0, 1, 0], [0, 0, 1, 2, 1, 3]]
+        [[0, 0, 1, 0, 0, 1], [0, 1, 0, 2, 3, 1]]
         """
         periods, slots = np.divmod(examples, len(self._table))
         components = self._table[slots]

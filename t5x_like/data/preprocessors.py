@@ -3,18 +3,16 @@
 Not templates and chat formats: those turn several fields into a text and stand in a file of their own.
 """
 
-import dataclasses
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UserError
 from t5x_like.data.config import FieldsConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """Text to train on; `inputs` comes before it and is only read (empty for plain documents)."""
 
     inputs: str
@@ -37,24 +35,20 @@ def check(names: Sequence[str], fields: FieldsConfig) -> None:
         raise UserError("config.data.fields: give both inputs and targets, or neither (then text is used)")
 
 
-def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str], *, place: str) -> Document:
-    """The document of a record at `place` (a file and offset, for messages)."""
-    if fields.targets:
-        inputs, text = (
-            _field(record, name, kind, place)
-            for name, kind in zip((fields.inputs, fields.targets), ("inputs", "targets"), strict=True)
-        )
-    else:
-        inputs, text = "", _field(record, fields.text, "text", place)
+def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str]) -> Document:
+    """The document of a record; a UserError does not say where the record lies."""
+    inputs, text = "", _field(record, fields.targets or fields.text, "targets" if fields.targets else "text")
+    if fields.inputs:
+        inputs = _field(record, fields.inputs, "inputs")
     for name in names:
         inputs, text = PREPROCESSORS[name](inputs), PREPROCESSORS[name](text)
     return Document(inputs, text)
 
 
-def _field(record: dict[str, Any], name: str, kind: str, place: str) -> str:
+def _field(record: dict[str, Any], name: str, kind: str) -> str:
+    value = record.get(name)
+    if isinstance(value, str):
+        return value
     if name not in record:
-        raise UserError(f"{place}: no field {name!r} among {', '.join(record)}; set config.data.fields.{kind}")
-    value = record[name]
-    if not isinstance(value, str):
-        raise UserError(f"{place}: field {name!r} should be a text, is {value!r:.60}")
-    return value
+        raise UserError(f"no field {name!r} among {', '.join(record)}; set config.data.fields.{kind}")
+    raise UserError(f"field {name!r} should be a text, is {value!r:.60}")

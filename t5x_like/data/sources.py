@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UserError
@@ -53,8 +53,7 @@ class Piece:
     end: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A dict of fields and where it begins."""
 
     offset: int

@@ -8,6 +8,7 @@ with the rates SeqIO computes. Tasks whose features are still text are tokenized
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 
 from t5x_like.core.errors import UserError
 from t5x_like.data import token_set, tokenizer_files, vocabularies
+from t5x_like.data.encoding import assemble
 
 _BATCH_EXAMPLES = 1000
 _MOST_SHARDS = 64
@@ -177,22 +179,21 @@ def _vocabulary(provider: Any) -> vocabularies.Vocabulary | None:
 def _batches(
     task: Any, split: str, job: dict[str, Any], vocabulary: vocabularies.Vocabulary, report: Callable[[int], None]
 ) -> Iterator[token_set.Encoded]:
-    from t5x_like.data.encoding import assemble
-
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
-    inputs: list[int] = []
     first = 0
-    for example in _examples(task, split, job):
-        parts = [_part(example, name, vocabulary, task.name) for name in ("inputs", "targets")]
-        inputs.append(len(parts[0][0]))
-        rows.append((np.concatenate([ids for ids, _ in parts]), np.concatenate([counts for _, counts in parts])))
-        if len(rows) == _BATCH_EXAMPLES:
-            yield assemble(*_flat(rows, inputs, first, job), vocabulary)
-            report(len(rows))
-            first, rows, inputs = first + len(rows), [], []
-    if rows:
-        yield assemble(*_flat(rows, inputs, first, job), vocabulary)
-        report(len(rows))
+    examples = _examples(task, split, job)
+    while batch := list(itertools.islice(examples, _BATCH_EXAMPLES)):
+        parts = [_part(example, name, vocabulary, task.name) for example in batch for name in ("inputs", "targets")]
+        texts = [text or "" for _, text in parts]
+        again, lengths = vocabulary.encode_batch(texts)
+        counts, edges = vocabulary.count_bytes(texts, again, lengths), np.cumsum(lengths)[:-1]
+        encoded = zip(np.split(again, edges), np.split(counts, edges), strict=True)
+        chosen = [_choose(ids, *pair, vocabulary) for (ids, _), pair in zip(parts, encoded, strict=True)]
+        pairs = np.array([len(ids) for ids, _ in chosen], np.int64).reshape(-1, 2)
+        ids, counts = (np.concatenate(column) for column in zip(*chosen, strict=True))
+        places = [(job["shard"], first + index) for index in range(len(batch))]
+        yield assemble(ids, counts, pairs, places, vocabulary)
+        report(len(batch))
+        first += len(batch)
 
 
 def _examples(task: Any, split: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -211,16 +212,14 @@ def _examples(task: Any, split: str, job: dict[str, Any]) -> Iterator[dict[str, 
 
 def _part(
     example: dict[str, Any], name: str, vocabulary: vocabularies.Vocabulary, task: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, bytes per id) of one feature, without the BOS and EOS at its ends, which every document gets."""
+) -> tuple[np.ndarray | None, str | None]:
+    """(ids, text) of one feature as far as they are known; ids without the BOS and EOS that every document gets."""
     if name not in example:
-        return np.zeros(0, np.int32), np.zeros(0, np.int64)
-    value = np.asarray(example[name])
+        return None, None
+    value, source = np.asarray(example[name]), example.get(f"{name}_pretokenized")
     if value.dtype.kind in "OSU":
         text = value.item()
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        ids, lengths = vocabulary.encode_batch([text])
-        return ids, vocabulary.count_bytes([text], ids, lengths)
+        return None, text.decode("utf-8") if isinstance(text, bytes) else text
     ids = value.astype(np.int32)
     if ids.ndim != 1 or (len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary.size):
         raise UserError(f"seqio task {task}: {name} should be ids below {vocabulary.size}, are {ids!r:.80}")
@@ -228,22 +227,13 @@ def _part(
         ids = ids[1:]
     if name == "targets" and len(ids) and ids[-1] == vocabulary.eos_id:
         ids = ids[:-1]
-    return ids, _count_bytes(ids, example.get(f"{name}_pretokenized"), vocabulary)
+    return ids, source.decode("utf-8", errors="replace") if isinstance(source, bytes) else None
 
 
-def _count_bytes(ids: np.ndarray, source: Any, vocabulary: vocabularies.Vocabulary) -> np.ndarray:
-    """Of the text before tokenizing where SeqIO kept it and it gives these ids; else the bytes each id decodes to."""
-    if isinstance(source, bytes):
-        text = source.decode("utf-8", errors="replace")
-        again, lengths = vocabulary.encode_batch([text])
-        if np.array_equal(again, ids):
-            return vocabulary.count_bytes([text], again, lengths)
-    return vocabulary.decoded_bytes(ids)
-
-
-def _flat(
-    rows: list[tuple[np.ndarray, np.ndarray]], inputs: list[int], first: int, job: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    pairs = np.array([(count, len(ids) - count) for (ids, _), count in zip(rows, inputs, strict=True)], np.int64)
-    places = [(job["shard"], first + index) for index in range(len(rows))]
-    return np.concatenate([ids for ids, _ in rows]), np.concatenate([counts for _, counts in rows]), pairs, places
+def _choose(
+    ids: np.ndarray | None, again: np.ndarray, counts: np.ndarray, vocabulary: vocabularies.Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, bytes per id): of the text before tokenizing where it gives these ids, else what each id decodes to."""
+    if ids is None or np.array_equal(again, ids):
+        return again, counts
+    return ids, vocabulary.decoded_bytes(ids)

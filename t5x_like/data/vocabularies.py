@@ -99,18 +99,16 @@ class Vocabulary:
         counts = self._surface_bytes[ids]
         begins = np.cumsum(lengths) - lengths
         totals = np.concatenate([[0], np.cumsum(counts)])
-        sums = totals[begins + lengths] - totals[begins]
-        for index, text in enumerate(texts):
-            if lengths[index] == 0:
-                continue
-            begin, expected = begins[index], len(text) if text.isascii() else len(text.encode())
-            added = self.adds_space and not text.startswith(" ")
-            if sums[index] == expected and not added:
-                continue
-            if sums[index] == expected + 1 and self._begins_with_space[ids[begin]]:
-                counts[begin] -= 1
-            else:
-                counts[begin : begin + lengths[index]] = self._engine.count_bytes(text)
+        surplus = totals[begins + lengths] - totals[begins] - [len(text.encode()) for text in texts]
+        right = surplus == 0
+        if self.adds_space:
+            right &= [text.startswith(" ") for text in texts]  # then a missing byte made up for the space
+            first = begins[(surplus == 1) & (lengths > 0)]
+            added = first[self._begins_with_space[ids[first]]]
+            counts[added] -= 1
+            right |= np.isin(begins, added)
+        for index in np.flatnonzero(~right & (lengths > 0)):
+            counts[begins[index] : begins[index] + lengths[index]] = self._engine.count_bytes(texts[int(index)])
         return counts
 
     def decoded_bytes(self, ids: np.ndarray) -> Int[np.ndarray, "tokens"]:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Llama 3's pattern: a word with what stands before it, up to 3 digits, signs with the line ends behind them.
@@ -26,7 +26,7 @@ _MOST_CHARACTERS = 32 << 20  # of remembered words
 
 
 class WordCache:
-    """Encodes a text by its words, or says that it cannot."""
+    """Encodes texts by their words, or says that it cannot."""
 
     def __init__(self, pattern: str, encode_words: Callable[[list[str]], list[list[int]]]):
         self._words, self._outside = _compiled(pattern)
@@ -34,18 +34,25 @@ class WordCache:
         self._known: dict[str, list[int]] = {}
         self._characters = 0
 
-    def encode(self, text: str) -> list[int] | None:
-        """The ids of a text; None if it has a character whose class is not certain."""
-        if self._outside.search(text):
-            return None
-        known, words = self._known, self._words.findall(text)
-        new = [word for word in dict.fromkeys(words) if word not in known]
+    def encode(self, texts: Sequence[str]) -> list[list[int] | None]:
+        """The ids of each text; None for one with a character whose class is not certain."""
+        outside = self._outside.search
+        if outside("".join(texts)) is None:
+            return [*self._encode(texts)]
+        certain = [outside(text) is None for text in texts]
+        found = iter(self._encode([text for text, sure in zip(texts, certain, strict=True) if sure]))
+        return [next(found) if sure else None for sure in certain]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        known, words = self._known, [*map(self._words.findall, texts)]
+        new = sorted(set().union(*words).difference(known))
         if new:
             known.update(zip(new, self._encode_words(new), strict=True))
             self._characters += sum(map(len, new))
         if self._characters > _MOST_CHARACTERS:  # another thread may still read the old one
             self._known, self._characters = {}, 0
-        return list(itertools.chain.from_iterable(map(known.__getitem__, words)))
+        of_word, flat = known.__getitem__, itertools.chain.from_iterable
+        return [[*flat(map(of_word, line))] for line in words]
 
 
 def pattern_of(layout: dict[str, Any]) -> str | None:

@@ -1,16 +1,34 @@
 """Attention behind one signature: which path runs is chosen by the platform of the mesh, the result is the same.
 
-It is the mathematics softmax(q k / scale) v under a mask; it is NOT projections, rotary positions or caches (block.py,
-kv_cache.py). Kernels are in kernels.py; this file holds the choice and the XLA path that is right everywhere.
+It is the mathematics softmax(scale q k) v under a mask; it is NOT projections, rotary positions or caches (block.py,
+kv_cache.py). The kernels of accelerators are in kernels.py; this file holds the choice, the path that is right
+everywhere, and the one that is fast on a CPU.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K queries a kv head, H head size.
 """
 
+import dataclasses
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float
 
+from t5x_like.layers import kernels
 from t5x_like.layers.masks import MaskSpec, allowed
+from t5x_like.parallel.sharding import constrain
+
+# The logit of a key that is not seen, and the highest logit of a query that sees none: finite, so that inf - inf never
+# arises, and so far apart that exp of their difference is 0.
+MASKED, NOTHING_SEEN = -1e30, -1e29
+# Queries of one block of the blockwise path. Of a causal row of n blocks (n + 1) / 2n is computed: 62% of 512 tokens in
+# blocks of 128. Smaller blocks give matrix products that a CPU does less well, more of them a longer compilation.
+BLOCK, MAX_BLOCKS = 128, 16
+# Weights of one layer up to this size, a device, are kept for the backward pass of the blockwise path, which spares a
+# tenth of its time; larger ones are computed again.
+KEEP_BYTES = 64 * 2**20
 
 
 def attention(
@@ -26,40 +44,181 @@ def attention(
 
     scale multiplies the logits (usually H ** -0.5); softcap c makes them c * tanh(logits / c) before the mask.
     """
+    where = platform()
+    if where == "tpu" and kernels.splash_fits(q_BTNH, k_BSKH, mask):
+        return kernels.splash(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+    if where in ("gpu", "cuda") and kernels.cudnn_fits(q_BTNH, k_BSKH, softcap=softcap):
+        return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale)
+    if _is_blockwise(mask, q_BTNH, k_BSKH, softcap=softcap):
+        return _blockwise(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale)
+    # Where the sequence is split every device needs the keys of whole rows.
+    k_BSKH, v_BSKH = (constrain(x, "batch", "kv_length", "act_kv_heads", "head") for x in (k_BSKH, v_BSKH))
     return attention_over_parts(q_BTNH, [(k_BSKH, v_BSKH, mask)], scale=scale, softcap=softcap)
+
+
+def platform() -> str:
+    """What the program is compiled for: the mesh's platform (a planner lowers for a TPU on a CPU), else jax's default."""
+    device = get_abstract_mesh().abstract_device
+    return jax.devices()[0].platform if device is None else device.platform
+
+
+# Any mask, any lengths.
 
 
 def attention_over_parts(
     q_BTNH: Float[Array, "B T N H"],
-    parts: list[tuple[Array, Array, MaskSpec]],
+    parts: Sequence[tuple[Array, Array, MaskSpec]],
     *,
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention over several (k, v, mask) as if their keys were one row: a cache beside the new keys, no copy made."""
+    """Attention over several (k, v, mask) as if their keys were one row: a cache beside the new keys, no copy made.
+
+    Materialises the logits [B, N, T, S].
+    """
     B, T, N, H = q_BTNH.shape
     K = parts[0][0].shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    weights, values = [], []
-    logits = [_logits(q_BTKGH, k, mask, scale=scale, softcap=softcap) for k, _, mask in parts]
-    top = jax.lax.stop_gradient(jnp.max(jnp.stack([l.max(axis=-1) for l in logits]), axis=0))
-    top = jnp.where(jnp.isfinite(top), top, 0.0)[..., None]  # a query with no key: all logits are -inf
-    weights = [jnp.exp(l - top) for l in logits]
-    total_BKGT = sum(w.sum(axis=-1) for w in weights)
-    values = sum(
-        jnp.einsum("BKGTS,BSKH->BTKGH", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        for w, (_, v, _) in zip(weights, parts, strict=True)
+    q_BTKGH = (q_BTNH * scale).reshape(B, T, K, N // K, H)
+    logits = [_logits(q_BTKGH, k_BSKH, mask, softcap=softcap) for k_BSKH, _, mask in parts]
+    top_BKGT = functools.reduce(jnp.maximum, [part.max(axis=-1) for part in logits])
+    top_BKGT = jax.lax.stop_gradient(jnp.maximum(top_BKGT, NOTHING_SEEN))
+    weights = [jnp.exp(part - top_BKGT[..., None]) for part in logits]
+    total_BKGT = _at_least_something(sum(part.sum(axis=-1) for part in weights))
+    out_BTKGH = sum(
+        jnp.einsum("BKGTS,BSKH->BTKGH", part.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+        for part, (_, v_BSKH, _) in zip(weights, parts, strict=True)
     )
-    total_BTKG = jnp.where(total_BKGT == 0.0, 1.0, total_BKGT).transpose(0, 3, 1, 2)
-    return (values / total_BTKG[..., None]).astype(q_BTNH.dtype).reshape(B, T, N, H)
+    out_BTKGH = out_BTKGH / total_BKGT.transpose(0, 3, 1, 2)[..., None]
+    return out_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
-def _logits(q_BTKGH, k_BSKH, mask: MaskSpec, *, scale: float, softcap: float | None):
-    """Masked float32 logits [B, K, G, T, S]."""
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+def _logits(q_BTKGH, k_BSKH, mask: MaskSpec, *, softcap: float | None):
+    """Masked float32 logits [B, K, G, T, S] of scaled queries."""
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     seen_BTS = allowed(mask, q_length=logits.shape[3], k_length=logits.shape[4])
-    if seen_BTS is None:
-        return logits
-    return jnp.where(seen_BTS[:, None, None, :, :], logits, -jnp.inf)
+    return logits if seen_BTS is None else jnp.where(seen_BTS[:, None, None, :, :], logits, MASKED)
+
+
+def _at_least_something(total):
+    """Sums of weights that may be divided by: a query that sees nothing has the sum 0, and gets the output 0."""
+    return jnp.where(total == 0.0, 1.0, total)
+
+
+# Causal rows, in blocks of queries: the keys past a block are never multiplied.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """The static facts of one call. keep: whether the weights are kept for the backward pass."""
+
+    length: int
+    window: int | None
+    scale: float
+    keep: bool
+
+    def cuts(self) -> list[tuple[slice, slice]]:
+        """(queries, keys that any of them sees) of each block; keys begin at a multiple of 64, for alignment."""
+        size = max(BLOCK, -(-self.length // (MAX_BLOCKS * BLOCK)) * BLOCK)
+        starts = range(0, self.length, size)
+        ends = [min(start + size, self.length) for start in starts]
+        firsts = [0 if self.window is None else max(0, start - self.window + 1) // 64 * 64 for start in starts]
+        return [(slice(a, e), slice(first, e)) for a, e, first in zip(starts, ends, firsts, strict=True)]
+
+
+def _is_blockwise(mask: MaskSpec, q_BTNH: jax.Array, k_BSKH: jax.Array, *, softcap: float | None) -> bool:
+    if not (mask.causal and mask.by_index and mask.static_window) or mask.prefix_lengths_B is not None:
+        return False
+    if softcap is not None or q_BTNH.shape[1] != k_BSKH.shape[1]:
+        return False
+    mesh = get_abstract_mesh()
+    return mesh.empty or mesh.shape.get("sequence", 1) == 1
+
+
+def _blockwise(q_BTNH, k_BSKH, v_BSKH, mask: MaskSpec, *, scale: float):
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    blocks = _Blocks(length=T, window=mask.window, scale=scale, keep=False)
+    area = sum((q.stop - q.start) * (k.stop - k.start) for q, k in blocks.cuts())
+    devices = max(get_abstract_mesh().size, 1)
+    blocks = dataclasses.replace(blocks, keep=4 * B * N * area <= KEEP_BYTES * devices)
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    out_BKGTH = _over_blocks(blocks, q_BKGTH, k_BKSH, v_BKSH, mask.q_segments_BT)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_blocks(blocks: _Blocks, q_BKGTH, k_BKSH, v_BKSH, segments_BT):
+    return _forward(blocks, q_BKGTH, k_BKSH, v_BKSH, segments_BT)[0]
+
+
+def _forward(blocks: _Blocks, q_BKGTH, k_BKSH, v_BKSH, segments_BT):
+    q_BKGTH = q_BKGTH * blocks.scale
+    outs, sums, kept = [], [], []
+    for block in blocks.cuts():
+        q, keys = block
+        logits = _block_logits(blocks, block, q_BKGTH, k_BKSH, segments_BT)
+        top_BKGt = jnp.maximum(logits.max(axis=-1), NOTHING_SEEN)
+        weights = jnp.exp(logits - top_BKGt[..., None])
+        total_BKGt = _at_least_something(weights.sum(axis=-1))
+        weights = weights.astype(v_BKSH.dtype)
+        out_BKGtH = _product("BKGTS,BKSH->BKGTH", weights, v_BKSH[:, :, keys])
+        outs.append((out_BKGtH / total_BKGt[..., None]).astype(q_BKGTH.dtype))
+        sums.append(total_BKGt if blocks.keep else top_BKGt + jnp.log(total_BKGt))
+        kept.append(weights if blocks.keep else None)
+    out_BKGTH, sums_BKGT = jnp.concatenate(outs, axis=3), jnp.concatenate(sums, axis=3)
+    return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BKGTH, sums_BKGT, kept)
+
+
+def _backward(blocks: _Blocks, saved, g_BKGTH):
+    """d logits = weights (d weights - rowsum(d weights * weights)), where the row's sum is that of d out * out."""
+    q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BKGTH, sums_BKGT, kept = saved
+    if blocks.keep:  # kept weights are not yet divided by their sums
+        g_BKGTH = (g_BKGTH / sums_BKGT[..., None]).astype(g_BKGTH.dtype)
+    rowsum_BKGT = (g_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32)).sum(axis=-1)
+    g_q, g_k, g_v = [], [], []
+    for block, weights in zip(blocks.cuts(), kept, strict=True):
+        q, keys = block
+        if weights is None:
+            logits = _block_logits(blocks, block, q_BKGTH, k_BKSH, segments_BT)
+            weights = jnp.exp(logits - sums_BKGT[:, :, :, q, None])
+        g_weights = _product("BKGTH,BKSH->BKGTS", g_BKGTH[:, :, :, q], v_BKSH[:, :, keys])
+        g_logits = (weights * (g_weights - rowsum_BKGT[:, :, :, q, None])).astype(q_BKGTH.dtype)
+        weights = weights.astype(q_BKGTH.dtype)
+        g_q.append(_product("BKGTS,BKSH->BKGTH", g_logits, k_BKSH[:, :, keys]))
+        g_k.append(_product("BKGTS,BKGTH->BKSH", g_logits, q_BKGTH[:, :, :, q]))
+        g_v.append(_product("BKGTS,BKGTH->BKSH", weights, g_BKGTH[:, :, :, q]))
+    g_q_BKGTH = (jnp.concatenate(g_q, axis=3) * blocks.scale).astype(q_BKGTH.dtype)
+    g_k_BKSH, g_v_BKSH = (_sum_over_keys(blocks, parts).astype(k_BKSH.dtype) for parts in (g_k, g_v))
+    return g_q_BKGTH, g_k_BKSH, g_v_BKSH, None
+
+
+_over_blocks.defvjp(_forward, _backward)
+
+
+def _block_logits(blocks: _Blocks, block: tuple[slice, slice], q_BKGTH, k_BKSH, segments_BT):
+    q, keys = block
+    logits = _product("BKGTH,BKSH->BKGTS", q_BKGTH[:, :, :, q], k_BKSH[:, :, keys])
+    mask = MaskSpec(
+        causal=True,
+        window=blocks.window,
+        q_segments_BT=None if segments_BT is None else segments_BT[:, q],
+        k_segments_BS=None if segments_BT is None else segments_BT[:, keys],
+    )
+    q_length, k_length = logits.shape[3:]
+    seen_BTS = allowed(mask, q_length=q_length, k_length=k_length, q_start=q.start, k_start=keys.start)
+    return jnp.where(seen_BTS[:, None, None, :, :], logits, MASKED)
+
+
+def _sum_over_keys(blocks: _Blocks, parts):
+    """Gradients of the keys of each block, added up in place."""
+    total = 0.0
+    for (_, keys), part in zip(blocks.cuts(), parts, strict=True):
+        total = total + jnp.pad(part, ((0, 0), (0, 0), (keys.start, blocks.length - keys.stop), (0, 0)))
+    return total
+
+
+def _product(equation: str, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError, UserError
@@ -43,16 +44,29 @@ class KeyValueStore:
     def get(self, name: str, *, timeout: float = _SECONDS) -> str:
         """Waits for `name` to be set by anyone; TimeoutError after `timeout` seconds."""
         try:
-            return self._client.blocking_key_value_get(f"{_PREFIX}/{name}", max(1, int(min(timeout, _LONGEST) * 1000)))
+            return self._client.blocking_key_value_get(f"{_PREFIX}/{name}", _milliseconds(timeout))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 raise TimeoutError(f"no process has set {name!r} within {timeout:g} s") from None
+            raise
+
+    def barrier(self, name: str, *, timeout: float) -> None:
+        """Waits until all processes have called this; TimeoutError after `timeout` seconds."""
+        try:
+            self._client.wait_at_barrier(f"{_PREFIX}/{name}", _milliseconds(timeout))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                raise TimeoutError(f"not all processes have reached {name!r} within {timeout:g} s") from None
             raise
 
     def folder(self, name: str) -> dict[str, str]:
         """What is set below `name/` now: {rest of the name: value}."""
         prefix = f"{_PREFIX}/{name}/"
         return {key.removeprefix(prefix): value for key, value in self._client.key_value_dir_get(prefix)}
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, int(min(seconds, _LONGEST) * 1000))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +101,19 @@ class Processes:
         return [json.loads(self.store.get(key, timeout=timeout)) for key in names]
 
     def agree(self, name: str, value: Any, *, timeout: float = _SECONDS) -> Any:
-        """`value` if all processes hold an equal one, else UserError that names the first process that differs."""
-        values = self.gather(name, value, timeout=timeout)
-        for index, other in enumerate(values):
-            if other != values[0]:
-                raise UserError(
-                    f"{name} differs between processes: {json.dumps(values[0])} on process 0, {json.dumps(other)} on "
-                    f"process {index}; start all processes with the same command, files and versions"
-                )
+        """`value` if it equals that of process 0, else UserError, which is the fault of this process."""
+        first = self.broadcast(name, value, timeout=timeout)
+        if first != json.loads(json.dumps(value)):
+            raise UserError(
+                f"{name} differs between processes: {json.dumps(first)} on process 0, {json.dumps(value)} on process "
+                f"{self.index}; start all processes with the same command, files and versions"
+            )
         return value
+
+    def barrier(self, name: str, *, timeout: float = _SECONDS) -> None:
+        """Waits until all processes are here. A name is used once in a run."""
+        if self.store is not None:
+            self.store.barrier(name, timeout=timeout)
 
 
 ALONE = Processes(index=0, count=1, coordinator=None, store=None, aborts=None)
@@ -154,6 +172,9 @@ def start(
     except (ValueError, TypeError) as error:
         raise UserError(f"the processes of this run cannot be joined: {error}") from error
     aborts.explain = lambda: f"{who}: jax lost {where} or another process"
+    if jax.default_backend() == "cpu":
+        # Gloo gives a group of devices 30 s for its first collective: now, as all have just arrived.
+        multihost_utils.sync_global_devices("t5x_like.multihost.start")
     return _identity(aborts)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import threading
 import time
@@ -52,6 +53,7 @@ class Faults:
         self._awake = 0.0  # seconds this process has run; a stopped process, or a sleeping machine, does not age
         self._phase = ("start", 0.0)
         self._step = 0
+        self._compiled = 0
         self._signal: str | None = None  # the first signal to this process
         self._elsewhere: str | None = None  # a signal to another process
         self._closed = threading.Event()
@@ -93,11 +95,18 @@ class Faults:
 
     @contextlib.contextmanager
     def phase(self, phase: str) -> Iterator[None]:
-        """A phase inside another, whose time starts anew afterwards."""
+        """A phase inside another, whose time starts anew afterwards.
+
+        Leaving `compile` waits for the other processes: they compile at different speeds (on the CPU only process 0
+        has a compilation cache), and gloo gives a new group of devices 30 seconds for its first collective.
+        """
         outer = self._phase[0]
         self.enter(phase)
         try:
             yield
+            if phase == "compile":
+                self._compiled += 1
+                self._processes.barrier(f"compiled/{self._compiled}", timeout=math.inf)
         finally:
             self.enter(outer)
 

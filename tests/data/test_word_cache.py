@@ -41,8 +41,18 @@ def tokenizer(request):
     return tokenizer, pattern
 
 
+class One:
+    """A cache that is asked for one text at a time."""
+
+    def __init__(self, tokenizer, pattern):
+        self.cache = word_cache.WordCache(pattern, lambda words: [e.ids for e in tokenizer.encode_batch_fast(words)])
+
+    def encode(self, text):
+        return self.cache.encode([text])[0]
+
+
 def fast(tokenizer, pattern):
-    return word_cache.WordCache(pattern, lambda words: [e.ids for e in tokenizer.encode_batch_fast(words)])
+    return One(tokenizer, pattern)
 
 
 def test_ids_are_those_of_the_library(tokenizer):
@@ -76,13 +86,20 @@ def test_characters_of_uncertain_class_are_left_to_the_library(tokenizer):
     assert cache.encode("a\u00e9 \u0430\u2019s") is not None
 
 
+def test_texts_are_encoded_together_as_alone(tokenizer):
+    texts = [*corpus.paragraphs(20), "", "\u4e2d", "a"]
+    alone = fast(*tokenizer)
+    assert fast(*tokenizer).cache.encode(texts) == [alone.encode(text) for text in texts]
+    assert alone.encode("\u4e2d") is None and alone.encode("") == []
+
+
 def test_a_full_memory_is_emptied(tokenizer, monkeypatch):
     monkeypatch.setattr(word_cache, "_MOST_CHARACTERS", 50)
     cache = fast(*tokenizer)
     for text in corpus.paragraphs(20):
         ids = cache.encode(text)
         assert ids is None or ids == tokenizer[0].encode(text).ids
-    assert cache._characters <= 50
+    assert cache.cache._characters <= 50
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,12 @@ if processes.primary:
         store.get("never", timeout=0.2)
     except TimeoutError as error:
         print(error, file=out)
+processes.barrier("together")
+if not processes.primary:
+    try:
+        processes.barrier("alone", timeout=0.2)
+    except TimeoutError as error:
+        print(error, file=out)
 try:
     processes.agree("config.seed", processes.index)
 except UserError as error:
@@ -83,14 +89,13 @@ def test_two_processes_share_small_values(tmp_path):
         "config.seed differs between processes: 0 on process 0, 1 on process 1; "
         "start all processes with the same command, files and versions"
     )
-    assert second == [*common, disagreement]
+    assert second == [*common, "not all processes have reached 'alone' within 0.2 s", disagreement]
     assert first == [
         *common,
         "True False a",
         "True True b",
         "{'0': '0', '1': '1'}",
         "no process has set 'never' within 0.2 s",
-        disagreement,
     ]
 
 
@@ -135,6 +140,7 @@ def test_a_run_of_one_needs_no_store():
     assert ALONE.broadcast("x", [1]) == [1]
     assert ALONE.gather("x", 2) == [2]
     assert ALONE.agree("x", 3) == 3
+    ALONE.barrier("x")
 
 
 @pytest.fixture
