@@ -56,6 +56,9 @@ doctest: $(VENV)/.installed-test
 
 nightly: $(VENV)/.installed-test
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 -m "not gpu and not tpu" $(TESTS)
+	$(RUN) tools/crash_test.py
+	$(RUN) tools/crash_test.py --processes=2 --devices=4
+	$(RUN) -m t5x_like plan --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4
 
 # Tests that need an accelerator; on a machine without one they are not collected.
 test-gpu: $(VENV)/.installed-test

@@ -214,18 +214,10 @@ class _Place:
     def _mask_specs(self, mask: MaskSpec) -> MaskSpec:
         """Arrays of keys are whole in every row, those of queries are split like the queries."""
         rows, length = self.q_spec[0], self.q_spec[1]
-        specs = {
-            "window": PartitionSpec(),
-            "prefix_lengths_B": PartitionSpec(rows),
-            "q_positions_BT": PartitionSpec(rows, length),
-            "k_positions_BS": PartitionSpec(rows, None),
-            "q_segments_BT": PartitionSpec(rows, length),
-            "k_segments_BS": PartitionSpec(rows, None),
-        }
-        present = {name: spec for name, spec in specs.items() if getattr(mask, name) is not None}
-        if mask.static_window:
-            present.pop("window", None)
-        return dataclasses.replace(mask, **present)
+        queries, keys = PartitionSpec(rows, length), PartitionSpec(rows, None)
+        arrays, static = mask.tree_flatten()
+        specs = (PartitionSpec(), PartitionSpec(rows), queries, keys, queries, keys)
+        return MaskSpec.tree_unflatten(static, [None if a is None else s for a, s in zip(arrays, specs, strict=True)])
 
 
 def _place(q_BTNH: jax.Array, k_BSKH: jax.Array) -> _Place:

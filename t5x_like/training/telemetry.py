@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +30,14 @@ from t5x_like.core.metrics import (
 from t5x_like.models.flops import CONVENTION
 from t5x_like.storage import paths
 from t5x_like.training import curves
+from t5x_like.training.logs import close_log, open_logs
 from t5x_like.training.peaks import cpu_matmul_peak, device_peak
 
-_package_log = logging.getLogger("t5x_like")
+_log = logging.getLogger(__name__)
 
 # What a step is not: its time counts in the shares, not in the rates.
 _OUTSIDE_STEPS = ("compile", "evaluate", "checkpoint")
+_SHOWN_FIRST = ("loss", "bits_per_byte", "perplexity", "accuracy")
 _SHARES = ("input", *_OUTSIDE_STEPS)
 
 
@@ -104,10 +107,11 @@ class Telemetry:
         self._lost: dict[str, float] = defaultdict(float)
         self._nested: list[float] = []
         self._start = self._mark = _Mark(start_step, self._begin, 0.0)
+        self._started = False
         self._plotted_at, self._plot_seconds = self._begin, 0.0
         self._profiling = False
         self._line = StatusLine(stream if stream is not None else sys.stdout)
-        self._handlers = _open_logs(self.log_path, self._line)
+        self._handlers = open_logs(self.log_path, self._line)
         self._rows: JsonlWriter | None = None
         self._events: TensorBoardWriter | None = None
         if self._process == 0:
@@ -126,7 +130,7 @@ class Telemetry:
             if kind is None:
                 raise
             # What ended the run is the news; this comes second.
-            _package_log.warning("%s", error)
+            _log.warning("%s", error)
 
     @property
     def plot_path(self) -> str:
@@ -176,7 +180,10 @@ class Telemetry:
                 self._nested[-1] += elapsed
 
     def before_step(self, step: int) -> None:
-        """Opens and closes the profiler's window; `step` is about to be dispatched."""
+        """`step` is about to be dispatched: starts the clock of the rates, opens and closes the profiler's window."""
+        if not self._started:
+            self._started = True
+            self._start = self._mark = _Mark(step - 1, self._clock(), self._outside)
         window = self._config.profile
         if window.steps and step == window.start_step:
             jax.profiler.start_trace(os.path.join(self._directory, "profile"))
@@ -190,17 +197,16 @@ class Telemetry:
         if self._process:
             return
         now = self._clock()
-        outside = sum(self._lost[what] for what in _OUTSIDE_STEPS)
-        rates = self._rates(step, now, outside)
+        rates = self._rates(step, now)
         if write:
             shares = {f"time/{what}_share": self._lost[what] / max(now - self._begin, 1e-9) for what in _SHARES}
             row = {f"train/{name}": value for name, value in values.items()} | rates | shares | self._memory_row()
             self._row(step, row)
-            self._mark = _Mark(step, now, outside)
+            self._mark = _Mark(step, now, self._outside)
         if write or self._line.live:
             text = self._step_text(step, values, rates, now)
             if write:
-                _package_log.info("%s", text)
+                _log.info("%s", text)
             self._line.show(text)
 
     def log_evaluation(self, step: int, name: str, values: Mapping[str, float]) -> None:
@@ -208,7 +214,8 @@ class Telemetry:
         if self._process:
             return
         self._row(step, {f"eval/{name}/{key}": value for key, value in values.items()})
-        text = "  ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in values.items())
+        order = [key for key in _SHOWN_FIRST if key in values] + sorted(set(values) - set(_SHOWN_FIRST))
+        text = "  ".join(f"{key.replace('_', ' ')} {values[key]:.4f}" for key in order)
         self._say(f"step {step}: {name}  {text}")
         pause = max(self._config.plot_every_seconds, 50 * self._plot_seconds)
         if self._config.plot and self._clock() - self._plotted_at >= pause:
@@ -223,8 +230,8 @@ class Telemetry:
         try:
             self._staged.upload()
         except UserError as error:
-            _package_log.warning("%s; metrics are uploaded again with the next checkpoint", error)
-        _package_log.debug("metrics are flushed through step %d", step)
+            _log.warning("%s; metrics are uploaded again with the next checkpoint", error)
+        _log.debug("metrics are flushed through step %d", step)
 
     def close(self) -> None:
         """Ends the live line, draws loss.png and closes all files."""
@@ -240,8 +247,7 @@ class Telemetry:
                 self._events.close()
         finally:
             for handler in self._handlers:
-                _package_log.removeHandler(handler)
-                handler.close()
+                close_log(handler)
             self._staged.close()
 
     def _row(self, step: int, values: Mapping[str, float]) -> None:
@@ -250,9 +256,13 @@ class Telemetry:
         if self._events is not None:
             self._events.write(step, values)
 
-    def _rates(self, step: int, now: float, outside: float) -> dict[str, float]:
+    @property
+    def _outside(self) -> float:
+        return sum(self._lost[what] for what in _OUTSIDE_STEPS)
+
+    def _rates(self, step: int, now: float) -> dict[str, float]:
         """Rates since the last row, without the time of compilation, evaluation and checkpoints."""
-        seconds = now - self._mark.time - (outside - self._mark.outside)
+        seconds = now - self._mark.time - (self._outside - self._mark.outside)
         steps = step - self._mark.step
         if steps <= 0 or seconds <= 0:
             return {}
@@ -268,25 +278,25 @@ class Telemetry:
         return rates
 
     def _step_text(self, step: int, values: Mapping[str, float], rates: Mapping[str, float], now: float) -> str:
-        parts = [f"step {step}/{self._total_steps}", f"loss {values['loss']:.4f}"]
+        parts = [f"step {step}/{self._total_steps}"]
+        parts += [f"loss {values['loss']:.4f}"] if "loss" in values else []
         parts += [f"grad {values['grad_norm']:.3g}"] if "grad_norm" in values else []
         parts += [f"lr {values['learning_rate']:.2e}"] if "learning_rate" in values else []
+        parts += ["update skipped"] if values.get("skipped") else []
         if "train/tokens_per_second" in rates:
             parts.append(f"{format_count(rates['train/tokens_per_second'])} tok/s")
+        parts.append(f"ETA {format_duration(self._eta(step, now))}")
         if "train/model_flops_per_second" in rates:
             parts.append(f"{format_count(rates['train/model_flops_per_second'])}FLOP/s")
         parts += [f"MFU {100 * rates['train/mfu']:.1f}%"] if "train/mfu" in rates else []
-        parts.append(f"ETA {format_duration(self._eta(step, now))}")
         elapsed = max(now - self._begin, 1e-9)
         lost = [f"{what} {100 * self._lost[what] / elapsed:.1f}%" for what in ("input", "checkpoint", "compile")]
         parts.append(f"lost: {' '.join(lost)}")
-        parts += ["update skipped"] if values.get("skipped") else []
         return "  ".join(parts)
 
     def _eta(self, step: int, now: float) -> float:
-        """Seconds to the last step, at the mean pace of this start, everything but compilation included."""
-        steps = step - self._start.step
-        seconds = now - self._begin - self._lost["compile"]
+        """Seconds to the last step, at the mean pace since the first one, saving and evaluating included."""
+        steps, seconds = step - self._start.step, now - self._start.time
         return (self._total_steps - step) * seconds / steps if steps > 0 else float("inf")
 
     def _memory(self) -> list[dict[str, Any]]:
@@ -303,7 +313,7 @@ class Telemetry:
 
     def _say(self, text: str) -> None:
         """A line that stays on the terminal of process 0, and in every process's log."""
-        _package_log.info("%s", text)
+        _log.info("%s", text)
         if self._process == 0:
             self._line.print(text)
 
@@ -318,7 +328,7 @@ class Telemetry:
             curves.draw(*(os.path.join(self._directory, name) for name in ("metrics.jsonl", "loss.png")))
         except OSError as error:
             # A picture must not end a run.
-            _package_log.warning("%s: cannot draw: %s", self.plot_path, error)
+            _log.warning("%s: cannot draw: %s", self.plot_path, error)
         self._plotted_at = self._clock()
         self._plot_seconds = self._plotted_at - begin
 
@@ -346,15 +356,16 @@ def _peak(config: TelemetryConfig, devices: Sequence[jax.Device]) -> tuple[float
     return None, ""
 
 
-def screen(sections: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """Lines of {title: {name: value}} in three columns; a title stands at its first entry alone."""
+def screen(sections: Mapping[str, Mapping[str, object]], *, width: int = 120) -> Iterator[str]:
+    """Lines of {title: {name: value}} in three columns; a title stands at its first entry, long values are wrapped."""
     entries = [(title, name, str(value)) for title, rows in sections.items() for name, value in rows.items()]
     title_width = max((len(title) for title, _, _ in entries), default=0)
     name_width = max((len(name) for _, name, _ in entries), default=0)
     before = None
     for title, name, value in entries:
-        shown = "" if title == before else title
-        yield f"{shown:<{title_width}}  {name:<{name_width}}  {value}".rstrip()
+        head = f"{'' if title == before else title:<{title_width}}  {name:<{name_width}}  "
+        indent = " " * len(head)
+        yield from textwrap.wrap(value, width, initial_indent=head, subsequent_indent=indent) or [head.rstrip()]
         before = title
 
 
@@ -365,32 +376,3 @@ def _stage(workdir: str, names: Sequence[str]) -> paths.StagedDirectory:
         if paths.is_remote(workdir) and paths.exists(paths.join(workdir, name)):
             paths.copy_file(paths.join(workdir, name), os.path.join(staged.local_path, name))
     return staged
-
-
-class _LineHandler(logging.Handler):
-    """Warnings of all components, above the live line."""
-
-    def __init__(self, line: StatusLine):
-        super().__init__(logging.WARNING)
-        self._line = line
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._line.print(self.format(record))
-
-
-class _FileHandler(logging.FileHandler):
-    """A log that stays silent when it cannot be written (a full disk): it must not end what it reports on."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002 (the library's name)
-        pass
-
-
-def _open_logs(path: str, line: StatusLine) -> list[logging.Handler]:
-    file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
-    handlers: list[logging.Handler] = [file, _LineHandler(line)]
-    _package_log.setLevel(logging.INFO)
-    _package_log.propagate = False  # other libraries put handlers on the root logger
-    for handler in handlers:
-        _package_log.addHandler(handler)
-    return handlers

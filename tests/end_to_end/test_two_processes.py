@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12  # until something is done to a run
 AFTER = 10  # steps after a resume
 # Sums over 8 devices in one process and over 2 x 4 through gloo are added in another order, and training carries
-# the last bits on.
-TOLERANCE_AT_FIRST, TOLERANCE = 1e-6, 1e-4
+# the last bits on. Measured: 2e-7 (fsdp) and 3e-7 (tensor).
+TOLERANCE_AT_FIRST, TOLERANCE = 1e-6, 2e-5
 BASE = (
     "--config=configs/pretrain/test.py",
     "--config.evaluate.every_steps=6",

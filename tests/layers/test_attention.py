@@ -160,9 +160,12 @@ def test_long_rows_stay_a_short_program():
 def test_a_traced_window_gives_the_same_as_a_static_one():
     q, k, v, g = arrays()
     static = run(lambda *x: attention(*x, spec(window=5), scale=0.3), q, k, v, g)
-    traced = jax.jit(
-        lambda window: with_gradients(lambda *x: attention(*x, spec(window=window), scale=0.3), q, k, v, g)
-    )(jnp.int32(5))
+
+
+    def with_window(window, q, k, v, g):
+        return with_gradients(lambda *x: attention(*x, spec(window=window), scale=0.3), q, k, v, g)
+
+    traced = jax.jit(with_window)(jnp.int32(5), q, k, v, g)
     other = run(lambda *x: attention(*x, spec(window=6), scale=0.3), q, k, v, g)
     assert np.abs(np.asarray(static[0]) - np.asarray(other[0])).max() > 0.01
     assert_same(traced, static)
@@ -178,9 +181,13 @@ def test_parts_equal_their_concatenation():
     new = jnp.array([[4, 5]] * 4, jnp.int32)
     old_mask = MaskSpec(causal=True, window=4, q_positions_BT=new, k_positions_BS=jnp.asarray(positions))
     new_mask = MaskSpec(causal=True, window=4, q_positions_BT=new, k_positions_BS=new)
-    parts = [(cache_k, cache_v, old_mask), (k[:, 4:], v[:, 4:], new_mask)]
-    split = jax.jit(lambda q: attention_over_parts(q, parts, scale=0.3))(q[:, 4:])
-    whole = jax.jit(lambda q: attention(q, k, v, spec(window=4), scale=0.3))(q)
+
+
+    def over_parts(q, cache_k, cache_v, k, v):
+        return attention_over_parts(q, [(cache_k, cache_v, old_mask), (k, v, new_mask)], scale=0.3)
+
+    split = jax.jit(over_parts)(q[:, 4:], cache_k, cache_v, k[:, 4:], v[:, 4:])
+    whole = jax.jit(lambda *x: attention(*x, spec(window=4), scale=0.3))(q, k, v)
     assert np.abs(split - whole[:, 4:]).max() < 1e-6
 
 
@@ -250,7 +257,7 @@ def test_splash_equals_the_definition(name):
 
 
 def test_splash_does_not_take_what_it_cannot_compute():
-    q, k, _, _ = arrays(length=256)
+    q, k, _, _ = map(jnp.asarray, arrays(length=256))
     positions = jnp.zeros((4, 256), jnp.int32)
     assert kernels.splash_fits(q, k, spec(window=3, segments=np.ones((4, 256), np.int32)))
     assert not kernels.splash_fits(q[:, :200], k[:, :200], spec())
