@@ -1,7 +1,7 @@
 """A model directory ready to use from Python: logits, generation, log-likelihoods. No training, no server.
 
-    lm = t5x_like.load("runs/tiny")
-    lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
+lm = t5x_like.load("runs/tiny")
+lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 """
 
 import dataclasses
@@ -131,9 +131,7 @@ def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(
-    model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _score(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     hidden_BTD, head = _apply(model, params, inputs_BT)
     with use_rules(model.rules):
         logp_BT, _ = token_log_probs(hidden_BTD, head, targets_BT)

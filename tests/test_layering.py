@@ -30,7 +30,10 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # What stands outside of the package calls a run as a whole, and the command line; a tool may make the mesh for it.
 OUTSIDE = {"configs": (), "launch": (9, 10, 11), "tools": (1, 9, 10, 11)}
 # Files that speak of this process and not of a mesh.
-PROCESS = {f"t5x_like/{name}.py" for name in ("core/environment", "commands/training_run", "language_model")}
+PROCESS = {
+    f"t5x_like/{name}.py"
+    for name in ("core/environment", "parallel/multihost", "commands/training_run", "language_model")
+}
 TENSORFLOW = ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text")
 
 

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict, config_flags
 
 from t5x_like.core.errors import UsageError
 
-
 # What the flags raise for a wrong override, and a config file for a mistake in it.
 _FLAG_ERRORS = (flags.Error, AttributeError, ImportError, KeyError, NameError, TypeError, ValueError, SyntaxError)
 
@@ -107,7 +106,9 @@ def _explain(error: Exception, path: pathlib.Path | None, arguments: Sequence[st
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {_line(error)}"
     text = _line(error)
-    at_fault = [argument for argument in arguments if argument.partition("=")[0].lstrip("-").removeprefix("config.") in text]
+    at_fault = [
+        argument for argument in arguments if argument.partition("=")[0].lstrip("-").removeprefix("config.") in text
+    ]
     return f"{at_fault[0] if at_fault else path or 'config'}: {text}"
 
 

@@ -88,8 +88,8 @@ def _data(data: Mapping[str, Any]) -> dict[str, object]:
     rows: dict[str, object] = {}
     for name, facts in data["components"].items():
         rows[name] = (
-            f"{facts['source']}: {format_count(facts['tokens'])} tokens of {format_count(facts['documents'])} documents, "
-            f"{facts['share_of_rows']:.1%} of rows, {facts['epochs']:.2f} epochs in all steps"
+            f"{facts['source']}: {format_count(facts['tokens'])} tokens of {format_count(facts['documents'])} "
+            f"documents, {facts['share_of_rows']:.1%} of rows, {facts['epochs']:.2f} epochs in all steps"
         )
     for name, facts in data["validation"].items():
         rows[f"held out: {name}"] = f"{facts['source']}: {format_count(facts['tokens'])} tokens"

@@ -54,7 +54,9 @@ def _parse(arguments: Sequence[str]) -> Request:
     parser = Parser(prog="t5x_like train", description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
     parser.add_argument("--check", action="store_true", help="build, print the summary, and exit")
-    parser.add_argument("--coordinator", help="HOST:PORT of process 0, for several processes outside of a known cluster")
+    parser.add_argument(
+        "--coordinator", help="HOST:PORT of process 0, for several processes outside of a known cluster"
+    )
     parser.add_argument("--process_id", type=int, help="number of this process, from 0")
     parser.add_argument("--num_processes", type=int, help="how many processes the run has")
     options = parser.parse_args(others)

@@ -16,7 +16,7 @@ from t5x_like import experiment as experiments
 from t5x_like.commands import summary
 from t5x_like.commands.train import Request
 from t5x_like.core.environment import Environment
-from t5x_like.core.errors import UsageError, UserError
+from t5x_like.core.errors import UsageError
 from t5x_like.data.loader import HeldOut, Prefetch, TrainData, open_data
 from t5x_like.data.prepare import prepare
 from t5x_like.objectives.interface import Batch
@@ -92,8 +92,8 @@ def _open_data(experiment: experiments.Experiment, workdir: Workdir, processes: 
     processes.agree("data fingerprint", data.fingerprint)
     if experiment.model.vocab_size != data.vocabulary.size:
         raise UsageError(
-            f"config.model.vocab_size={experiment.model.vocab_size}, but the tokenizer {experiment.data.tokenizer!r} has "
-            f"{data.vocabulary.size} tokens; set config.model.vocab_size={data.vocabulary.size}"
+            f"config.model.vocab_size={experiment.model.vocab_size}, but the tokenizer {experiment.data.tokenizer!r} "
+            f"has {data.vocabulary.size} tokens; set config.model.vocab_size={data.vocabulary.size}"
         )
     return data
 

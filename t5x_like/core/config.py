@@ -105,7 +105,8 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[A
     if len(value) != len(arguments):
         raise UsageError(f"{path}={value!r} should have {len(arguments)} entries")
     return tuple(
-        _convert(hint, item, f"{path}[{index}]") for index, (hint, item) in enumerate(zip(arguments, value, strict=True))
+        _convert(hint, item, f"{path}[{index}]")
+        for index, (hint, item) in enumerate(zip(arguments, value, strict=True))
     )
 
 

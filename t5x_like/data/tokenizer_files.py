@@ -159,8 +159,6 @@ class _Tokenizers:
         if self._words is None:
             return self._encode(list(texts))
         found = self._words.encode(texts)
-        if None not in found:
-            return found
         others = iter(self._encode([text for text, ids in zip(texts, found, strict=True) if ids is None]))
         return [next(others) if ids is None else ids for ids in found]
 

@@ -61,8 +61,10 @@ def filter_logits(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[A
         order_BV = jnp.argsort(-logits_BV, axis=-1)
         sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV, axis=-1), order_BV, axis=-1)
         before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV  # probability of all that is more likely
-        keep_BV = jnp.zeros_like(before_BV, bool).at[jnp.arange(len(order_BV))[:, None], order_BV].set(
-            before_BV < sampling.top_p
+        keep_BV = (
+            jnp.zeros_like(before_BV, bool)
+            .at[jnp.arange(len(order_BV))[:, None], order_BV]
+            .set(before_BV < sampling.top_p)
         )
         logits_BV = jnp.where(keep_BV, logits_BV, -jnp.inf)
     return logits_BV

@@ -39,5 +39,5 @@ class _LineHandler(logging.Handler):
 class _FileHandler(logging.FileHandler):
     """A log that stays silent when it cannot be written (a full disk): it must not end what it reports on."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+    def handleError(self, record: logging.LogRecord) -> None:  # the library says the name
         pass

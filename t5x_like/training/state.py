@@ -55,9 +55,7 @@ def fresh_progress() -> dict[str, jax.Array]:
     }
 
 
-def layout(
-    optimizer: Optimizer, *, trainable: Tree, frozen: Tree, ema: bool, mesh: Mesh, rules: Rules
-) -> Layout:
+def layout(optimizer: Optimizer, *, trainable: Tree, frozen: Tree, ema: bool, mesh: Mesh, rules: Rules) -> Layout:
     """Shapes, dtypes and shardings of the state for trees of specs; allocates nothing."""
     abstract_params = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), trainable)
     shapes = jax.eval_shape(lambda params: fresh(params, optimizer, ema=ema), abstract_params)

@@ -182,7 +182,7 @@ def test_a_bad_config_is_one_line_and_leaves_no_run(case, tmp_path, capsys):
 
 def test_bad_text_is_named_with_its_place(tmp_path, capsys):
     broken, empty = tmp_path / "broken.txt", tmp_path / "empty.txt"
-    broken.write_bytes("gut".encode() + b"\xff\xfe" + b"x" * 100)
+    broken.write_bytes(b"gut" + b"\xff\xfe" + b"x" * 100)
     empty.write_bytes(b"")
     for path, part in ((broken, "3"), (empty, "empty.txt")):
         assert _train(tmp_path / "run", f"--config.data.source=text:{path}") == 1

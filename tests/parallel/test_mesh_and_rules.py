@@ -137,5 +137,7 @@ def test_a_batch_assembled_from_needed_rows_is_the_whole_batch(preset):
     shardings = sharding.batch_shardings(mesh, tables.rules(), shapes)
     rows = sharding.addressable_rows(shardings["inputs"], shapes["inputs"])
     whole = np.arange(8 * 16).reshape(8, 16)
-    batch = sharding.global_batch(lambda wanted: {"inputs": whole[wanted]}, rows=rows, shapes=shapes, shardings=shardings)
+    batch = sharding.global_batch(
+        lambda wanted: {"inputs": whole[wanted]}, rows=rows, shapes=shapes, shardings=shardings
+    )
     np.testing.assert_array_equal(batch["inputs"], whole)

@@ -94,7 +94,10 @@ def single():
     return {family: _step(family, {"preset": "data"}, 1) for family in FAMILIES}
 
 
-CASES = [("llama", name) for name in MESHES] + [("gpt2", "data=2 fsdp=2 tensor=2"), ("gpt2", "fsdp=2 sequence=2 tensor=2")]
+CASES = [("llama", name) for name in MESHES] + [
+    ("gpt2", "data=2 fsdp=2 tensor=2"),
+    ("gpt2", "fsdp=2 sequence=2 tensor=2"),
+]
 
 
 @pytest.mark.parametrize("family,name", CASES)
