@@ -95,9 +95,12 @@ def _time_ours(steps: int) -> dict:
 
     from configs import common
     from t5x_like import experiment as experiments
+    from t5x_like.core import config as bridge
+    from t5x_like.core import environment
     from t5x_like.parallel import mesh as meshes
 
     config = common.config()
+    environment.apply(bridge.build(environment.RuntimeConfig, config.runtime, path="config.runtime"))
     s = SHAPE
     config.model.update({"family": "llama", "size": "mini", "vocab_size": s["vocab"]})
     config.data.update({"batch_size": s["rows"], "length": s["length"], "attend_across_documents": True})

@@ -30,11 +30,12 @@ def run(arguments: Sequence[str]) -> int:
     if not (data.cache or options.workdir):
         raise UsageError("t5x_like prepare: give --workdir=DIR, or --config.data.cache=DIR")
     cache_dir = data.cache or paths.join(paths.normal(options.workdir), "cache")
-    print(_summary(_prepare(data, cache_dir), cache_dir))
+    print(_summary(show_progress(data, cache_dir), cache_dir))
     return 0
 
 
-def _prepare(data: Any, cache_dir: str) -> Any:
+def show_progress(data: Any, cache_dir: str) -> Any:
+    """Makes the token cache of a DataConfig complete, and shows how far it is."""
     from t5x_like.data.prepare import prepare
 
     shown: list[Progress] = []

@@ -6,6 +6,7 @@ Everything is handed down as built values; the order of training itself stands i
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,11 +15,11 @@ import numpy as np
 
 from t5x_like import experiment as experiments
 from t5x_like.commands import summary
+from t5x_like.commands.prepare import show_progress
 from t5x_like.commands.train import Request
 from t5x_like.core.environment import Environment
 from t5x_like.core.errors import UsageError
 from t5x_like.data.loader import HeldOut, Prefetch, TrainData, open_data
-from t5x_like.data.prepare import prepare
 from t5x_like.objectives.interface import Batch
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import multihost
@@ -64,16 +65,17 @@ def run(
         process_id=request.process_id,
         num_processes=request.num_processes,
     )
-    experiments.check_mesh(experiment, meshes.axis_sizes(experiment.mesh, jax.device_count()))
     with contextlib.ExitStack() as stack:
+        # Before anything that may fail: an exception on one process must reach the others, not wait for them.
+        faults = stack.enter_context(Faults(experiment.runtime, log_path=None, processes=processes))
+        experiments.check_mesh(experiment, meshes.axis_sizes(experiment.mesh, jax.device_count()))
         workdir = stack.enter_context(Workdir.open(request.workdir, processes=processes, write=not request.check))
         changes = [str(change) for change in workdir.check_config(experiments.to_dict(experiment))]
         if workdir.is_finished(experiment.loop.steps) and not request.check:
             print(f"{workdir.root} is finished: {experiment.loop.steps} of {experiment.loop.steps} steps are done")
             return 0
-        log_path = None if request.check else workdir.log_path
-        faults = stack.enter_context(Faults(experiment.runtime, log_path=log_path, processes=processes))
-        data = _open_data(experiment, workdir, processes)
+        with faults.phase("prepare"):
+            data = _open_data(experiment, workdir, processes)
         stack.callback(data.close)
         mesh = meshes.make(experiment.mesh)
         stack.enter_context(jax.set_mesh(mesh))
@@ -86,8 +88,8 @@ def _open_data(experiment: experiments.Experiment, workdir: Workdir, processes: 
     """The prepared data; process 0 prepares what is missing while the others wait."""
     cache = experiment.data.cache or workdir.path("cache")
     if processes.primary:
-        prepare(experiment.data, cache, report=None)
-    processes.broadcast("data is prepared", True, timeout=experiment.runtime.phase_seconds.start or 1e6)
+        show_progress(experiment.data, cache)
+    processes.broadcast("data is prepared", True, timeout=math.inf)
     data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
     processes.agree("data fingerprint", data.fingerprint)
     if experiment.model.vocab_size != data.vocabulary.size:
@@ -116,50 +118,19 @@ def _check(built: Run) -> int:
 
 
 def _train(built: Run) -> int:
-    experiment, workdir, program, faults = built.experiment, built.workdir, built.program, built.faults
-    keep = functools.partial(steps_to_keep, config=experiment.checkpoint)
+    experiment, workdir = built.experiment, built.workdir
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(
                 workdir.checkpoints,
-                keep=keep,
+                keep=functools.partial(steps_to_keep, config=experiment.checkpoint),
                 asynchronous=experiment.checkpoint.asynchronous,
                 timeout_seconds=experiment.checkpoint.timeout_seconds,
                 on_fault=summary.warn,
             )
         )
-        saver = Saver(checkpoints, layout=program.layout, metadata=_metadata(built))
-        start, state, frozen, origin = _start(built, saver)
-        _record(built, start)
-        telemetry = stack.enter_context(
-            Telemetry(
-                experiment.telemetry,
-                workdir.root,
-                flops_per_token=program.model.flops_per_token(experiment.data.length).train,
-                tokens_per_step=built.data.tokens_per_step,
-                devices=list(program.mesh.devices.flat),
-                total_steps=experiment.loop.steps,
-                start_step=start,
-            )
-        )
-        with telemetry.timed("compile"):
-            step, evaluate = _compile(built)
-        telemetry.summary(_summary(built, step, origin=origin, start=start))
-        prefetch = Prefetch(_read_rows(built), ahead=experiment.data.prefetch)
-        stack.callback(prefetch.close)
-        loop = loops.Loop(
-            config=experiment.loop,
-            evaluate_config=experiment.evaluate,
-            checkpoint_config=experiment.checkpoint,
-            step=step,
-            evaluate=evaluate,
-            batch_at=lambda index: _place(built, prefetch(index)),
-            held_out={name: HeldOutBatches(built, rows) for name, rows in built.data.evaluation_batches().items()},
-            saver=saver,
-            telemetry=telemetry,
-            faults=faults,
-        )
-        outcome = loops.train(loop, state, frozen, start=start)
+        with built.faults.guard():
+            outcome = _loop(built, checkpoints, stack)
         if outcome.finished:
             workdir.record_finished(experiment.loop.steps)
     if not outcome.finished:
@@ -169,6 +140,44 @@ def _train(built: Run) -> int:
         for line in summary.closing(workdir.root, outcome.evaluation, plot=experiment.telemetry.plot):
             print(line)
     return 0
+
+
+def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> loops.Outcome:
+    """Restores or makes the state, compiles, and trains; what is to be closed at the end goes onto `stack`."""
+    experiment, program = built.experiment, built.program
+    saver = Saver(checkpoints, layout=program.layout, metadata=_metadata(built))
+    start, state, frozen, origin = _start(built, saver)
+    _record(built, start)
+    telemetry = stack.enter_context(
+        Telemetry(
+            experiment.telemetry,
+            built.workdir.root,
+            flops_per_token=program.model.flops_per_token(experiment.data.length).train,
+            tokens_per_step=built.data.tokens_per_step,
+            devices=list(program.mesh.devices.flat),
+            total_steps=experiment.loop.steps,
+            start_step=start,
+        )
+    )
+    built.faults.log_to(telemetry.log_path)
+    with telemetry.timed("compile"):
+        step, evaluate = _compile(built)
+    telemetry.summary(_summary(built, step, origin=origin, start=start))
+    prefetch = Prefetch(_read_rows(built), ahead=experiment.data.prefetch)
+    stack.callback(prefetch.close)
+    loop = loops.Loop(
+        config=experiment.loop,
+        evaluate_config=experiment.evaluate,
+        checkpoint_config=experiment.checkpoint,
+        step=step,
+        evaluate=evaluate,
+        batch_at=lambda index: _place(built, prefetch(index)),
+        held_out={name: HeldOutBatches(built, rows) for name, rows in built.data.evaluation_batches().items()},
+        saver=saver,
+        telemetry=telemetry,
+        faults=built.faults,
+    )
+    return loops.train(loop, state, frozen, start=start)
 
 
 def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any], str]:

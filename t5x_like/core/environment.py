@@ -208,7 +208,7 @@ def _keep_memory() -> None:
     XLA allocates every temporary of a CPU program anew at each step; given back to the system in between, each page is
     faulted in again, which took a third of the time of a step. All three settings are needed, before threads start.
     """
-    if not sys.platform.startswith("linux") or _jax_has_started():
+    if not sys.platform.startswith("linux") or _jax_has_started() or _has_accelerator():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -45,7 +45,7 @@ class Faults:
     """
 
     def __init__(self, config: RuntimeConfig, *, log_path: str | None, processes: Processes = ALONE) -> None:
-        self._limits = {"prepare": 0.0, "end": 0.0, **dataclasses.asdict(config.phase_seconds)}
+        self._limits = {**dataclasses.asdict(config.phase_seconds), "prepare": 0.0, "end": 0.0}
         # A third of jax's limit, counted from the last sign: jax speaks half to one limit after the last beat.
         self._silence = config.heartbeat_seconds / 3
         self._processes = processes

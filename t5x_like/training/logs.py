@@ -11,20 +11,25 @@ _PACKAGE = "t5x_like"
 
 
 def open_logs(path: str, line: StatusLine) -> list[logging.Handler]:
-    """Handlers of the package's logger, in force until `close_log`; warnings go above the live `line`."""
+    """The handlers of the package's logger, in force until `close_logs`; warnings go above the live `line`."""
     file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file, _LineHandler(line)]
     package = logging.getLogger(_PACKAGE)
     package.setLevel(logging.INFO)
+    # Libraries give the root logger handlers of their own, which would print every line a second time.
+    package.propagate = False
     for handler in handlers:
         package.addHandler(handler)
     return handlers
 
 
-def close_log(handler: logging.Handler) -> None:
-    logging.getLogger(_PACKAGE).removeHandler(handler)
-    handler.close()
+def close_logs(handlers: list[logging.Handler]) -> None:
+    package = logging.getLogger(_PACKAGE)
+    package.propagate = True
+    for handler in handlers:
+        package.removeHandler(handler)
+        handler.close()
 
 
 class _LineHandler(logging.Handler):

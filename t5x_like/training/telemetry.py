@@ -30,7 +30,7 @@ from t5x_like.core.metrics import (
 from t5x_like.models.flops import CONVENTION
 from t5x_like.storage import paths
 from t5x_like.training import curves
-from t5x_like.training.logs import close_log, open_logs
+from t5x_like.training.logs import close_logs, open_logs
 from t5x_like.training.peaks import cpu_matmul_peak, device_peak
 
 _log = logging.getLogger(__name__)
@@ -246,8 +246,7 @@ class Telemetry:
             if self._events is not None:
                 self._events.close()
         finally:
-            for handler in self._handlers:
-                close_log(handler)
+            close_logs(self._handlers)
             self._staged.close()
 
     def _row(self, step: int, values: Mapping[str, float]) -> None:

@@ -263,3 +263,13 @@ def test_an_inner_phase_restarts_the_outer_one():
         with faults.phase("evaluate"):
             assert faults._phase[0] == "evaluate"
         assert faults._phase[0] == "step"
+
+
+def test_a_guarded_exception_passes_in_a_run_of_one():
+    with pytest.raises(ValueError, match="boom"), Faults(CONFIG, log_path=None) as faults, faults.guard():
+        raise ValueError("boom")
+
+
+def test_an_unknown_phase_is_refused():
+    with Faults(CONFIG, log_path=None) as faults, pytest.raises(ValueError, match="'stpe' should be one of start"):
+        faults.enter("stpe")
