@@ -75,7 +75,7 @@ def from_config(
     `overrides` are the dotted paths given on the command line: one that sets a field of a variant that is not named
     is refused, because it would change nothing. `stored` is the config of the run that is resumed, if any.
     """
-    sections = {key: value for key, value in config.items()}
+    sections: dict[str, Any] = dict(config.items())
     known = bridge.field_names(Experiment)
     for key in sections:
         if key not in known:

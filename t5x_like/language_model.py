@@ -20,7 +20,7 @@ from t5x_like.data import vocabularies
 from t5x_like.data.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
-from t5x_like.layers.token_log_probs import logits, token_log_probs, token_predictions
+from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import use_rules
 from t5x_like.storage import model_directory, paths
@@ -86,14 +86,15 @@ class LanguageModel:
             scored[row, start - 1 : len(ids) - 1] = True
         logp, greedy = _score(self.model, self.params, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
         sums = np.where(scored, np.asarray(logp, np.float64), 0).sum(axis=1)
-        matches = (np.asarray(greedy) | ~scored).all(axis=1)
+        matches = np.all(np.asarray(greedy) | ~scored, axis=1).tolist()
         return [(float(total), bool(match)) for total, match in zip(sums, matches, strict=True)]
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a prompt: begins as a document does; an empty prompt starts after the end of the last one."""
-        begin = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
-        tokens = begin + list(self.vocabulary.encode(text))
-        return tokens or [self.vocabulary.eos_id]
+        tokens = self.vocabulary.encode(text, bos=True)
+        if tokens or self.vocabulary.eos_id is None:
+            return tokens
+        return [self.vocabulary.eos_id]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """(tokens of both, index of the first continuation token).
@@ -119,7 +120,7 @@ class LanguageModel:
             raise UsageError(f"{length} tokens are more than the {limit} positions of this model; shorten the text")
 
 
-def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, object]:
+def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Head]:
     return model.apply(params, {"inputs": tokens_BT}).hidden_BTD, model.head(params)
 
 

@@ -53,7 +53,8 @@ def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[
         values(line)
     except _FLAG_ERRORS as error:
         raise UsageError(_explain(error, None, arguments)) from None
-    return values["config"].value.to_dict(), config_flags.get_override_values(values["config"])
+    config: Any = values["config"].value
+    return config.to_dict(), config_flags.get_override_values(values["config"])
 
 
 def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:

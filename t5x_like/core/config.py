@@ -52,7 +52,7 @@ def to_dict(value: Any) -> Any:
     """Plain dicts, lists and scalars, ready for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping) or hasattr(value, "items"):
+    if isinstance(value, Mapping | ConfigDict):
         return {str(key): to_dict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_dict(item) for item in value]

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from t5x_like.core import config as bridge
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
@@ -86,7 +88,7 @@ def resolve(section: bridge.Values, *, path: str = "config.model") -> ModelConfi
     for field in ("family", "size"):
         if section.get(field) is None:
             raise UsageError(f"{path}.{field} is missing; give a name")
-    name, size = section["family"], section["size"]
+    name, size = str(section["family"]), str(section["size"])
     if name not in FAMILIES:
         raise UsageError(f"{path}.family={name!r} is unknown; {nearest(name, FAMILIES)}")
     family, sizes = FAMILIES[name]
@@ -107,9 +109,10 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 def _fill(section: bridge.Values, supplied: Mapping[str, Any], path: str, source: str) -> dict[str, Any]:
     filled = {}
-    for key, value in section.items():
+    values: dict[str, Any] = dict(section.items())
+    for key, value in values.items():
         other = supplied.get(key)
-        if hasattr(value, "items"):
+        if isinstance(value, Mapping | ConfigDict):
             filled[key] = _fill(value, other if isinstance(other, Mapping) else {}, f"{path}.{key}", source)
         elif value is None and other is None:
             raise UsageError(f"{path}.{key} is not given, and {source} supplies none; set it")

@@ -99,7 +99,7 @@ def global_batch(
     row_of = np.full(next(iter(shapes.values()))[0], -1)
     row_of[rows] = np.arange(len(rows))
 
-    def part(values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    def part(values: np.ndarray, index: Any) -> np.ndarray:
         return values[(row_of[index[0]], *index[1:])]
 
     return {
