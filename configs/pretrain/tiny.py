@@ -11,13 +11,15 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.config()
-    config.model.update({"family": "llama", "size": "custom", "vocab_size": 512, "layers": 4, "embed": 192})
-    config.model.update({"heads": 6, "kv_heads": 6, "head": 32, "mlp": 512, "max_length": 512, "tie_embeddings": True})
+    config.model.update({"family": "llama", "size": "custom", "vocab_size": 512, "layers": 4, "embed": 128})
+    config.model.update({"heads": 4, "kv_heads": 4, "head": 32, "mlp": 352, "max_length": 512, "tie_embeddings": True})
     config.data.update({"source": "text:configs/data/tinyshakespeare/input.txt", "tokenizer": "train:bpe:512"})
-    config.data.update({"validation": "0.1", "batch_size": 32, "length": 128})
-    config.optim.update({"name": "muon", "learning_rate": 0.02, "weight_decay": 0.1})
+    # Half of each held-out row is context that another row has scored already.
+    config.data.update({"validation": "0.1", "validation_stride": 128, "batch_size": 8, "length": 256})
+    config.data.attend_across_documents = True  # it is one text
+    config.optim.update({"name": "muon", "learning_rate": 5e-3, "weight_decay": 0.1})
     config.optim.schedule.update({"name": "linear", "warmup_steps": 20})
-    config.loop.update({"steps": 1000, "log_every_steps": 10})
-    config.evaluate.every_steps = 200
-    config.checkpoint.every_steps = 200
+    config.loop.update({"steps": 700, "log_every_steps": 10})
+    config.evaluate.every_steps = 350
+    config.checkpoint.every_steps = 350
     return config
