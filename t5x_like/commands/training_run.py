@@ -74,12 +74,13 @@ def run(
         if workdir.is_finished(experiment.loop.steps) and not request.check:
             print(f"{workdir.root} is finished: {experiment.loop.steps} of {experiment.loop.steps} steps are done")
             return 0
-        with faults.phase("prepare"):
-            data = _open_data(experiment, workdir, processes)
-        stack.callback(data.close)
+        # Built before the data is prepared, which may take long: what is wrong with the config shows first.
         mesh = meshes.make(experiment.mesh)
         stack.enter_context(jax.set_mesh(mesh))
         program = experiments.build_program(experiment, mesh)
+        with faults.phase("prepare"):
+            data = _open_data(experiment, workdir, processes)
+        stack.callback(data.close)
         built = Run(experiment, environment, processes, workdir, faults, data, program, overrides, changes)
         return _check(built) if request.check else _train(built)
 
