@@ -134,7 +134,7 @@ def test_packed_documents_give_what_each_gives_alone():
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global"])
 def test_cached_decoding_gives_what_the_full_forward_gives(case, scan):
-    """Two rows of different length, a prompt in two parts (the first longer than a window's ring), then single steps."""
+    """Two rows of different length, a prompt in two parts (one longer than a window's ring), then single steps."""
     model, params = built(case)
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, scan=scan))
     total, lengths = 16, np.array([7, 4])  # tokens of the first part; row 1 is padded to 7
@@ -198,7 +198,7 @@ def test_gradients_are_in_the_type_of_the_masters_and_hidden_states_in_that_of_c
     [
         (lambda p: {**p, "final_norm": {}}, "parameter 'final_norm/scale' is missing"),
         (lambda p: {**p, "more": p["final_norm"]["scale"]}, "parameter 'more' is unknown"),
-        (lambda p: {**p, "final_norm": {"scale": jnp.ones(31)}}, r"'final_norm/scale' has shape \(31,\); expected \(32,\)"),
+        (lambda p: {**p, "final_norm": {"scale": jnp.ones(31)}}, r"'final_norm/scale' has shape \(31,\); expected \(32,"),
     ],
 )  # fmt: skip
 def test_a_tree_of_other_names_or_shapes_is_refused(change, message):

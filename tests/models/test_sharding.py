@@ -1,5 +1,5 @@
 """The same loss and gradients of a model on every mesh, from parameters that are really sharded. The train step as a
-whole has its own matrix (tests/training); this one stops at the model, so that a difference is found where it arises."""
+whole has its own matrix (tests/training); this one stops at the model, so that a difference is found where it is."""
 
 import functools
 
@@ -39,7 +39,8 @@ def one_device():
     segments = np.where(np.arange(LENGTH) < 11, 1, 2)[None, :].repeat(ROWS, 0)
     positions = np.where(segments == 1, np.arange(LENGTH), np.arange(LENGTH) - 11)
     batch = {"inputs": cases.tokens(model, ROWS, LENGTH), "segment_ids": segments, "positions": positions}
-    return model, params, {name: np.asarray(value, np.int32) for name, value in batch.items()}, run(model, params, batch)
+    arrays = {name: np.asarray(value, np.int32) for name, value in batch.items()}
+    return model, params, arrays, run(model, params, batch)
 
 
 def run(model, params, batch, out_shardings=None):

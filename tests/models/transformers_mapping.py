@@ -1,4 +1,4 @@
-"""Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. Llama and GPT-2; for tests only."""
+"""Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. Llama and GPT-2, for tests."""
 
 from typing import Any
 
