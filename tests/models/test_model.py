@@ -198,7 +198,7 @@ def test_gradients_are_in_the_type_of_the_masters_and_hidden_states_in_that_of_c
     [
         (lambda p: {**p, "final_norm": {}}, "parameter 'final_norm/scale' is missing"),
         (lambda p: {**p, "more": p["final_norm"]["scale"]}, "parameter 'more' is unknown"),
-        (lambda p: {**p, "final_norm": {"scale": jnp.ones(31)}}, r"'final_norm/scale' has shape \(31,\); expected \(32,"),
+        (lambda p: {**p, "final_norm": {"scale": jnp.ones(31)}}, r"'final_norm/scale' has shape \(31,\)"),
     ],
 )  # fmt: skip
 def test_a_tree_of_other_names_or_shapes_is_refused(change, message):
