@@ -10,6 +10,7 @@ Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K qu
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def attention(
 
 
 def platform() -> str:
-    """What the program is compiled for: the mesh's platform (a planner lowers for a TPU on a CPU), else jax's default."""
+    """What the program is compiled for: the mesh's platform (a plan is made on a CPU), else jax's default."""
     device = get_abstract_mesh().abstract_device
     return jax.devices()[0].platform if device is None else device.platform
 
@@ -145,7 +146,7 @@ def _blockwise(q_BTNH, k_BSKH, v_BSKH, mask: MaskSpec, *, scale: float):
     blocks = dataclasses.replace(blocks, keep=4 * B * N * area <= KEEP_BYTES * devices)
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    out_BKGTH = _over_blocks(blocks, q_BKGTH, k_BKSH, v_BKSH, mask.q_segments_BT)
+    out_BKGTH: jax.Array = _over_blocks(blocks, q_BKGTH, k_BKSH, v_BKSH, mask.q_segments_BT)
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     if mask.q_segments_BT is None:
         return out_BTNH
@@ -220,6 +221,7 @@ def _block_logits(blocks: _Blocks, block: tuple[slice, slice], q_BKGTH, k_BKSH, 
     seen_BTS = allowed(
         mask, q_length=q.stop - q.start, k_length=keys.stop - keys.start, q_start=q.start, k_start=keys.start
     )
+    assert seen_BTS is not None  # causal: never None
     seen_BQS = jnp.tile(seen_BTS, (1, q_BKGTH.shape[2], 1))
     return jnp.where(seen_BQS[:, None, :, :], logits_BKQS, MASKED)
 
@@ -236,7 +238,7 @@ def _by_group(x_BKQ, groups: int):
 
 def _sum_over_keys(blocks: _Blocks, parts):
     """Gradients of the keys of each block [B, K, H, keys], added up in place, [B, K, S, H]."""
-    total_BKHS = 0.0
+    total_BKHS: Any = 0.0
     for (_, keys), part in zip(blocks.cuts(), parts, strict=True):
         total_BKHS = total_BKHS + jnp.pad(part, ((0, 0),) * 3 + ((keys.start, blocks.length - keys.stop),))
     return total_BKHS.transpose(0, 1, 3, 2)

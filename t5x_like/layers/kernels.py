@@ -1,8 +1,8 @@
 """Flash attention kernels of accelerators: splash (Pallas) on TPU, cuDNN on GPU, each inside ONE shard_map.
 
 Both are libraries' kernels; this file says when one can run, hands it the mask in its own words, and places the work:
-rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered. It is
-NOT the choice between paths (attention.py) and holds no mathematics of its own.
+rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered. It
+is NOT the choice between paths (attention.py) and holds no mathematics of its own.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, H head size.
 """
@@ -116,7 +116,7 @@ def cudnn_fits(q_BTNH: jax.Array, k_BSKH: jax.Array, *, softcap: float | None) -
 
 
 def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: MaskSpec, *, scale: float) -> jax.Array:
-    """cuDNN flash attention. Causality and windows are part of the kernel; all else is a matrix, shared by the heads."""
+    """cuDNN flash attention. Causality and windows are part of the kernel; all else is a matrix for all heads."""
     place = _place(q_BTNH, k_BSKH)
     causal = mask.causal and mask.by_index and mask.static_window and mask.prefix_lengths_B is None
     causal = causal and place.shards(1) == 1 and q_BTNH.shape[1] == k_BSKH.shape[1]

@@ -1,9 +1,9 @@
 """The one scorer: log-probabilities of given tokens from hidden states and a head, without full float32 logits.
 
-`token_log_probs` serves every objective and evaluation, because its cotangents are per token. It is NOT a loss: weights,
+`token_log_probs` serves every objective and evaluation, as its cotangents are per token. It is NOT a loss: weights,
 label smoothing, z-loss and sums belong to objectives. `logits` is for decoding a few positions.
 
-On a mesh, forward and backward are each ONE shard_map over all axes: the head is gathered once in the compute type, each
+On a mesh, forward and backward are each ONE shard_map over all axes: the head is gathered once, in compute type, each
 device scores its own tokens chunk by chunk, and the gradient of the head is summed in float32 and scattered once. Left
 to the compiler, the head would be gathered, and its gradient reduced, once a chunk.
 
@@ -27,7 +27,7 @@ from t5x_like.parallel.rules import Rules
 # Logits of one device up to this size are kept from the forward to the backward pass, which spares a quarter of the
 # multiplications; a ~30M model with 4096 tokens a step needs 128 MiB. Larger ones are computed again.
 KEEP_BYTES = 256 * 2**20
-# Otherwise the float32 logits of one chunk have this size: large enough for the matrix unit, and for the gradient of the
+# Otherwise the float32 logits of one chunk have this size: enough for the matrix unit, and for the gradient of the
 # head, which is read and written once a chunk, to cost little beside them.
 CHUNK_BYTES = 512 * 2**20
 # Rows of a chunk are a multiple of this (tiles of the matrix units).
@@ -91,7 +91,7 @@ def _dense(leaf: Any) -> Any:
 class _Plan:
     """What is static about one call: the head's numbers, the size of a chunk, and who holds what on the mesh.
 
-    rows: tokens of a chunk; 0 keeps all logits. free_axes: mesh axes to map over, none without a mesh. token_axes: those
+    rows: tokens of a chunk; 0 keeps all logits. free_axes: axes to map over, none without a mesh. token_axes: those
     that split tokens; vocab_axes: those that split the vocabulary while scoring; gathered: (dim, mesh axis) of the
     weight's other splits, in the order in which they are undone.
     """
@@ -117,7 +117,7 @@ class _Plan:
             "weight": self.weight,
             "bias": PartitionSpec(self.weight[0]),
         }
-        out_specs = tuple(specs[name] for name in outputs.split())
+        out_specs: Any = tuple(specs[name] for name in outputs.split())
         return jax.shard_map(
             local,
             in_specs=tuple(specs[name] for name in inputs.split()),
@@ -192,7 +192,8 @@ def _score(plan: _Plan, x_BTD, weight_VD, bias_V, targets_BT):
 def _score_forward(plan: _Plan, x_BTD, weight_VD, bias_V, targets_BT):
     inputs = (x_BTD, weight_VD, bias_V, targets_BT)
     if plan.rows:
-        logp_BT, logz_BT = _score(plan, *inputs)
+        scores: Any = _score(plan, *inputs)
+        logp_BT, logz_BT = scores
         return (logp_BT, logz_BT), (*inputs, logz_BT, None)
     run = plan.on_mesh(_local_scores_kept, "tokens weight bias tokens", "tokens tokens kept")
     logp_BT, logz_BT, kept_BTV = run(*inputs)
@@ -232,7 +233,8 @@ def _local_scores_kept(plan: _Plan, x_BTD, weight_VD, bias_V, targets_BT):
 
 def _local_gradients(plan: _Plan, x_BTD, weight_VD, bias_V, targets_BT, logz_BT, kept_BTV, g_logp_BT, g_logz_BT):
     """Gradients of x, weight and bias from this device's tokens, summed over the mesh."""
-    full_VD, full_V = _gather(plan, weight_VD.astype(x_BTD.dtype), bias_V)
+    gathered: Any = _gather(plan, weight_VD.astype(x_BTD.dtype), bias_V)
+    full_VD, full_V = gathered
 
     def chunk(sums, slices):
         x_CD, targets_C, logz_C, g_logp_C, g_logz_C, product_CV = slices
@@ -247,8 +249,9 @@ def _local_gradients(plan: _Plan, x_BTD, weight_VD, bias_V, targets_BT, logz_BT,
         return new if sums is None else jax.tree.map(jnp.add, sums, new), g_x_CD.astype(x_CD.dtype)
 
     kept_MV = None if kept_BTV is None else _flat(kept_BTV)
-    arrays = (*map(_flat, (x_BTD, targets_BT, logz_BT, g_logp_BT, g_logz_BT)), kept_MV)
+    arrays: Any = (*map(_flat, (x_BTD, targets_BT, logz_BT, g_logp_BT, g_logz_BT)), kept_MV)
     tokens = arrays[0].shape[0]
+    sums: Any
     if plan.rows in range(1, tokens):
         none = (jnp.zeros(full_VD.shape, jnp.float32), None if bias_V is None else jnp.zeros(full_V.shape, jnp.float32))
         sums, g_x_nCD = jax.lax.scan(chunk, none, jax.tree.map(functools.partial(_cut, plan.rows), arrays))

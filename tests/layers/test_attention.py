@@ -161,7 +161,6 @@ def test_a_traced_window_gives_the_same_as_a_static_one():
     q, k, v, g = arrays()
     static = run(lambda *x: attention(*x, spec(window=5), scale=0.3), q, k, v, g)
 
-
     def with_window(window, q, k, v, g):
         return with_gradients(lambda *x: attention(*x, spec(window=window), scale=0.3), q, k, v, g)
 
@@ -181,7 +180,6 @@ def test_parts_equal_their_concatenation():
     new = jnp.array([[4, 5]] * 4, jnp.int32)
     old_mask = MaskSpec(causal=True, window=4, q_positions_BT=new, k_positions_BS=jnp.asarray(positions))
     new_mask = MaskSpec(causal=True, window=4, q_positions_BT=new, k_positions_BS=new)
-
 
     def over_parts(q, cache_k, cache_v, k, v):
         return attention_over_parts(q, [(cache_k, cache_v, old_mask), (k, v, new_mask)], scale=0.3)
