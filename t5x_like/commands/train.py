@@ -7,7 +7,7 @@
 Exit status 75: the run was asked to stop and has saved; start it again.
 """
 
-import dataclasses
+import argparse
 from collections.abc import Sequence
 
 from t5x_like.commands.arguments import Parser, load_config, override, split_config
@@ -16,41 +16,30 @@ from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the command line asks for."""
-
-    config_arguments: list[str]
-    workdir: str
-    check: bool
-    coordinator: str | None
-    process_id: int | None
-    num_processes: int | None
-
-
 def run(arguments: Sequence[str]) -> int:
-    request = _parse(arguments)
+    config_arguments, others = split_config(arguments)
+    options = _parse(others)
     # Light imports only until the environment stands: threads and devices are fixed when jax starts.
     from t5x_like.storage import workdir as workdirs
 
-    stored = workdirs.read_config(request.workdir)
-    if any(argument.startswith("--config=") for argument in request.config_arguments):
-        config, overrides = load_config(request.config_arguments)
+    stored = workdirs.read_config(options.workdir)
+    if any(argument.startswith("--config=") for argument in config_arguments):
+        config, overrides = load_config(config_arguments)
     elif stored is not None:
-        config, overrides = override(stored, request.config_arguments)
+        config, overrides = override(stored, config_arguments)
     else:
-        raise UsageError(f"--workdir={request.workdir} holds no config.json to resume; give --config=FILE")
+        raise UsageError(f"--workdir={options.workdir} holds no config.json to resume; give --config=FILE")
     runtime = bridge.build(environment.RuntimeConfig, config["runtime"], path="config.runtime")
-    threads = workdirs.recorded_threads(request.workdir)
+    threads = workdirs.recorded_threads(options.workdir)
     in_force = environment.apply(runtime, recorded_threads=threads)
 
     from t5x_like.commands import training_run
 
+    request = training_run.Request(**vars(options))
     return training_run.run(request, config=config, overrides=overrides, stored=stored, environment=in_force)
 
 
-def _parse(arguments: Sequence[str]) -> Request:
-    config_arguments, others = split_config(arguments)
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="t5x_like train", description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
     parser.add_argument("--check", action="store_true", help="build, print the summary, and exit")
@@ -59,5 +48,4 @@ def _parse(arguments: Sequence[str]) -> Request:
     )
     parser.add_argument("--process_id", type=int, help="number of this process, from 0")
     parser.add_argument("--num_processes", type=int, help="how many processes the run has")
-    options = parser.parse_args(others)
-    return Request(config_arguments=config_arguments, **vars(options))
+    return parser.parse_args(arguments)

@@ -16,7 +16,6 @@ import numpy as np
 from t5x_like import experiment as experiments
 from t5x_like.commands import summary
 from t5x_like.commands.prepare import show_progress
-from t5x_like.commands.train import Request
 from t5x_like.core.environment import Environment
 from t5x_like.core.errors import UsageError
 from t5x_like.data.loader import HeldOut, Prefetch, TrainData, open_data
@@ -32,6 +31,17 @@ from t5x_like.training.faults import PREEMPTED, Faults
 from t5x_like.training.keep import steps_to_keep
 from t5x_like.training.saver import Saver, warm_start
 from t5x_like.training.telemetry import Telemetry
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    workdir: str
+    check: bool
+    coordinator: str | None
+    process_id: int | None
+    num_processes: int | None
 
 
 @dataclasses.dataclass(frozen=True)

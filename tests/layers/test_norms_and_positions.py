@@ -1,0 +1,74 @@
+"""Norms and rotary positions against their formulas, and what they promise in every number format."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_like.layers import norms, param, positions
+
+PLAIN = positions.RopeScaling(name="none", factor=1.0, low_frequency=1.0, high_frequency=4.0, original_length=8192)
+LLAMA3 = positions.RopeScaling(name="llama3", factor=8.0, low_frequency=1.0, high_frequency=4.0, original_length=8192)
+
+
+def module(kind, **params):
+    graphdef, _ = param.declare(lambda: norms.NORMS[kind](8, epsilon=1e-5), dtype="float32")
+    return nnx.merge(graphdef, {name: jnp.asarray(value, jnp.float32) for name, value in params.items()})
+
+
+def test_norms_are_their_formulas():
+    generator = np.random.default_rng(0)
+    x, scale, bias = generator.normal(3.0, 2.0, (2, 5, 8)), generator.normal(size=8), generator.normal(size=8)
+    rms = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+    layer = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
+    x = jnp.asarray(x, jnp.float32)
+    np.testing.assert_allclose(module("rms", scale=scale)(x), rms, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(module("layer", scale=scale, bias=bias)(x), layer, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", norms.NORMS)
+def test_norms_of_bfloat16_are_computed_in_float32_and_rounded_once(kind):
+    params = {"scale": np.linspace(0.5, 2.0, 8)} | ({"bias": np.ones(8)} if kind == "layer" else {})
+    norm = module(kind, **params)
+    x = jax.random.normal(jax.random.key(0), (4, 8)).astype(jnp.bfloat16) * 100
+    exact = norm(x.astype(jnp.float32))
+    assert norm(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm(x), exact.astype(jnp.bfloat16))
+    assert not np.array_equal(np.asarray(norm(x), np.float32), exact)
+
+
+def turned(x_BTNH, start=0, scaling=PLAIN):
+    positions_BT = start + jnp.arange(x_BTNH.shape[1], dtype=jnp.int32)[None, :]
+    table = positions.rope_table(positions_BT, x_BTNH.shape[-1], theta=100.0, scaling=scaling)
+    return positions.rotate(x_BTNH, table)
+
+
+def test_rotation_is_a_complex_product_of_half_split_pairs():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 3, 8))
+    pairs = np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:])
+    angles = np.arange(7)[:, None] * 100.0 ** (-np.arange(4) / 4)
+    expected = pairs * np.exp(1j * angles)[None, :, None, :]
+    np.testing.assert_allclose(turned(x), np.concatenate([expected.real, expected.imag], -1), rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_turned_queries_and_keys_depend_on_the_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 6, 1, 16))
+    near, far = (jnp.einsum("BTNH,BSNH->TS", turned(q, start), turned(k, start)) for start in (0, 40))
+    np.testing.assert_allclose(near, far, rtol=1e-3, atol=1e-4)
+    assert not np.allclose(near, jnp.einsum("BTNH,BSNH->TS", q, k), atol=1e-2)
+
+
+def test_gradient_of_a_rotation_turns_back():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
+    _, back = jax.vjp(turned, x)
+    np.testing.assert_allclose(back(turned(x))[0], x, rtol=1e-5, atol=1e-5)
+
+
+def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
+    plain, scaled = (positions.frequencies(128, theta=5e5, scaling=scaling) for scaling in (PLAIN, LLAMA3))
+    waves = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[waves < 8192 / 4], plain[waves < 8192 / 4])
+    np.testing.assert_allclose(scaled[waves > 8192], plain[waves > 8192] / 8)
+    between = (waves > 8192 / 4) & (waves < 8192)
+    assert between.any() and ((scaled < plain) & (scaled > plain / 8))[between].all()

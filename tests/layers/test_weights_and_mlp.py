@@ -1,0 +1,82 @@
+"""Contractions with weights, and the feed-forward layer, against plain numpy and torch-free formulas."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from t5x_like.layers import param, weights
+from t5x_like.layers.mlp import ACTIVATIONS, Mlp
+
+EQUATIONS = {
+    "BTD,DF->BTF": ((2, 3, 4), (4, 5)),
+    "BTD,DNH->BTNH": ((2, 3, 4), (4, 2, 3)),
+    "BTNH,NHD->BTD": ((2, 3, 2, 3), (2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_einsum_is_einsum_with_and_without_a_mesh(equation, devices):
+    shapes = EQUATIONS[equation]
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))):
+        out = jax.jit(lambda x, w: weights.einsum(equation, x, w))(x, w)
+    np.testing.assert_allclose(out, np.einsum(equation, x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_products_have_the_type_of_activations_and_gradients_that_of_the_weight():
+    x, w = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.float32)
+    assert weights.einsum("BD,DF->BF", x, w).dtype == jnp.bfloat16
+    assert jax.grad(lambda w: weights.einsum("BD,DF->BF", x, w).astype(jnp.float32).sum())(w).dtype == jnp.float32
+    assert weights.take(w, jnp.array([1]), dtype="bfloat16").dtype == jnp.bfloat16
+    assert jax.grad(lambda w: weights.take(w, jnp.array([1]), dtype="bfloat16").sum().astype(float))(w).dtype == w.dtype
+
+
+def test_ragged_multiplies_each_group_with_its_own_weight():
+    x, w = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (3, 3, 4))
+    out = weights.ragged(x, w, jnp.array([2, 0, 3], jnp.int32))
+    np.testing.assert_allclose(out, np.concatenate([x[:2] @ w[0], x[2:] @ w[2]]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_leaf_of_unknown_kind_is_refused():
+    with pytest.raises(TypeError, match="ndarray is no leaf that contractions know"):
+        weights.einsum("BD,DF->BF", jnp.ones((1, 2)), np.ones((2, 2)))
+
+
+FORMULAS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+def test_activations_are_their_formulas():
+    assert FORMULAS.keys() == ACTIVATIONS.keys()
+    x = np.linspace(-4, 4, 41)
+    for name, formula in FORMULAS.items():
+        np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), formula(x), atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlp_is_its_formula(gated, bias):
+    settings = {"embed": 4, "mlp": 6, "activation": "relu2", "gated": gated, "bias": bias}
+    graphdef, specs = param.declare(lambda: Mlp(**settings, init="normal(1)", init_down="normal(1)"), dtype="float32")
+    generator = np.random.default_rng(0)
+    p = {name: generator.standard_normal(spec.shape).astype(np.float32) for name, spec in specs.items()}
+    x = generator.standard_normal((2, 3, 4)).astype(np.float32)
+    zero = np.zeros(())
+    hidden = x @ p["up"] + p.get("up_bias", zero)
+    if gated:
+        hidden = FORMULAS["relu2"](x @ p["gate"] + p.get("gate_bias", zero)) * hidden
+    else:
+        hidden = FORMULAS["relu2"](hidden)
+    out = nnx.merge(graphdef, jax.tree.map(jnp.asarray, p))(jnp.asarray(x))
+    np.testing.assert_allclose(out, hidden @ p["down"] + p.get("down_bias", zero), rtol=1e-4, atol=1e-4)
