@@ -10,14 +10,14 @@ import shutil
 
 import pytest
 
-from t5x_like.core.environment import cache_folder
+from t5x_like.core.environment import cache_folder, cores
 
 PLATFORM = os.environ.get("T5X_LIKE_TEST_PLATFORM", "cpu")  # cuda or tpu: for the tests marked so, and only those
 MAX_CACHE_BYTES = 4 * 2**30
 
 
 def _cache_folder() -> pathlib.Path:
-    folder = cache_folder()
+    folder = cache_folder(cores())
     root = os.environ.get("T5X_LIKE_TEST_CACHE") or folder.parent.with_name("tests")
     return pathlib.Path(root, f"{PLATFORM}-{folder.name}")
 

@@ -1,4 +1,4 @@
-"""Shows that a refactor changes no loss: the rows of two runs beside each other, exit status 1 where they differ.
+"""Shows that a refactor changes no loss: the rows of two runs beside each other, exit status 1 if they differ.
 
     python tools/compare_losses.py RUN_A RUN_B                    two workdirs that exist
     python tools/compare_losses.py --base=HEAD [--steps=20]       trains the tiny config at a git revision and in
@@ -8,12 +8,14 @@ It does not judge whether a difference is good; `--tolerance` (relative) is 0 un
 """
 
 import argparse
-import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+
+from t5x_like.core.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMPARED = ("train/loss", "train/grad_norm")
@@ -53,12 +55,12 @@ def train(source: pathlib.Path, workdir: pathlib.Path, config: str, steps: int) 
 
 
 def read(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
-    """{step: {name: value}} of the training rows of a workdir."""
+    """{step: {name: value}} of the training rows of a workdir. Exits with 2 if it has none."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
-        sys.exit(f"{path} is missing; expected a workdir with metrics.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["step"]: row for row in rows if COMPARED[0] in row}
+        print(f"compare_losses: {path}: no such file; give a workdir that was trained in", file=sys.stderr)
+        sys.exit(2)
+    return {row["step"]: row for row in read_rows(str(path)) if COMPARED[0] in row}
 
 
 def compare(one: dict[int, dict[str, float]], two: dict[int, dict[str, float]], tolerance: float) -> int:
@@ -66,18 +68,24 @@ def compare(one: dict[int, dict[str, float]], two: dict[int, dict[str, float]], 
     if not steps or one.keys() != two.keys():
         print(f"the runs have rows for other steps: {len(one)} and {len(two)} rows, {len(steps)} in common")
         return 1
-    worst = 0.0
+    worst, differing = 0.0, []
     for step in steps:
         differences = [_relative(one[step][name], two[step][name]) for name in COMPARED]
         worst = max(worst, *differences)
-        mark = "" if max(differences) <= tolerance else "  DIFFERS"
+        differing += [step] if max(differences) > tolerance else []
+        mark = "  DIFFERS" if step in differing else ""
         print(f"{step:>6}  {one[step]['train/loss']!r:<22} {two[step]['train/loss']!r:<22}{mark}")
-    print(f"{len(steps)} rows, largest relative difference {worst:g}, allowed {tolerance:g}")
-    return 0 if worst <= tolerance else 1
+    first = f"; step {differing[0]} is the first that differs" if differing else ""
+    print(f"{len(steps)} rows, largest relative difference {worst:g}, allowed {tolerance:g}{first}")
+    return 1 if differing else 0
 
 
 def _relative(one: float, two: float) -> float:
-    return 0.0 if one == two else abs(one - two) / max(abs(one), abs(two))
+    """0 for equal values, NaN with NaN included; infinite where only one of them is finite."""
+    if one == two or math.isnan(one) and math.isnan(two):
+        return 0.0
+    difference = abs(one - two) / max(abs(one), abs(two))
+    return difference if math.isfinite(difference) else math.inf
 
 
 if __name__ == "__main__":

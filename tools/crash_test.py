@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -22,11 +21,11 @@ import tempfile
 import time
 from typing import Any
 
+from t5x_like.core.metrics import is_measurement
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PREEMPTED = 75
 SAVE_EVERY = 4
-# Measurements of time and speed are no result.
-EXEMPT = re.compile(r"^time$|per_second|mfu|seconds|share|flops|memory|bytes_in_use|eta")
 MOMENTS = ("saving", "stepping", "saving", "stepping", "starting")
 
 
@@ -241,7 +240,7 @@ def compare_rows(whole: pathlib.Path, broken: pathlib.Path) -> list[str]:
         table: dict[tuple[int, str], list[Any]] = {}
         for row in read_rows(path):
             for name, value in row.items():
-                if name != "step" and not EXEMPT.search(name):
+                if name != "step" and not is_measurement(name):
                     table.setdefault((row["step"], name), []).append(value)
         tables.append(table)
     expected, found = tables

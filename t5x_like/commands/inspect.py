@@ -2,7 +2,8 @@
 
     t5x_like inspect runs/tiny                    parameters, shapes, axes, sizes, and how they were made
     t5x_like inspect runs/tiny --checkpoint=100   of an older checkpoint
-    t5x_like inspect runs/tiny --step=37          where each document in the batch of step 37 lies
+    t5x_like inspect runs/tiny --step=37          where each document in the batch of step 37 lies: `document` in its
+                                                  file, `text from` the place in its text that the row reads from
 
 The first two read no array and build no model.
 """
@@ -90,12 +91,13 @@ def documents(directory: str, step: int) -> Iterator[str]:
             str(place.column),
             place.component,
             f"{place.offset} {place.unit}",
+            f"{place.text_byte} byte",
             str(place.epoch),
             place.file,
         ]
         for place in places
     ]
-    yield from _columns([["row", "column", "component", "at", "epoch", "file"], *rows], left=(2, 5))
+    yield from _columns([["row", "column", "component", "document", "text from", "epoch", "file"], *rows], left=(2, 6))
 
 
 def _rows(item: str, note: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -53,13 +53,6 @@ def sections(
     return shown
 
 
-def lines(shown: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """The screen where there is no Telemetry to print it."""
-    for title, rows in shown.items():
-        for index, (name, value) in enumerate(rows.items()):
-            yield f"{title if index == 0 else '':<12}{name:<16}{value}"
-
-
 def closing(workdir: str, evaluation: Mapping[str, float], *, plot: bool) -> Iterator[str]:
     """What a finished run says at the end."""
     yield f"done: {workdir}"

@@ -30,7 +30,7 @@ from t5x_like.training import loop as loops
 from t5x_like.training.faults import PREEMPTED, Faults
 from t5x_like.training.keep import steps_to_keep
 from t5x_like.training.saver import Saver, warm_start
-from t5x_like.training.telemetry import Telemetry
+from t5x_like.training.telemetry import Telemetry, screen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _compile(built: Run) -> tuple[Any, Any]:
 
 def _check(built: Run) -> int:
     step, _ = _compile(built)
-    for line in summary.lines(_summary(built, step, origin="not started (--check)", start=0)):
+    for line in screen(_summary(built, step, origin="not started (--check)", start=0)):
         print(line)
     return 0
 

@@ -108,7 +108,7 @@ def apply(config: RuntimeConfig, *, recorded_threads: int | None = None) -> Envi
         _set_platform("cpu")
     _keep_memory()
     _quiet()
-    cache = _set_cache(config, notes)
+    cache = _set_cache(config, threads, notes)
     return Environment(threads=threads, compilation_cache=cache, notes=tuple(notes))
 
 
@@ -206,14 +206,15 @@ def _keep_memory() -> None:
     """Keeps freed memory in the process (glibc only).
 
     XLA allocates every temporary of a CPU program anew at each step; given back to the system in between, each page is
-    faulted in again, which took a third of the time of a step. All three settings are needed, before threads start.
+    faulted in again, which took a third of the time of a step. All three settings are needed, before threads start. The
+    price: where old and new temporaries lie side by side, the process holds two to four times their size.
     """
     if not sys.platform.startswith("linux") or _jax_has_started() or _has_accelerator():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    no_mmap, no_trim, one_arena = (-4, 0), (-1, 2**31 - 1), (-8, 1)
+    no_mmap, no_trim, one_arena = (-4, 0), (-1, -1), (-8, 1)
     for parameter, value in (no_mmap, no_trim, one_arena):
         mallopt(parameter, value)
 
@@ -227,15 +228,16 @@ def _quiet() -> None:
 # The persistent compilation cache.
 
 
-def cache_folder() -> Path:
-    """Where compiled programs are kept: one folder for each CPU and each version that compiles for it.
+def cache_folder(threads: int) -> Path:
+    """Where compiled programs are kept: one folder for each CPU, number of threads and version that compiles for them.
 
-    A program for another CPU may hold instructions this one lacks, hence the feature flags in the name.
+    A program for another CPU may hold instructions this one lacks, hence the feature flags in the name. A CPU program
+    is cut into as many pieces as there were threads and cores when it was compiled, which jax's own key leaves out.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
     features = hashlib.sha256(_cpu_features().encode()).hexdigest()[:8]
-    return Path(home) / "t5x_like" / "compiled" / f"{versions}-{host.machine()}-{features}"
+    return Path(home) / "t5x_like" / "compiled" / f"{versions}-{host.machine()}-{features}-{threads}of{cores()}"
 
 
 def _cpu_features() -> str:
@@ -246,14 +248,14 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), host.processor())
 
 
-def _set_cache(config: RuntimeConfig, notes: list[str]) -> str | None:
+def _set_cache(config: RuntimeConfig, threads: int, notes: list[str]) -> str | None:
     """The folder in force, or None. A folder that cannot be made costs compile time, never the run."""
     if config.compilation_cache == "off":
         _set("jax_enable_compilation_cache", False)
         return None
     folder = config.compilation_cache
     if folder == "auto":
-        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder())
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder(threads))
     if "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
         try:

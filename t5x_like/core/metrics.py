@@ -150,6 +150,16 @@ class JsonlWriter:
                 self._warned = True
 
 
+def is_measurement(name: str) -> bool:
+    """Whether a field of a row may differ between two runs that are equal bit for bit.
+
+    >>> is_measurement("train/loss"), is_measurement("train/mfu"), is_measurement("time")
+    (False, True, True)
+    """
+    rates = ("train/tokens_per_second", "train/model_flops_per_second", "train/mfu", "train/step_seconds")
+    return name == "time" or name in rates or name.startswith(("time/", "memory/"))
+
+
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
     """The rows of a metrics.jsonl in order. A last line without its end (a killed writer) is left out.
 
@@ -202,11 +212,16 @@ class TensorBoardWriter:
 
         events: Any = event_pb2  # generated code, which no type checker sees into
         summaries: Any = summary_pb2
-        os.makedirs(directory, exist_ok=True)
         self._clock = clock
         self._event, self._summary, self._value = events.Event, summaries.Summary, summaries.Summary.Value
+        self._writer: Any = None
         # The name of a file of events ends in whole seconds: two quick starts must not share one.
-        self._writer: Any = EventsWriter(os.path.join(directory, "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+        name = f".{os.getpid()}.{time.monotonic_ns()}"
+        try:
+            os.makedirs(directory, exist_ok=True)
+            self._writer = EventsWriter(os.path.join(directory, "events"), name)
+        except OSError as error:
+            _log.warning("no TensorBoard events: %s", error)
         if restored_step is not None:
             start = events.SessionLog(status=events.SessionLog.START)
             self._add(self._event(step=restored_step + 1, session_log=start))

@@ -28,7 +28,11 @@ Read = TypeVar("Read")
 
 @dataclasses.dataclass(frozen=True)
 class DocumentPlace:
-    """A document (or its rest) in a batch: where it lies in the batch and in its source. `unit`: of offset."""
+    """A document (or a part of it) in a batch: where it lies in the batch and in its source.
+
+    offset: where the document begins in its file, counted in `unit`s; text_byte: bytes of its text before what the
+    row reads
+    """
 
     row: int
     column: int
@@ -36,6 +40,7 @@ class DocumentPlace:
     file: str
     offset: int
     unit: str
+    text_byte: int
     epoch: int
 
 
@@ -94,10 +99,10 @@ class TrainData:
     def documents(self, step: int) -> list[DocumentPlace]:
         """Every document in the batch of `step`, row by row."""
         found = [
-            _place(component, row, column, document, int(epoch))
+            _place(component, row, span, int(epoch))
             for component, chosen, local, epochs in self._locate(step, np.arange(self.batch_size))
             for row, packed, epoch in zip(chosen.tolist(), local.tolist(), epochs, strict=True)
-            for document, column in component.packing.documents(packed)
+            for span in component.packing.documents(packed)
         ]
         return sorted(found, key=lambda place: (place.row, place.column))
 
@@ -240,9 +245,19 @@ def _open(name: str, entry: cache.SetEntry, folder: pathlib.Path, config: DataCo
     return _Component(name, entry, tokens, packing.PACKINGS[config.packing](tokens, config.length, stride))
 
 
-def _place(component: _Component, row: int, column: int, document: int, epoch: int) -> DocumentPlace:
-    file, offset = component.tokens.place(document)
-    return DocumentPlace(row, column, component.name, component.entry.files[file], offset, component.tokens.unit, epoch)
+def _place(component: _Component, row: int, span: packing.Span, epoch: int) -> DocumentPlace:
+    tokens = component.tokens
+    file, offset = tokens.place(span.document)
+    return DocumentPlace(
+        row=row,
+        column=span.column,
+        component=component.name,
+        file=component.entry.files[file],
+        offset=offset,
+        unit=tokens.unit,
+        text_byte=tokens.text_bytes_before(span.document, span.token),
+        epoch=epoch,
+    )
 
 
 def _facts(component: _Component) -> dict[str, Any]:

@@ -5,7 +5,7 @@ examples, each put into the row with the least room that still holds it. Order o
 """
 
 import fractions
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -13,6 +13,14 @@ from jaxtyping import Int
 from t5x_like.data.features import Rows
 from t5x_like.data.mixtures import Size
 from t5x_like.data.token_set import TokenSet
+
+
+class Span(NamedTuple):
+    """A document, or a part of it, in a row: it begins at `column` of the row, `token` tokens into the document."""
+
+    document: int
+    column: int
+    token: int
 
 
 class Packing(Protocol):
@@ -25,9 +33,7 @@ class Packing(Protocol):
 
     def read(self, rows: Int[np.ndarray, "n"]) -> Rows: ...
 
-    def documents(self, row: int) -> list[tuple[int, int]]:
-        """(document, column where it or its rest begins) of a row."""
-        ...
+    def documents(self, row: int) -> list[Span]: ...
 
 
 class Concatenated:
@@ -63,12 +69,12 @@ class Concatenated:
         trained[starts > 0, : width - self._stride] = False
         return Rows(tokens, counts, begins, trained, valid)
 
-    def documents(self, row: int) -> list[tuple[int, int]]:
+    def documents(self, row: int) -> list[Span]:
         start = row * self._stride
         first, last = np.searchsorted(self._set.ends, [start, start + self._length], side="right").tolist()
         last = min(last, self._set.documents - 1)
-        places = [0, *(int(self._set.ends[document]) - start for document in range(first, last))]
-        return list(zip(range(first, last + 1), places, strict=True))
+        later = [Span(document, self._set.begin(document) - start, 0) for document in range(first + 1, last + 1)]
+        return [Span(first, 0, start - self._set.begin(first)), *later]
 
     def _behind_inputs(self, starts: np.ndarray, begins: np.ndarray) -> np.ndarray:
         assert self._set.inputs is not None
@@ -116,10 +122,11 @@ class BestFit:
         valid = np.bincount(row, weights=lengths, minlength=len(rows)).astype(np.int64)
         return Rows(tokens, counts, begins, trained, valid)
 
-    def documents(self, row: int) -> list[tuple[int, int]]:
+    def documents(self, row: int) -> list[Span]:
         examples = self._order[self._edges[row] : self._edges[row + 1]]
         lengths = self._lengths[examples]
-        return list(zip(examples.tolist(), (np.cumsum(lengths) - lengths).tolist(), strict=True))
+        columns = np.cumsum(lengths) - lengths
+        return [Span(example, column, 0) for example, column in zip(examples.tolist(), columns.tolist(), strict=True)]
 
 
 PACKINGS = {

@@ -56,7 +56,7 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Pre
     started = time.monotonic()
     cache.fetch(config, cache_dir)
     folder = cache.local_folder(cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    paths.make_directory(str(folder))
     written = 0
     try:
         with workers.Pool(config.workers or _cores()) as pool:
@@ -184,7 +184,7 @@ def _write_sets(
             ]
         )
         place = folder / f"tokens-{fingerprint[:16]}"
-        place.mkdir(exist_ok=True)
+        paths.make_directory(str(place))
         token_set.remove_leftovers(place)
         function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind)
         plans.append((fingerprint, sources.unit(part.source.kind), jobs))

@@ -23,6 +23,7 @@ from t5x_like.storage import paths
 
 VERSION = 1
 INDEX = "index.json"
+_READ_AT_ONCE = 1 << 20  # tokens, where many are only counted
 _LARGE = 255  # in the section `bytes`: the value is in the list of large ones
 _SECTIONS = (  # (name, numpy type or None for the tokens' own, entries per)
     ("tokens", None, "tokens"),
@@ -68,7 +69,7 @@ def write_shard(folder: pathlib.Path, index: int, batches: Iterable[Encoded], ki
     columns: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _SECTIONS[1:]}
     tokens = skipped = text_bytes = 0
     try:
-        with open(temporary, "wb") as file:
+        with paths.writing(str(data)), open(temporary, "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # says that somebody is writing it
             for batch in batches:
                 written += _append(file, digest, batch.ids.astype(kind))
@@ -184,6 +185,19 @@ class TokenSet:
             large = counts == _LARGE
             values[large] = self._large_values[np.searchsorted(self._large_positions, places[large])]
         return tokens.astype(np.int32), values
+
+    def begin(self, document: int) -> int:
+        """The number of a document's first token."""
+        return int(self.ends[document - 1]) if document else 0
+
+    def text_bytes_before(self, document: int, token: int) -> int:
+        """Bytes of its text that the first `token` tokens of a document stand for."""
+        begin, total = self.begin(document), 0
+        for start in range(begin, begin + token, _READ_AT_ONCE):
+            count = min(_READ_AT_ONCE, begin + token - start)
+            _, counts = self.read(np.array([start]), np.array([count]), np.array([0]), np.array([0]), (1, count))
+            total += int(counts.sum())
+        return total
 
     def place(self, document: int) -> tuple[int, int]:
         """(number of the source file, offset in it) of a document."""

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from t5x_like.layers import kernels
 from t5x_like.layers.masks import MaskSpec, allowed
+from t5x_like.layers.platform import platform
 from t5x_like.parallel.sharding import constrain
 
 # The logit of a key that is not seen, and the highest logit of a query that sees none: finite, so that inf - inf never
@@ -45,22 +46,16 @@ def attention(
 
     scale multiplies the logits (usually H ** -0.5); softcap c makes them c * tanh(logits / c) before the mask.
     """
-    where = platform()
-    if where == "tpu" and kernels.splash_fits(q_BTNH, k_BSKH, mask):
+    target = platform()
+    if target == "tpu" and kernels.splash_fits(q_BTNH, k_BSKH, mask):
         return kernels.splash(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
-    if where in ("gpu", "cuda") and kernels.cudnn_fits(q_BTNH, k_BSKH, softcap=softcap):
+    if target == "gpu" and kernels.cudnn_fits(q_BTNH, k_BSKH, softcap=softcap):
         return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale)
     if _is_blockwise(mask, q_BTNH, k_BSKH, softcap=softcap):
         return _blockwise(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale)
     # Where the sequence is split every device needs the keys of whole rows.
     k_BSKH, v_BSKH = (constrain(x, "batch", "kv_length", "act_kv_heads", "head") for x in (k_BSKH, v_BSKH))
     return attention_over_parts(q_BTNH, [(k_BSKH, v_BSKH, mask)], scale=scale, softcap=softcap)
-
-
-def platform() -> str:
-    """What the program is compiled for: the mesh's platform (a plan is made on a CPU), else jax's default."""
-    device = get_abstract_mesh().abstract_device
-    return jax.devices()[0].platform if device is None else device.platform
 
 
 # Any mask, any lengths.
@@ -199,8 +194,8 @@ def _backward(blocks: _Blocks, saved, g_BKGTH):
         g_BKQS = _product("BKQH,BKSH->BKQS", g_BKQH, v_BKSH[:, :, keys])
         g_BKQS = (weights_BKQS * (g_BKQS - _joined(rowsum_BKGT[:, :, :, q])[..., None])).astype(dtype)
         g_q.append(_by_group(_product("BKQS,BKSH->BKQH", g_BKQS, k_BKSH[:, :, keys]), G))
-        g_k.append(_product("BKQH,BKQS->BKHS", q_BKQH, g_BKQS))  # keys last: a tenth faster than H last
-        g_v.append(_product("BKQH,BKQS->BKHS", g_BKQH, weights_BKQS.astype(dtype)))
+        g_k.append(_product("BKQS,BKQH->BKSH", g_BKQS, q_BKQH))
+        g_v.append(_product("BKQS,BKQH->BKSH", weights_BKQS.astype(dtype), g_BKQH))
     g_q_BKGTH = (jnp.concatenate(g_q, axis=3) * blocks.scale).astype(dtype)
     g_k_BKSH, g_v_BKSH = (_sum_over_keys(blocks, parts).astype(k_BKSH.dtype) for parts in (g_k, g_v))
     return g_q_BKGTH, g_k_BKSH, g_v_BKSH, None
@@ -237,11 +232,12 @@ def _by_group(x_BKQ, groups: int):
 
 
 def _sum_over_keys(blocks: _Blocks, parts):
-    """Gradients of the keys of each block [B, K, H, keys], added up in place, [B, K, S, H]."""
-    total_BKHS: Any = 0.0
+    """Gradients of the keys of each block [B, K, keys, H], added up in place, [B, K, S, H]."""
+    total_BKSH: Any = 0.0
     for (_, keys), part in zip(blocks.cuts(), parts, strict=True):
-        total_BKHS = total_BKHS + jnp.pad(part, ((0, 0),) * 3 + ((keys.start, blocks.length - keys.stop),))
-    return total_BKHS.transpose(0, 1, 3, 2)
+        around = (keys.start, blocks.length - keys.stop)
+        total_BKSH = total_BKSH + jnp.pad(part, ((0, 0), (0, 0), around, (0, 0)))
+    return total_BKSH
 
 
 def _product(equation: str, a, b):

@@ -110,7 +110,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], shared: Shared, *, kind: LayerKind, cache: dict[str, Any] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """(output, the new keys and values when there is a cache). cache: k, v [B, S, K, H], positions [B, S]."""
+        """(output, the new keys and values when there is a cache). cache: k, v [B, K, S, H], positions [B, S]."""
         q_BTNH = self._heads(x_BTD, "q", shared, kind)
         k_BTKH = self._heads(x_BTD, "k", shared, kind)
         v_BTKH = self._heads(x_BTD, "v", shared, kind)
@@ -125,7 +125,8 @@ class Attention(nnx.Module):
                 q_positions_BT=shared.positions_BT,
                 k_positions_BS=cache["positions"],
             )
-            parts = [(cache["k"], cache["v"], old), (k_BTKH, v_BTKH, new)]
+            old_k_BSKH, old_v_BSKH = (cache[name].transpose(0, 2, 1, 3) for name in ("k", "v"))
+            parts = [(old_k_BSKH, old_v_BSKH, old), (k_BTKH, v_BTKH, new)]
             context_BTNH = attention_over_parts(q_BTNH, parts, scale=scale, softcap=softcap)
         context_BTNH = checkpoint_name(constrain(context_BTNH, "batch", "length", "act_heads", "head"), "context")
         out_BTD = einsum("BTNH,NHD->BTD", context_BTNH, self.o)

@@ -116,7 +116,7 @@ def cudnn_fits(q_BTNH: jax.Array, k_BSKH: jax.Array, *, softcap: float | None) -
 
 
 def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: MaskSpec, *, scale: float) -> jax.Array:
-    """cuDNN flash attention. Causality and windows are part of the kernel; all else is a matrix for all heads."""
+    """cuDNN flash attention. Causality and windows are in the kernel, all else is a matrix, shared by the heads."""
     place = _place(q_BTNH, k_BSKH)
     causal = mask.causal and mask.by_index and mask.static_window and mask.prefix_lengths_B is None
     causal = causal and place.shards(1) == 1 and q_BTNH.shape[1] == k_BSKH.shape[1]

@@ -41,11 +41,14 @@ def entries(windows: Sequence[int], *, period: int, length: int) -> list[Entry]:
 
 
 def specs(parts: Sequence[Entry], *, rows: int, kv_heads: int, head: int, dtype: str) -> dict[str, Any]:
-    """{place in the period: {"k", "v": [n, B, S, K, H], "positions": [B, S]}}."""
-    axes = ("layers", "batch", "kv_length", "act_kv_heads", "head")
+    """{place in the period: {"k", "v": [n, B, K, S, H], "positions": [B, S]}}.
+
+    Heads come before slots, because a tile of a TPU's memory then holds slots of one head, as attention wants them.
+    """
+    axes = ("layers", "batch", "act_kv_heads", "kv_length", "head")
     tree: dict[str, Any] = {}
     for place, part in enumerate(parts):
-        values = ParamSpec((part.layers, rows, part.slots, kv_heads, head), dtype, axes, ZEROS)
+        values = ParamSpec((part.layers, rows, kv_heads, part.slots, head), dtype, axes, ZEROS)
         positions = ParamSpec((rows, part.slots), "int32", ("batch", "kv_length"), f"constant({EMPTY})")
         tree[str(place)] = {"k": values, "v": values, "positions": positions}
     return tree
@@ -72,8 +75,9 @@ def write(
     return written
 
 
-def _put(cache_nBSKH: jax.Array, new_nBTKH: jax.Array, rows_B1: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    return cache_nBSKH.at[:, rows_B1, slots_BT].set(new_nBTKH.astype(cache_nBSKH.dtype), mode="drop")
+def _put(cache_nBKSH: jax.Array, new_nBTKH: jax.Array, rows_B1: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    new_BTnKH = new_nBTKH.transpose(1, 2, 0, 3, 4).astype(cache_nBKSH.dtype)
+    return cache_nBKSH.at[:, rows_B1, :, slots_BT].set(new_BTnKH, mode="drop")
 
 
 def _slots(positions_BT: Int[Array, "B T"], slots: int) -> Int[Array, "B T"]:

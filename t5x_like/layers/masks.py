@@ -1,7 +1,7 @@
 """Masks as specifications: which key each query may attend to, said by rules rather than by a matrix.
 
 It is the one description that every attention path (XLA, splash, cuDNN) reads; `allowed` materialises it where a path
-needs the matrix. It is NOT an additive bias (position biases are numbers, not masks), and it never looks at tokens.
+needs the matrix. It is NOT an additive bias (position biases are numbers, not masks), and never looks at token values.
 
 Legend: B batch, T query length, S key length.
 """
@@ -24,9 +24,9 @@ class MaskSpec:
         no limit. A Python int is static (every path); a traced scalar (one value a layer, from scan's xs) takes the XLA
         path.
     prefix_lengths_B: keys at positions below it are seen by every query of the row (a bidirectional prefix).
-    q_positions_BT, k_positions_BS: None = the index. Give them only where the order of the index in a segment is not
-        the order of positions (decoding with a cache): the kernels need the index. A negative key position is an empty
-        slot. Packed training rows leave them None, since segments already separate the documents.
+    q_positions_BT, k_positions_BS: None = the index. Give them only where the order of the index within a segment is
+        not the order of positions (decoding with a cache): the kernels need the index. A negative key position is an
+        empty slot. Packed training rows leave them None, since segments already separate the documents.
     q_segments_BT, k_segments_BS: None = one segment. A query sees its own segment; segment 0 is padding.
     """
 

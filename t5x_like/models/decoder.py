@@ -105,7 +105,8 @@ def apply(
             x_BTD,
             kinds=config.kinds,
             caches=caches or None,
-            scan=config.scan,
+            # With a cache always: unrolled, each token would pay for a copy of all weights out of the stack.
+            scan=config.scan or cache is not None,
             remat=config.remat,
         )
     with jax.named_scope("final_norm"):

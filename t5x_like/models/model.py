@@ -91,7 +91,11 @@ class Model:
         """What scoring multiplies hidden states with: the embedding itself when tied."""
         weight = params["embed"]["tokens"] if self.config.tie_embeddings else params["head"]["weight"]
         return Head(
-            weight=weight, bias=None, vocab_size=self.config.vocab_size, softcap=self.config.final_softcap or None
+            weight=weight,
+            bias=None,
+            vocab_size=self.config.vocab_size,
+            softcap=self.config.final_softcap or None,
+            rules=self.rules,
         )
 
     def cache_specs(self, rows: int, length: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ because the save failed, and calls JAX's preemption sync point from its backgrou
 Which steps are kept is decided by a function that the caller hands in (training/keep.py). Reading is in reading.py.
 """
 
+import contextlib
 import json
 import math
 import threading
@@ -111,6 +112,7 @@ class Checkpoints:
         if self._writer is None:
             raise ValueError("these checkpoints were opened to be read only")
         self.wait()
+        self._remove_failed()
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"step {step} is due after {latest}, which {self.directory} already holds")
@@ -186,6 +188,7 @@ class Checkpoints:
         self.wait()
         if self._writer is not None:
             self._writer.close()
+            self._remove_failed()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -241,17 +244,34 @@ class Checkpoints:
 
     def _fail(self, step: int, error: BaseException) -> None:
         self._saved = False
+        self._drain()
+        self._remove_failed()
         newest: object = "unknown"
-        try:
-            if _is_main():
-                self._clean_up()
+        with contextlib.suppress(OSError, UserError):
             newest = self.latest()
-        except (OSError, UserError) as second:
-            self._on_fault(f"{self.directory}: cannot be cleaned up ({one_line(second)})")
         self._on_fault(
             f"checkpoint {self._path(step)} could not be saved ({one_line(error)}); the run goes on, its newest "
             f"checkpoint is {newest}; free disk space or check the directory"
         )
+
+    def _drain(self) -> None:
+        """Waits for what else of a failed save is under way, and drops its errors.
+
+        Orbax keeps those of several parts and raises one at each wait: the next save would fail by an old error.
+        """
+        assert self._writer is not None
+        while True:
+            try:
+                return self._writer.wait_until_finished()
+            except Exception:
+                continue
+
+    def _remove_failed(self) -> None:
+        """Removes what a failed save has left. Again before the next one and at the end: TensorStore may write on for
+        a while after it failed, which also makes removing fail."""
+        if not self._saved and _is_main():
+            with contextlib.suppress(OSError, UserError):
+                self._clean_up()
 
     def _clean_up(self) -> None:
         """Removes what a killed or failed save or deletion has left."""

@@ -41,7 +41,8 @@ def _local_lock(workdir: str) -> Iterator[None]:
     import fcntl
 
     path = os.path.join(workdir, LOCAL_NAME)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with paths.writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,8 +53,9 @@ def _local_lock(workdir: str) -> Iterator[None]:
             holder = _parsed(os.read(descriptor, 4096))
             if holder and not _is_dead(holder):
                 raise _refusal(workdir, holder) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_myself("")).encode(), 0)
+        with paths.writing(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_myself("")).encode(), 0)
         yield
         # Emptied, not removed: a name that another process has open must go on meaning this lock.
         os.ftruncate(descriptor, 0)

@@ -307,18 +307,26 @@ def _renamed_at_end(path: str) -> Iterator[str]:
     """A temporary name beside `path` that becomes `path` if the body ends well, and vanishes if not."""
     temporary = f"{path}.tmp.{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-        _sync_folder(os.path.dirname(os.path.abspath(path)))
-    except BaseException as error:
+        with writing(path):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+            _sync_folder(os.path.dirname(os.path.abspath(path)))
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
-            raise UserError(
-                f"{path} cannot be written ({error.strerror}); free disk space or check permissions"
-            ) from None
         raise
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Makes one line, which names the file, of a full disk or a missing right inside."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        raise UserError(f"{path} cannot be written ({error.strerror}); free disk space or check permissions") from None
 
 
 def _sync_folder(folder: str) -> None:

@@ -8,6 +8,8 @@ import logging
 import sys
 from typing import Any
 
+_TEMPORARY = ".orbax-checkpoint-tmp/"  # in every path of an unfinished checkpoint
+
 
 def quiet_orbax() -> None:
     """Drops Orbax's own log lines and the remains of its coroutines. Calling it again changes nothing."""
@@ -34,8 +36,10 @@ def _remains(thing: Any, error: BaseException | None) -> bool:
     code = getattr(thing, "cr_code", None)
     if code is not None and "orbax" in code.co_filename:
         return True
-    # TensorStore's answers to an event loop that Orbax closed at the first failure.
-    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed" or _raised_in_orbax(error)
+    # TensorStore's answers to an event loop that Orbax closed at the first failure, and further failures of that save.
+    if isinstance(error, RuntimeError) and str(error) == "Event loop is closed" or _TEMPORARY in str(error):
+        return True
+    return _raised_in_orbax(error)
 
 
 def _raised_in_orbax(error: BaseException | None) -> bool:

@@ -33,7 +33,8 @@ _BEFORE_CONFIG = (
 )
 # Sections and fields that do not change what is computed, or change it as asked.
 RESUME_MAY_CHANGE = (
-    *("mesh", "runtime", "telemetry", "checkpoint", "evaluate", "loop.steps", "loop.log_every_steps"),
+    *("mesh", "runtime", "telemetry", "checkpoint", "evaluate"),
+    *("loop.steps", "loop.log_every_steps", "loop.on_nonfinite", "loop.on_spike"),
     *("data.cache", "data.workers", "data.prefetch", "data.verify"),
 )
 _SHOWN = 6

@@ -160,7 +160,8 @@ class Faults:
             faulthandler.cancel_dump_traceback_later()
             self._messenger.thread.join(2)
         if self._log and not self._processes.aborts:
-            self._log.close()
+            with contextlib.suppress(OSError):
+                self._log.close()
 
     # The monitor.
 
@@ -232,9 +233,11 @@ class Faults:
         self._record(line)
 
     def _record(self, text: str) -> None:
-        if self._log:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self._log.flush()
+        # A log that cannot be written (a full disk) must not replace what it should tell.
+        with contextlib.suppress(OSError):
+            if self._log:
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                self._log.flush()
 
     def _explain_abort(self) -> str:
         """Called while jax aborts this process from C++."""

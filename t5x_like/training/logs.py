@@ -3,6 +3,7 @@
 Components say `logging.getLogger(__name__)` and nothing else. Not here: metrics, which are rows and no messages.
 """
 
+import contextlib
 import logging
 
 from t5x_like.core.metrics import StatusLine
@@ -29,7 +30,8 @@ def close_logs(handlers: list[logging.Handler]) -> None:
     package.propagate = True
     for handler in handlers:
         package.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # as handleError below
+            handler.close()
 
 
 class _LineHandler(logging.Handler):

@@ -2,7 +2,7 @@
 
 The loop hands over values; nothing here decides anything. Process 0 writes metrics and speaks on the terminal, every
 process has its own log. Rates, times, shares and memory are of this process's start and exempt from bit equality
-(`is_measurement`); the values of a row are those of that one step.
+(`core/metrics.py:is_measurement`); the values of a row are those of that one step.
 """
 
 import contextlib
@@ -65,16 +65,6 @@ class TelemetryConfig:
     profile: ProfileConfig
 
 
-def is_measurement(name: str) -> bool:
-    """Whether a field of a row may differ between two runs that are equal bit for bit.
-
-    >>> is_measurement("train/loss"), is_measurement("train/mfu"), is_measurement("time")
-    (False, True, True)
-    """
-    rates = ("train/tokens_per_second", "train/model_flops_per_second", "train/mfu", "train/step_seconds")
-    return name == "time" or name in rates or name.startswith(("time/", "memory/"))
-
-
 class Telemetry:
     """The voice and the memory of one run; use as a context manager.
 
@@ -111,12 +101,15 @@ class Telemetry:
         self._plotted_at, self._plot_seconds = self._begin, 0.0
         self._profiling = False
         self._line = StatusLine(stream if stream is not None else sys.stdout)
-        self._handlers = open_logs(self.log_path, self._line)
+        with paths.writing(self.log_path):
+            self._handlers = open_logs(self.log_path, self._line)
         self._rows: JsonlWriter | None = None
         self._events: TensorBoardWriter | None = None
         if self._process == 0:
-            self._rows = JsonlWriter(os.path.join(directory, "metrics.jsonl"))
-            self._rows.truncate_after(start_step)
+            metrics = os.path.join(directory, "metrics.jsonl")
+            with paths.writing(metrics):
+                self._rows = JsonlWriter(metrics)
+                self._rows.truncate_after(start_step)
             if config.tensorboard:
                 self._events = TensorBoardWriter(os.path.join(directory, "tensorboard"), restored_step=start_step)
 

@@ -131,6 +131,22 @@ def test_documents_name_where_the_text_of_each_row_lies(world, data):
         assert data.vocabulary.decode_bytes(mine[:8]) in text.encode() and place.unit == "byte"
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "train:bpe:300"])
+def test_the_text_of_a_row_is_found_within_a_document_of_many_rows(tmp_path, tokenizer):
+    texts = {"a.txt": " ".join(corpus.paragraphs(30)), "b.txt": "\n".join(corpus.paragraphs(8)[::-1])}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    chosen = corpus.config(source=f"text:{tmp_path}/*.txt", tokenizer=tokenizer, batch_size=16)
+    data = corpus.opened(chosen, tmp_path / "cache")
+    batch, places = whole(data, 1), data.documents(1)
+    assert len({(place.file, place.text_byte) for place in places}) > 12
+    for place in places:
+        content = pathlib.Path(place.file).read_bytes()[place.offset + place.text_byte :]
+        mine = batch["segment_ids"][place.row] == batch["segment_ids"][place.row, place.column]
+        read = data.vocabulary.decode_bytes(batch["inputs"][place.row][mine])
+        assert content.startswith(read) and (read or not content)
+
+
 def test_held_out_batches_are_whole_padded_and_disjoint_from_training(world, data):
     sets = data.evaluation_batches()
     assert list(sets) == ["large", "middle", "small"]

@@ -107,6 +107,7 @@ def test_inputs_of_an_example_carry_no_loss(tmp_path, kind):
 def test_the_documents_of_a_row_are_those_its_tokens_come_from(tmp_path):
     tokens, ids, _ = written(tmp_path, LENGTHS)
     document = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    within = np.concatenate([np.arange(length) for length in LENGTHS])
     for packed in (
         packing.Concatenated(tokens, length=16, stride=16),
         packing.Concatenated(tokens, length=16, stride=5),
@@ -114,9 +115,18 @@ def test_the_documents_of_a_row_are_those_its_tokens_come_from(tmp_path):
     ):
         rows = every(packed)
         for row in range(packed.size.rows):
-            mine = [document[token - 1] for token in rows.tokens[row, : rows.valid[row]]]
+            read = rows.tokens[row, : rows.valid[row]] - 1
+            mine = document[read]
             begins = [column for column, number in enumerate(mine) if column == 0 or number != mine[column - 1]]
-            assert packed.documents(row) == [(mine[column], column) for column in begins]
+            assert packed.documents(row) == [(mine[column], column, within[read[column]]) for column in begins]
+
+
+def test_the_text_before_a_token_is_counted_over_shards_and_large_counts(tmp_path, monkeypatch):
+    tokens, _, counts = written(tmp_path, LENGTHS)
+    monkeypatch.setattr(token_set, "_READ_AT_ONCE", 4)
+    for document, (end, length) in enumerate(zip(np.cumsum(LENGTHS), LENGTHS, strict=True)):
+        for token in range(length):
+            assert tokens.text_bytes_before(document, token) == counts[end - length :][:token].sum()
 
 
 @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)

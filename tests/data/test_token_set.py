@@ -82,6 +82,6 @@ def test_a_writer_that_fails_leaves_nothing_that_counts(tmp_path):
         yield token_set.Encoded(*(np.arange(1, 4) for _ in range(2)), *(np.array([3]) for _ in range(4)), skipped=0)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"shard-00000.bin cannot be written \(No space left on device\); free disk"):
         token_set.write_shard(tmp_path, 0, batches(), "<u2")
     assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,13 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
 import t5x_like
+from t5x_like import experiment as experiments
 from t5x_like.__main__ import main
+from t5x_like.data.loader import open_data
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "configs/pretrain/test.py"
@@ -125,8 +128,6 @@ def test_generate_prints_prompt_and_continuation_and_repeats_for_a_seed(finished
 
 
 def test_the_python_interface_agrees_with_itself(finished):
-    import numpy as np
-
     lm = t5x_like.load(str(finished))
     tokens = np.array([lm.vocabulary.encode("To be, or not")])
     logits = lm.logits(tokens)
@@ -137,6 +138,22 @@ def test_the_python_interface_agrees_with_itself(finished):
     assert value == pytest.approx(expected, rel=1e-4) and not greedy
     continuation = lm.generate(["To be"], max_new_tokens=5, temperature=0)[0]
     assert lm.log_likelihood(["To be"], [continuation])[0][1]
+
+
+def test_inspect_says_where_in_the_text_each_row_of_a_step_lies(finished, capsys):
+    """The text is one file, one document: its offset alone would say nothing."""
+    assert main(["inspect", str(finished), "--step=3"]) == 0
+    title, header, *lines = capsys.readouterr().out.splitlines()
+    assert title.endswith(": 8 documents in the batch of step 3") and "text from" in header
+    experiment = experiments.from_config(json.loads((finished / "config.json").read_text()))
+    data = open_data(experiment.data, cache_dir=str(finished / "cache"), seed=experiment.seed)
+    inputs = data.rows(2, np.arange(8))["inputs"]
+    data.close()
+    for row, line in enumerate(lines):
+        number, _, _, offset, _, text_byte, _, _, file = line.split()
+        at = int(offset) + int(text_byte)
+        assert int(number) == row and at > 0
+        assert pathlib.Path(file).read_bytes()[at : at + 32] == data.vocabulary.decode_bytes(inputs[row])
 
 
 BAD_CONFIG = {

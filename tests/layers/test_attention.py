@@ -1,6 +1,7 @@
 """Every path of attention against one reference that is written out here, for values and every gradient."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,16 @@ from jax.sharding import AxisType, Mesh
 from t5x_like.core.errors import UsageError
 from t5x_like.layers import attention as module
 from t5x_like.layers import kernels
-from t5x_like.layers.attention import attention, attention_over_parts, platform
+from t5x_like.layers.attention import attention, attention_over_parts
 from t5x_like.layers.masks import MaskSpec, allowed
+from t5x_like.layers.platform import platform
+from t5x_like.parallel import mesh as mesh_module
 from t5x_like.parallel import rules
 from t5x_like.parallel.rules import MESH_AXES
-from t5x_like.parallel.sharding import use_rules
+from t5x_like.parallel.sharding import named, use_rules
+from t5x_like.planner.compile import compile_program
+from t5x_like.planner.cost import cost
+from t5x_like.planner.topology import topology
 
 FAST = {"xla_backend_optimization_level": 0}
 SEGMENTS = np.array([[1] * 9 + [2] * 12 + [0] * 3, [1] * 24, [3] * 2 + [7] * 20 + [0] * 2, [0] * 24], np.int32)
@@ -274,3 +280,32 @@ def test_heads_split_over_other_axes_than_kv_heads_is_an_error():
 
     with jax.set_mesh(make_mesh({"sequence": 2, "tensor": 2})), pytest.raises(UsageError, match="split alike"):
         jax.jit(function).lower(q, k, v)
+
+
+@pytest.mark.xdist_group("libtpu")
+def test_splash_compiles_for_a_tpu_that_is_not_there():
+    """Grouped heads, segments and a split sequence, forward and backward: keys and values cross the network once a
+    direction, and only along the sequence."""
+    pytest.importorskip("libtpu")
+    mesh = mesh_module.make(
+        mesh_module.MeshConfig("fsdp", "", None, None, None, 2, None, 2, 2), topology("v5e:2x4").devices
+    )
+    shapes = (4, 512, 8, 128), (4, 512, 4, 128), (4, 512, 4, 128)
+    axes = [("batch", "length", heads, "head") for heads in ("act_heads", "act_kv_heads", "act_kv_heads")]
+    table = rules.rules()
+    q, k, v = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=named(mesh, table, names, shape))
+        for shape, names in zip(shapes, axes, strict=True)
+    )
+    segments = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=named(mesh, table, ("batch", "length"), (4, 512)))
+
+    def function(q, k, v, segments):
+        mask = MaskSpec(causal=True, q_segments_BT=segments, k_segments_BS=segments)
+        with use_rules(table):
+            return with_gradients(lambda *x: attention(*x, mask, scale=0.1), q, k, v, q)
+
+    text = compile_program(jax.jit(function), (q, k, v, segments), mesh=mesh).text
+    kernels_called = set(re.findall(r"splash_mha_(?:fwd|dq|dkv)", text))
+    assert kernels_called == {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"}
+    found = [(item.kind, item.axes) for item in cost(text, dict(mesh.shape)).collectives for _ in range(item.count)]
+    assert sorted(found) == [("all-gather", ("sequence",))] * 3 + [("reduce-scatter", ("sequence",))] * 2

@@ -18,7 +18,7 @@ def written(cache, positions_BT, layers):
     """Keys are 100 * layer + position, values their negatives, so that every slot tells where its content is from."""
     positions_BT = jnp.asarray(positions_BT, jnp.int32)
     k = 100.0 * jnp.arange(layers)[:, None, None] + positions_BT[None, :, :]
-    return kv_cache.write(cache, k[..., None, None], -k[..., None, None], positions_BT)
+    return jax.jit(kv_cache.write)(cache, k[..., None, None], -k[..., None, None], positions_BT)
 
 
 def content(entry, layer):

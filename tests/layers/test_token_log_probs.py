@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from t5x_like.layers import head_place
 from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
 from t5x_like.parallel import rules
 from t5x_like.parallel.rules import MESH_AXES
@@ -91,6 +92,20 @@ def test_scores_and_gradients_equal_those_of_full_logits(softcap, with_bias, chu
     assert np.all(np.asarray(results[1][1])[REAL:] == 0)  # padding of the vocabulary learns nothing
 
 
+@pytest.mark.parametrize("chunk", [0, 16], ids=["kept", "chunks"])
+def test_blocks_of_columns_give_the_same_as_the_whole(chunk, monkeypatch):
+    monkeypatch.setattr(head_place, "CPU_COLUMNS", 100)
+    assert head_place._blocks(V) == ((0, 100), (100, 200), (200, V))
+    x, weight, bias, targets, cotangents = arrays()
+    score = functools.partial(token_log_probs, chunk=chunk)
+    run = functools.partial(value_and_gradients, score, functools.partial(head_of, softcap=3.0))
+    with jax.set_mesh(make_mesh({"fsdp": 4})):
+        results = jax.jit(run, compiler_options=FAST)(x, weight, bias, targets, cotangents)
+        best_BT = jax.jit(token_predictions)(x, head_of(weight, bias))
+    assert_same(results, expected(3.0, True))
+    np.testing.assert_array_equal(best_BT, np.argmax(jax.jit(logits)(x, head_of(weight, bias)), axis=-1))
+
+
 @pytest.mark.parametrize("chunk", [0, 4], ids=["kept", "chunks"])
 @pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_gives_what_one_device_gives(name, chunk):
@@ -164,7 +179,7 @@ def test_the_head_is_gathered_once_a_direction_and_its_gradient_scattered_once()
             step = jax.jit(run, compiler_options=FAST, out_shardings=out)
             text = step.lower(placed[0], placed[1], None, placed[3], cotangents).compile().as_text()
         counts.append(count(text))
-        assert ("while" in text) == (chunk == 3)  # 12 tokens are one chunk of a device
+        assert ("while" in text) == (chunk == 3)  # 12 tokens are all that a device has
     # Reduced over tensor: the highest logit, the other sums, the gradient of x; over all: the value of the test's sum.
     assert counts[0] == counts[1]
     assert counts[0].pop("all-gather") in (1, 2)  # one, when the compiler keeps the first for the backward pass
@@ -180,7 +195,7 @@ def test_the_head_is_gathered_in_the_compute_type():
         text = jax.jit(run).lower(placed[0], placed[1], None, placed[3], cotangents).as_text()
     gathers = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
     assert len(gathers) == 2 and all("bf16" in line and "f32" not in line for line in gathers)
-    assert re.search(r"stablehlo.reduce_scatter.*?: \(tensor<256x16xf32>\)", text, re.DOTALL)
+    assert re.search(r"stablehlo.reduce_scatter.*?: \(tensor<16x256xf32>\)", text, re.DOTALL)
 
 
 def test_memory_does_not_grow_to_full_logits():
@@ -224,11 +239,13 @@ def test_logits_exponentiate_to_the_scores():
     np.testing.assert_allclose(picked_BT - logz_BT, logp_BT, rtol=1e-5, atol=1e-6)
 
 
-def test_chunks_are_chosen_by_size():
-    from t5x_like.layers.token_log_probs import CHUNK_BYTES, CHUNK_ROWS, KEEP_BYTES, _chunk_rows
-
-    assert _chunk_rows(4096, 8192, None) == 0  # the benchmark model on a CPU: kept
-    assert 4 * 4096 * 8192 <= KEEP_BYTES
-    rows = _chunk_rows(4 * 4096, 128256, None)  # 8B on 64 chips, 4 rows each
-    assert rows % CHUNK_ROWS == 0 and CHUNK_BYTES / 2 < 4 * rows * 128256 <= 1.2 * CHUNK_BYTES
-    assert _chunk_rows(10, 8192, 64) == 10
+def test_pieces_are_chosen_by_size_and_platform():
+    assert head_place._rows(4096, 8192, None) == 0  # the benchmark model on a CPU: kept
+    assert len(head_place._blocks(8192)) == 16
+    assert head_place._rows(10, 8192, 64) == 10
+    rows = head_place._rows(4 * 4096, 128256, None)  # 8B on 64 chips, 4 rows each
+    assert rows % head_place.CHUNK_ROWS == 0
+    assert head_place.CHUNK_BYTES / 2 < 4 * rows * 128256 <= 1.1 * head_place.CHUNK_BYTES
+    device = type(make_mesh({}).abstract_mesh.abstract_device)(device_kind="TPU v5p", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
+        assert head_place._blocks(8192) == ((0, 8192),)

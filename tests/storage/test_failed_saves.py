@@ -1,6 +1,7 @@
 """Saves that fail (a full disk) or never end (SIGKILL): the run goes on, and what was committed before stands."""
 
 import contextlib
+import logging
 import os
 import pathlib
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage.quiet import quiet_orbax
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -76,6 +78,15 @@ def test_a_save_that_fails_at_once_is_a_fault_too(tmp_path, monkeypatch):
         assert not checkpoints.wait() and checkpoints.latest() is None
         assert len(faults) == 1 and "No space left on device" in faults[0]
         assert checkpoints.save(2, _state(1), {}) and checkpoints.wait()
+
+
+def test_further_failures_of_a_failed_save_are_not_told(caplog):
+    """They come later, when Python collects the futures that Orbax left."""
+    quiet_orbax()
+    log = logging.getLogger("asyncio")
+    for error in (ValueError('Error writing "/run/checkpoints/6.orbax-checkpoint-tmp/params/d/1": full'), OSError("x")):
+        log.error("Future exception was never retrieved", exc_info=(type(error), error, None))
+    assert [record.exc_info[0] for record in caplog.records] == [OSError]
 
 
 def test_a_kill_at_any_moment_leaves_whole_checkpoints_only(tmp_path):

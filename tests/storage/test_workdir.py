@@ -82,6 +82,7 @@ def test_a_start_is_recorded_and_read_back(tmp_path):
     "changes",
     [
         {"loop__steps": 200},
+        {"loop__on_spike": "skip"},
         {"mesh__preset": "data"},
         {"runtime__threads": 1},
         {"telemetry__plot": False},

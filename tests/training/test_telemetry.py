@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.core.metrics import read_rows
+from t5x_like.core.metrics import is_measurement, read_rows
 from t5x_like.storage import paths
 from t5x_like.training import curves
-from t5x_like.training.telemetry import ProfileConfig, Telemetry, TelemetryConfig, is_measurement
+from t5x_like.training.telemetry import ProfileConfig, Telemetry, TelemetryConfig
 from tests.storage.fake_gcs import fake_gcs  # noqa: F401
 
 
