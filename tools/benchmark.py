@@ -7,18 +7,23 @@
     python tools/benchmark.py           all of them
 
 Each figure is the median over rounds; the rounds of peers are interleaved, so that a busy machine slows all of them.
-Needs the [test] extra (torch, transformers; seqio for `input`).
+Needs the [test] extra (torch and transformers for `step`; `input` leaves SeqIO out where it is not installed).
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import pathlib
+import resource
+import runpy
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -170,6 +175,205 @@ def _time_torch(steps: int, *, bf16: bool = False) -> dict:
     return {"seconds": _seconds(step, steps), "loss": losses[0]}
 
 
+# Preparing and reading.
+
+TEXT = ROOT / "configs/data/tinyshakespeare/input.txt"
+COPIES = 15  # of its 1.1 MB, so that starting does not dominate
+PREPARED = {  # row: (source, tokenizer, workers)
+    "lines, BPE, 1 worker": ("lines", "bpe", 1),
+    "lines, BPE, 2 workers": ("lines", "bpe", 2),
+    "whole files, BPE, 1 worker": ("text", "bpe", 1),
+    "lines, SentencePiece, 1 worker": ("lines", "sentencepiece", 1),
+}
+SEQIO_LINES = 4000
+SEQIO_TASK = """
+import os
+import seqio
+
+FOLDER = os.path.dirname(__file__)
+VOCABULARY = seqio.SentencePieceVocabulary(os.path.join(FOLDER, "tokenizer.model"))
+seqio.TaskRegistry.add(
+    "lines",
+    source=seqio.TextLineDataSource({"train": os.path.join(FOLDER, "lines.txt")}),
+    preprocessors=[
+        lambda data: data.map(lambda line: {"targets": line}),
+        seqio.preprocessors.tokenize,
+        seqio.preprocessors.append_eos,
+    ],
+    output_features={"targets": seqio.Feature(VOCABULARY, add_eos=True)},
+)
+"""
+
+
+def benchmark_input(rounds: int, steps: int) -> None:
+    rounds = min(rounds, 3)
+    with_seqio = importlib.util.find_spec("seqio") is not None
+    native, seqio, trained = [], [], []
+    for turn in range(rounds):
+        native.append(_child("prepare", steps))
+        seqio += [_child("seqio", steps)] if with_seqio else []
+        trained += [_child("ours", 1)] if turn == 0 else []  # the ratio is in the thousands
+    text = f"{COPIES} times tinyshakespeare ({COPIES * TEXT.stat().st_size / 1e6:.1f} MB), {SHAPE['vocab']} tokens"
+    print(f"\nprepare, {text}; median of {rounds} rounds: MB of text per second, for each worker, per second of CPU")
+    for row, (_, _, workers) in PREPARED.items():
+        _print_rates(row, [result["prepare"][row] for result in native], workers)
+    for row in seqio[0] if seqio else ():
+        _print_rates(row, [result[row] for result in seqio], 1)
+    if not with_seqio:
+        print("  SeqIO is not installed, so its rows are left out; pip install 't5x_like[data]'")
+    length, read = SHAPE["length"], statistics.median(result["read"] for result in native)
+    consumed = SHAPE["rows"] / trained[0]["seconds"]
+    print(f"\nreading, batches of {SHAPE['rows']} rows of {length} tokens with their segments, one thread")
+    print(f"  {'read':<40}{read:9.1f} rows/s  {read * length:11.0f} tokens/s")
+    print(f"  {'consumed by a training step':<40}{consumed:9.1f} rows/s  {consumed * length:11.0f} tokens/s")
+    print(f"  {'ratio':<40}{read / consumed:9.0f}x")
+
+
+def _print_rates(row: str, results: list[dict], workers: int) -> None:
+    wall, cpu = (statistics.median(each["bytes"] / each[key] / 1e6 for each in results) for key in ("wall", "cpu"))
+    print(f"  {row:<40}{wall:7.3f} MB/s  {wall / workers:7.3f} a worker  {cpu:7.3f} per CPU second")
+
+
+def _time_prepare(steps: int) -> dict:
+    """{"prepare": {row: seconds and bytes}, "read": rows per second}."""
+    import numpy as np
+
+    from t5x_like import experiment as experiments
+    from t5x_like.commands import arguments, prepare, training_run
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, text, results = pathlib.Path(name), TEXT.read_text(), {}
+        (folder / "lines-0.txt").write_text(text * COPIES)
+        for copy in range(COPIES):
+            (folder / f"text-{copy}.txt").write_text(text)
+        for kind in ("bpe", "sentencepiece"):
+            _train_tokenizer(kind, folder / kind)
+        for row, (kind, tokenizer, workers) in PREPARED.items():
+            data = {"source": f"{kind}:{folder}/{kind}-*.txt", "tokenizer": f"{folder}/{tokenizer}", "validation": ""}
+            data |= {"workers": workers, "cache": f"{folder}/{row}", "attend_across_documents": False}
+            data |= {"batch_size": SHAPE["rows"], "length": SHAPE["length"]}
+            chosen = _config({f"data.{field}": value for field, value in data.items()})
+            results[row] = _spent(lambda chosen=chosen: prepare.run(chosen), COPIES * TEXT.stat().st_size)
+        experiment = experiments.from_config(arguments.load_config(chosen)[0])
+        read = training_run.open_data(experiment.data, cache_dir=experiment.data.cache, seed=0)
+        rows, number = np.arange(SHAPE["rows"]), itertools.count()
+        batches = 200
+        seconds = _seconds(lambda: [read.rows(next(number), rows) for _ in range(batches)], steps)
+    return {"prepare": results, "read": batches * SHAPE["rows"] / seconds}
+
+
+def _time_seqio(steps: int) -> dict:
+    """SeqIO's own iteration of some of these lines, and `prepare` of the same Task, which starts TensorFlow."""
+    del steps
+    import seqio
+
+    from t5x_like.commands import prepare
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        _train_tokenizer("sentencepiece", folder)
+        size = (folder / "lines.txt").write_text("".join(TEXT.open().readlines()[:SEQIO_LINES]))
+        (folder / "task.py").write_text(SEQIO_TASK)
+        runpy.run_path(str(folder / "task.py"))
+
+        def examples() -> Iterator[object]:
+            task = seqio.get_mixture_or_task("lines")
+            return task.get_dataset(sequence_length=None, split="train", shuffle=False).as_numpy_iterator()
+
+        next(examples())
+        data = {"source": f"seqio:{folder}/task.py:lines", "tokenizer": "task", "validation": "", "workers": 1}
+        chosen = _config({f"data.{field}": value for field, value in data.items()})
+        return {
+            f"SeqIO alone, {SEQIO_LINES} of these lines": _spent(lambda: list(examples()), size),
+            "prepare of it, with TensorFlow's start": _spent(lambda: prepare.run([*chosen, f"--workdir={name}"]), size),
+        }
+
+
+def _train_tokenizer(kind: str, output: pathlib.Path) -> None:
+    from t5x_like.commands import train_tokenizer
+
+    train_tokenizer.run([f"lines:{TEXT}", f"--kind={kind}", f"--size={SHAPE['vocab']}", f"--output={output}"])
+
+
+def _config(overrides: Mapping[str, object]) -> list[str]:
+    """Arguments: the example of `make train`, changed."""
+    return ["--config=configs/pretrain/tiny.py", *(f"--config.{field}={value}" for field, value in overrides.items())]
+
+
+def _spent(function: Callable[[], object], size: int) -> dict:
+    """What `function` takes for `size` bytes: seconds of wall clock, and of CPU with those of its ended children."""
+
+    def cpu() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+    wall_before, cpu_before = time.perf_counter(), cpu()
+    function()
+    return {"bytes": size, "wall": time.perf_counter() - wall_before, "cpu": cpu() - cpu_before}
+
+
+# Saving.
+
+SAVE_EVERY = 8  # steps; long enough for the save before to be written
+REALISTIC_EVERY = 100
+SAVED_RUN = {
+    "data.batch_size": 2,  # the state is what counts
+    "data.length": SHAPE["length"],
+    "model.layers": SHAPE["layers"],
+    "model.embed": SHAPE["embed"],
+    "model.heads": SHAPE["heads"],
+    "model.kv_heads": SHAPE["heads"],
+    "model.head": SHAPE["embed"] // SHAPE["heads"],
+    "model.mlp": SHAPE["mlp"],
+    "model.vocab_size": SHAPE["vocab"],
+    "model.tie_embeddings": False,
+    "model.scan": False,
+    "data.tokenizer": f"train:bpe:{SHAPE['vocab']}",
+    "data.validation": "",
+    "optim.name": "adamw",
+    "optim.learning_rate": 3e-4,
+    "evaluate.every_steps": 0,
+    "loop.log_every_steps": 1,
+    "checkpoint.every_steps": SAVE_EVERY,
+    "telemetry.measure_cpu_peak": False,
+}
+
+
+def benchmark_save(rounds: int, steps: int) -> None:
+    del steps
+    result = _child("save", rounds + 1)
+    first, later, step = result["stalls"][0], result["stalls"][1:], result["step_seconds"]
+    stall = statistics.median(later)
+    print(f"\nasynchronous saves of {result['bytes']} bytes of state, every {SAVE_EVERY} steps of {step:.2f} s")
+    print(f"  {'the loop waits':<40}{stall:6.2f} s a save (median of {len(later)}), {first:.2f} s at the first")
+    for every in (SAVE_EVERY, REALISTIC_EVERY):
+        between = f"a save every {every} steps ({every * step / 60:.1f} min)"
+        print(f"  {between:<40}{stall / (every * step + stall):6.2%} of the time the loop waits")
+
+
+def _time_saves(saves: int) -> dict:
+    """Trains with a save every few steps. A stall is what lies between two rows beyond the seconds of the step."""
+    import numpy as np
+
+    from t5x_like.commands import train
+    from t5x_like.core.metrics import read_rows
+
+    steps = saves * SAVE_EVERY + 2
+    with tempfile.TemporaryDirectory() as workdir:
+        train.run([*_config(SAVED_RUN | {"loop.steps": steps}), f"--workdir={workdir}"])
+        rows = {row["step"]: row for row in read_rows(f"{workdir}/metrics.jsonl")}
+        arrays = json.loads(pathlib.Path(workdir, f"checkpoints/{steps}/metadata/metadata").read_text())["arrays"]
+    leaves = [leaf for item in arrays.values() for leaf in item.values()]
+    spent = [rows[step]["train/step_seconds"] for step in range(1, steps + 1)]
+    return {
+        "bytes": sum(int(np.prod(leaf["shape"])) * np.dtype(leaf["dtype"]).itemsize for leaf in leaves),
+        "step_seconds": statistics.median(spent),
+        "stalls": [
+            rows[step + 1]["time"] - rows[step]["time"] - spent[step] for step in range(SAVE_EVERY, steps, SAVE_EVERY)
+        ],
+    }
+
+
 # Import time.
 
 
@@ -209,7 +413,9 @@ def _child(worker: str, steps: int) -> dict:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": str(THREADS), "OMP_NUM_THREADS": str(THREADS)}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, __file__, f"--worker={worker}", f"--steps={steps}"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{result.stderr}\nbenchmark: the worker {worker} failed with status {result.returncode}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -218,8 +424,16 @@ WORKERS: dict[str, Callable[[int], dict]] = {
     "ours": _time_ours,
     "torch": _time_torch,
     "torch_bf16": lambda steps: _time_torch(steps, bf16=True),
+    "prepare": _time_prepare,
+    "seqio": _time_seqio,
+    "save": _time_saves,
 }
-SECTIONS: dict[str, Callable[[int, int], None]] = {"step": benchmark_step, "imports": benchmark_imports}
+SECTIONS: dict[str, Callable[[int, int], None]] = {
+    "step": benchmark_step,
+    "input": benchmark_input,
+    "save": benchmark_save,
+    "imports": benchmark_imports,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,7 +24,8 @@ SOURCES = {
 
 def get_config(folder: str = "data/pretrain") -> ConfigDict:
     config = common.config()
-    config.model.update({"family": "llama", "size": "small"})
+    # Layers one by one: on a CPU a step takes two thirds of the time that scanned layers take.
+    config.model.update({"family": "llama", "size": "small", "scan": False})
     for name, source in SOURCES.items():
         kind, _, pattern = source.partition(":")
         config.data.mixture.sources[name] = f"{kind}:{folder}/{name}/{pattern}"
@@ -33,7 +34,7 @@ def get_config(folder: str = "data/pretrain") -> ConfigDict:
     config.data.update({"batch_size": 16, "length": 256})
     config.optim.update({"name": "muon", "learning_rate": 3e-3, "weight_decay": 0.1})
     config.optim.schedule.update({"name": "warmup_stable_decay", "warmup_steps": 50})
-    config.loop.update({"steps": 1600, "log_every_steps": 10})
+    config.loop.update({"steps": 1200, "log_every_steps": 10})
     config.evaluate.every_steps = 200
     config.checkpoint.every_steps = 200
     return config

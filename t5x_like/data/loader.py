@@ -8,6 +8,7 @@ it is. No state, no iterator: a process reads the rows it wants, in any order. N
 import collections
 import concurrent.futures
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -21,6 +22,8 @@ from t5x_like.data import cache, features, mixtures, packing, vocabularies
 from t5x_like.data.config import DataConfig
 from t5x_like.data.permutation import permute
 from t5x_like.data.token_set import TokenSet
+
+_log = logging.getLogger(__name__)
 
 Batch = features.Batch
 Read = TypeVar("Read")
@@ -220,8 +223,22 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
     vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
     train = [_open(name, entry, folder, config, config.length) for name, entry in sorted(manifest.train.items())]
     stride = config.validation_stride or config.length
-    validation = [_open(name, entry, folder, config, stride) for name, entry in sorted(manifest.validation.items())]
+    held_out = {name: entry for name, entry in sorted(manifest.validation.items()) if _has_text(entry, folder)}
+    if manifest.validation and not held_out:
+        raise UserError(
+            f"config.data.validation={config.validation!r} holds out no text of any source; "
+            "expected some: make it larger, or '' for no evaluation"
+        )
+    validation = [_open(name, entry, folder, config, stride) for name, entry in held_out.items()]
     return TrainData(config, vocabulary, train, validation, seed=seed)
+
+
+def _has_text(entry: cache.SetEntry, folder: pathlib.Path) -> bool:
+    """Whether anything of a source was held out: a small share of a few documents may be none of them."""
+    found = TokenSet(folder / entry.folder, verify=False).tokens >= 2
+    if not found:
+        _log.warning("%s: none of it was held out, so there is no evaluation on it", entry.source)
+    return found
 
 
 def _check(config: DataConfig) -> None:

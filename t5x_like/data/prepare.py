@@ -166,7 +166,7 @@ def _write_sets(
     report: Report | None,
 ) -> tuple[list[str], int]:
     """Writes the shards that are missing; (folder of each part, bytes of source read for it)."""
-    vocabulary = vocabularies.load(str(folder / tokenizer))
+    vocabulary = encoding.load_vocabulary(str(folder / tokenizer))
     kind = token_set.token_type(vocabulary.size)
     folders: list[str] = []
     todo: list[tuple[str, dict[str, Any], float]] = []

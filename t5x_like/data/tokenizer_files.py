@@ -258,8 +258,10 @@ def _token_surface(piece: str, added: dict[str, Any] | None, style: str, unknown
         return piece.encode()
     if style == "metaspace":
         return _piece_bytes(piece)
-    letters = _byte_letters()
-    return bytes(letters[letter] for letter in piece) if all(letter in letters for letter in piece) else piece.encode()
+    try:
+        return bytes(map(_byte_letters().__getitem__, piece))
+    except KeyError:  # a letter that stands for no byte
+        return piece.encode()
 
 
 def special_names(folder: pathlib.Path) -> tuple[str | None, str | None]:
