@@ -168,8 +168,9 @@ def _reach(
     delay, distance = chance.random(), chance.randint(1, 2 * SAVE_EVERY)
     resumed = rows == base
     while child.poll() is None:
-        if moment == "starting" and time.monotonic() - begun > delay * start_seconds:
-            return True
+        # The first start may have compiled, which later ones need not: then the first new row is late enough.
+        if moment == "starting" and (time.monotonic() - begun > delay * start_seconds or last_row(workdir) > rows):
+            return child.poll() is None
         if moment == "saving":
             now = saves(workdir)
             known &= now  # what was left half-written is removed at the start, and its name comes again

@@ -76,8 +76,11 @@ def write(
 
 
 def _put(cache_nBKSH: jax.Array, new_nBTKH: jax.Array, rows_B1: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    new_BTnKH = new_nBTKH.transpose(1, 2, 0, 3, 4).astype(cache_nBKSH.dtype)
-    return cache_nBKSH.at[:, rows_B1, :, slots_BT].set(new_BTnKH, mode="drop")
+    # Layers are counted in the index: as part of what is written in one piece, they decide the layout on a TPU, which
+    # costs four copies of the whole cache a step where a device has one kv head.
+    layers_n11 = jnp.arange(cache_nBKSH.shape[0])[:, None, None]
+    new_nBTKH = new_nBTKH.astype(cache_nBKSH.dtype)
+    return cache_nBKSH.at[layers_n11, rows_B1[None], :, slots_BT[None]].set(new_nBTKH, mode="drop")
 
 
 def _slots(positions_BT: Int[Array, "B T"], slots: int) -> Int[Array, "B T"]:
