@@ -12,7 +12,6 @@ import pytest
 
 from tests.storage.test_workdir import ROOT
 
-
 _GLOO = re.compile(r"\[Gloo\]|peer ranks|^\s*$")
 
 
