@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.data.attend_across_documents = True  # it is one text
     config.optim.update({"name": "muon", "learning_rate": 5e-3, "weight_decay": 0.1})
     config.optim.schedule.update({"name": "linear", "warmup_steps": 20})
-    config.loop.update({"steps": 700, "log_every_steps": 10})
-    config.evaluate.every_steps = 350
-    config.checkpoint.every_steps = 350
+    config.loop.update({"steps": 600, "log_every_steps": 10})
+    config.evaluate.every_steps = 300
+    config.checkpoint.every_steps = 300
     return config
