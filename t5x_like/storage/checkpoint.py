@@ -44,6 +44,7 @@ _FORMAT = 1
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _CORRUPT = ".corrupt"
 _DELETING = ".deleting"
+_MOST_PARTS = 100  # of one save; each may have failed on its own
 
 Keep = Callable[[Sequence[int], Mapping[int, Mapping[str, float]]], Collection[int]]
 
@@ -257,14 +258,13 @@ class Checkpoints:
     def _drain(self) -> None:
         """Waits for what else of a failed save is under way, and drops its errors.
 
-        Orbax keeps those of several parts and raises one at each wait: the next save would fail by an old error.
+        Orbax keeps those of several parts and raises one at each wait: the next save would fail by an old error. There
+        are few parts, and an error that stays must not hold the run for ever.
         """
         assert self._writer is not None
-        while True:
-            try:
+        for _ in range(_MOST_PARTS):
+            with contextlib.suppress(Exception):
                 return self._writer.wait_until_finished()
-            except Exception:
-                continue
 
     def _remove_failed(self) -> None:
         """Removes what a failed save has left. Again before the next one and at the end: TensorStore may write on for

@@ -286,7 +286,7 @@ def test_heads_split_over_other_axes_than_kv_heads_is_an_error():
 def test_splash_compiles_for_a_tpu_that_is_not_there():
     """Grouped heads, segments and a split sequence, forward and backward: keys and values cross the network once a
     direction, and only along the sequence."""
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="libtpu is not installed (extra [tpu])")
     mesh = mesh_module.make(
         mesh_module.MeshConfig("fsdp", "", None, None, None, 2, None, 2, 2), topology("v5e:2x4").devices
     )
