@@ -107,12 +107,13 @@ def _explain(error: Exception, path: pathlib.Path | None, arguments: Sequence[st
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {_line(error)}"
     text = _line(error)
-    at_fault = [
-        argument for argument in arguments if argument.partition("=")[0].lstrip("-").removeprefix("config.") in text
-    ]
+    names = {argument: argument.partition("=")[0].lstrip("-").removeprefix("config.") for argument in arguments}
+    at_fault = [each for each, name in names.items() if name in text or f'"{name.rpartition(".")[2]}"' in text]
     return f"{at_fault[0] if at_fault else path or 'config'}: {text}"
 
 
 def _line(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if len(text) > 1 and text[0] == text[-1] == "'" and "\\n" in text:  # repr of the text of an error within an error
+        text = text[1:-1].replace("\\n", " ").replace("\\'", "'")
     return " ".join(text.split())
