@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from t5x_like.core import environment
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
 
@@ -25,7 +26,11 @@ _USAGE = "usage: t5x_like COMMAND ...\n\ncommands (t5x_like COMMAND --help says 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if arguments[:1] == ["train"]:
+            environment.restart_without_tcache()
+    arguments = list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else UsageError.exit_status

@@ -57,8 +57,10 @@ class LanguageModel:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={max_new_tokens} should be at least 1")
+        if not prompts:
+            return []
         tokens = [self._encode(prompt) for prompt in prompts]
-        self._check_length(max(map(len, tokens), default=0) + max_new_tokens)
+        self._check_length(max(map(len, tokens)) + max_new_tokens)
         new = decode.generate(
             self.model,
             self.params,
@@ -83,7 +85,7 @@ class LanguageModel:
         scored = np.zeros((len(pairs), width), bool)
         for row, (ids, start) in enumerate(pairs):
             tokens[row, : len(ids)] = ids
-            scored[row, start - 1 : len(ids) - 1] = True
+            scored[row, start - 1 : max(len(ids) - 1, 0)] = True
         logp, greedy = _score(self.model, self.params, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
         sums = np.where(scored, np.asarray(logp, np.float64), 0).sum(axis=1)
         matches = np.all(np.asarray(greedy) | ~scored, axis=1).tolist()
@@ -99,12 +101,15 @@ class LanguageModel:
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """(tokens of both, index of the first continuation token).
 
-        White space at the end of the context belongs to the continuation, since tokens often begin with it.
+        White space at the end of the context belongs to the continuation, since tokens often begin with it. Without a
+        context all of it is scored, after what begins a document; with no such token its first cannot be.
         """
         stripped = context.rstrip()
+        if not stripped:
+            begin = self._encode("")
+            return begin + self.vocabulary.encode(context + continuation), max(len(begin), 1)
         whole = self._encode(context + continuation)
-        start = len(self._encode(stripped)) if stripped else 1
-        return whole, min(start, len(whole))
+        return whole, max(1, min(len(self._encode(stripped)), len(whole)))
 
     def _continuation(self, prompt: list[int], new: list[int]) -> str:
         """The text that the new tokens add: decoded together with the prompt, since a character may span both."""
@@ -112,7 +117,8 @@ class LanguageModel:
 
     def _check_tokens(self, tokens_BT: np.ndarray) -> None:
         if tokens_BT.min() < 0 or tokens_BT.max() >= self.vocabulary.size:
-            raise UsageError(f"token ids should be from 0 to {self.vocabulary.size - 1}, found {tokens_BT.max()}")
+            found = f"{tokens_BT.min()} to {tokens_BT.max()}"
+            raise UsageError(f"token ids should be from 0 to {self.vocabulary.size - 1}, found {found}")
 
     def _check_length(self, length: int) -> None:
         limit = self.model.config.max_length

@@ -102,13 +102,15 @@ def _time_matmul(steps: int) -> dict:
 
 
 def _time_ours(steps: int) -> dict:
+    from t5x_like.core import environment
+
+    environment.restart_without_tcache()  # as `t5x_like train` does
     import jax
     import numpy as np
 
     from configs import common
     from t5x_like import experiment as experiments
     from t5x_like.core import config as bridge
-    from t5x_like.core import environment
     from t5x_like.parallel import mesh as meshes
 
     config = common.config()

@@ -21,6 +21,7 @@ from typing import Any
 from t5x_like.core.errors import UsageError
 
 _CACHE_ENTRY = "*-cache"
+_TCACHE = "glibc.malloc.tcache_count"
 _DAMAGED_ENTRY = re.compile(r"Error reading persistent compilation cache entry for '([^']+)'")
 
 
@@ -206,8 +207,10 @@ def _keep_memory() -> None:
     """Keeps freed memory in the process (glibc only).
 
     XLA allocates every temporary of a CPU program anew at each step; given back to the system in between, each page is
-    faulted in again, which took a third of the time of a step. All three settings are needed, before threads start. The
-    price: where old and new temporaries lie side by side, the process holds two to four times their size.
+    faulted in again, which took a third of the time of a step. All three settings are needed, before threads start.
+
+    The price: the process holds its temporaries twice, since those of a step are allocated just before the last step's
+    are freed; up to five times with an older glibc that has its tcache (`restart_without_tcache`).
     """
     if not sys.platform.startswith("linux") or _jax_has_started() or _has_accelerator():
         return
@@ -217,6 +220,24 @@ def _keep_memory() -> None:
     no_mmap, no_trim, one_arena = (-4, 0), (-1, -1), (-8, 1)
     for parameter, value in (no_mmap, no_trim, one_arena):
         mallopt(parameter, value)
+
+
+def restart_without_tcache() -> None:
+    """Runs this command anew in the same process, with glibc's cache of small blocks off; at most once.
+
+    Before glibc 2.39 what is cut off an aligned block may stay in that cache, the block does not fit into its own hole
+    again (bug 30723), and ever more of XLA's temporaries lie side by side: 14 GB were held where 6 are needed, each
+    new one at the price of half a step. glibc reads the setting at the start of a process only. For the command line,
+    before anything is imported; on a CPU alone.
+    """
+    names = os.confstr_names if sys.platform.startswith("linux") else {}
+    version = (os.confstr("CS_GNU_LIBC_VERSION") or "") if "CS_GNU_LIBC_VERSION" in names else ""
+    found = re.fullmatch(r"glibc (\d+)\.(\d+)", version)
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if found is None or tuple(map(int, found.groups())) >= (2, 39) or _TCACHE in given or _has_accelerator():
+        return
+    tunables = ":".join(filter(None, (given, f"{_TCACHE}=0")))
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": tunables})
 
 
 def _quiet() -> None:

@@ -37,7 +37,7 @@ def run(code: str, **variables: str) -> dict:
         timeout=90,
     )
     assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout.splitlines()[-1]), "stderr": done.stderr}
+    return {**json.loads(done.stdout.splitlines()[-1]), "stdout": done.stdout, "stderr": done.stderr}
 
 
 def test_jax_is_not_imported_and_a_second_apply_changes_nothing(tmp_path):
@@ -62,6 +62,29 @@ result = {"jax": "jax" in sys.modules, "same": first == second and before == dic
     assert pathlib.Path(result["cache"]).parent == tmp_path / "t5x_like" / "compiled"
     assert environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
     assert environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] == "-1"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", "glibc.malloc.tcache_count=0"),
+        ("glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0"),
+        ("glibc.malloc.tcache_count=7", "glibc.malloc.tcache_count=7"),
+    ],
+)
+def test_an_older_glibc_loses_its_tcache_once_and_a_persons_choice_is_kept(given, expected):
+    starts = """
+import platform
+print("start", os.getpid(), flush=True)
+environment.restart_without_tcache()
+result = {"tunables": os.environ["GLIBC_TUNABLES"], "pid": os.getpid(), "libc": platform.libc_ver()}
+"""
+    done = run(starts, GLIBC_TUNABLES=given)
+    kind, version = done["libc"]
+    needed = kind == "glibc" and tuple(map(int, version.split("."))) < (2, 39)
+    assert done["tunables"] == (expected if needed else given)
+    said = [line for line in done["stdout"].splitlines() if line.startswith("start")]
+    assert said == [f"start {done['pid']}"] * (2 if needed and expected != given else 1), "the same process"
 
 
 def test_jax_starts_with_the_threads_and_devices_asked_for(tmp_path):

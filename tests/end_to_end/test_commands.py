@@ -136,6 +136,12 @@ def test_the_python_interface_agrees_with_itself(finished):
     expected = sum(logp[i - 1, tokens[0, i]] for i in range(5, tokens.shape[1]))
     ((value, greedy),) = lm.log_likelihood(["To be"], [", or not"])
     assert value == pytest.approx(expected, rel=1e-4) and not greedy
+    (whole,) = lm.logits([[lm.vocabulary.eos_id, *tokens[0]]])
+    whole = whole - np.log(np.exp(whole).sum(-1, keepdims=True))
+    ((value, _),) = lm.log_likelihood([""], ["To be, or not"])
+    assert value == pytest.approx(sum(whole[i, token] for i, token in enumerate(tokens[0])), rel=1e-4)
+    assert lm.log_likelihood(["", "To be"], ["", ""]) == [(0.0, True)] * 2
+    assert lm.generate([], max_new_tokens=5) == []
     continuation = lm.generate(["To be"], max_new_tokens=5, temperature=0)[0]
     assert lm.log_likelihood(["To be"], [continuation])[0][1]
 
