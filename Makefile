@@ -3,7 +3,7 @@
 #   make train     train the bundled example in about 3 minutes on 2 cores, into runs/tiny
 #   make test      the test suite
 #   make check     what .ci/run runs: lint, types, doctests, tests
-#   make nightly   the slow tests, the long crash test and the plan of every shipped config
+#   make nightly   the slow tests, the long crash tests and the plan of Llama 3 8B on a pod
 #   make help      this list
 #
 # Variables: PYTHON (3.11 or newer), TORCH_INDEX (a package index that holds torch for the CPU alone, which is far
