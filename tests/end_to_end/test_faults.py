@@ -83,25 +83,39 @@ def _lines(capture):
 # Damaged checkpoints.
 
 
-def _largest_file(checkpoint):
-    return max((checkpoint / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+def _data_files(checkpoint):
+    """The largest first. Some of their bytes, or all, may belong to no array."""
+    return sorted((checkpoint / "params").rglob("d/*"), key=lambda path: path.stat().st_size, reverse=True)
+
+
+def _is_changed(checkpoint, before):
+    after = crash_test.read_arrays(checkpoint)
+    return any(after[name].tobytes() != array.tobytes() for name, array in before.items())
 
 
 def _truncate(checkpoint):
-    file = _largest_file(checkpoint)
-    os.truncate(file, file.stat().st_size // 2)
+    """By so much that an array cannot be read."""
+    for file in _data_files(checkpoint):
+        while size := file.stat().st_size // 2:
+            os.truncate(file, size)
+            try:
+                crash_test.read_arrays(checkpoint)
+            except Exception:
+                return
+    raise AssertionError("no file was needed")
 
 
 def _flip_a_bit(checkpoint):
-    """One that Orbax does not notice, though an array changes by it; some bytes of the file belong to no array."""
-    file = _largest_file(checkpoint)
-    sound, before = file.read_bytes(), crash_test.read_arrays(checkpoint)
-    for position in range(len(sound) // 4, len(sound), len(sound) // 16):
-        file.write_bytes(sound[:position] + bytes([sound[position] ^ 1]) + sound[position + 1 :])
-        with contextlib.suppress(Exception):
-            after = crash_test.read_arrays(checkpoint)
-            if any(after[name].tobytes() != array.tobytes() for name, array in before.items()):
-                return
+    """One that Orbax does not notice, though an array changes by it."""
+    before = crash_test.read_arrays(checkpoint)
+    for file in _data_files(checkpoint):
+        sound = file.read_bytes()
+        for position in range(len(sound) // 4, len(sound), len(sound) // 16 + 1):
+            file.write_bytes(sound[:position] + bytes([sound[position] ^ 1]) + sound[position + 1 :])
+            with contextlib.suppress(Exception):
+                if _is_changed(checkpoint, before):
+                    return
+        file.write_bytes(sound)
     raise AssertionError("no flip changed an array")
 
 
