@@ -5,6 +5,7 @@ it sets the same values on `jax.config`, and refuses what comes too late. Not he
 (parallel/multihost.py) and the limits at work (training/faults.py); only their numbers are.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import glob
@@ -237,7 +238,8 @@ def restart_without_tcache() -> None:
     if found is None or tuple(map(int, found.groups())) >= (2, 39) or _TCACHE in given or _has_accelerator():
         return
     tunables = ":".join(filter(None, (given, f"{_TCACHE}=0")))
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": tunables})
+    with contextlib.suppress(OSError):  # where that may not be, the run goes on with the memory it takes
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": tunables})
 
 
 def _quiet() -> None:
