@@ -231,11 +231,10 @@ def restart_without_tcache() -> None:
     new one at the price of half a step. glibc reads the setting at the start of a process only. For the command line,
     before anything is imported; on a CPU alone.
     """
-    names = os.confstr_names if sys.platform.startswith("linux") else {}
-    version = (os.confstr("CS_GNU_LIBC_VERSION") or "") if "CS_GNU_LIBC_VERSION" in names else ""
-    found = re.fullmatch(r"glibc (\d+)\.(\d+)", version)
+    kind, version = host.libc_ver()
     given = os.environ.get("GLIBC_TUNABLES", "")
-    if found is None or tuple(map(int, found.groups())) >= (2, 39) or _TCACHE in given or _has_accelerator():
+    old = kind == "glibc" and tuple(map(int, version.split(".")[:2])) < (2, 39)
+    if not old or _TCACHE in given or _has_accelerator():
         return
     tunables = ":".join(filter(None, (given, f"{_TCACHE}=0")))
     with contextlib.suppress(OSError):  # where that may not be, the run goes on with the memory it takes
