@@ -195,6 +195,7 @@ def _write_sets(
     for name, (fingerprint, unit, jobs) in zip(folders, plans, strict=True):
         place = folder / name
         shards = [token_set.shard_facts(place, job["index"]) for job in jobs]
+        token_set.remove_leftovers(place)  # of a killed writer that was still in the kernel at the start
         token_set.write_index(place, fingerprint=fingerprint, kind=kind, unit=unit, shards=[s for s in shards if s])
     return folders, written
 

@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -64,34 +64,26 @@ def shard_name(index: int) -> str:
 def write_shard(folder: pathlib.Path, index: int, batches: Iterable[Encoded], kind: str) -> dict[str, Any]:
     """Writes shard number `index`, tokens of numpy type `kind`; returns and stores what its JSON says."""
     data = folder / f"{shard_name(index)}.bin"
-    temporary = folder / f".{shard_name(index)}.{os.getpid()}.writing"
     digest, written = hashlib.sha256(), 0
     columns: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _SECTIONS[1:]}
     tokens = skipped = text_bytes = 0
-    try:
-        with paths.writing(str(data)), open(temporary, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that somebody is writing it
-            for batch in batches:
-                written += _append(file, digest, batch.ids.astype(kind))
-                large = np.flatnonzero(batch.byte_counts >= _LARGE)
-                columns["bytes"].append(np.minimum(batch.byte_counts, _LARGE).astype("<u1"))
-                columns["ends"].append(tokens + np.cumsum(batch.lengths))
-                columns["large_positions"].append(tokens + large)
-                columns["large_values"].append(batch.byte_counts[large])
-                for name in ("files", "offsets", "inputs"):
-                    columns[name].append(getattr(batch, name))
-                tokens += len(batch.ids)
-                skipped += batch.skipped
-                text_bytes += int(batch.byte_counts.sum())
-            for name, section_type, _ in _SECTIONS[1:]:
-                column = np.concatenate([np.zeros(0, section_type), *columns[name]]).astype(section_type)
-                columns[name] = [column]
-                written += _append(file, digest, column)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(data)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole(data) as file:
+        for batch in batches:
+            written += _append(file, digest, batch.ids.astype(kind))
+            large = np.flatnonzero(batch.byte_counts >= _LARGE)
+            columns["bytes"].append(np.minimum(batch.byte_counts, _LARGE).astype("<u1"))
+            columns["ends"].append(tokens + np.cumsum(batch.lengths))
+            columns["large_positions"].append(tokens + large)
+            columns["large_values"].append(batch.byte_counts[large])
+            for name in ("files", "offsets", "inputs"):
+                columns[name].append(getattr(batch, name))
+            tokens += len(batch.ids)
+            skipped += batch.skipped
+            text_bytes += int(batch.byte_counts.sum())
+        for name, section_type, _ in _SECTIONS[1:]:
+            column = np.concatenate([np.zeros(0, section_type), *columns[name]]).astype(section_type)
+            columns[name] = [column]
+            written += _append(file, digest, column)
     facts = {
         "file": data.name,
         "tokens": tokens,
@@ -102,8 +94,24 @@ def write_shard(folder: pathlib.Path, index: int, batches: Iterable[Encoded], ki
         "size": written,
         "sha256": digest.hexdigest(),
     }
-    paths.write_json_atomic(str(folder / f"{shard_name(index)}.json"), facts)
+    with _whole(folder / f"{shard_name(index)}.json") as file:
+        file.write(paths.json_text(facts).encode())
     return facts
+
+
+@contextlib.contextmanager
+def _whole(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file that becomes `path` when the body ends well; the lock on it says that its writer lives."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        with paths.writing(str(path)), open(temporary, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _append(file: Any, digest: Any, array: np.ndarray) -> int:

@@ -1,6 +1,8 @@
 """`prepare` writes the same cache however it is run, goes on where it was killed, and never lets held-out text in."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -23,7 +25,7 @@ import json, sys
 from t5x_like.core.config import build
 from t5x_like.data import prepare
 from t5x_like.data.config import DataConfig
-prepare._SMALLEST_SHARD, prepare._SHARDS, prepare._INLINE_BYTES = 5000, 1 << 20, 0
+prepare._SMALLEST_SHARD, prepare._SHARDS, prepare._INLINE_BYTES = 2000, 1 << 20, 0
 section, folder = json.loads(sys.argv[1]), sys.argv[2]
 prepare.prepare(build(DataConfig, section, path="config.data"), folder, report=None)
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("tensorflow", "seqio", "jax")))
@@ -31,7 +33,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in ("tensorflow"
 
 
 def child(config, folder, **options):
-    """`prepare` in a process of its own, with shards of 5 kB."""
+    """`prepare` in a process of its own, with shards of 2 kB."""
     section = json.dumps(dataclasses.asdict(config))
     return subprocess.Popen([sys.executable, "-c", _PREPARE, section, str(folder)], text=True, **options)
 
@@ -73,7 +75,7 @@ def reference(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     with child(config, folder, stdout=subprocess.PIPE) as process:
         assert process.communicate()[0].strip() == "[]" and process.returncode == 0
-    assert len(list(folder.rglob("shard-*.bin"))) > 8
+    assert len(list(folder.rglob("shard-*.bin"))) > 20
     return config, folder
 
 
@@ -96,6 +98,9 @@ def test_a_killed_prepare_goes_on_with_the_shards_that_are_missing(reference, tm
         while len(list(tmp_path.rglob("shard-*.json"))) < 3 and time.monotonic() < until:
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
+    for unfinished in tmp_path.rglob(".*.writing"):  # a writer within fsync dies, and lets go, when that is done
+        with contextlib.suppress(FileNotFoundError), open(unfinished) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
     assert not list(tmp_path.rglob("index.json"))
     done = {
         path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard-*.bin") if path.with_suffix(".json").exists()
@@ -104,6 +109,19 @@ def test_a_killed_prepare_goes_on_with_the_shards_that_are_missing(reference, tm
         assert process.wait() == 0
     assert len(done) >= 3 and all(path.stat().st_mtime_ns == written for path, written in done.items())
     assert contents(tmp_path) == contents(folder)  # nothing half-written is left either
+
+
+def test_what_a_dying_writer_still_holds_is_removed_at_the_end(tmp_path):
+    config = corpus.config(source=corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(9)))
+    first = prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    place = tmp_path / "cache" / first.manifest.train["train"].folder
+    (place / "shard-00000.json").unlink()
+    left = [place / f".shard-00000.{kind}.1.writing" for kind in ("bin", "json")]
+    with contextlib.ExitStack() as held:
+        for path in left:
+            fcntl.flock(held.enter_context(open(path, "w")), fcntl.LOCK_EX)
+        again = prepare.prepare(config, str(tmp_path / "cache"), report=lambda done, total: held.close())
+    assert again.bytes_written > 0 and not any(path.exists() for path in left)
 
 
 def test_every_document_ends_with_eos_and_holds_its_text(reference):
