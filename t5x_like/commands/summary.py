@@ -86,6 +86,8 @@ def _data(data: Mapping[str, Any]) -> dict[str, object]:
         )
     for name, facts in data["validation"].items():
         rows[f"held out: {name}"] = f"{facts['source']}: {format_count(facts['tokens'])} tokens"
+    for name, source in data["unevaluated"].items():
+        rows[f"held out: {name}"] = f"{source}: nothing (config.data.validation is too small a share), not evaluated"
     tokens = format_count(data["tokens_to_come"])
     rows["tokens"] = f"{tokens} in all steps, vocabulary of {data['tokenizer']['size']} ({data['tokenizer']['kind']})"
     rows["fingerprint"] = data["fingerprint"][:16]

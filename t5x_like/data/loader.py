@@ -8,7 +8,6 @@ it is. No state, no iterator: a process reads the rows it wants, in any order. N
 import collections
 import concurrent.futures
 import dataclasses
-import logging
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -18,12 +17,10 @@ from jaxtyping import Int
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UserError
-from t5x_like.data import cache, features, mixtures, packing, vocabularies
+from t5x_like.data import cache, features, mixtures, packing, token_set, vocabularies
 from t5x_like.data.config import DataConfig
 from t5x_like.data.permutation import permute
 from t5x_like.data.token_set import TokenSet
-
-_log = logging.getLogger(__name__)
 
 Batch = features.Batch
 Read = TypeVar("Read")
@@ -68,11 +65,13 @@ class TrainData:
         train: list[_Component],
         validation: list[_Component],
         *,
+        unevaluated: dict[str, str],
         seed: int,
     ):
         self.batch_size, self.length, self.vocabulary = config.batch_size, config.length, vocabulary
         self.tokens_per_step = config.batch_size * config.length
         self._config, self._seed, self._validation = config, seed, validation
+        self._unevaluated = unevaluated  # {name: source} of which nothing was held out
         sizes = {component.name: component.packing.size for component in train}
         rates = mixtures.row_rates(config.mixture, sizes, {c.name: c.entry.rate for c in train})
         self._components = [component for component in train if component.name in rates]
@@ -135,6 +134,7 @@ class TrainData:
             "tokenizer": {"kind": self.vocabulary.kind, "size": self.vocabulary.size},
             "components": components,
             "validation": {component.name: _facts(component) for component in self._validation},
+            "unevaluated": self._unevaluated,
             "tokens_per_step": self.tokens_per_step,
         }
         return summary if steps is None else summary | {"tokens_to_come": steps * self.tokens_per_step}
@@ -223,22 +223,24 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
     vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
     train = [_open(name, entry, folder, config, config.length) for name, entry in sorted(manifest.train.items())]
     stride = config.validation_stride or config.length
-    held_out = {name: entry for name, entry in sorted(manifest.validation.items()) if _has_text(entry, folder)}
-    if manifest.validation and not held_out:
+    held_out, unevaluated = {}, {}
+    for name, entry in sorted(manifest.validation.items()):
+        if _has_text(entry, folder):
+            held_out[name] = entry
+        else:
+            unevaluated[name] = entry.source
+    if unevaluated and not held_out:
         raise UserError(
             f"config.data.validation={config.validation!r} holds out no text of any source; "
             "expected some: make it larger, or '' for no evaluation"
         )
     validation = [_open(name, entry, folder, config, stride) for name, entry in held_out.items()]
-    return TrainData(config, vocabulary, train, validation, seed=seed)
+    return TrainData(config, vocabulary, train, validation, unevaluated=unevaluated, seed=seed)
 
 
 def _has_text(entry: cache.SetEntry, folder: pathlib.Path) -> bool:
     """Whether anything of a source was held out: a small share of a few documents may be none of them."""
-    found = TokenSet(folder / entry.folder, verify=False).tokens >= 2
-    if not found:
-        _log.warning("%s: none of it was held out, so there is no evaluation on it", entry.source)
-    return found
+    return token_set.read_index(folder / entry.folder)["tokens"] >= 2
 
 
 def _check(config: DataConfig) -> None:
