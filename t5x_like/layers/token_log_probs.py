@@ -72,6 +72,15 @@ def token_predictions(x_BTD: Float[Array, "B T D"], head: Head) -> Int[Array, "B
     return run(x_BTD, weight_VD, bias_V)
 
 
+def mean_logits(x_BTD: Float[Array, "B T D"], head: Head) -> Float[Array, "B T"]:
+    """Mean over the vocabulary of the logits, float32, by linearity: none is formed. Not for a head with a softcap."""
+    assert head.softcap is None, "the mean of capped logits is not linear"
+    weight_VD, bias_V = _dense(head.weight), _dense(head.bias)
+    mean_D = jnp.mean(weight_VD[: head.vocab_size].astype(jnp.float32), axis=0)
+    mean_BT = x_BTD.astype(jnp.float32) @ mean_D
+    return mean_BT if bias_V is None else mean_BT + jnp.mean(bias_V[: head.vocab_size].astype(jnp.float32))
+
+
 def _dense(leaf: Any) -> Any:
     """The array of a head's weight or bias: the one place where a leaf that is no array will be dealt with."""
     return None if leaf is None else weights.value(leaf)

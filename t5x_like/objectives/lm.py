@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError
-from t5x_like.layers.token_log_probs import Head, token_log_probs, token_predictions
+from t5x_like.layers.token_log_probs import mean_logits, token_log_probs, token_predictions
 from t5x_like.models.model import Model
 from t5x_like.objectives.interface import Batch, Objective, Sums
 
@@ -43,7 +43,7 @@ def build(config: LmConfig, model: Model) -> Objective:
         nll = -jnp.sum(weights_BT * logp_BT)
         total, sums = nll, {"loss": (nll, count)}
         if config.label_smoothing:
-            smooth_BT = logz_BT - _mean_logit(hidden_BTD, head)
+            smooth_BT = logz_BT - mean_logits(hidden_BTD, head)
             total = (1 - config.label_smoothing) * nll + config.label_smoothing * jnp.sum(weights_BT * smooth_BT)
         if config.z_loss:
             z_loss = config.z_loss * jnp.sum(weights_BT * jnp.square(logz_BT))
@@ -65,10 +65,3 @@ def build(config: LmConfig, model: Model) -> Objective:
         }
 
     return Objective(weights, loss, evaluate)
-
-
-def _mean_logit(hidden_BTD: jax.Array, head: Head) -> jax.Array:
-    """Mean over the vocabulary of the logits, by linearity: no logits are formed."""
-    weight_VD = head.weight[: head.vocab_size].astype(jnp.float32)
-    mean_BT = hidden_BTD.astype(jnp.float32) @ jnp.mean(weight_VD, axis=0)
-    return mean_BT if head.bias is None else mean_BT + jnp.mean(head.bias[: head.vocab_size])

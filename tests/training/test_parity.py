@@ -38,6 +38,7 @@ def _config(family: str) -> ConfigDict:
     config.optim.schedule.update({"name": "constant", "warmup_steps": 0})
     config.optim.sgd.momentum = 0.0
     config.objective.lm.z_loss = 1e-2
+    config.objective.lm.label_smoothing = 0.1 if family == "gpt2" else 0.0
     config.runtime.compiler_options.cpu = {"xla_backend_optimization_level": 0}  # compiles sooner, computes the same
     return config
 
