@@ -214,10 +214,33 @@ def _refuse_unnamed_variants(sections: Mapping[str, Any], overrides: Mapping[str
 
 def _check(experiment: Experiment) -> None:
     """Relations between sections and ranges of values, each named with its remedy."""
-    loop, data = experiment.loop, experiment.data
-    for name, value in (("loop.steps", loop.steps), ("loop.micro_batches", loop.micro_batches)):
-        if value < 1:
-            raise UsageError(f"config.{name}={value} should be at least 1")
+    loop, data, model = experiment.loop, experiment.data, experiment.model
+    for name, value, least in (
+        ("loop.steps", loop.steps, 1),
+        ("loop.log_every_steps", loop.log_every_steps, 1),
+        ("loop.micro_batches", loop.micro_batches, 1),
+        ("loop.spike_warmup", loop.spike_warmup, 2),  # a deviation needs two losses
+        ("evaluate.every_steps", experiment.evaluate.every_steps, 0),
+        ("telemetry.profile.start_step", experiment.telemetry.profile.start_step, 0),
+        ("telemetry.profile.steps", experiment.telemetry.profile.steps, 0),
+    ):
+        if value < least:
+            raise UsageError(f"config.{name}={value} should be at least {least}")
+    for name, value in (("loop.ema_decay", loop.ema_decay), ("loop.spike_memory", loop.spike_memory)):
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"config.{name}={value:g} should lie between 0 and 1")
+    if loop.spike_deviations <= 0:
+        raise UsageError(f"config.loop.spike_deviations={loop.spike_deviations:g} should be above 0")
+    if data.length > model.max_length:
+        raise UsageError(
+            f"config.data.length={data.length} is longer than config.model.max_length={model.max_length}; "
+            "shorten the rows or lengthen the model's"
+        )
+    if loop.ema_decay is not None and model.dtype.params != "float32":
+        raise UsageError(
+            f"config.loop.ema_decay={loop.ema_decay:g} needs config.model.dtype.params='float32': a change that small "
+            f"is lost in {model.dtype.params}"
+        )
     if data.batch_size % loop.micro_batches:
         raise UsageError(
             f"config.data.batch_size={data.batch_size} is not divisible by config.loop.micro_batches="

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from t5x_like.core.errors import UsageError
 
@@ -48,8 +49,9 @@ def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[
     """A stored config with the overrides `--config.a.b=VALUE` applied, and {dotted path: value} of these."""
     values = flags.FlagValues()
     line = ["t5x_like", *arguments]
-    config_flags.DEFINE_config_dict("config", _config_dict(stored), flag_values=values, sys_argv=line, lock_config=True)
+    given = _config_dict(stored)
     try:
+        config_flags.DEFINE_config_dict("config", given, flag_values=values, sys_argv=line, lock_config=True)
         values(line)
     except _FLAG_ERRORS as error:
         raise UsageError(_explain(error, None, arguments)) from None
@@ -58,9 +60,11 @@ def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[
 
 
 def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:
-    """JSON has lists where configs have tuples."""
+    """JSON has lists where configs have tuples, and None where they have a type that waits for its value."""
 
     def frozen(value: Any) -> Any:
+        if value is None:
+            return placeholder(object)  # any literal; core/config.py checks its type
         if isinstance(value, Mapping):
             return {key: frozen(item) for key, item in value.items()}
         return tuple(frozen(item) for item in value) if isinstance(value, list) else value
@@ -88,6 +92,14 @@ def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
     if not isinstance(config, ConfigDict):
         raise UsageError(f"{path}: get_config() should return a ConfigDict, not {type(config).__name__}")
     return config.to_dict(), config_flags.get_override_values(values["config"])
+
+
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section that a command needs before anything else is looked at."""
+    found = config.get(name)
+    if not isinstance(found, Mapping):
+        raise UsageError(f"config.{name} is missing; start the config from configs/common.py")
+    return found
 
 
 def _make_importable(path: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_like.commands.arguments import Parser, load_config, split_config
+from t5x_like.commands.arguments import Parser, load_config, section, split_config
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parse(others)
     config, overrides = load_config(config_arguments)
     json_path = _writable(options.json) if options.json else None
-    runtime = bridge.build(environment.RuntimeConfig, config["runtime"], path="config.runtime")
+    runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
 

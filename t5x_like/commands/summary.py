@@ -118,9 +118,11 @@ def _memory(program: Program, memory: Any) -> dict[str, object]:
     state = program.layout.state
     parts = {
         "parameters": [*jax.tree.leaves(state["params"]), *jax.tree.leaves(program.layout.frozen)],
-        "optimizer": jax.tree.leaves(state["optimizer"]) + jax.tree.leaves(state.get("ema", {})),
+        "optimizer": jax.tree.leaves(state["optimizer"]),
+        "average": jax.tree.leaves(state.get("ema", {})),
     }
-    rows: dict[str, object] = {name: format_bytes(_bytes_a_device(leaves)) for name, leaves in parts.items()}
+    sizes = {name: _bytes_a_device(leaves) for name, leaves in parts.items()}
+    rows: dict[str, object] = {name: format_bytes(size) for name, size in sizes.items() if size}
     if memory is not None:
         rows["activations"] = f"{format_bytes(memory.temp_size_in_bytes)} (the compiler's temporaries of a step)"
     return {"a device": ", ".join(f"{name} {value}" for name, value in rows.items())}

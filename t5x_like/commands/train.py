@@ -10,7 +10,7 @@ Exit status 75: the run was asked to stop and has saved; start it again.
 import argparse
 from collections.abc import Sequence
 
-from t5x_like.commands.arguments import Parser, load_config, override, split_config
+from t5x_like.commands.arguments import Parser, load_config, override, section, split_config
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
         config, overrides = override(stored, config_arguments)
     else:
         raise UsageError(f"--workdir={options.workdir} holds no config.json to resume; give --config=FILE")
-    runtime = bridge.build(environment.RuntimeConfig, config["runtime"], path="config.runtime")
+    runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     threads = workdirs.recorded_threads(options.workdir)
     in_force = environment.apply(runtime, recorded_threads=threads)
 

@@ -19,6 +19,7 @@ from t5x_like.commands.prepare import show_progress
 from t5x_like.core.environment import Environment
 from t5x_like.core.errors import UsageError
 from t5x_like.data.loader import HeldOut, Prefetch, TrainData, open_data
+from t5x_like.data.vocabularies import SETTINGS
 from t5x_like.objectives.interface import Batch
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import multihost
@@ -81,8 +82,9 @@ def run(
         experiments.check_mesh(experiment, meshes.axis_sizes(experiment.mesh, jax.device_count()))
         workdir = stack.enter_context(Workdir.open(request.workdir, processes=processes, write=not request.check))
         changes = [str(change) for change in workdir.check_config(experiments.to_dict(experiment))]
-        if workdir.is_finished(experiment.loop.steps) and not request.check:
-            print(f"{workdir.root} is finished: {experiment.loop.steps} of {experiment.loop.steps} steps are done")
+        done = workdir.finished_step()
+        if done is not None and experiment.loop.steps <= done and not request.check:
+            print(f"{workdir.root} is finished: {done} of {done} steps are done")
             return 0
         # Built before the data is prepared, which may take long: what is wrong with the config shows first.
         mesh = meshes.make(experiment.mesh)
@@ -103,6 +105,7 @@ def _open_data(experiment: experiments.Experiment, workdir: Workdir, processes: 
     processes.broadcast("data is prepared", True, timeout=math.inf)
     data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
     processes.agree("data fingerprint", data.fingerprint)
+    workdir.check_data(data.fingerprint)
     if experiment.model.vocab_size != data.vocabulary.size:
         raise UsageError(
             f"config.model.vocab_size={experiment.model.vocab_size}, but the tokenizer {experiment.data.tokenizer!r} "
@@ -158,6 +161,11 @@ def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> 
     experiment, program = built.experiment, built.program
     saver = Saver(checkpoints, layout=program.layout, metadata=_metadata(built))
     start, state, frozen, origin = _start(built, saver)
+    if start > experiment.loop.steps:
+        raise UsageError(
+            f"config.loop.steps={experiment.loop.steps}, but {built.workdir.root} has a checkpoint of step {start}; "
+            f"use at least {start}"
+        )
     _record(built, start)
     telemetry = stack.enter_context(
         Telemetry(
@@ -166,6 +174,7 @@ def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> 
             flops_per_token=program.model.flops_per_token(experiment.data.length).train,
             tokens_per_step=built.data.tokens_per_step,
             devices=list(program.mesh.devices.flat),
+            compiler_options=experiment.runtime.compiler_options.get(jax.default_backend()),
             total_steps=experiment.loop.steps,
             start_step=start,
         )
@@ -217,7 +226,7 @@ def _record(built: Run, start: int) -> None:
     experiment, workdir = built.experiment, built.workdir
     if not built.processes.primary:
         return
-    if not paths.exists(workdir.tokenizer):
+    if not _is_saved(built.data.vocabulary.fingerprint, workdir.tokenizer):
         staged = paths.StagedDirectory(workdir.tokenizer)
         built.data.vocabulary.save(staged.local_path)
         staged.close()
@@ -235,6 +244,12 @@ def _record(built: Run, start: int) -> None:
         changes=built.changes,
     )
     workdir.record_start(config=config, overrides=built.overrides, entry=entry)
+
+
+def _is_saved(vocabulary: str, folder: str) -> bool:
+    """Whether the folder holds the vocabulary of this fingerprint, whole: its settings are written last."""
+    settings = paths.join(folder, SETTINGS)
+    return paths.exists(settings) and paths.read_json(settings).get("fingerprint") == vocabulary
 
 
 def _metadata(built: Run) -> dict[str, Any]:

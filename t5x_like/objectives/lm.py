@@ -17,13 +17,17 @@ from t5x_like.objectives.interface import Batch, Objective, Sums
 
 @dataclasses.dataclass(frozen=True)
 class LmConfig:
-    """`z_loss`: coefficient of mean(log Z)^2 (arXiv 2204.02311, section 5); `label_smoothing`: in [0, 1)."""
+    """`z_loss`: coefficient of the mean of (log Z)^2 (arXiv 2204.02311, section 5); `label_smoothing`: in [0, 1)."""
 
     z_loss: float
     label_smoothing: float
 
 
 def build(config: LmConfig, model: Model) -> Objective:
+    if not 0 <= config.label_smoothing < 1:
+        raise UsageError(f"config.objective.lm.label_smoothing={config.label_smoothing:g} should be in [0, 1)")
+    if config.z_loss < 0:
+        raise UsageError(f"config.objective.lm.z_loss={config.z_loss:g} should not be negative")
     if config.label_smoothing and model.config.final_softcap:
         raise UsageError("config.objective.lm.label_smoothing needs linear logits; set model.final_softcap=0")
 

@@ -191,10 +191,21 @@ class Workdir:
         if self._writes:
             manifest.write(self.root, {**self.manifest(), "finished": {"step": step, "time": round(time.time(), 3)}})
 
-    def is_finished(self, steps: int) -> bool:
-        """Whether a run of this many steps ended here and left nothing to do."""
+    def finished_step(self) -> int | None:
+        """The steps of a run that ended here with all of them done; None if it did not."""
         finished = self.manifest().get("finished")
-        return bool(finished) and finished["step"] >= steps
+        return finished["step"] if finished else None
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raises UserError if the data is not what the run has read so far: its config may name it as before."""
+        starts = self.manifest()["starts"] if self.config() is not None else []
+        before = starts[-1].get("data", fingerprint) if starts else fingerprint
+        if before != fingerprint:
+            raise UserError(
+                f"{self.root}: the data has changed since the run was started (fingerprint {before[:12]}, now "
+                f"{fingerprint[:12]}); restore the source files, or use a new --workdir with "
+                f"--config.checkpoint.init_from={self.root}"
+            )
 
     def _refuse_foreign(self) -> None:
         names = [name for name in paths.list_names(self.root) if not name.startswith(".")]

@@ -35,7 +35,7 @@ def evaluate(function: EvaluateFunction, params: Tree, frozen: dict[str, Any], b
     _add(totals, pending)
     values = {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
     if "loss" in values:
-        values["perplexity"] = math.exp(values["loss"]) if values["loss"] < 700 else math.inf
+        values["perplexity"] = math.inf if values["loss"] > 700 else math.exp(values["loss"])
     return values
 
 

@@ -33,7 +33,7 @@ class LoopConfig:
     steps: updates in all
     log_every_steps: rows of metrics are written every so many steps
     micro_batches: parts of a batch whose gradients are added one after the other
-    ema_decay: decay of the running average of parameters, None for none
+    ema_decay: decay of the running average of parameters, in (0, 1), None for none
     on_nonfinite: "stop" or "skip" when loss or gradient norm is NaN or infinite; the update is refused either way
     on_spike: "off", "stop" or "skip" when the loss is `spike_deviations` standard deviations above its running mean
     spike_memory: decay of the running mean and variance; `spike_warmup`: losses before the test begins
@@ -96,7 +96,7 @@ def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int) -> Ou
         if saving:
             telemetry.flush(step)
             with faults.phase("save"), telemetry.timed("checkpoint"):
-                loop.saver.save(step, state, frozen, evaluation)
+                loop.saver.save(step, state, frozen, evaluation if evaluating else {})
                 if last or stopping:
                     loop.saver.wait()
         if last or stopping:

@@ -6,6 +6,8 @@ Peaks are dense bf16, from the vendors' documentation, whatever number format a 
 import math
 import re
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +35,15 @@ def device_peak(device_kind: str) -> float | None:
     return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, device_kind)), None)
 
 
-def cpu_matmul_peak(device: jax.Device, *, size: int = 1024, repeats: int = 5) -> float:
-    """fp32 FLOP/s of this machine in its best of a few square matmuls; about 0.3 s on 2 cores."""
+def cpu_matmul_peak(
+    device: jax.Device, *, compiler_options: Mapping[str, Any] | None, size: int = 1024, repeats: int = 5
+) -> float:
+    """fp32 FLOP/s of this machine in its best of a few square matmuls; about 0.3 s on 2 cores.
+
+    `compiler_options`: those of the run, since they choose the library that multiplies.
+    """
     matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
-    multiply = jax.jit(jnp.matmul)
+    multiply = jax.jit(jnp.matmul, compiler_options=dict(compiler_options or {}) or None)
     multiply(matrix, matrix).block_until_ready()
     best = math.inf
     for _ in range(repeats):

@@ -86,7 +86,7 @@ def make_step(
 
             updates, optimizer_state = optimizer.update(grads, state["optimizer"], params, progress["step"])
             changed: State = {
-                "params": jax.tree.map(lambda param, update: param + update, params, updates),
+                "params": jax.tree.map(lambda param, update: (param + update).astype(param.dtype), params, updates),
                 "optimizer": optimizer_state,
             }
             if config.ema_decay is not None:

@@ -80,6 +80,7 @@ class Telemetry:
         flops_per_token: float | None,
         tokens_per_step: int,
         devices: Sequence[jax.Device],
+        compiler_options: Mapping[str, Any] | None,
         total_steps: int,
         start_step: int,
         stream: IO[str] | None = None,
@@ -91,7 +92,7 @@ class Telemetry:
         self._directory = directory = self._staged.local_path
         self._devices = [device for device in devices if device.process_index == self._process]
         self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
-        self._peak, self._peak_source = _peak(config, devices)
+        self._peak, self._peak_source = _peak(config, devices, compiler_options)
         self._total_steps = total_steps
         self._begin = clock()
         self._lost: dict[str, float] = defaultdict(float)
@@ -334,7 +335,9 @@ class _Mark:
     outside: float
 
 
-def _peak(config: TelemetryConfig, devices: Sequence[jax.Device]) -> tuple[float | None, str]:
+def _peak(
+    config: TelemetryConfig, devices: Sequence[jax.Device], compiler_options: Mapping[str, Any] | None
+) -> tuple[float | None, str]:
     """(FLOP/s of all devices together, where that figure comes from); None where it is not known."""
     first = devices[0]
     known = device_peak(first.device_kind)
@@ -344,7 +347,8 @@ def _peak(config: TelemetryConfig, devices: Sequence[jax.Device]) -> tuple[float
         # All CPU devices of a process share its cores: one process, one peak.
         processes = len({device.process_index for device in devices})
         local = next(device for device in devices if device.process_index == jax.process_index())
-        return cpu_matmul_peak(local) * processes, "fp32 matmul peak measured here just now"
+        peak = cpu_matmul_peak(local, compiler_options=compiler_options)
+        return peak * processes, "fp32 matmul peak measured here just now"
     return None, ""
 
 

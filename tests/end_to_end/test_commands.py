@@ -49,6 +49,17 @@ def finished(tmp_path_factory):
     return workdir
 
 
+def _unfinished(finished: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A copy that stopped after 10 steps (an earlier checkpoint than the last row), as a kill would leave it."""
+    workdir = folder / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    del manifest["finished"]
+    (workdir / "manifest.json").write_text(json.dumps(manifest))
+    return workdir
+
+
 def test_a_workdir_holds_all_that_a_run_leaves(finished):
     for name in ("config.json", "overrides.json", "manifest.json", "metrics.jsonl", "log.txt", "tokenizer"):
         assert (finished / name).exists(), name
@@ -77,13 +88,7 @@ def test_a_finished_run_says_so_and_exits_0(finished, capsys):
 
 
 def test_a_stopped_and_resumed_run_has_the_rows_of_an_undisturbed_one(finished, tmp_path):
-    """Stops after 10 steps (an earlier checkpoint than the last row), as a kill would leave it."""
-    workdir = tmp_path / "run"
-    shutil.copytree(finished, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "12")
-    manifest = json.loads((workdir / "manifest.json").read_text())
-    del manifest["finished"]
-    (workdir / "manifest.json").write_text(json.dumps(manifest))
+    workdir = _unfinished(finished, tmp_path)
     assert _train(workdir, config=None) == 0
     assert _values(workdir) == _values(finished)
     starts = json.loads((workdir / "manifest.json").read_text())["starts"]
@@ -93,9 +98,12 @@ def test_a_stopped_and_resumed_run_has_the_rows_of_an_undisturbed_one(finished, 
 def test_a_resume_may_change_mesh_and_length_and_reads_the_same_batches(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    assert _train(workdir, "--config.loop.steps=14", "--config.mesh.preset=fsdp_tensor", config=None) == 0
+    # Fields of which the stored config holds None too.
+    fields = ("--config.mesh.preset=fsdp_tensor", "--config.mesh.tensor=2", "--config.checkpoint.keep_every=7")
+    assert _train(workdir, "--config.loop.steps=14", *fields, config=None) == 0
     config = json.loads((workdir / "config.json").read_text())
     assert config["loop"]["steps"] == 14 and config["optim"]["schedule"]["steps"] == 12
+    assert config["mesh"]["tensor"] == 2 and config["checkpoint"]["keep_every"] == 7
     assert _values(workdir)[: len(_values(finished))] == _values(finished)
     assert [row["step"] for row in _rows(workdir) if "train/loss" in row] == list(range(1, 15))
 
@@ -186,6 +194,15 @@ BAD_CONFIG = {
     "a missing file": (["--config.data.source=text:no/such/file.txt"], 1, "no/such/file.txt"),
     "a wrong vocabulary size": (["--config.model.vocab_size=300"], 2, "set config.model.vocab_size=259"),
     "a negative seed": (["--config.seed=-1"], 2, "config.seed=-1"),
+    "rows longer than the model's": (["--config.data.length=256"], 2, "config.model.max_length=128"),
+    "a decay of 1": (["--config.loop.ema_decay=1.0"], 2, "config.loop.ema_decay=1 should lie between 0 and 1"),
+    "a spike at once": (["--config.loop.spike_warmup=0"], 2, "config.loop.spike_warmup=0 should be at least 2"),
+    "an average too fine for its type": (
+        ["--config.loop.ema_decay=0.99", "--config.model.dtype.params=bfloat16"],
+        2,
+        "config.loop.ema_decay=0.99 needs config.model.dtype.params='float32'",
+    ),
+    "all smoothed": (["--config.objective.lm.label_smoothing=1.0"], 2, "label_smoothing=1 should be in [0, 1)"),
     "best by a metric that checkpoints miss": (
         ["--config.checkpoint.best_metric=eval/validation/loss", "--config.evaluate.every_steps=7"],
         2,
@@ -219,6 +236,48 @@ def test_a_workdir_of_another_config_is_refused_and_unchanged(finished, capsys):
     errors = capsys.readouterr().err
     assert "config.optim.learning_rate: 0.01 -> 0.5" in errors and "init_from" in errors
     assert (finished / "config.json").read_bytes() == before
+
+
+BAD_RESUME = {
+    "an unknown key": ("--config.loop.stepz=5", "stepz"),
+    "an unknown section": ("--config.nope=5", "nope"),
+    "a wrong type where the stored config holds None": ("--config.mesh.tensor=two", "config.mesh.tensor='two'"),
+    "a shorter run than there is": ("--config.loop.steps=5", "has a checkpoint of step 10; use at least 10"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RESUME)
+def test_a_bad_override_of_a_stored_config_is_one_line(case, finished, tmp_path, capsys):
+    workdir = _unfinished(finished, tmp_path)
+    before = (workdir / "config.json").read_bytes()
+    argument, part = BAD_RESUME[case]
+    assert _train(workdir, argument, config=None) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("t5x_like: ") and part in line
+    assert (workdir / "config.json").read_bytes() == before and (workdir / "checkpoints" / "10").exists()
+
+
+def test_a_resume_on_other_text_is_refused(tmp_path, capsys):
+    """The config is the same: it names a file whose content is another."""
+    text = tmp_path / "a.txt"
+    text.write_text("to be, or not to be, that is the question\n" * 200)
+    source = (f"--config.data.source=text:{text}", "--config.data.validation=")
+    assert _train(tmp_path / "run", *source, "--config.loop.steps=4") == 0
+    config = (tmp_path / "run" / "config.json").read_bytes()
+    text.write_text("so shaken as we are, so wan with care\n" * 200)
+    assert _train(tmp_path / "run", "--config.loop.steps=5", config=None) == 1
+    assert "the data has changed since the run was started" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_bytes() == config
+
+
+def test_a_tokenizer_that_a_kill_left_half_written_is_written_again(finished, tmp_path):
+    workdir = tmp_path / "run"
+    (workdir / "tokenizer").mkdir(parents=True)  # a first start that got no further
+    cache = f"--config.data.cache={finished / 'cache'}"
+    assert _train(workdir, cache, "--config.loop.steps=1", "--config.optim.schedule.warmup_steps=0") == 0
+    assert (workdir / "tokenizer" / "vocabulary.json").read_bytes() == (
+        finished / "tokenizer" / "vocabulary.json"
+    ).read_bytes()
 
 
 def test_a_folder_that_is_no_workdir_is_refused(tmp_path, capsys):

@@ -198,15 +198,15 @@ def test_a_kill_while_a_start_is_recorded_leaves_a_workdir_that_opens(tmp_path, 
         assert workdir.config() == CONFIG
 
 
-def test_finished_means_finished_for_that_many_steps(tmp_path):
+def test_finished_is_said_until_the_next_start(tmp_path):
     root = _start(tmp_path / "run")
     with Workdir.open(str(root), processes=ALONE) as workdir:
-        assert not workdir.is_finished(100)
+        assert workdir.finished_step() is None
         workdir.record_finished(100)
-        assert workdir.is_finished(100) and not workdir.is_finished(200)
+        assert workdir.finished_step() == 100
     _start(root, _changed(loop__steps=200))
     with Workdir.open(str(root), processes=ALONE, write=False) as workdir:
-        assert not workdir.is_finished(100)
+        assert workdir.finished_step() is None
 
 
 def test_looking_writes_nothing_and_needs_no_lock(tmp_path):

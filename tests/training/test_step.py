@@ -179,3 +179,11 @@ def test_micro_batches_draw_different_keys_and_repeat_for_the_same_seed_and_step
     two = _run(_config(dropout=True, micro_batches=2), _batch(), objective=objective)[1]["loss"]
     other = _run(_config(dropout=True, seed=1), _batch(), objective=objective)[1]["loss"]
     assert one == same and one != other and one != two
+
+
+def test_parameters_keep_their_type_from_step_to_step():
+    """Bfloat16 parameters with float32 updates: the compiled step must take what it has returned."""
+    state = _fresh()
+    state["params"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state["params"])
+    changed, _ = _run(_config(), _batch(), state)
+    assert changed["params"]["w"].dtype == jnp.bfloat16 and (changed["params"]["w"] != state["params"]["w"]).any()
