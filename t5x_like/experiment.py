@@ -112,16 +112,16 @@ def to_dict(experiment: Experiment) -> dict[str, Any]:
     return bridge.to_dict(experiment)
 
 
-def build_model(experiment: Experiment, *, platform: str) -> Model:
-    dtype = experiment.model.dtype
-    policy = dtypes.policy(params=dtype.params, compute=dtype.compute, platform=platform)
-    return Model(experiment.model, sharding_rules.rules(experiment.mesh.rules), policy)
+def build_model(config: model_config.ModelConfig, *, rules: str, platform: str) -> Model:
+    """The model of a config. `rules`: `config.mesh.rules`; `platform`: of the devices that it runs on."""
+    policy = dtypes.policy(params=config.dtype.params, compute=config.dtype.compute, platform=platform)
+    return Model(config, sharding_rules.rules(rules), policy)
 
 
 def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     """The train and the evaluation step on a mesh, which may be one of devices that are not there."""
     platform = mesh.devices.flat[0].platform
-    model = build_model(experiment, platform=platform)
+    model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
     rules = model.rules
     specs = model.specs()
     _check_rules(rules, specs)

@@ -21,6 +21,7 @@ from t5x_like.data.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
 from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
+from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import use_rules
 from t5x_like.storage import model_directory, paths
@@ -152,14 +153,15 @@ def load(directory: str, *, step: int | None = None, ema: bool = False) -> Langu
     """
     place = model_directory.locate(directory, step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
-    experiment = experiments.from_config(metadata["config"])
+    # Of the config only the model's section: what trained it may have had other fields, or none.
+    config = model_config.resolve(metadata["config"]["model"])
     with paths.local_copy(place.tokenizer) as folder:
         vocabulary = vocabularies.load(folder)
     if vocabulary.fingerprint != metadata["provenance"]["tokenizer"]:
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
-    model = experiments.build_model(experiment, platform=jax.default_backend())
+    model = experiments.build_model(config, rules="", platform=jax.local_devices()[0].platform)
     item = "ema" if ema else "params"
     template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
     return LanguageModel(model, restore(place.checkpoint, {item: template})[item], vocabulary)

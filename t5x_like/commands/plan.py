@@ -97,7 +97,7 @@ def _decode_step(experiment: Any, mesh: Any, *, rows: int, length: int) -> tuple
     from t5x_like.parallel.sharding import named, tree_shardings
 
     platform = mesh.devices.flat[0].platform
-    model = experiments.build_model(experiment, platform=platform)
+    model = experiments.build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
 
     def abstract(specs: Any) -> Any:
         return tree.map_with_path(

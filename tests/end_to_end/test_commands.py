@@ -14,6 +14,7 @@ import t5x_like
 from t5x_like import experiment as experiments
 from t5x_like.__main__ import main
 from t5x_like.data.loader import open_data
+from t5x_like.storage import model_directory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "configs/pretrain/test.py"
@@ -152,6 +153,19 @@ def test_the_python_interface_agrees_with_itself(finished):
     assert lm.generate([], max_new_tokens=5) == []
     continuation = lm.generate(["To be"], max_new_tokens=5, temperature=0)[0]
     assert lm.log_likelihood(["To be"], [continuation])[0][1]
+
+
+def test_a_model_is_read_whatever_trained_it(finished, tmp_path):
+    """Of the stored config only the section `model` counts: a converted model has no other."""
+    shutil.copytree(finished / "checkpoints" / "12", tmp_path / "model")
+    shutil.copytree(finished / "tokenizer", tmp_path / "model" / "tokenizer")
+    path = tmp_path / "model" / "metadata" / "metadata"
+    content = json.loads(path.read_text())
+    content["config"] = {"model": content["config"]["model"]}
+    path.write_text(json.dumps(content | {"sha256": model_directory.digest(content)}))
+    tokens = np.array([[1, 2, 3]])
+    models = [t5x_like.load(str(folder)) for folder in (tmp_path / "model", finished)]
+    assert np.array_equal(models[0].logits(tokens), models[1].logits(tokens))
 
 
 def test_inspect_says_where_in_the_text_each_row_of_a_step_lies(finished, capsys):
