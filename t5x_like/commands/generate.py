@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens; 0 is off (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set of this probability; 1 is off")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
-    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
+    parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to read (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="read the averaged parameters")
     options = parser.parse_args(arguments)
     if not options.prompt:
@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
     environment.apply(environment.READING)
     from t5x_like.language_model import load  # imports jax, whose environment now stands
 
-    model = load(options.directory, step=options.step, ema=options.ema)
+    model = load(options.directory, step=options.checkpoint, ema=options.ema)
     texts = model.generate(
         prompts,
         max_new_tokens=options.max_new_tokens,

@@ -282,6 +282,10 @@ def test_a_resume_on_other_text_is_refused(tmp_path, capsys):
     assert _train(tmp_path / "run", "--config.loop.steps=5", config=None) == 1
     assert "the data has changed since the run was started" in capsys.readouterr().err
     assert (tmp_path / "run" / "config.json").read_bytes() == config
+    assert main(["inspect", str(tmp_path / "run"), "--step=2"]) == 1
+    assert "holds other data than" in capsys.readouterr().err
+    text.write_text("to be, or not to be, that is the question\n" * 200)
+    assert _train(tmp_path / "run", "--config.loop.steps=5", config=None) == 0
 
 
 def test_a_tokenizer_that_a_kill_left_half_written_is_written_again(finished, tmp_path):
