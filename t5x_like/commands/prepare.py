@@ -7,13 +7,14 @@
 started again it goes on with the shards that are missing.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.commands.arguments import Parser, load_config, split_config
 from t5x_like.core.config import build
 from t5x_like.core.errors import UsageError
-from t5x_like.core.metrics import Progress, format_bytes, format_count
+from t5x_like.core.metrics import Progress, StatusLine, format_bytes, format_count
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,24 +37,33 @@ def run(arguments: Sequence[str]) -> int:
 
 def show_progress(data: Any, cache_dir: str) -> Any:
     """Makes the token cache of a DataConfig complete, and shows how far it is."""
-    from t5x_like.data.prepare import prepare
+    from t5x_like.data.prepare import Training, Writing, prepare
 
-    shown: list[Progress] = []
+    shown: dict[str, Progress] = {}
 
-    def report(done: int, total: int) -> None:
-        if not shown:
-            shown.append(Progress(total, label="prepare", unit="bytes"))
-        shown[0].update(done)
+    def report(state: Training | Writing) -> None:
+        if isinstance(state, Training):
+            text = f"a tokenizer of {state.size} tokens on up to {format_bytes(state.text_bytes)} of text"
+            StatusLine(sys.stderr).print(f"prepare: training {text} ...")
+            return
+        if state.unit not in shown:
+            end()
+            shown[state.unit] = Progress(state.total, label="prepare", unit=state.unit)
+        shown[state.unit].update(state.done)
+
+    def end() -> None:
+        while shown:
+            shown.popitem()[1].close()
 
     try:
         return prepare(data, cache_dir, report=report)
     finally:
-        for progress in shown:
-            progress.close()
+        end()
 
 
 def _summary(done: Any, cache_dir: str) -> str:
-    rate = f", {done.bytes_written / 1e6 / done.seconds:.1f} MB/s" if done.bytes_written else " (all there already)"
+    rate = f", {done.text_bytes_written / 1e6 / done.seconds:.1f} MB/s of text" if done.shards_written else ""
+    rate = rate or " (all there already)"
     sets = [*done.manifest.train.items(), *done.manifest.validation.items()]
     lines = [f"  {name:<12} {entry.folder}  {entry.source}" for name, entry in sets]
     skipped = f", {done.skipped} documents without a token" if done.skipped else ""

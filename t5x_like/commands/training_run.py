@@ -21,6 +21,7 @@ from t5x_like.core.errors import UsageError
 from t5x_like.data.loader import HeldOut, Prefetch, TrainData, open_data
 from t5x_like.data.vocabularies import SETTINGS
 from t5x_like.objectives.interface import Batch
+from t5x_like.optim.optimizers import describe
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import multihost
 from t5x_like.parallel.sharding import addressable_rows, global_batch
@@ -128,6 +129,7 @@ def _check(built: Run) -> int:
     step, _ = _compile(built)
     for line in screen(_summary(built, step, origin="not started (--check)", start=0)):
         print(line)
+    print(f"\n{describe(built.program.optimizer)}")
     return 0
 
 

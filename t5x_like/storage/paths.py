@@ -1,7 +1,7 @@
 """Files by path, local or gs://: read, write whole or not at all, list, copy, stage. Not a general file system.
 
 A local file is written under a temporary name in its folder, synced and renamed; an object of a bucket appears only
-when its upload is complete. A file that grows (metrics.jsonl) is kept as a local copy and uploaded whole.
+when its upload is complete. Files that grow (metrics.jsonl, logs) are kept in a local folder and uploaded whole.
 gs:// needs the extra [gcs]; nothing of it is imported before the first such path. Paths are plain strings.
 """
 
@@ -230,45 +230,6 @@ def local_copy(directory: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="t5x_like-copy-") as folder:
         copy_tree(directory, folder)
         yield folder
-
-
-class StagedFile:
-    """A file that grows, kept on a local disk. `upload` puts it to its place whole; a local path is its own place.
-
-    What stands at the path already is fetched first. Use `local_path` with `open`, and `close` at the end.
-    """
-
-    def __init__(self, path: str):
-        self.path = path
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._uploaded: tuple[int, int] | None = None
-        if not is_remote(path):
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            self.local_path = path
-            return
-        self._folder = tempfile.TemporaryDirectory(prefix="t5x_like-staged-")
-        self.local_path = os.path.join(self._folder.name, base_name(path))
-        if exists(path):
-            copy_file(path, self.local_path)
-            self._uploaded = self._state()
-
-    def upload(self) -> None:
-        """Does nothing for a local path, or when the file has not changed since the last upload."""
-        if self._folder is None or not os.path.exists(self.local_path):
-            return
-        state = self._state()
-        if state != self._uploaded:
-            copy_file(self.local_path, self.path)
-            self._uploaded = state
-
-    def close(self) -> None:
-        self.upload()
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def _state(self) -> tuple[int, int]:
-        status = os.stat(self.local_path)
-        return status.st_size, status.st_mtime_ns
 
 
 class StagedDirectory:

@@ -117,11 +117,6 @@ class Faults:
             return self._signal is not None
         return self._signals.synchronised and multihost_utils.reached_preemption_sync_point(step)
 
-    @property
-    def stop_requested(self) -> bool:
-        """Whether this process was asked to stop; the others may not know yet."""
-        return self._signal is not None
-
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
         """Reports an exception before anything else is unwound: closing a checkpoint would wait for the others."""

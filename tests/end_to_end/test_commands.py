@@ -122,7 +122,7 @@ def test_check_builds_everything_prints_the_summary_and_writes_nothing(tmp_path,
     cache = tmp_path / "cache"
     assert _train(tmp_path / "run", "--check", f"--config.data.cache={cache}") == 0
     shown = capsys.readouterr().out
-    for part in ("26.9k", "fsdp=8", "activations", "held out"):
+    for part in ("26.9k", "fsdp=8", "activations", "held out", "embed/tokens", "adamw"):
         assert part in shown
     assert not (tmp_path / "run" / "config.json").exists()
 

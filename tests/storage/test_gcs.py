@@ -46,18 +46,6 @@ def test_files_are_written_read_listed_copied_renamed_and_removed(bucket, tmp_pa
     assert paths.list_names(bucket) == ["moved"]
 
 
-def test_a_growing_file_is_uploaded_whole_and_fetched_again(bucket):
-    path = paths.join(bucket, "run", "metrics.jsonl")
-    for expected in ("one\n", "one\ntwo\n"):
-        staged = paths.StagedFile(path)
-        with open(staged.local_path, "a", encoding="utf-8") as file:
-            file.write(expected.split("\n")[-2] + "\n")
-        staged.upload()
-        assert paths.read_text(path) == expected
-        staged.close()
-        assert not os.path.exists(staged.local_path)
-
-
 def test_a_growing_folder_is_uploaded_where_it_changed(bucket):
     staged = paths.StagedDirectory(paths.join(bucket, "tensorboard"))
     for count in (1, 2):

@@ -65,15 +65,6 @@ def test_a_directory_that_cannot_be_is_one_line(tmp_path):
         paths.make_directory(str(tmp_path / "file" / "workdir"))
 
 
-def test_a_local_staged_file_is_the_file_itself(tmp_path):
-    staged = paths.StagedFile(str(tmp_path / "runs" / "metrics.jsonl"))
-    with open(staged.local_path, "a", encoding="utf-8") as file:
-        file.write("row\n")
-    staged.upload()
-    staged.close()
-    assert paths.read_text(str(tmp_path / "runs" / "metrics.jsonl")) == "row\n"
-
-
 def test_paths_are_joined_and_named_alike_here_and_there():
     assert paths.join("gs://b/run", "checkpoints", "3") == "gs://b/run/checkpoints/3"
     assert paths.parent("gs://b/run/x/") == "gs://b/run" and paths.base_name("gs://b/run/x/") == "x"
