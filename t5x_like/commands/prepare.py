@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     if not (data.cache or options.workdir):
         raise UsageError("t5x_like prepare: give --workdir=DIR, or --config.data.cache=DIR")
     cache_dir = data.cache or paths.join(paths.normal(options.workdir), "cache")
-    print(_summary(show_progress(data, cache_dir), cache_dir))
+    print(summary(show_progress(data, cache_dir), cache_dir))
     return 0
 
 
@@ -61,7 +61,7 @@ def show_progress(data: Any, cache_dir: str) -> Any:
         end()
 
 
-def _summary(done: Any, cache_dir: str) -> str:
+def summary(done: Any, cache_dir: str) -> str:
     rate = f", {done.text_bytes_written / 1e6 / done.seconds:.1f} MB/s of text" if done.shards_written else ""
     rate = rate or " (all there already)"
     sets = [*done.manifest.train.items(), *done.manifest.validation.items()]

@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--kind", default="bpe", help="bpe (default), unigram or sentencepiece")
     parser.add_argument("--size", type=int, default=8192, help="tokens, with 256 bytes and the special ones")
     parser.add_argument("--field", default="text", help="field of a record that holds the text (default: text)")
-    parser.add_argument("--bytes", type=int, default=100_000_000, help="characters of each source to read at most")
+    parser.add_argument("--bytes", type=int, default=100_000_000, help="bytes (UTF-8) of each source to read at most")
     parser.add_argument("--output", required=True, help="folder to write; a config names it as config.data.tokenizer")
     options = parser.parse_args(arguments)
 

@@ -45,7 +45,8 @@ class DataConfig:
     preprocessors: names in data/preprocessors.py, applied to every text in this order
     tokenizer: `bytes`, a path (tokenizer.json, SentencePiece model, or a folder), `train:bpe:SIZE`,
         `train:unigram:SIZE`, `train:sentencepiece:SIZE`, or `task` (the vocabulary of a SeqIO task)
-    tokenizer_training_bytes: how much training text a tokenizer is trained on at most
+    tokenizer_training_bytes: how much training text a tokenizer is trained on at most, in bytes of UTF-8; of several
+        sources each gives an equal part of it
     validation: a source, or the fraction of the bytes that is cut off at the end ("0.1"), or "" for none
     validation_stride: tokens between two rows of held-out text; 0 for `length`. Less than `length` makes rows overlap:
         each token is still scored once, with more context before it

@@ -71,14 +71,20 @@ def read_pieces(
 
 
 def first_texts(documents: Iterable[Placed], limit: int) -> Iterator[str]:
-    """The texts of documents until `limit` characters are reached; the last one is cut."""
+    """The texts of documents until `limit` bytes of UTF-8 are reached; the last one is cut between two characters."""
     for _, _, document in documents:
-        for text in (document.inputs[:limit], document.text[:limit]):
-            if text:
-                yield text
-                limit -= len(text)
-        if limit <= 0:
+        texts = [_first_bytes(text, limit) for text in (document.inputs, document.text)]
+        yield from filter(None, texts)
+        limit -= sum(len(text.encode()) for text in texts)
+        if limit <= 0 or texts != [document.inputs, document.text]:
             return
+
+
+def _first_bytes(text: str, limit: int) -> str:
+    """As much of the begin of a text as `limit` bytes of UTF-8 hold."""
+    if not text[:limit].isascii():
+        return text[:limit].encode()[:limit].decode(errors="ignore")
+    return text[:limit]
 
 
 def _no_report(amount: int) -> None:

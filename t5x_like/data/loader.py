@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.config import nearest
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache, features, mixtures, packing, token_set, vocabularies
 from t5x_like.data.config import DataConfig
 from t5x_like.data.permutation import permute
-from t5x_like.data.token_set import TokenSet
+from t5x_like.data.token_set import OpenFiles, TokenSet
 
 Batch = features.Batch
 Read = TypeVar("Read")
@@ -71,6 +71,7 @@ class TrainData:
         self.batch_size, self.length, self.vocabulary = config.batch_size, config.length, vocabulary
         self.tokens_per_step = config.batch_size * config.length
         self._config, self._seed, self._validation = config, seed, validation
+        self._opened = [*train, *validation]
         self._unevaluated = unevaluated  # {name: source} of which nothing was held out
         sizes = {component.name: component.packing.size for component in train}
         rates = mixtures.row_rates(config.mixture, sizes, {c.name: c.entry.rate for c in train})
@@ -140,7 +141,7 @@ class TrainData:
         return summary if steps is None else summary | {"tokens_to_come": steps * self.tokens_per_step}
 
     def close(self) -> None:
-        for component in [*self._components, *self._validation]:
+        for component in self._opened:  # those of rate 0 too
             component.tokens.close()
 
     @property
@@ -221,7 +222,8 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
     manifest = cache.read_manifest(config, cache_dir)
     folder = cache.local_folder(cache_dir)
     vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
-    train = [_open(name, entry, folder, config, config.length) for name, entry in sorted(manifest.train.items())]
+    files = token_set.open_files()
+    train = [_open(name, entry, folder, config, config.length, files) for name, entry in sorted(manifest.train.items())]
     stride = config.validation_stride or config.length
     held_out, unevaluated = {}, {}
     for name, entry in sorted(manifest.validation.items()):
@@ -230,11 +232,11 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
         else:
             unevaluated[name] = entry.source
     if unevaluated and not held_out:
-        raise UserError(
+        raise UsageError(
             f"config.data.validation={config.validation!r} holds out no text of any source; "
             "expected some: make it larger, or '' for no evaluation"
         )
-    validation = [_open(name, entry, folder, config, stride) for name, entry in held_out.items()]
+    validation = [_open(name, entry, folder, config, stride, files) for name, entry in held_out.items()]
     return TrainData(config, vocabulary, train, validation, unevaluated=unevaluated, seed=seed)
 
 
@@ -244,21 +246,23 @@ def _has_text(entry: cache.SetEntry, folder: pathlib.Path) -> bool:
 
 
 def _check(config: DataConfig) -> None:
-    for name in ("batch_size", "length"):
-        if getattr(config, name) < 1:
-            raise UserError(f"config.data.{name}={getattr(config, name)} should be at least 1")
+    for name, least in (("batch_size", 1), ("length", 1), ("validation_batches", 0), ("prefetch", 0)):
+        if getattr(config, name) < least:
+            raise UsageError(f"config.data.{name}={getattr(config, name)} should be at least {least}")
     if not 0 <= config.validation_stride <= config.length:
-        raise UserError(
+        raise UsageError(
             f"config.data.validation_stride={config.validation_stride} should lie between 0 and length={config.length}"
         )
     if config.packing not in packing.PACKINGS:
-        raise UserError(
+        raise UsageError(
             f"config.data.packing={config.packing!r} is unknown; {nearest(config.packing, packing.PACKINGS)}"
         )
 
 
-def _open(name: str, entry: cache.SetEntry, folder: pathlib.Path, config: DataConfig, stride: int) -> _Component:
-    tokens = TokenSet(folder / entry.folder, verify=config.verify)
+def _open(
+    name: str, entry: cache.SetEntry, folder: pathlib.Path, config: DataConfig, stride: int, files: OpenFiles
+) -> _Component:
+    tokens = TokenSet(folder / entry.folder, verify=config.verify, files=files)
     if tokens.tokens < 2:
         raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
     return _Component(name, entry, tokens, packing.PACKINGS[config.packing](tokens, config.length, stride))

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.config import nearest
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError
 from t5x_like.data.config import MixtureConfig
 
 _LONGEST_PERIOD = 1 << 18  # slots; rates that need more are rounded to a part in this many
@@ -38,12 +38,14 @@ def row_rates(
     A rate that counts examples (documents) is turned into one of rows by the mean number of examples in a row.
     """
     if config.counts not in ("examples", "tokens"):
-        raise UserError(f"config.data.mixture.counts={config.counts!r} should be examples or tokens")
+        raise UsageError(f"config.data.mixture.counts={config.counts!r} should be examples or tokens")
+    if not config.temperature > 0:
+        raise UsageError(f"config.data.mixture.temperature={config.temperature} should be above 0")
     counts, rates = config.counts, _rates(config, sizes)
     if not config.sources and any(rate is not None for rate in stated.values()):
         counts, rates = "examples", {name: _exact(rate or 0.0, name) for name, rate in stated.items()}
     if not any(rates.values()):
-        raise UserError("config.data.mixture.rates: all rates are 0")
+        raise UsageError("config.data.mixture.rates: all rates are 0")
     if counts == "tokens":
         return {name: rate / sizes[name].tokens_per_row for name, rate in rates.items() if rate}
     return {name: rate * sizes[name].rows / sizes[name].examples for name, rate in rates.items() if rate}
@@ -54,10 +56,10 @@ def _rates(config: MixtureConfig, sizes: Mapping[str, Size]) -> dict[str, fracti
         return {name: _exact(_rate_of_size(config, size), name) for name, size in sizes.items()}
     for name in config.rates:
         if name not in sizes:
-            raise UserError(f"config.data.mixture.rates.{name}: no such source; {nearest(name, sizes)}")
+            raise UsageError(f"config.data.mixture.rates.{name}: no such source; {nearest(name, sizes)}")
     for name in sizes:
         if name not in config.rates:
-            raise UserError(f"config.data.mixture.rates lacks {name}; give every source a rate, or none")
+            raise UsageError(f"config.data.mixture.rates lacks {name}; give every source a rate, or none")
     return {name: _exact(config.rates[name], name) for name in sizes}
 
 
@@ -70,7 +72,7 @@ def _rate_of_size(config: MixtureConfig, size: Size) -> float:
 
 def _exact(rate: float, name: str) -> fractions.Fraction:
     if not (math.isfinite(rate) and rate >= 0):
-        raise UserError(f"config.data.mixture.rates.{name}={rate} should be a number of at least 0")
+        raise UsageError(f"config.data.mixture.rates.{name}={rate} should be a number of at least 0")
     return fractions.Fraction(repr(rate))  # 1.009 is 1009/1000, as it was written
 
 

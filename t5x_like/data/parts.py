@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache, sources, vocabularies, workers
 from t5x_like.data.config import DataConfig
 from t5x_like.data.sources import Source, SourceFile
@@ -47,7 +47,7 @@ class Parts:
 def named_sources(config: DataConfig) -> dict[str, Source]:
     """{component: source} to train on."""
     if bool(config.source) == bool(config.mixture.sources):
-        raise UserError("config.data: give either source or mixture.sources")
+        raise UsageError("config.data: give either source or mixture.sources")
     if config.source:
         return {"train": sources.parse(config.source, where="config.data.source")}
     return {
@@ -69,7 +69,7 @@ def find(config: DataConfig, folder: pathlib.Path, pool: workers.Pool) -> Parts:
             described.append(vocabulary)
             train |= _named(found, name, several=bool(config.source), where=f"{where}={source}")
             if fraction:
-                raise UserError(f"config.data.validation: a fraction cannot be cut off {source}; give a split of it")
+                raise UsageError(f"config.data.validation: a fraction cannot be cut off {source}; give a split of it")
             continue
         whole = _native_part(source, where)
         train[name], held_out = _cut(whole, fraction, where) if fraction else (whole, None)
@@ -94,7 +94,7 @@ def _named(found: dict[str, Part], name: str, *, several: bool, where: str) -> d
     if len(found) == 1:
         return {name: next(iter(found.values()))}
     if not several:
-        raise UserError(f"{where} is a mixture; name its tasks instead, or use it alone as config.data.source")
+        raise UsageError(f"{where} is a mixture; name its tasks instead, or use it alone as config.data.source")
     return found
 
 
@@ -107,7 +107,7 @@ def _fraction(validation: str) -> fractions.Fraction | None:
     except ValueError:
         fraction = fractions.Fraction(0)
     if not 0 < fraction < 1:
-        raise UserError(f"config.data.validation={validation}: a fraction lies between 0 and 1; or give KIND:PATH")
+        raise UsageError(f"config.data.validation={validation}: a fraction lies between 0 and 1; or give KIND:PATH")
     return fraction
 
 

@@ -6,13 +6,13 @@ result is does not depend on the number of workers. Reading the cache is data/lo
 """
 
 import dataclasses
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from t5x_like.core.errors import UserError
+from t5x_like.core.environment import cores
+from t5x_like.core.errors import UsageError
 from t5x_like.data import (
     cache,
     encoding,
@@ -31,19 +31,41 @@ from t5x_like.storage import paths
 _SHARDS, _SMALLEST_SHARD, _LARGEST_SHARD = 64, 1 << 20, 256 << 20
 _INLINE_BYTES = 4 << 20  # less than this is tokenized here, sooner than a worker starts
 
-Report = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A tokenizer of `size` tokens is being trained on up to `text_bytes` bytes of text: long, and nothing to count."""
+
+    size: int
+    text_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """How far the writing of token sets is: `done` of `total` "bytes" of files, or "examples" of SeqIO's tasks.
+
+    Nobody knows how many examples a task has before it has run: then `total` is None.
+    """
+
+    unit: str
+    done: int
+    total: int | None
+
+
+Report = Callable[[Training | Writing], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What the cache now holds for a config, and what this call wrote of it (tokens_written, seconds)."""
+    """What the cache now holds for a config; `shards_written`, with so much text, by this call in `seconds`."""
 
     manifest: cache.Manifest
     documents: int
     tokens: int
     text_bytes: int
     skipped: int
-    bytes_written: int
+    shards_written: int
+    text_bytes_written: int
     seconds: float
 
 
@@ -53,13 +75,15 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Pre
     Where the sources are not on this machine, a cache that was prepared for the same config elsewhere is enough.
     """
     preprocessors.check(config.preprocessors, config.fields)
+    if config.workers < 0:
+        raise UsageError(f"config.data.workers={config.workers} should be at least 0, which is one for each core")
     started = time.monotonic()
     cache.fetch(config, cache_dir)
     folder = cache.local_folder(cache_dir)
     paths.make_directory(str(folder))
-    written = 0
+    written: list[dict[str, Any]] = []
     try:
-        with workers.Pool(config.workers or _cores()) as pool:
+        with workers.Pool(config.workers or cores()) as pool:
             manifest, written = _write(config, folder, pool, report)
         cache.write_manifest(config, cache_dir, manifest)
     except sources.MissingSource:
@@ -69,15 +93,21 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Pre
     entries = [*manifest.train.values(), *manifest.validation.values()]
     indexes = [token_set.read_index(folder / entry.folder) for entry in entries]
     totals = [sum(index[key] for index in indexes) for key in ("documents", "tokens", "text_bytes", "skipped")]
-    return Prepared(manifest, *totals, bytes_written=written, seconds=time.monotonic() - started)
+    return Prepared(
+        manifest,
+        *totals,
+        shards_written=len(written),
+        text_bytes_written=sum(shard["text_bytes"] for shard in written),
+        seconds=time.monotonic() - started,
+    )
 
 
 def _write(
     config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None
-) -> tuple[cache.Manifest, int]:
-    """Writes what is missing; (manifest, bytes of source read for it)."""
+) -> tuple[cache.Manifest, list[dict[str, Any]]]:
+    """Writes what is missing; (manifest, facts of the shards written)."""
     found = parts.find(config, folder, pool)
-    tokenizer = _tokenizer(config, folder, found)
+    tokenizer = _tokenizer(config, folder, found, report)
     train, validation = list(found.train.values()), list(found.validation.values())
     folders, written = _write_sets(config, folder, [*train, *validation], tokenizer, pool, report)
     rates: dict[str, float] = {}
@@ -100,33 +130,33 @@ def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
     return bool(config.source) and len(train) > 1
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # The tokenizer.
 
 
-def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts) -> str:
+def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report | None) -> str:
     """The tokenizer's folder within the cache."""
     if config.tokenizer == "task":
         if found.vocabulary is None:
-            raise UserError("config.data.tokenizer=task: no seqio: source here has a vocabulary; give a tokenizer")
+            raise UsageError("config.data.tokenizer=task: no seqio: source here has a vocabulary; give a tokenizer")
         return found.vocabulary
     trained = tokenizer_training.parse(config.tokenizer, where="config.data.tokenizer")
     if trained is None:
         place = parts.place_vocabulary(vocabularies.load(config.tokenizer), folder)
     else:
-        place = _trained(config, folder, list(found.train.values()), trained)
+        place = _trained(config, folder, list(found.train.values()), trained, report)
     if found.vocabulary not in (None, place):  # the name of the folder is the fingerprint
-        raise UserError(f"config.data.tokenizer={config.tokenizer} is not the vocabulary of the SeqIO task; use task")
+        raise UsageError(f"config.data.tokenizer={config.tokenizer} is not the vocabulary of the SeqIO task; use task")
     return place
 
 
-def _trained(config: DataConfig, folder: pathlib.Path, given: list[Part], trained: tuple[str, int]) -> str:
+def _trained(
+    config: DataConfig, folder: pathlib.Path, given: list[Part], trained: tuple[str, int], report: Report | None
+) -> str:
     """Trains unless the cache has the tokenizer of the same text; a small file remembers which that was."""
     if any(part.task for part in given):
-        raise UserError(f"config.data.tokenizer={config.tokenizer}: needs text; with seqio: sources use task or a path")
+        raise UsageError(
+            f"config.data.tokenizer={config.tokenizer}: needs text; with seqio: sources use task or a path"
+        )
     text = [[part.content, part.begin, part.end, _reading(config, part)] for part in given]
     recipe = cache.digest([trained, config.tokenizer_training_bytes, text])[:16]
     memory = folder / f"trained-{recipe}.json"
@@ -134,18 +164,26 @@ def _trained(config: DataConfig, folder: pathlib.Path, given: list[Part], traine
         name = paths.read_json(str(memory))["tokenizer"]
         if (folder / name / vocabularies.SETTINGS).is_file():
             return name
-    texts = _training_texts(config, given, config.tokenizer_training_bytes // len(given))
+    limit = config.tokenizer_training_bytes // len(given)
+    if report is not None:
+        report(Training(trained[1], sum(_most_text(part, limit) for part in given)))
+    texts = _training_texts(config, given, limit)
     name = parts.place_vocabulary(tokenizer_training.train(*trained, texts), folder)
     paths.write_json_atomic(str(memory), {"tokenizer": name})
     return name
 
 
 def _training_texts(config: DataConfig, given: list[Part], limit: int) -> Iterator[str]:
-    """Texts of each part from its begin, up to `limit` characters of each."""
+    """Texts of each part from its begin, up to `limit` bytes of each."""
     for part in given:
         pieces = sources.pieces(part.source.kind, part.files, part.begin, part.end)
         documents = encoding.read_pieces(part.source, part.files, pieces, config.fields, config.preprocessors)
         yield from encoding.first_texts(documents, limit)
+
+
+def _most_text(part: Part, limit: int) -> int:
+    """The text of a part is no more than `limit` bytes, nor than its files where these are counted in bytes."""
+    return min(limit, part.end - part.begin) if sources.unit(part.source.kind) == "byte" else limit
 
 
 def _reading(config: DataConfig, part: Part) -> list[Any]:
@@ -164,8 +202,8 @@ def _write_sets(
     tokenizer: str,
     pool: workers.Pool,
     report: Report | None,
-) -> tuple[list[str], int]:
-    """Writes the shards that are missing; (folder of each part, bytes of source read for it)."""
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Writes the shards that are missing; (folder of each part, facts of the shards written)."""
     vocabulary = encoding.load_vocabulary(str(folder / tokenizer))
     kind = token_set.token_type(vocabulary.size)
     folders: list[str] = []
@@ -209,7 +247,7 @@ def _jobs(
         named = {"module": part.source.path, "name": f"{part.task['task']}:{part.task['split']}"}
         shards = range(part.task["shards"])
         return "encode_task_shard", [
-            {**job, **named, "index": shard, "shard": shard, "shards": len(shards), "size": 0} for shard in shards
+            {**job, **named, "index": shard, "shard": shard, "shards": len(shards)} for shard in shards
         ]
     size = sum(file.size for file in part.files)
     target = min(max(size // _SHARDS, _SMALLEST_SHARD), _LARGEST_SHARD)
@@ -232,24 +270,33 @@ def _jobs(
     ]
 
 
-def _run(todo: list[tuple[str, dict[str, Any], float]], pool: workers.Pool, size: int, report: Report | None) -> int:
-    """Runs jobs, few small ones in this process; bytes of source read."""
-    total = int(sum(job["size"] * weight for _, job, weight in todo))
-    done = 0.0
-
-    def tell(weight: float, amount: int) -> None:
-        nonlocal done
-        done += amount * weight
-        if report is not None:
-            report(int(done), total)
-
+def _run(
+    todo: list[tuple[str, dict[str, Any], float]], pool: workers.Pool, size: int, report: Report | None
+) -> list[dict[str, Any]]:
+    """Runs jobs, few small ones in this process; the facts of their shards."""
     native = [(job, weight) for function, job, weight in todo if function == "encode_shard"]
+    tasks = [job for function, job, _ in todo if function == "encode_task_shard"]
+    total = int(sum(job["size"] * weight for job, weight in native))
+    read, examples = 0.0, 0
+
+    def tell_bytes(weight: float, amount: int) -> None:
+        nonlocal read
+        read += amount * weight
+        if report is not None:
+            report(Writing("bytes", int(read), total))
+
+    def tell_examples(index: int, amount: int) -> None:
+        nonlocal examples
+        examples += amount
+        if report is not None:
+            report(Writing("examples", examples, None))
+
     if native and (size == 1 or total < _INLINE_BYTES):
-        for job, weight in native:
-            encoding.encode_shard(job, lambda amount, weight=weight: tell(weight, amount))
-    elif native:
-        pool.run("encode_shard", [job for job, _ in native], lambda index, amount: tell(native[index][1], amount))
-    task = [job for function, job, _ in todo if function == "encode_task_shard"]
-    if task:
-        pool.run("encode_task_shard", task, lambda index, amount: None)
-    return total
+        written = [
+            encoding.encode_shard(job, lambda amount, weight=weight: tell_bytes(weight, amount))
+            for job, weight in native
+        ]
+    else:
+        jobs = [job for job, _ in native]
+        written = pool.run("encode_shard", jobs, lambda index, amount: tell_bytes(native[index][1], amount))
+    return written + pool.run("encode_task_shard", tasks, tell_examples)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from t5x_like.core.config import nearest
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data.config import FieldsConfig
 
 
@@ -27,12 +27,12 @@ PREPROCESSORS: dict[str, Callable[[str], str]] = {
 
 
 def check(names: Sequence[str], fields: FieldsConfig) -> None:
-    """UserError for an unknown preprocessor or half an example."""
+    """UsageError for an unknown preprocessor or half an example."""
     for name in names:
         if name not in PREPROCESSORS:
-            raise UserError(f"config.data.preprocessors: {name!r} is unknown; {nearest(name, PREPROCESSORS)}")
+            raise UsageError(f"config.data.preprocessors: {name!r} is unknown; {nearest(name, PREPROCESSORS)}")
     if bool(fields.inputs) != bool(fields.targets):
-        raise UserError("config.data.fields: give both inputs and targets, or neither (then text is used)")
+        raise UsageError("config.data.fields: give both inputs and targets, or neither (then text is used)")
 
 
 def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str]) -> Document:

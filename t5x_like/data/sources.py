@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from t5x_like.core.config import nearest
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 
 
 class MissingSource(UserError):
@@ -64,15 +64,15 @@ Reader = Callable[[str, int, int], Iterator[Record]]
 
 
 def parse(text: str, *, where: str) -> Source:
-    """A source from its text; `where` is the config path, for messages."""
+    """A source from its text; UsageError where it is none. `where` is the config path, for messages."""
     kind, _, rest = text.partition(":")
     if kind not in KINDS or not rest:
         hint = nearest(kind, KINDS)
-        raise UserError(f"{where}={text!r} should be KIND:PATH; kind {kind!r}: {hint}")
+        raise UsageError(f"{where}={text!r} should be KIND:PATH; kind {kind!r}: {hint}")
     if kind == "seqio":
         module, _, task = rest.partition(":")
         if not task:
-            raise UserError(f"{where}={text!r} should be seqio:MODULE_OR_FILE:TASK_OR_MIXTURE[:SPLIT]")
+            raise UsageError(f"{where}={text!r} should be seqio:MODULE_OR_FILE:TASK_OR_MIXTURE[:SPLIT]")
         return Source(kind, module, task)
     if kind == "tfds":
         folder, _, split = rest.partition(":")

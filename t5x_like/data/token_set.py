@@ -2,9 +2,11 @@
 
 A folder of shards. A shard is one file of sections (tokens, bytes per token, document ends, ...) and a JSON beside it
 that is written last and holds sizes and checksum; `index.json` is written when all shards are there. Reading goes
-through `os.preadv`: a memory map of a truncated file would end the process. Which rows are read is data/packing.py.
+through `os.preadv`: a memory map of a truncated file would end the process. Few of the files are open at once, as
+large sources have more shards than a process may open. Which rows are read is data/packing.py.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -12,7 +14,9 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+import resource
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -24,7 +28,9 @@ from t5x_like.storage import paths
 VERSION = 1
 INDEX = "index.json"
 _READ_AT_ONCE = 1 << 20  # tokens, where many are only counted
+_MANY_FILES = 4096  # where a process may open any number
 _LARGE = 255  # in the section `bytes`: the value is in the list of large ones
+_READ_AT_OPENING = ("ends", "inputs", "large_positions", "large_values")
 _SECTIONS = (  # (name, numpy type or None for the tokens' own, entries per)
     ("tokens", None, "tokens"),
     ("bytes", "<u1", "tokens"),
@@ -145,14 +151,67 @@ def remove_leftovers(folder: pathlib.Path) -> None:
             path.unlink()
 
 
+class OpenFiles:
+    """At most `limit` files open for reading: those that were read last. Safe from several threads.
+
+    Files are closed when nobody refers to them any more, so none is closed under a thread that reads from it.
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._lock = limit, threading.Lock()
+        self._files: collections.OrderedDict[str, _File] = collections.OrderedDict()  # read last: at the end
+
+    def get(self, path: str) -> "_File":
+        """The open file. Hold it while reading, no longer."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is not None:
+                self._files.move_to_end(path)
+                return file
+        try:
+            opened = _File(os.open(path, os.O_RDONLY))  # without the lock: on a shared disk this takes long
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        with self._lock:
+            file = self._files.setdefault(path, opened)  # of two threads that opened it the first one's is kept
+            if len(self._files) > self._limit:
+                self._files.popitem(last=False)
+        return file
+
+    def close(self, paths: Iterable[str]) -> None:
+        """Closes these; the others stay open."""
+        with self._lock:
+            for path in paths:
+                self._files.pop(path, None)
+
+
+class _File:
+    """A file descriptor, closed with the last reference to this."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit, `os` may be gone
+        close(self.descriptor)
+
+
+def open_files() -> OpenFiles:
+    """For all token sets of a process: half of the files it may have open, as others need some too."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OpenFiles(_MANY_FILES if limit == resource.RLIM_INFINITY else max(limit // 2, 1))
+
+
 class TokenSet:
     """A complete token set, open for reading. `documents`, `tokens`, `text_bytes`, `skipped`: totals.
 
-    Sizes are checked when it is opened, checksums too with `verify`. Reading is safe from several threads.
+    Sizes are checked when it is opened, checksums too with `verify`. Reading is safe from several threads. `files`
+    may be those of several sets.
     """
 
-    def __init__(self, folder: pathlib.Path, *, verify: bool):
-        self.folder = folder
+    def __init__(self, folder: pathlib.Path, *, verify: bool, files: OpenFiles):
+        self.folder, self._files = folder, files
         index = read_index(folder)
         self.fingerprint: str = index["fingerprint"]
         self.unit: str = index["unit"]
@@ -161,15 +220,19 @@ class TokenSet:
         self.text_bytes: int = index["text_bytes"]
         self.skipped: int = index["skipped"]
         self._type = np.dtype(index["token_type"])
-        self._shards = [_Shard(folder, facts, self._type, verify=verify) for facts in index["shards"]]
+        self._shards = [_Shard(folder, facts, self._type, files, verify=verify) for facts in index["shards"]]
         counts = np.array([[shard.tokens, shard.documents] for shard in self._shards], np.int64).reshape(-1, 2)
         self._first_token = np.concatenate([[0], np.cumsum(counts[:, 0])])
         self._first_document = np.concatenate([[0], np.cumsum(counts[:, 1])])
-        self.ends: np.ndarray = self._column("ends", self._first_token)  # the token behind each document
-        inputs = self._column("inputs", np.zeros(len(self._shards), np.int64))
-        self.inputs: np.ndarray | None = inputs.astype(np.int32) if inputs.any() else None
-        self._large_positions = self._column("large_positions", self._first_token)
-        self._large_values = self._column("large_values", np.zeros(len(self._shards), np.int64))
+        columns = [{name: shard.column(name, 0, None) for name in _READ_AT_OPENING} for shard in self._shards]
+        for first, column in zip(self._first_token.tolist(), columns, strict=False):
+            column["ends"] += first
+            column["large_positions"] += first
+        empty = np.zeros(0, np.int64)
+        joined = {name: np.concatenate([empty, *(column[name] for column in columns)]) for name in _READ_AT_OPENING}
+        self.ends: np.ndarray = joined["ends"]  # the token behind each document
+        self.inputs: np.ndarray | None = joined["inputs"].astype(np.int32) if joined["inputs"].any() else None
+        self._large_positions, self._large_values = joined["large_positions"], joined["large_values"]
 
     def read(
         self,
@@ -216,8 +279,7 @@ class TokenSet:
         return file, offset
 
     def close(self) -> None:
-        for shard in self._shards:
-            shard.close()
+        self._files.close(shard.path for shard in self._shards)
 
     def _shard_of(self, tokens: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._first_token, tokens, side="right") - 1
@@ -231,16 +293,12 @@ class TokenSet:
                 self._shards[shard].read_into(tokens[done : done + count], counts[done : done + count], local)
             done, shard = done + count, shard + 1
 
-    def _column(self, name: str, first: np.ndarray) -> np.ndarray:
-        parts = [s.column(name, 0, None) + first[i] for i, s in enumerate(self._shards)]
-        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-
 
 class _Shard:
-    """One open shard file; all reads name it when they fail."""
+    """One shard file, opened when it is read; all reads name it when they fail."""
 
-    def __init__(self, folder: pathlib.Path, facts: dict[str, Any], kind: np.dtype, *, verify: bool):
-        self.path = folder / facts["file"]
+    def __init__(self, folder: pathlib.Path, facts: dict[str, Any], kind: np.dtype, files: OpenFiles, *, verify: bool):
+        self.path, self._files = str(folder / facts["file"]), files
         self.tokens, self.documents = facts["tokens"], facts["documents"]
         self._sections: dict[str, tuple[int, np.dtype, int]] = {}
         position = 0
@@ -249,46 +307,51 @@ class _Shard:
             self._sections[name] = (position, entry, facts[per])
             position += entry.itemsize * facts[per]
         try:
-            self._file = os.open(self.path, os.O_RDONLY)
+            size = os.stat(self.path).st_size
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; {_REMEDY}") from None
-        size = os.fstat(self._file).st_size
+            raise _unreadable(self.path, error) from None
         if size != facts["size"] or position != size:
             raise UserError(f"{self.path}: has {size} bytes, its index says {facts['size']}; {_REMEDY}")
         if verify and self._checksum() != facts["sha256"]:
             raise UserError(f"{self.path}: its sha256 is not the one in its index; {_REMEDY}")
 
     def read_into(self, tokens: np.ndarray, counts: np.ndarray, local: int) -> None:
-        self._fill(tokens, self._sections["tokens"][0] + local * tokens.itemsize)
-        self._fill(counts, self._sections["bytes"][0] + local)
+        file = self._files.get(self.path)
+        self._fill(file, tokens, self._sections["tokens"][0] + local * tokens.itemsize)
+        self._fill(file, counts, self._sections["bytes"][0] + local)
 
     def column(self, name: str, first: int, count: int | None) -> np.ndarray:
         position, entry, entries = self._sections[name]
         column = np.empty(entries if count is None else count, entry)
-        self._fill(column, position + first * entry.itemsize)
+        self._fill(self._files.get(self.path), column, position + first * entry.itemsize)
         return column
 
-    def close(self) -> None:
-        os.close(self._file)
-
-    def _fill(self, out: np.ndarray, position: int) -> None:
+    def _fill(self, file: _File, out: np.ndarray, position: int) -> None:
         """Reads exactly the bytes of `out`; the kernel may give fewer at a time."""
-        view, done = out.data.cast("B") if out.size else memoryview(b""), 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._file, [view[done:]], position + done)
-            except OSError as error:
-                raise UserError(f"{self.path}: reading at byte {position + done}: {error.strerror}") from None
+        rest: Any = out
+        while (count := self._read(file, rest, position)) < rest.nbytes:
             if count == 0:
-                raise UserError(f"{self.path}: ends at byte {position + done}, within its data; {_REMEDY}")
-            done += count
+                raise UserError(f"{self.path}: ends at byte {position}, within its data; {_REMEDY}")
+            rest, position = memoryview(rest).cast("B")[count:], position + count
+
+    def _read(self, file: _File, out: Any, position: int) -> int:
+        try:
+            return os.preadv(file.descriptor, [out], position)
+        except OSError as error:
+            raise UserError(f"{self.path}: reading at byte {position}: {error.strerror}") from None
 
     def _checksum(self) -> str:
-        digest, buffer, position = hashlib.sha256(), bytearray(1 << 20), 0
-        while count := os.preadv(self._file, [buffer], position):
-            digest.update(memoryview(buffer)[:count])
+        digest, buffer, position = hashlib.sha256(), memoryview(bytearray(1 << 20)), 0
+        file = self._files.get(self.path)
+        while count := self._read(file, buffer, position):
+            digest.update(buffer[:count])
             position += count
         return digest.hexdigest()
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    """Only a lost file is mended by another one: it may also be that this process may not open it."""
+    return UserError(f"{path}: {error.strerror}" + (f"; {_REMEDY}" if isinstance(error, FileNotFoundError) else ""))
 
 
 _REMEDY = "delete this file and run `t5x_like prepare` again (other shards are kept)"
@@ -299,8 +362,10 @@ def read_index(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{path}: not the index of a token set ({error}); delete {folder} and prepare again") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     if index.get("version") != VERSION:
         raise UserError(
             f"{path}: version {index.get('version')} instead of {VERSION}; delete {folder} and prepare again"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from t5x_like.core.config import nearest
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import tokenizer_files, vocabularies, word_cache
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,9 +28,9 @@ def parse(tokenizer: str, *, where: str) -> tuple[str, int] | None:
         return None
     _, kind, size = [*tokenizer.split(":", 2), "", ""][:3]
     if kind not in TRAINERS:
-        raise UserError(f"{where}={tokenizer}: kind {kind!r} is unknown; {nearest(kind, TRAINERS)}")
+        raise UsageError(f"{where}={tokenizer}: kind {kind!r} is unknown; {nearest(kind, TRAINERS)}")
     if not size.isdecimal() or int(size) < 260:
-        raise UserError(f"{where}={tokenizer}: needs a size of at least 260 (256 bytes and special ones)")
+        raise UsageError(f"{where}={tokenizer}: needs a size of at least 260 (256 bytes and special ones)")
     return kind, int(size)
 
 

@@ -1,6 +1,7 @@
 """A small world of text for the tests of data: configs, files in several scripts, and a prepared cache."""
 
 import json
+import os
 
 from configs import common
 from t5x_like.core.config import build
@@ -38,6 +39,13 @@ def paragraphs(count):
 def write_jsonl(path, texts, field="text"):
     path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
     return f"jsonl:{path}"
+
+
+def open_below(folder):
+    """The files below `folder` that this process has open."""
+    places = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    links = [os.readlink(place) for place in places if os.path.lexists(place)]
+    return [link for link in links if link.startswith(f"{folder}/")]
 
 
 def opened(chosen, cache_dir, seed=0):

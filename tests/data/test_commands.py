@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from t5x_like.__main__ import main
+from t5x_like.core.metrics import format_bytes
 from t5x_like.data import vocabularies
 from tests.data import corpus
 
@@ -33,14 +34,21 @@ def test_prepare_prints_what_the_cache_holds(config, tmp_path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert "of 40 documents" in printed.out and "MB/s" in printed.out and "tokenizer-" in printed.out
-    assert printed.err.startswith("prepare: ") and list((tmp_path / "run" / "cache").glob("prepared-*.json"))
-    assert main(arguments) == 0 and "all there already" in capsys.readouterr().out
+    size = (tmp_path / "a.jsonl").stat().st_size * 9 // 10
+    training = f"prepare: training a tokenizer of 300 tokens on up to {format_bytes(size)} of text ..."
+    progress, rest = printed.err.splitlines()
+    assert progress == training and rest.startswith("prepare: ")
+    assert list((tmp_path / "run" / "cache").glob("prepared-*.json"))
+    assert main(arguments) == 0
+    again = capsys.readouterr()
+    assert "all there already" in again.out and "all there already" not in printed.out and not again.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
         (["--config.data.source=text:missing.txt", "--workdir=W"], 1, "text:missing.txt: no such file"),
+        (["--config.data.source=txt:README.md", "--workdir=W"], 2, "config.data.source='txt:README.md' should be"),
         (["--config.data.source=text:README.md"], 2, "give --workdir=DIR, or --config.data.cache=DIR"),
         (["--config.data.sauce=text:a", "--workdir=W"], 2, "sauce"),
         (["--config.data.source=text:README.md", "--workdir=W", "--check"], 2, "--check"),

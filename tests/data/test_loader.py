@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data.loader import Prefetch, open_data
 from tests.data import corpus
 
@@ -169,7 +169,7 @@ def test_a_source_of_which_nothing_is_held_out_is_not_evaluated_on(tmp_path):
     assert list(data.evaluation_batches()) == ["even"]
     assert data.describe()["unevaluated"] == {"uneven": listed["uneven"]}
     alone = corpus.config(source=listed["uneven"], validation="0.1")
-    with pytest.raises(UserError, match="validation='0.1' holds out no text of any source"):
+    with pytest.raises(UsageError, match="validation='0.1' holds out no text of any source"):
         corpus.opened(alone, tmp_path / "cache")
 
 
@@ -181,6 +181,17 @@ def test_fewer_held_out_batches_are_the_first(world, data):
     assert len(chosen) == 2 < len(every) and equal(chosen[1], every[1])
     with pytest.raises(UserError, match="did you mean 'large'"):
         few.evaluation("larg")
+
+
+def test_closing_closes_the_files_of_a_source_of_rate_zero_too(tmp_path):
+    counts = {"read": 9, "unread": 8}
+    listed = {name: corpus.write_jsonl(tmp_path / f"{name}.jsonl", corpus.paragraphs(n)) for name, n in counts.items()}
+    mixture = {"sources": listed, "rates": {"read": 1.0, "unread": 0.0}}
+    data = corpus.opened(corpus.config(mixture=mixture, validation="0.5"), tmp_path / "cache")
+    whole(data, 0)
+    assert list(data.describe()["components"]) == ["read"] and len(corpus.open_below(tmp_path)) == 4
+    data.close()
+    assert not corpus.open_below(tmp_path)
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
@@ -219,12 +230,14 @@ def test_prefetching_reads_ahead_in_one_other_thread_and_raises_where_it_belongs
         ({"length": 0}, "config.data.length=0"),
         ({"packing": "example"}, "did you mean 'examples'"),
         ({"validation_stride": 17}, "validation_stride=17"),
+        ({"validation_batches": -1}, "config.data.validation_batches=-1 should be at least 0"),
+        ({"prefetch": -1}, "config.data.prefetch=-1 should be at least 0"),
     ],
 )
 def test_a_wrong_shape_is_named(world, change, expected):
     import dataclasses
 
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UsageError, match=expected):
         open_data(dataclasses.replace(world[0], **change), cache_dir=str(world[1]), seed=0)
 
 

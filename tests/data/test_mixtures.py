@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError
 from t5x_like.data import mixtures
 from t5x_like.data.config import MixtureConfig
 
@@ -94,7 +94,14 @@ def test_a_component_of_rate_zero_is_not_read():
     ],
 )
 def test_wrong_rates_are_named(rates, expected):
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UsageError, match=expected):
         mixtures.row_rates(
             dataclasses.replace(CONFIG, rates=rates), {"a": size(1), "b": size(1)}, {"a": None, "b": None}
         )
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"temperature": -1.0}, {"counts": "rows"}])
+def test_a_wrong_rule_of_rates_is_named(change):
+    [(name, value)] = change.items()
+    with pytest.raises(UsageError, match=f"config.data.mixture.{name}={value!r}"):
+        mixtures.row_rates(dataclasses.replace(CONFIG, **change), {"a": size(1)}, {"a": None})

@@ -27,7 +27,7 @@ def written(folder, lengths, *, inputs=None, shards=3):
         )
         facts.append(token_set.write_shard(folder, shard, [batch], "<u2"))
     token_set.write_index(folder, fingerprint="x", kind="<u2", unit="byte", shards=facts)
-    return token_set.TokenSet(folder, verify=True), ids, counts
+    return token_set.TokenSet(folder, verify=True, files=token_set.open_files()), ids, counts
 
 
 def every(packed):

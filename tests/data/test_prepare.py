@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import cache, parts, prepare, vocabularies, workers
+from t5x_like.data import cache, parts, prepare, token_set, vocabularies, workers
 from t5x_like.data.loader import open_data
-from t5x_like.data.token_set import TokenSet
 from tests.data import corpus
 
 _PREPARE = """
@@ -47,7 +46,7 @@ def contents(folder):
 def tokens_of(config, folder, name="train"):
     manifest = cache.read_manifest(config, str(folder))
     entry = {**manifest.train, **manifest.validation}[name]
-    opened = TokenSet(folder / entry.folder, verify=True)
+    opened = token_set.TokenSet(folder / entry.folder, verify=True, files=token_set.open_files())
     one = np.array([0])
     ids, counts = opened.read(one, np.array([opened.tokens]), one, one, (1, opened.tokens))
     return vocabularies.load(str(folder / manifest.tokenizer)), opened, ids[0], counts[0]
@@ -120,8 +119,8 @@ def test_what_a_dying_writer_still_holds_is_removed_at_the_end(tmp_path):
     with contextlib.ExitStack() as held:
         for path in left:
             fcntl.flock(held.enter_context(open(path, "w")), fcntl.LOCK_EX)
-        again = prepare.prepare(config, str(tmp_path / "cache"), report=lambda done, total: held.close())
-    assert again.bytes_written > 0 and not any(path.exists() for path in left)
+        again = prepare.prepare(config, str(tmp_path / "cache"), report=lambda state: held.close())
+    assert again.shards_written == 1 and not any(path.exists() for path in left)
 
 
 def test_every_document_ends_with_eos_and_holds_its_text(reference):
@@ -185,16 +184,29 @@ def test_training_text_of_a_tokenizer_is_limited(source, tmp_path):
     assert made[0] == made[2] != made[1]
 
 
+def test_training_text_is_said_to_be_no_more_than_there_is_and_is_allowed(source, tmp_path):
+    (tmp_path / "a.txt").write_text("only few words")
+    sources = {"few": f"text:{tmp_path}/a.txt", "many": source}
+    seen = []
+    config = corpus.config(mixture={"sources": sources}, tokenizer="train:bpe:300", tokenizer_training_bytes=8000)
+    prepare.prepare(config, str(tmp_path / "cache"), report=seen.append)
+    assert [state for state in seen if isinstance(state, prepare.Training)] == [prepare.Training(300, 14 + 4000)]
+
+
 def test_what_is_there_already_is_not_written_again(source, tmp_path):
     config = corpus.config(source=source, tokenizer="train:bpe:300")
     seen = []
-    first = prepare.prepare(config, str(tmp_path), report=lambda done, total: seen.append((done, total)))
-    assert first.bytes_written > 0 and seen[-1][0] == seen[-1][1] == first.bytes_written
-    again = prepare.prepare(config, str(tmp_path), report=None)
-    assert again.bytes_written == 0 and again.manifest == first.manifest and again.tokens == first.tokens
+    first = prepare.prepare(config, str(tmp_path), report=seen.append)
+    read = sum(os.path.getsize(file) for file in first.manifest.train["train"].files)
+    assert first.shards_written == 1 and first.text_bytes_written == first.text_bytes < read
+    assert seen[0] == prepare.Training(300, read) and seen[-1] == prepare.Writing("bytes", read, read)
+    again = prepare.prepare(config, str(tmp_path), report=seen.append)
+    assert seen[-1] == prepare.Writing("bytes", read, read)  # nothing more was done
+    assert again.shards_written == again.text_bytes_written == 0
+    assert again.manifest == first.manifest and again.tokens == first.tokens
     # What decides rows but no tokens leaves the cache as it is.
     other = dataclasses.replace(config, batch_size=2, length=5, packing="examples", attend_across_documents=True)
-    assert prepare.prepare(other, str(tmp_path), report=None).bytes_written == 0
+    assert prepare.prepare(other, str(tmp_path), report=None).shards_written == 0
 
 
 @pytest.mark.parametrize(
@@ -262,25 +274,27 @@ def test_held_out_text_may_be_a_source_of_its_own(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "status", "expected"),
     [
-        ({"source": "jsonl:missing.jsonl"}, "config.data.source=jsonl:missing.jsonl: no such file"),
-        ({"source": ""}, "give either source or mixture.sources"),
-        ({"mixture": {"sources": {"a": "text:a"}}}, "give either source or mixture.sources"),
-        ({"validation": "1.5"}, "config.data.validation=1.5"),
-        ({"validation": "test"}, "config.data.validation='test' should be KIND:PATH"),
-        ({"preprocessors": ("stripe",)}, "did you mean 'strip'"),
-        ({"fields": {"text": "body"}}, "no field 'body' among id, text; set config.data.fields.text"),
-        ({"fields": {"inputs": "text"}}, "give both inputs and targets"),
-        ({"tokenizer": "missing.json"}, "tokenizer missing.json: no such file"),
-        ({"tokenizer": "train:bpe:10"}, "at least 260"),
-        ({"tokenizer": "task"}, "config.data.tokenizer=task"),
+        ({"source": "jsonl:missing.jsonl"}, 1, "config.data.source=jsonl:missing.jsonl: no such file"),
+        ({"source": ""}, 2, "give either source or mixture.sources"),
+        ({"mixture": {"sources": {"a": "text:a"}}}, 2, "give either source or mixture.sources"),
+        ({"validation": "1.5"}, 2, "config.data.validation=1.5"),
+        ({"validation": "test"}, 2, "config.data.validation='test' should be KIND:PATH"),
+        ({"preprocessors": ("stripe",)}, 2, "did you mean 'strip'"),
+        ({"fields": {"text": "body"}}, 1, "no field 'body' among id, text; set config.data.fields.text"),
+        ({"fields": {"inputs": "text"}}, 2, "give both inputs and targets"),
+        ({"tokenizer": "missing.json"}, 1, "tokenizer missing.json: no such file"),
+        ({"tokenizer": "train:bpe:10"}, 2, "at least 260"),
+        ({"tokenizer": "task"}, 2, "config.data.tokenizer=task"),
+        ({"workers": -1}, 2, "config.data.workers=-1"),
     ],
 )
-def test_wrong_data_configs_are_named_in_one_line(source, tmp_path, change, expected):
+def test_wrong_data_configs_are_named_in_one_line(source, tmp_path, change, status, expected):
     with pytest.raises(UserError) as caught:
         prepare.prepare(corpus.config(**{"source": source} | change), str(tmp_path), report=None)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.exit_status == status
 
 
 def test_an_error_in_a_worker_is_the_same_line(tmp_path):
@@ -296,6 +310,6 @@ def test_a_complete_cache_is_enough_where_the_text_is_not(tmp_path):
     before = prepare.prepare(config, str(tmp_path / "cache"), report=None)
     (tmp_path / "a.jsonl").unlink()
     after = prepare.prepare(config, str(tmp_path / "cache"), report=None)
-    assert after.manifest == before.manifest and after.bytes_written == 0
+    assert after.manifest == before.manifest and after.shards_written == 0
     with pytest.raises(UserError, match="no such file"):
         prepare.prepare(dataclasses.replace(config, validation="0.1"), str(tmp_path / "cache"), report=None)

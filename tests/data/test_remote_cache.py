@@ -49,7 +49,7 @@ def test_a_cache_in_a_bucket_is_prepared_once_and_read_on_another_machine(fake_g
 
     machine("third")
     corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(60))
-    assert prepare(config, bucket, report=None).bytes_written == 0  # fetched instead of tokenized again
+    assert prepare(config, bucket, report=None).shards_written == 0  # fetched instead of tokenized again
 
 
 def test_a_bucket_without_the_cache_says_so(fake_gcs, machine):  # noqa: F811

@@ -131,16 +131,16 @@ def test_bad_content_is_one_line_with_path_and_place(tmp_path, kind, content, ex
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "status", "expected"),
     [
-        ("jsonls:a", "kind 'jsonls': did you mean 'jsonl'"),
-        ("a.txt", "should be KIND:PATH"),
-        ("text:", "should be KIND:PATH"),
-        ("seqio:module", "TASK_OR_MIXTURE"),
-        ("text:no/such/*.txt", "no file has a name like this"),
+        ("jsonls:a", 2, "kind 'jsonls': did you mean 'jsonl'"),
+        ("a.txt", 2, "should be KIND:PATH"),
+        ("text:", 2, "should be KIND:PATH"),
+        ("seqio:module", 2, "TASK_OR_MIXTURE"),
+        ("text:no/such/*.txt", 1, "no file has a name like this"),
     ],
 )
-def test_a_wrong_source_is_refused_with_its_place(text, expected):
+def test_a_wrong_source_is_refused_with_its_place(text, status, expected):
     with pytest.raises(UserError, match=expected) as caught:
         sources.files(sources.parse(text, where="config.data.source"), where="config.data.source")
-    assert "config.data.source" in str(caught.value)
+    assert "config.data.source" in str(caught.value) and caught.value.exit_status == status

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from t5x_like.core.errors import UserError
+from t5x_like.commands.prepare import summary
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache, prepare, sources, vocabularies, workers
 from t5x_like.data.loader import open_data
 from tests.data import corpus
@@ -162,8 +163,8 @@ def module(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mixture(module, tmp_path_factory):
-    """(config of the mixture, folder of its cache)"""
+def prepared(module, tmp_path_factory):
+    """(config of the mixture, folder of its cache, what was prepared, what was reported meanwhile)"""
     config = corpus.config(
         source=f"seqio:{module}:both",
         validation=f"seqio:{module}:short:validation",
@@ -172,8 +173,14 @@ def mixture(module, tmp_path_factory):
         length=300,
     )
     folder = tmp_path_factory.mktemp("cache")
-    prepare.prepare(config, str(folder), report=None)
-    return config, folder
+    seen = []
+    return config, folder, prepare.prepare(config, str(folder), report=seen.append), seen
+
+
+@pytest.fixture(scope="module")
+def mixture(prepared):
+    """(config of the mixture, folder of its cache)"""
+    return prepared[:2]
 
 
 def lines(module, name):
@@ -193,6 +200,15 @@ def test_a_mixture_is_cached_and_read_as_its_tasks(mixture, module):
     text = "".join(read)
     normal = data.vocabulary.decode(data.vocabulary.encode(lines(module, "long-1")[3]))  # NFKC, spaces folded
     assert normal in text and len(normal) > 30
+
+
+def test_examples_of_tasks_are_counted_while_they_are_written(prepared):
+    """60 of long, 10 of short and its 10 held out, in four shards."""
+    _, folder, done, seen = prepared
+    assert seen[-1] == prepare.Writing("examples", 80, None) and {state.unit for state in seen} == {"examples"}
+    assert [state.done for state in seen] == sorted(state.done for state in seen)
+    assert done.shards_written == 4 and done.text_bytes_written == done.text_bytes > 0
+    assert "MB/s of text" in summary(done, str(folder)) and "already" not in summary(done, str(folder))
 
 
 def test_the_rates_of_a_mixture_are_those_that_seqio_computes(mixture):
@@ -238,7 +254,8 @@ def test_a_task_whose_features_are_text_is_tokenized_with_the_tokenizer_of_the_c
 def test_a_second_prepare_of_tasks_starts_no_worker(mixture, monkeypatch):
     monkeypatch.setattr("t5x_like.data.workers._Worker", None)
     again = prepare.prepare(mixture[0], str(mixture[1]), report=None)
-    assert again.manifest == cache.read_manifest(mixture[0], str(mixture[1])) and again.bytes_written == 0
+    assert again.manifest == cache.read_manifest(mixture[0], str(mixture[1])) and again.shards_written == 0
+    assert "(all there already)" in summary(again, str(mixture[1]))
 
 
 @pytest.fixture(scope="module")
@@ -273,5 +290,5 @@ def test_mistakes_in_tasks_are_one_line(module, tmp_path, pool, name, expected):
 )
 def test_tasks_bring_their_vocabulary(mixture, tokenizer, expected):
     config = dataclasses.replace(mixture[0], tokenizer=tokenizer)
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UsageError, match=expected):
         prepare.prepare(config, str(mixture[1]), report=None)
