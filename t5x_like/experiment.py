@@ -127,6 +127,8 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     _check_rules(rules, specs)
     frozen_paths = path_rules.frozen_paths(experiment.optim, specs)
     frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
+    if not trainable:
+        raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
     objective = objectives.build(experiment.objective, model)
     steps = experiment.optim.schedule.steps or experiment.loop.steps
     optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)

@@ -16,6 +16,7 @@ import numpy as np
 from t5x_like import experiment as experiments
 from t5x_like.commands import summary
 from t5x_like.commands.prepare import show_progress
+from t5x_like.core.config import nearest
 from t5x_like.core.environment import Environment
 from t5x_like.core.errors import UsageError
 from t5x_like.data.loader import HeldOut, Prefetch, TrainData, open_data
@@ -94,6 +95,7 @@ def run(
         with faults.phase("prepare"):
             data = _open_data(experiment, workdir, processes)
         stack.callback(data.close)
+        _check_best_metric(experiment.checkpoint.best_metric, program, data)
         built = Run(experiment, environment, processes, workdir, faults, data, program, overrides, changes)
         return _check(built) if request.check else _train(built)
 
@@ -113,6 +115,19 @@ def _open_data(experiment: experiments.Experiment, workdir: Workdir, processes: 
             f"has {data.vocabulary.size} tokens; set config.model.vocab_size={data.vocabulary.size}"
         )
     return data
+
+
+def _check_best_metric(wanted: str | None, program: experiments.Program, data: TrainData) -> None:
+    """Checkpoints can be judged only by what an evaluation gives."""
+    if wanted is None:
+        return
+    layout = program.layout
+    sums = jax.eval_shape(program.evaluate, layout.state["params"], layout.frozen, program.batch)
+    measured = [*sums, "perplexity"] if "loss" in sums else list(sums)
+    names = [f"eval/{held_out}/{name}" for held_out in data.evaluation_batches() for name in measured]
+    if wanted not in names:
+        known = nearest(wanted, names) if names else "nothing is held out (config.data.validation)"
+        raise UsageError(f"config.checkpoint.best_metric={wanted!r} is no result of an evaluation; {known}")
 
 
 def _compile(built: Run) -> tuple[Any, Any]:
@@ -162,7 +177,7 @@ def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> 
     """Restores or makes the state, compiles, and trains; what is to be closed at the end goes onto `stack`."""
     experiment, program = built.experiment, built.program
     saver = Saver(checkpoints, layout=program.layout, metadata=_metadata(built))
-    start, state, frozen, origin = _start(built, saver)
+    start, state, frozen, evaluation, origin = _start(built, saver)
     if start > experiment.loop.steps:
         raise UsageError(
             f"config.loop.steps={experiment.loop.steps}, but {built.workdir.root} has a checkpoint of step {start}; "
@@ -199,19 +214,18 @@ def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> 
         telemetry=telemetry,
         faults=built.faults,
     )
-    return loops.train(loop, state, frozen, start=start)
+    return loops.train(loop, state, frozen, start=start, evaluation=evaluation)
 
 
-def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any], str]:
-    """(updates done, state, frozen parameters, where they come from)."""
+def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, float], str]:
+    """(updates done, state, frozen parameters, the evaluation of that step if made, where they come from)."""
     restored = saver.restore()
     if restored is not None:
-        step, state, frozen = restored
-        return step, state, frozen, f"checkpoint of step {step}"
+        return *restored, f"checkpoint of step {restored[0]}"
     state, frozen = experiments.initialize(built.program, seed=built.experiment.seed)
     source = built.experiment.checkpoint.init_from
     if source is None:
-        return 0, state, frozen, "random parameters"
+        return 0, state, frozen, {}, "random parameters"
     state, frozen, origin = warm_start(
         state,
         frozen,
@@ -220,7 +234,7 @@ def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any
         layout=built.program.layout,
         tokenizer=built.data.vocabulary.fingerprint,
     )
-    return 0, state, frozen, origin
+    return 0, state, frozen, {}, origin
 
 
 def _record(built: Run, start: int) -> None:

@@ -102,7 +102,7 @@ SCHEDULES: dict[str, Callable[[ScheduleConfig, int, str], _Curve]] = {
 
 def _remaining(t: jax.Array, start: int, end: int) -> jax.Array:
     """1 up to `start`, 0 from `end` on. What is left and not what is done: it stays exact near the end."""
-    return jnp.clip((end - t) / max(1, end - start), 0.0, 1.0)
+    return jnp.where(t <= start, 1.0, jnp.clip((end - t) / max(1, end - start), 0.0, 1.0))
 
 
 def _falling(shape: str, final: float, remaining: jax.Array) -> jax.Array:

@@ -24,11 +24,23 @@ class EvaluateConfig:
     ema: bool
 
 
-def evaluate(function: EvaluateFunction, params: Tree, frozen: dict[str, Any], batches: Iterable[Batch]) -> dict:
-    """{name: value} over all batches; `perplexity` is exp of the mean loss. Two batches are in flight at most."""
+def evaluate(
+    function: EvaluateFunction,
+    params: Tree,
+    frozen: dict[str, Any],
+    batches: Iterable[Batch],
+    *,
+    stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """{name: value} over all batches; `perplexity` is exp of the mean loss. Two batches are in flight at most.
+
+    None when `stop`, which is asked before each batch, says so.
+    """
     totals: dict[str, tuple[float, float]] = {}
     pending: Sums | None = None
     for batch in batches:
+        if stop():
+            return None
         sums = function(params, frozen, batch)
         _add(totals, pending)
         pending = sums

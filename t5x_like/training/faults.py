@@ -117,6 +117,10 @@ class Faults:
             return self._signal is not None
         return self._signals.synchronised and multihost_utils.reached_preemption_sync_point(step)
 
+    def interrupted(self) -> bool:
+        """Whether to leave what can be left at once. Several processes must agree first, which takes a step: False."""
+        return self._processes.count == 1 and self._signal is not None
+
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
         """Reports an exception before anything else is unwound: closing a checkpoint would wait for the others."""

@@ -10,7 +10,7 @@ Steps are counted from 1: row N is update N, which trained on batch N - 1 of the
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -68,39 +68,45 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The last state, whether all steps are done, and {"eval/NAME/loss": value, ...} of the last evaluation here."""
+    """The last state, whether all is done (steps and last evaluation), and that {"eval/NAME/loss": value, ...}."""
 
     state: State
     finished: bool
     evaluation: dict[str, float]
 
 
-def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int) -> Outcome:
-    """Trains from `start` updates done to `config.steps`.
+def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int, evaluation: Mapping[str, float]) -> Outcome:
+    """Trains from `start` updates done, where `evaluation` was found ({} if it was not made), to `config.steps`.
 
-    Ends early, saved, when the process is asked to stop. Raises UserError when a bad update asks for a stop.
+    Ends early, saved, when the process is asked to stop: an evaluation that is due then is left to the resume. Raises
+    UserError when a bad update asks for a stop.
     """
     telemetry, faults, total = loop.telemetry, loop.faults, loop.config.steps
-    step, pending, evaluation = start, None, {}
+    step, pending, found = start, None, dict(evaluation)
+    evaluated = start if found else None
     while True:
         last = step == total
         stopping = step > start and faults.should_stop(step)
-        saving = step > start and (stopping or is_due(step, config=loop.checkpoint_config, last_step=total))
-        evaluating = step > start and (last or _due(step, loop.evaluate_config.every_steps))
-        if evaluating or saving:
+        evaluating = evaluated != step > 0 and (last or _due(step, loop.evaluate_config.every_steps))
+        saving = step > start and is_due(step, config=loop.checkpoint_config, last_step=total)
+        if evaluating or saving or stopping:
             _report(loop, pending)
             pending = None
-        if evaluating:
+        if evaluating and not stopping:
             with faults.phase("evaluate"), telemetry.timed("evaluate"):
-                evaluation = _evaluate(loop, state, frozen, step)
-        if saving:
+                results = _evaluate(loop, state, frozen, step)
+            if results is None:
+                stopping = True
+            else:
+                found, evaluated = results, step
+        if saving or stopping and step > start:
             telemetry.flush(step)
             with faults.phase("save"), telemetry.timed("checkpoint"):
-                loop.saver.save(step, state, frozen, evaluation if evaluating else {})
+                loop.saver.save(step, state, frozen, found if evaluated == step else {})
                 if last or stopping:
                     loop.saver.wait()
         if last or stopping:
-            return Outcome(state, last, evaluation)
+            return Outcome(state, last and not stopping, found)
 
         faults.enter("step")
         with telemetry.timed("input"):
@@ -136,15 +142,23 @@ def _bad_update(step: int, what: str, field: str) -> str:
     )
 
 
-def _evaluate(loop: Loop, state: State, frozen: dict[str, Any], step: int) -> dict[str, float]:
-    """Evaluates on every held-out set and logs it; {"eval/NAME/loss": value, ...}."""
+def _evaluate(loop: Loop, state: State, frozen: dict[str, Any], step: int) -> dict[str, float] | None:
+    """Evaluates on every held-out set and logs it; {"eval/NAME/loss": value, ...}. None if it was interrupted."""
     params = state["ema"] if loop.evaluate_config.ema and "ema" in state else state["params"]
-    results: dict[str, float] = {}
+    results: dict[str, dict[str, float]] = {}
     for name, batches in loop.held_out.items():
-        values = evaluate(loop.evaluate, params, frozen, batches)
+        values = evaluate(loop.evaluate, params, frozen, batches, stop=loop.faults.interrupted)
+        if values is None:
+            return None
+        results[name] = values
+    for name, values in results.items():
         loop.telemetry.log_evaluation(step, name, values)
-        results |= {f"eval/{name}/{key}": value for key, value in values.items() if math.isfinite(value)}
-    return results
+    return {
+        f"eval/{name}/{key}": value
+        for name, values in results.items()
+        for key, value in values.items()
+        if math.isfinite(value)
+    }
 
 
 def _due(step: int, every: int) -> bool:

@@ -42,8 +42,8 @@ class Saver:
                 "the directory, then start again: the run resumes from the checkpoint before"
             )
 
-    def restore(self) -> tuple[int, State, dict[str, Any]] | None:
-        """(updates done, state, frozen) of the newest sound checkpoint, placed as the layout says; None if none."""
+    def restore(self) -> tuple[int, State, dict[str, Any], dict[str, float]] | None:
+        """(updates done, state, frozen, evaluation) of the newest sound checkpoint, placed as the layout says."""
         found = self._checkpoints.restore_latest(_items(self._layout.state, self._layout.frozen["base"]))
         if found is None:
             return None
@@ -54,7 +54,7 @@ class Saver:
         for name in _MODELS:
             if name in state:
                 state[name], base = tree.split(state[name], lambda path: path in trained)
-        return step, state, {"base": base}
+        return step, state, {"base": base}, self._checkpoints.metadata(step)["metrics"]
 
 
 def warm_start(

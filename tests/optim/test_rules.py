@@ -118,7 +118,8 @@ def test_frozen_layers_stay_exactly_and_the_others_learn_as_if_alone(config, nam
             if path.startswith("layers/"):
                 assert not change[:2].any() and change[2].any()
             # Muon's iteration enlarges the last bits, in which one matrix and a stack of them may differ.
-            np.testing.assert_allclose(change[-1:], tree.flatten(expected)[path][-1:], rtol=5e-5, atol=1e-9)
+            rtol = 5e-5 if section.name == "muon" else 1e-5
+            np.testing.assert_allclose(change[-1:], tree.flatten(expected)[path][-1:], rtol=rtol, atol=1e-9)
 
 
 def test_nan_gradients_of_frozen_layers_reach_neither_updates_nor_state(config):

@@ -96,6 +96,11 @@ def test_warmup_starts_above_zero_and_reaches_the_peak(config, name):
     assert max(rates) == pytest.approx(PEAK, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_run_of_warmup_alone_ends_at_the_peak(config, name):
+    assert ours(config, {"name": name, "warmup_steps": STEPS})[-1] == pytest.approx(PEAK)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_jit_and_host_agree(config, name):
     section = config({"schedule.name": name, "schedule.warmup_steps": 3}).schedule

@@ -4,6 +4,7 @@ import contextlib
 import types
 
 import numpy as np
+import pytest
 
 from t5x_like.training import loop as loops
 from t5x_like.training.evaluate import EvaluateConfig, evaluate
@@ -14,7 +15,7 @@ LOOP = loops.LoopConfig(8, 1, 1, None, "stop", "off", 6.0, 0.99, 100)
 FINE = {"loss": 1.0, "grad_norm": 1.0, "finite": 1.0, "spike": 0.0, "skipped": 0.0}
 
 
-def run(*, start: int = 0, stop_at: int | None = None, loss: float = 2.0):
+def run(*, start: int = 0, evaluation=None, stop_at: int | None = None, interrupted: bool = False):
     """(outcome, what happened in order): a save is ("save", step, the evaluation it was given)."""
     seen: list[tuple] = []
     here = contextlib.nullcontext()
@@ -26,7 +27,10 @@ def run(*, start: int = 0, stop_at: int | None = None, loss: float = 2.0):
         log_evaluation=lambda step, name, values: seen.append(("evaluate", step)),
     )
     faults = types.SimpleNamespace(
-        should_stop=lambda step: step == stop_at, phase=lambda name: here, enter=lambda name: None
+        should_stop=lambda step: step == stop_at,
+        interrupted=lambda: interrupted,
+        phase=lambda name: here,
+        enter=lambda name: None,
     )
     saver = types.SimpleNamespace(
         save=lambda step, state, frozen, evaluation: seen.append(("save", step, evaluation)), wait=lambda: None
@@ -41,14 +45,14 @@ def run(*, start: int = 0, stop_at: int | None = None, loss: float = 2.0):
         evaluate_config=EvaluateConfig(every_steps=4, ema=False),
         checkpoint_config=CHECKPOINT,
         step=lambda state, frozen, batch: (state, FINE),
-        evaluate=lambda params, frozen, batch: {"loss": (np.float32(loss), np.float32(1))},
+        evaluate=lambda params, frozen, batch: {"loss": (np.float32(2), np.float32(1))},
         batch_at=batch_at,
         held_out={"validation": [{}]},
         saver=saver,  # type: ignore[arg-type]
         telemetry=telemetry,  # type: ignore[arg-type]
         faults=faults,  # type: ignore[arg-type]
     )
-    return loops.train(loop, {"params": {}}, {}, start=start), seen
+    return loops.train(loop, {"params": {}}, {}, start=start, evaluation=evaluation or {}), seen
 
 
 def test_rows_and_evaluation_stand_before_the_save_and_the_next_batch_after_it():
@@ -66,13 +70,33 @@ def test_a_save_holds_the_evaluation_of_its_own_step_or_none():
     assert saves[6] == {} and not outcome.finished
 
 
-def test_a_resumed_run_does_not_evaluate_or_save_its_first_step_again():
-    _, seen = run(start=4)
+def test_an_evaluation_that_was_made_is_not_repeated_at_the_resume():
+    _, seen = run(start=4, evaluation={"eval/validation/loss": 2.0})
     assert [(name, step) for name, step, *_ in seen][:2] == [("batch", 4), ("batch", 5)]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_who_is_asked_to_stop_saves_at_once_and_evaluates_at_the_resume(step, interrupted):
+    """Whether the signal comes before the evaluation that is due or in the midst of it."""
+    outcome, seen = run(interrupted=True) if interrupted else run(stop_at=step)
+    step = 4 if interrupted else step
+    assert not outcome.finished and seen[-1] == ("save", step, {})
+    assert ("evaluate", step) not in seen
+    outcome, seen = run(start=step)
+    assert seen[0] == ("evaluate", step) and ("save", step) not in [(name, at) for name, at, *_ in seen]
+    assert outcome.finished and outcome.evaluation["eval/validation/loss"] == 2.0
+
+
+def test_a_run_that_was_killed_after_its_last_save_still_knows_its_evaluation():
+    outcome, seen = run(start=8, evaluation={"eval/validation/loss": 3.0})
+    assert seen == [] and outcome.finished and outcome.evaluation == {"eval/validation/loss": 3.0}
 
 
 def test_perplexity_is_the_exponential_of_the_loss_wherever_that_is_a_number():
     def of(loss):
-        return evaluate(lambda *_: {"loss": (np.float32(loss), np.float32(1))}, {}, {}, [{}])["perplexity"]
+        values = evaluate(lambda *_: {"loss": (np.float32(loss), np.float32(1))}, {}, {}, [{}], stop=lambda: False)
+        assert values is not None
+        return values["perplexity"]
 
     assert of(2.0) == np.exp(2.0) and of(1e4) == np.inf and np.isnan(of(np.nan))

@@ -1,6 +1,6 @@
 """The compiled train step on 8 devices against one device: same loss, same gradients, expected collectives.
 
-Gradients are read from one step of plain SGD with learning rate 1: what is added to a parameter is minus its gradient.
+Gradients are read from the momentum of SGD, which after one step is the gradient itself.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def _config(family: str) -> ConfigDict:
     config.model.update(FAMILIES[family] | {"heads": 8, "head": 8, "kv_heads": 8 if family == "gpt2" else 2})
     config.optim.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 0})
-    config.optim.sgd.momentum = 0.0
+    config.optim.sgd.momentum = 0.9
     config.objective.lm.z_loss = 1e-2
     config.objective.lm.label_smoothing = 0.1 if family == "gpt2" else 0.0
     config.runtime.compiler_options.cpu = {"xla_backend_optimization_level": 0}  # compiles sooner, computes the same
@@ -78,14 +78,12 @@ def _step(family: str, mesh_section: dict, devices: int) -> Result:
     with jax.set_mesh(mesh):
         program = experiments.build_program(experiment, mesh)
         state, frozen = experiments.initialize(program, seed=0)
-        before = jax.device_get(state["params"])
         host = _batch()
         shardings = batch_shardings(mesh, program.model.rules, {name: value.shape for name, value in host.items()})
         batch = {name: jax.device_put(value, shardings[name]) for name, value in host.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
-    after = tree.flatten(jax.device_get(state["params"]))
-    gradients = {path: leaf - after[path] for path, leaf in tree.leaves(before)}
+    gradients = tree.flatten(jax.device_get(state["optimizer"]["momentum"]))
     return Result(float(metrics["loss"]), gradients, program, compiled.as_text())
 
 
@@ -108,8 +106,10 @@ def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name)
     for path, gradient in reference.gradients.items():
         largest = np.abs(gradient).max()
         assert largest > 0, f"{path} has no gradient: nothing is compared"
-        # The gradient is a difference of parameters: it cannot be more exact than a parameter's last bit.
-        assert np.abs(result.gradients[path] - gradient).max() <= 1e-5 * largest + 1.2e-7, path
+        if path.endswith("/k_bias"):  # the same for every key, so softmax does not see it: what is left are roundings
+            assert max(largest, np.abs(result.gradients[path]).max()) < 1e-9
+            continue
+        assert np.abs(result.gradients[path] - gradient).max() <= 1e-5 * largest, path
 
 
 def _kinds(text: str) -> set[str]:
@@ -122,6 +122,8 @@ def test_the_compiled_steps_hold_the_collectives_that_their_presets_are_for(sing
     assert _kinds(data.text) == {"all-reduce"}
     fsdp = _kinds(_step("llama", MESHES["fsdp=8"], 8).text)
     assert "all-gather" in fsdp and fsdp & {"reduce-scatter", "all-reduce"}
+    # Here no axis divides the rows: what is summed are the parts of a layer's output.
+    assert "all-reduce" in _kinds(_step("llama", MESHES["tensor=8, kv heads replicated"], 8).text)
 
 
 @pytest.mark.parametrize("name,limit", [("fsdp=8", 512), ("data=2 fsdp=2 tensor=2", 512)])
