@@ -5,6 +5,7 @@ trains (training/loop.py) or talks to a terminal (commands/).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -268,9 +269,7 @@ def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
     """The batch must divide over the data shards, micro-batch by micro-batch."""
     rules = sharding_rules.rules(experiment.mesh.rules)
     axes = [axis for axis in rules.mesh_axes("batch") if sizes[axis] > 1]
-    shards = 1
-    for axis in axes:
-        shards *= sizes[axis]
+    shards = math.prod(sizes[axis] for axis in axes)
     parts = shards * experiment.loop.micro_batches
     if experiment.data.batch_size % parts:
         composed = " x ".join(f"{axis}={sizes[axis]}" for axis in axes) or "1"
@@ -279,10 +278,10 @@ def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
             f"config.data.batch_size={experiment.data.batch_size} is not divisible by the {shards} data shards "
             f"({composed}){micro}; use {_multiples(experiment.data.batch_size, parts)}"
         )
-    lengths = sizes.get("sequence", 1)
+    lengths = math.prod(sizes[axis] for axis in rules.mesh_axes("length"))
     if experiment.data.length % lengths:
         raise UsageError(
-            f"config.data.length={experiment.data.length} is not divisible by the {lengths} sequence shards; "
+            f"config.data.length={experiment.data.length} is not divisible by the {lengths} shards of a row; "
             f"use {_multiples(experiment.data.length, lengths)}"
         )
 

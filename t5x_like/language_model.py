@@ -23,7 +23,6 @@ from t5x_like.inference.sampling import Sampling
 from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
-from t5x_like.parallel.sharding import use_rules
 from t5x_like.storage import model_directory, paths
 from t5x_like.storage.reading import restore
 
@@ -80,7 +79,7 @@ class LanguageModel:
         pairs = [self._encode_pair(*pair) for pair in zip(contexts, continuations, strict=True)]
         if not pairs:
             return []
-        width = decode.bucket(max(len(tokens) for tokens, _ in pairs))
+        width = decode.row_length(self.model, max(len(tokens) for tokens, _ in pairs))
         self._check_length(max(len(tokens) for tokens, _ in pairs))
         tokens = np.zeros((len(pairs), width + 1), np.int32)
         scored = np.zeros((len(pairs), width), bool)
@@ -134,16 +133,14 @@ def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array,
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
     hidden_BTD, head = _apply(model, params, tokens_BT)
-    with use_rules(model.rules):
-        return logits(hidden_BTD, head)[:, :, : head.vocab_size]
+    return logits(hidden_BTD, head)[:, :, : head.vocab_size]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     hidden_BTD, head = _apply(model, params, inputs_BT)
-    with use_rules(model.rules):
-        logp_BT, _ = token_log_probs(hidden_BTD, head, targets_BT)
-        return logp_BT, token_predictions(hidden_BTD, head) == targets_BT
+    logp_BT, _ = token_log_probs(hidden_BTD, head, targets_BT)
+    return logp_BT, token_predictions(hidden_BTD, head) == targets_BT
 
 
 def load(directory: str, *, step: int | None = None, ema: bool = False) -> LanguageModel:

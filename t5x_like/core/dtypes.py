@@ -1,6 +1,7 @@
 """The one place that decides number formats: fp32 master weights, bf16 compute on accelerators, fp32 on CPU.
 
-Softmax, norms, losses and accumulations are fp32 everywhere; each other cast in the code carries a comment.
+Softmax, norms and losses are fp32 everywhere; each other cast in the code carries a comment. Where sums of gradients
+are rounded: docs/numerics.md.
 """
 
 import dataclasses

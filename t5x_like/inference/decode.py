@@ -18,7 +18,6 @@ from t5x_like.core.types import Tree
 from t5x_like.inference.sampling import Sampling, sample
 from t5x_like.layers.token_log_probs import logits
 from t5x_like.models.model import Model
-from t5x_like.parallel.sharding import use_rules
 
 # Prompts and answers are padded to multiples of this, so that few different shapes are compiled.
 BUCKET = 64
@@ -30,8 +29,7 @@ def decode_step(
     """Float32 logits of the next token of each row, and the cache with the tokens written. Position -1: padding."""
     batch = {"inputs": tokens_B[:, None], "positions": positions_B[:, None]}
     output = model.apply(params, batch, cache=cache)
-    with use_rules(model.rules):
-        return logits(output.hidden_BTD, model.head(params))[:, 0], output.cache
+    return logits(output.hidden_BTD, model.head(params))[:, 0], output.cache
 
 
 def prefill(
@@ -42,8 +40,7 @@ def prefill(
     positions_BT = jnp.where(index_1T < lengths_B[:, None], index_1T, -1)
     output = model.apply(params, {"inputs": tokens_BT, "positions": positions_BT}, cache=cache)
     last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    with use_rules(model.rules):
-        return logits(last_B1D, model.head(params))[:, 0], output.cache
+    return logits(last_B1D, model.head(params))[:, 0], output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "sampling", "stop_id"))
@@ -101,7 +98,7 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(prompts) or lengths.min() == 0:
         raise ValueError("generate needs at least one prompt, and at least one token in each")
-    tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
+    tokens = np.zeros((len(prompts), row_length(model, lengths.max())), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
@@ -124,3 +121,8 @@ def generate(
 def bucket(length: int) -> int:
     """`length` rounded up to a multiple of BUCKET."""
     return -(-int(length) // BUCKET) * BUCKET
+
+
+def row_length(model: Model, length: int) -> int:
+    """Tokens of a padded row that holds `length`: `bucket`, but padding alone never makes it too long for the model."""
+    return max(int(length), min(bucket(length), model.config.max_length))

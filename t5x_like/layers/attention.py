@@ -18,13 +18,12 @@ from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float
 
 from t5x_like.layers import kernels
-from t5x_like.layers.masks import MaskSpec, allowed
+from t5x_like.layers.masks import MASKED, MaskSpec, allowed
 from t5x_like.layers.platform import platform
-from t5x_like.parallel.sharding import constrain
+from t5x_like.parallel.sharding import constrain, shards
 
-# The logit of a key that is not seen, and the highest logit of a query that sees none: finite, so that inf - inf never
-# arises, and so far apart that exp of their difference is 0.
-MASKED, NOTHING_SEEN = -1e30, -1e29
+# The highest logit of a query that sees no key: so far above MASKED that exp of their difference is 0.
+NOTHING_SEEN = -1e29
 # Queries of one block of the blockwise path. Of a causal row of n blocks (n + 1) / 2n is computed: 62% of 512 tokens in
 # blocks of 128. Smaller blocks give matrix products that a CPU does less well, more of them a longer compilation.
 BLOCK, MAX_BLOCKS = 128, 16
@@ -128,8 +127,7 @@ def _is_blockwise(mask: MaskSpec, q_BTNH: jax.Array, k_BSKH: jax.Array, *, softc
         return False
     if softcap is not None or q_BTNH.shape[1] != k_BSKH.shape[1]:
         return False
-    mesh = get_abstract_mesh()
-    return mesh.empty or mesh.shape.get("sequence", 1) == 1
+    return shards("length", q_BTNH.shape[1]) == 1
 
 
 def _blockwise(q_BTNH, k_BSKH, v_BSKH, mask: MaskSpec, *, scale: float):

@@ -1,7 +1,8 @@
 """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). What repeats it is stack.py.
 
-A block says the mathematics for one layer of plain weights; it knows nothing of depth, scanning or the mesh. What all
-layers share (angles, segments, positions) comes in one `Shared` and is computed once outside.
+A block says the mathematics for one layer of plain weights; it knows nothing of scanning or remat, of depth the number
+of layers (first weights) and its own (dropout), and of the mesh no more than the names of logical axes. What all layers
+share (angles, segments, positions) comes in one `Shared` and is computed once outside.
 
 Legend: B batch, T query length, S cache slots, D model, N heads, K kv heads, H head size.
 """

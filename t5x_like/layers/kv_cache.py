@@ -59,10 +59,14 @@ def write(
     k_LBTKH: Float[Array, "L B T K H"],
     v_LBTKH: Float[Array, "L B T K H"],
     positions_BT: Int[Array, "B T"],
+    *,
+    period: int,
 ) -> dict[str, Any]:
-    """The cache with the new tokens of all layers, each written once. Padding has position EMPTY and is left out."""
-    period = len(cache)
-    written = {}
+    """The cache with the new tokens of all layers, each written once. Padding has position EMPTY and is left out.
+
+    What else is in the cache beside the `period` entries stays as it is.
+    """
+    written = dict(cache)
     for place in range(period):
         part = cache[str(place)]
         slots_BT = _slots(positions_BT, part["positions"].shape[1])

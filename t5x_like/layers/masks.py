@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+# The logit of what a softmax leaves out (keys that are not seen, padding of the vocabulary): far below every other, and
+# finite, so that inf - inf never arises.
+MASKED = -1e30
+
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,9 @@ class Mlp(nnx.Module):
 
 
 def add_bias(x: jax.Array, bias: nnx.Param) -> jax.Array:
-    """x + bias over the last dims, in the type of x."""
-    array = value(bias).astype(x.dtype)
-    return x + array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
+    """x + bias over the last dims, in the type of x.
+
+    Added in float32, so that the bias's gradient, a sum over all tokens, is one of float32 numbers.
+    """
+    array = value(bias).astype(jnp.float32)
+    return (x.astype(jnp.float32) + array.reshape((1,) * (x.ndim - array.ndim) + array.shape)).astype(x.dtype)

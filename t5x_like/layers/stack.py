@@ -20,7 +20,7 @@ _policies = jax.checkpoint_policies
 
 # What the backward pass finds saved; everything else inside a layer is computed again. Least memory last.
 REMAT: dict[str, Callable[..., bool]] = {
-    "none": _policies.everything_saveable,  # no remat at all: whatever differentiation needs is saved
+    "none": _policies.everything_saveable,  # but for what a layer itself leaves out (mlp.py: its activation)
     "dots": _policies.dots_saveable,
     "minimal": _policies.save_only_these_names(*_PROJECTIONS),  # computes norms, activations and attention again
     "context": _policies.save_only_these_names("context"),  # saves attention's output: its kernel runs once

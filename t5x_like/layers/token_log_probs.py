@@ -23,10 +23,8 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.layers import weights
 from t5x_like.layers.head_place import Place, place
+from t5x_like.layers.masks import MASKED
 from t5x_like.parallel.rules import Rules
-
-# The logit of padding: far below every other, and finite, so that inf - inf never arises.
-MASKED = -1e30
 
 
 @jax.tree_util.register_dataclass

@@ -1,9 +1,12 @@
-"""The three contractions that meet a weight: `einsum`, `take`, `ragged`. Layers use weights in no other way.
+"""The three contractions of layers with weights: `einsum`, `take`, `ragged`.
 
-A weight is a leaf of the parameter tree: an array now, later also quantized and low-rank values, which are told apart
-here and nowhere else. It is NOT the place of activations' products (attention, gates) nor of shardings.
+A weight is a leaf of the parameter tree: an array now, later also quantized and low-rank values, which contractions
+tell apart here. Elsewhere a layer meets only vectors, as plain arrays by `value` (scales of norms, biases), and the
+scorer meets the head (token_log_probs.py). It is NOT the place of activations' products (attention, gates) nor of
+shardings.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -41,8 +44,38 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]
 
 
 def take(w: Any, ids: Int[Array, "..."], *, dtype: str) -> Float[Array, "..."]:
-    """Rows of a [V, D] weight by number, in `dtype`. Numbers past the end give the last row, as on every platform."""
-    return _array(w).astype(dtype).at[ids].get(mode="clip")
+    """Rows of a [V, D] weight by number, in `dtype`. Numbers past the end give the last row, as on every platform.
+
+    The gradient of a row is the sum over all its uses, always added up in float32: in bfloat16 a sum stops growing at
+    256 times what is added to it, so a frequent token would lose most of its gradient.
+    """
+    table = _array(w)
+    if table.dtype == jnp.dtype(dtype) == jnp.float32:
+        return _rows(table, ids)
+    return _rounded_rows((table.shape, table.dtype), dtype, table, ids)
+
+
+def _rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    return table_VD.at[ids].get(mode="clip")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rounded_rows(stored: tuple[tuple[int, ...], Any], dtype: str, table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """stored: shape and type of the table. Rounded first: what a mesh exchanges is then the smaller type."""
+    return _rows(table_VD.astype(dtype), ids)
+
+
+def _rounded_rows_forward(stored, dtype, table_VD, ids):
+    return _rounded_rows(stored, dtype, table_VD, ids), ids
+
+
+def _rounded_rows_backward(stored, dtype, ids, g):
+    shape, stored_dtype = stored
+    g_VD = jnp.zeros(shape, jnp.float32).at[ids].add(g.astype(jnp.float32), mode="clip")
+    return g_VD.astype(stored_dtype), None
+
+
+_rounded_rows.defvjp(_rounded_rows_forward, _rounded_rows_backward)
 
 
 def ragged(x_MD: Float[Array, "M D"], w_EDF: Any, sizes_E: Int[Array, " E"]) -> Float[Array, "M F"]:

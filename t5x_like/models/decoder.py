@@ -85,7 +85,8 @@ def apply(
     ends = nnx.merge(parts.ends, {name: params[name] for name in parts.end_specs})
     ids_BT, positions_BT = batch["inputs"], batch.get("positions")
     shared = _shared(config, batch, slot_positions_BT=None if cache is None else _slot_positions(batch), key=key)
-    entries = [] if cache is None else [cache[str(place)] for place in range(len(cache))]
+    period = stack.period(config.kinds)
+    entries = [] if cache is None else [cache[str(place)] for place in range(period)]
     caches = [{"k": entry["k"], "v": entry["v"]} for entry in entries]
 
     def block(weights, x_BTD, *, place, index, cache):
@@ -113,7 +114,7 @@ def apply(
         x_BTD = constrain(ends.final_norm(x_BTD), "batch", "length", "act_embed")
     if cache is not None:
         k_LBTKH, v_LBTKH = new
-        cache = kv_cache.write(cache, k_LBTKH, v_LBTKH, _slot_positions(batch))
+        cache = kv_cache.write(cache, k_LBTKH, v_LBTKH, _slot_positions(batch), period=period)
     return x_BTD, cache
 
 

@@ -109,10 +109,14 @@ class Model:
         return initialize(self.cache_specs(rows, length), jax.random.key(0))
 
     def parameter_count(self) -> int:
-        """Numbers that are learned: the rows that only pad the vocabulary are left out."""
-        stored = sum(math.prod(spec.shape) for _, spec in tree.leaves(self._specs))
-        tables = 1 if self.config.tie_embeddings else 2
-        return stored - tables * (self.config.padded_vocab - self.config.vocab_size) * self.config.embed
+        """Numbers that are learned: what only pads the vocabulary is left out."""
+        return sum(
+            math.prod(
+                self.config.vocab_size if axis == "vocab" else dim
+                for axis, dim in zip(spec.axes, spec.shape, strict=True)
+            )
+            for _, spec in tree.leaves(self._specs)
+        )
 
     def flops_per_token(self, length: int) -> flops.FlopsPerToken:
         """Floating-point operations per token in rows of `length`; the convention is written there."""

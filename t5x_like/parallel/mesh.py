@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
-from t5x_like.parallel.rules import MESH_AXES, PRESETS
+from t5x_like.parallel.rules import MESH_AXES, PRESETS, idle, rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MeshConfig:
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The size of every mesh axis for this number of devices.
+    """The size of every mesh axis for this number of devices. An axis on which no rule places anything must be 1.
 
     >>> c = MeshConfig("fsdp_tensor", "", None, None, None, None, None, None, 4)
     >>> {k: v for k, v in axis_sizes(c, 8).items() if v > 1}
@@ -60,6 +60,11 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
             f"config.mesh: {composed} = {fixed}, but there are {devices} devices; "
             "set one axis to -1 to take what is left"
         )
+    for axis in idle(rules(config.rules), sizes):
+        raise UsageError(
+            f"config.mesh: {axis}={sizes[axis]}, but no rule places anything on {axis!r}: its {sizes[axis]} parts "
+            "would all do the same work; set it to 1, or name it in config.mesh.rules"
+        )
     return sizes
 
 
@@ -76,7 +81,25 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
         # CPU and GPU: processes in order, so that neighbours in the mesh share a host.
         return np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
     slices, inner = shape[0], shape[1:]
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices)
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices != found:
+        raise UsageError(
+            f"config.mesh.slice={slices}, but the devices are {found} slices; set config.mesh.slice={found}"
+        )
     across = (slices,) + (1,) * len(inner)
-    return mesh_utils.create_hybrid_device_mesh((1, *inner), across, devices)
+
+    def arrange(split: bool) -> np.ndarray:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh((1, *inner), across, devices, allow_split_physical_axes=split)
+
+    try:
+        return arrange(split=False)
+    except NotImplementedError:  # an axis of the mesh is no whole dimension of the network
+        pass
+    try:
+        return arrange(split=True)
+    except (NotImplementedError, ValueError) as error:
+        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1)
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"config.mesh: {sizes} does not fit the network of these devices ({reason})") from None

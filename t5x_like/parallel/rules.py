@@ -36,7 +36,6 @@ TABLE: dict[str, tuple[str, ...]] = {
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
     "act_mlp": ("tensor",),
-    "act_vocab": ("tensor",),
 }
 
 # Sizes of mesh axes where the config says None; -1 takes the devices that are left, axes not named have size 1.
@@ -127,6 +126,16 @@ def rules(overrides: str = "") -> Rules:
 def unused(overridden: Rules, axes_in_use: Iterable[str | None]) -> list[str]:
     """Logical axes whose rule differs from the table although no tensor of the run has them."""
     return sorted({name for name, mesh_axes in overridden.table if TABLE[name] != mesh_axes} - set(axes_in_use))
+
+
+def idle(table: Rules, sizes: Mapping[str, int]) -> list[str]:
+    """Mesh axes larger than 1 that no rule uses: whatever lies on them is there as often, and computed as often.
+
+    >>> idle(rules(), {"data": 4, "stage": 2})
+    ['stage']
+    """
+    used = {name for _, mesh_axes in table.table for name in mesh_axes}
+    return [axis for axis, size in sizes.items() if size > 1 and axis not in used]
 
 
 def _product(numbers: Iterable[int]) -> int:

@@ -7,6 +7,7 @@ Which axis lies where is decided in `rules.py` alone.
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,21 +40,37 @@ def current_rules() -> Rules:
 
 def activation_spec(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
     """Where an activation lies on the mesh in context, leaving out axes that an enclosing shard_map handles."""
-    mesh = get_abstract_mesh()
-    sizes = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual
-    }
-    return current_rules().spec(axes, shape, sizes)
+    return current_rules().spec(axes, shape, _free_sizes())
+
+
+def shards(axis: str, size: int) -> int:
+    """Into how many parts the mesh in context cuts a dim of an activation with this logical axis and size."""
+    if _nothing_to_place():
+        return 1
+    entry = activation_spec((axis,), (size,))[0]
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    sizes = _free_sizes()
+    return math.prod(sizes[name] for name in names)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the layout of an activation; the identity without a mesh and inside a shard_map over all axes."""
-    mesh = get_abstract_mesh()
-    if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types) or mesh.size == 1:
+    if _nothing_to_place():
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(axes, x.shape))
+
+
+def _nothing_to_place() -> bool:
+    """Whether there is no mesh, one of a single device, or an enclosing shard_map over all axes."""
+    mesh = get_abstract_mesh()
+    return mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types) or mesh.size == 1
+
+
+def _free_sizes() -> dict[str, int]:
+    """The sizes of the axes of the mesh in context that no enclosing shard_map handles."""
+    mesh = get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in axes if kind != AxisType.Manual}
 
 
 def named(mesh: Mesh, rules: Rules, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:

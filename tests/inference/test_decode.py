@@ -1,5 +1,7 @@
 """Claims about decoding with a cache, on a tiny model with random weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +9,13 @@ import pytest
 
 from configs.pretrain import test as test_config
 from t5x_like.core import dtypes
+from t5x_like.core.errors import UserError
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import GREEDY, Sampling
 from t5x_like.layers.token_log_probs import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel import rules as tables
-from t5x_like.parallel.sharding import use_rules
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 
@@ -39,8 +41,7 @@ def next_logits(model, params):
     @jax.jit
     def function(params, tokens_1T, last):
         hidden = model.apply(params, {"inputs": tokens_1T}).hidden_BTD
-        with use_rules(model.rules):
-            return logits(hidden, model.head(params))[0, last]
+        return logits(hidden, model.head(params))[0, last]
 
     def call(prefix):
         padded = np.zeros((1, 32), np.int32)
@@ -79,6 +80,18 @@ def test_a_prompt_draws_the_same_tokens_whatever_stands_after_it(model, params):
 
     assert draw(PROMPTS[:1], 3)[0] == draw(PROMPTS, 3)[0]
     assert draw(PROMPTS, 3) != draw(PROMPTS, 4)
+
+
+def test_a_prompt_is_padded_to_no_more_than_the_model_takes(model, params):
+    short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=100))
+    assert [decode.row_length(short, length) for length in (1, 64, 65, 100, 101)] == [64, 64, 100, 100, 101]
+
+    def generate(length):
+        return decode.generate(short, params, [[5] * length], max_new_tokens=2, sampling=GREEDY, seed=0, stop_id=None)
+
+    assert len(generate(65)[0]) == 2
+    with pytest.raises(UserError, match="a row of 101 tokens is longer than config.model.max_length=100"):
+        generate(101)
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(model, params):

@@ -228,6 +228,27 @@ def test_every_mesh_gives_what_one_device_gives(name):
     assert_same(results, run(functools.partial(reference, seen_BTS=seen, scale=0.3), q, k, v, g))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "overrides", "split"),
+    [
+        ({"sequence": 2}, "", True),
+        ({"sequence": 2}, "length=", False),
+        ({"data": 2}, "", False),
+        ({"data": 2}, "length=data, batch=slice", True),
+    ],
+)
+def test_blocks_of_queries_serve_rows_that_the_rules_do_not_split(sizes, overrides, split):
+    q, k, v, _ = arrays()
+
+    def function(q, k, v):
+        with use_rules(rules.rules(overrides)):
+            return attention(q, k, v, spec(), scale=0.3)
+
+    with jax.set_mesh(make_mesh(sizes)):
+        program = str(jax.make_jaxpr(function)(q, k, v))
+    assert ("_over_blocks" in program) != split
+
+
 SPLASH = {
     "causal": ({}, {}, 2),
     "full": ({}, {"causal": False}, 4),

@@ -18,7 +18,8 @@ def written(cache, positions_BT, layers):
     """Keys are 100 * layer + position, values their negatives, so that every slot tells where its content is from."""
     positions_BT = jnp.asarray(positions_BT, jnp.int32)
     k = 100.0 * jnp.arange(layers)[:, None, None] + positions_BT[None, :, :]
-    return jax.jit(kv_cache.write)(cache, k[..., None, None], -k[..., None, None], positions_BT)
+    write = jax.jit(kv_cache.write, static_argnames="period")
+    return write(cache, k[..., None, None], -k[..., None, None], positions_BT, period=len(cache.keys() - {"other"}))
 
 
 def content(entry, layer):
@@ -45,6 +46,12 @@ def test_ring_keeps_the_last_tokens_even_of_one_long_write():
     np.testing.assert_array_equal(cache["1"]["positions"][0], [0, 1, 2, 3, 4, -1, -1, -1])
     cache = written(cache, [[5], [2]], 3)
     np.testing.assert_array_equal(cache["0"]["positions"], [[3, 4, 5], [0, 1, 2]])
+
+
+def test_what_else_is_in_the_cache_is_left_alone():
+    cache = written(empty((0, 0), 1, 6) | {"other": jnp.ones(3)}, [[0, 1, 2], [0, -1, -1]], 2)
+    np.testing.assert_array_equal(cache["0"]["positions"][0], [0, 1, 2, -1, -1, -1])
+    np.testing.assert_array_equal(cache["other"], np.ones(3))
 
 
 def test_a_window_longer_than_the_text_keeps_no_more_than_the_text():

@@ -1,16 +1,17 @@
 """Contractions with weights, and the feed-forward layer, against plain numpy and torch-free formulas."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_like.layers import param, weights
-from t5x_like.layers.mlp import ACTIVATIONS, Mlp
+from t5x_like.layers.mlp import ACTIVATIONS, Mlp, add_bias
 
 EQUATIONS = {
     "BTD,DF->BTF": ((2, 3, 4), (4, 5)),
@@ -43,6 +44,74 @@ def test_products_have_the_type_of_activations_and_gradients_that_of_the_weight(
         return weights.einsum("BD,DF->BF", x, w).astype(jnp.float32).sum() + rows.astype(jnp.float32).sum()
 
     assert jax.eval_shape(jax.grad(loss), w).dtype == jnp.float32
+
+
+def frequent(rows=8, length=1024):
+    """Ids of which more than 5000 are 3, the gradient of each row of a [16, 4] table's use, and its sum for each id."""
+    generator = np.random.default_rng(0)
+    ids = np.where(generator.random((rows, length)) < 0.7, 3, generator.integers(0, 16, (rows, length)))
+    g = jnp.asarray(1 + generator.random((rows, length, 4)), jnp.bfloat16)
+    expected = np.zeros((16, 4))
+    np.add.at(expected, ids, np.asarray(g, np.float64))
+    assert (ids == 3).sum() > 5000
+    return jnp.asarray(ids, jnp.int32), g, expected
+
+
+def pulled_back(table, ids, g):
+    return jax.vjp(lambda table: weights.take(table, ids, dtype="bfloat16"), table)[1](g)[0]
+
+
+def test_a_frequent_token_keeps_its_whole_gradient_in_bfloat16():
+    ids, g, expected = frequent()
+    table = random(0, 16, 4)
+    np.testing.assert_allclose(jax.jit(pulled_back)(table, ids, g), expected, rtol=1e-5)
+
+    def each(carry, row):
+        return carry + pulled_back(table, *row), None
+
+    # Row by row, as micro-batches are; and all rows side by side.
+    scanned, _ = jax.jit(lambda ids, g: jax.lax.scan(each, jnp.zeros((16, 4)), (ids, g)))(ids, g)
+    np.testing.assert_allclose(scanned, expected, rtol=1e-5)
+    mapped = jax.jit(jax.vmap(pulled_back, (None, 0, 0)))(table, ids, g)
+    np.testing.assert_allclose(mapped.sum(axis=0), expected, rtol=1e-5)
+
+
+def test_on_a_mesh_a_frequent_token_keeps_its_gradient_and_the_lookup_reads_the_rounded_table():
+    ids, g, expected = frequent()
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows, parts = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ([("data", "fsdp")], ["tensor", "fsdp"]))
+
+    def both(table, ids, g):
+        return weights.take(table, ids, dtype="bfloat16"), pulled_back(table, ids, g)
+
+    arrays = jax.device_put(random(0, 16, 4), parts), jax.device_put(ids, rows), jax.device_put(g, rows)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(both, out_shardings=(rows, parts)).lower(*arrays)
+        out, gradient = lowered.compile()(*arrays)
+    np.testing.assert_array_equal(out, jnp.asarray(arrays[0], jnp.bfloat16)[np.asarray(ids)])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    # So that a mesh which gathers the table does so in half the bytes. The compiled text would not show it: the CPU's
+    # compiler moves 16-bit numbers as float32.
+    tables = re.findall(r"stablehlo\.gather.*: \(tensor<(\w+)>", lowered.as_text())
+    assert tables and set(tables) == {"16x4xbf16"}
+
+
+def test_without_rounding_a_lookup_is_a_plain_lookup():
+    table, ids = random(0, 16, 4), jnp.array([[1, 20, 3]], jnp.int32)
+
+    def text(function):
+        return str(jax.make_jaxpr(jax.value_and_grad(lambda table: jnp.square(function(table)).sum()))(table))
+
+    plain = text(lambda table: table.at[ids].get(mode="clip"))
+    assert text(lambda table: weights.take(table, ids, dtype="float32")) == plain
+    assert text(lambda table: weights.take(table, ids, dtype="bfloat16").astype(jnp.float32)) != plain
+
+
+def test_the_gradient_of_a_bias_is_summed_over_tokens_in_float32():
+    _, g, _ = frequent()
+    x = jnp.zeros(g.shape, jnp.bfloat16)
+    gradient = jax.jit(lambda bias: jax.vjp(lambda bias: add_bias(x, nnx.Param(bias)), bias)[1](g)[0])(jnp.ones(4))
+    np.testing.assert_allclose(gradient, np.asarray(g, np.float64).sum(axis=(0, 1)), rtol=1e-5)
 
 
 def test_ragged_multiplies_each_group_with_its_own_weight():

@@ -161,6 +161,19 @@ def test_cached_decoding_gives_what_the_full_forward_gives(case):
     assert done.tolist() == [16, 13]
 
 
+def test_a_cache_may_hold_more_than_the_layers_entries():
+    """The period of layers comes from the config, not from how much a cache holds."""
+    model, params = built("local_and_global")
+    batch = {"inputs": cases.tokens(model, 2, 4), "positions": jnp.arange(4, dtype=jnp.int32)[None].repeat(2, axis=0)}
+
+    def step(cache):
+        return model.apply(params, batch, cache=cache).cache
+
+    cache = jax.eval_shape(lambda: model.init_cache(2, 8) | {"other": jnp.ones(3)})
+    assert set(cache) == {"0", "1", "other"}
+    assert jax.eval_shape(step, cache) == cache
+
+
 def test_cache_of_a_windowed_layer_is_a_ring_of_that_many_slots():
     model, _ = built("local_and_global")
     specs = model.cache_specs(2, 40)

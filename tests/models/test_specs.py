@@ -9,6 +9,7 @@ import pathlib
 import pytest
 
 from t5x_like.core import tree
+from t5x_like.core.types import ParamSpec
 from t5x_like.models.families import FAMILIES
 from tests.models import cases
 
@@ -53,6 +54,15 @@ PUBLISHED = {
 @pytest.mark.parametrize(("family", "size"), PUBLISHED)
 def test_released_sizes_have_their_published_number_of_parameters(family, size):
     assert cases.sized(family, size).parameter_count() == PUBLISHED[family, size]
+
+
+def test_whatever_is_as_long_as_the_vocabulary_is_counted_without_its_padding():
+    model = cases.model("llama", vocab_size=61, vocab_multiple=32)
+    assert model.config.padded_vocab == 64
+    before = model.parameter_count()
+    # A head's bias: a third leaf with the vocabulary in it, which no family has yet.
+    model.__dict__["_specs"] = model.specs() | {"bias": ParamSpec((64,), "float32", ("vocab",), "constant(0)")}
+    assert model.parameter_count() == before + 61
 
 
 def test_every_size_that_is_not_ours_is_checked():

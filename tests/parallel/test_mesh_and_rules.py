@@ -1,6 +1,7 @@
 """Claims about meshes, the table of rules, and which rows a process reads."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as tables
 from t5x_like.parallel import sharding
 
+PACKAGE = pathlib.Path(tables.__file__).parents[1]
 NOTHING = meshes.MeshConfig("fsdp", "", None, None, None, None, None, None, None)
 
 
-def _config(preset: str = "fsdp", **sizes) -> meshes.MeshConfig:
-    return dataclasses.replace(NOTHING, preset=preset, **sizes)
+def _config(preset: str = "fsdp", **fields) -> meshes.MeshConfig:
+    return dataclasses.replace(NOTHING, preset=preset, **fields)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,8 @@ def test_presets_fill_the_devices_and_all_axes_are_auto(preset, expected):
         (_config(fsdp=2, tensor=2), "fsdp=2 x tensor=2 = 4, but there are 8 devices"),
         (_config(data=-1), "only one axis can be -1"),
         (_config(tensor=0), "config.mesh.tensor=0 should be a positive number"),
+        (_config(stage=2), "stage=2, but no rule places anything on 'stage': its 2 parts would all do the same work"),
+        (_config(sequence=2, rules="length="), "sequence=2, but no rule places anything on 'sequence'"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, message):
@@ -63,6 +67,16 @@ SIZES = {"data": 2, "fsdp": 4, "tensor": 8}
 def test_every_rule_names_axes_of_the_mesh():
     assert {axis for axes in tables.TABLE.values() for axis in axes} <= set(tables.MESH_AXES)
     assert all(set(shape) <= set(tables.MESH_AXES) for shape in tables.PRESETS.values())
+
+
+def test_every_activation_axis_of_the_table_is_named_where_activations_are():
+    sources = [path.read_text() for name in ("layers", "models") for path in (PACKAGE / name).rglob("*.py")]
+    named = {axis for axis in tables.TABLE if any(f'"{axis}"' in source for source in sources)}
+    assert {axis for axis in tables.TABLE if axis.startswith("act_")} <= named
+
+
+def test_an_axis_that_a_rule_names_is_not_idle():
+    assert meshes.axis_sizes(_config(stage=2, rules="batch=stage+fsdp"), 8)["stage"] == 2
 
 
 def test_what_does_not_divide_is_an_error_with_the_numbers_except_kv_heads():
@@ -111,6 +125,18 @@ def test_changed_rules_on_one_mesh_give_other_shardings():
 
     assert place(tables.rules()) == PartitionSpec("fsdp", None, "tensor")
     assert place(tables.rules("act_mlp=")) == PartitionSpec("fsdp")
+
+
+def test_shards_of_an_activation_are_those_of_the_rules_and_one_where_nothing_is_placed():
+    with sharding.use_rules(tables.rules()):
+        assert sharding.shards("length", 16) == 1
+        with jax.set_mesh(meshes.make(_config("fsdp_tensor_sequence"))):
+            assert sharding.shards("length", 16) == 2
+            assert sharding.shards("length", 1) == 1  # one decoded token
+            assert sharding.shards("batch", 16) == 2
+            with sharding.use_rules(tables.rules("length=, batch=fsdp+sequence")):
+                assert sharding.shards("length", 16) == 1
+                assert sharding.shards("batch", 16) == 4
 
 
 def test_constrain_is_the_identity_without_a_mesh_and_inside_a_shard_map():
