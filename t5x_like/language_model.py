@@ -6,6 +6,7 @@ lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 
 import jax
@@ -74,6 +75,8 @@ class LanguageModel:
 
     def log_likelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[tuple[float, bool]]:
         """(natural log-probability of each continuation after its context, whether it is the greedy one)."""
+        if isinstance(contexts, str) or isinstance(continuations, str):
+            raise UsageError("log_likelihood takes lists of texts: log_likelihood([context], [continuation])")
         if len(contexts) != len(continuations):
             raise UsageError(f"log_likelihood: {len(contexts)} contexts but {len(continuations)} continuations")
         pairs = [self._encode_pair(*pair) for pair in zip(contexts, continuations, strict=True)]
@@ -93,6 +96,7 @@ class LanguageModel:
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a prompt: begins as a document does; an empty prompt starts after the end of the last one."""
+        _check_text(text)
         tokens = self.vocabulary.encode(text, bos=True)
         if tokens or self.vocabulary.eos_id is None:
             return tokens
@@ -107,6 +111,7 @@ class LanguageModel:
         stripped = context.rstrip()
         if not stripped:
             begin = self._encode("")
+            _check_text(continuation)
             return begin + self.vocabulary.encode(context + continuation), max(len(begin), 1)
         whole = self._encode(context + continuation)
         return whole, max(1, min(len(self._encode(stripped)), len(whole)))
@@ -126,6 +131,14 @@ class LanguageModel:
             raise UsageError(f"{length} tokens are more than the {limit} positions of this model; shorten the text")
 
 
+def _check_text(text: str) -> None:
+    """Bytes of the command line that are no UTF-8, and halves of surrogate pairs, have no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"text {text[:40]!r} is no UTF-8 at character {error.start}; give it as UTF-8") from None
+
+
 def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Head]:
     return model.apply(params, {"inputs": tokens_BT}).hidden_BTD, model.head(params)
 
@@ -143,12 +156,12 @@ def _score(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Arr
     return logp_BT, token_predictions(hidden_BTD, head) == targets_BT
 
 
-def load(directory: str, *, step: int | None = None, ema: bool = False) -> LanguageModel:
+def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> LanguageModel:
     """The model of a workdir or model directory, from its newest checkpoint or that of `step`, on the first device.
 
     `ema` takes the averaged parameters. Raises UserError where something is missing or damaged.
     """
-    place = model_directory.locate(directory, step=step)
+    place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.
     config = model_config.resolve(metadata["config"]["model"])

@@ -21,7 +21,9 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.prompt:
         raise UsageError("t5x_like generate: give at least one --prompt=TEXT")
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt]
+    if not 0 <= options.seed < 2**32:
+        raise UsageError(f"--seed={options.seed} should be from 0 to 2^32 - 1")
+    prompts = [_standard_input() if prompt == "-" else prompt for prompt in options.prompt]
 
     environment.apply(environment.READING)
     from t5x_like.language_model import load  # imports jax, whose environment now stands
@@ -40,3 +42,10 @@ def run(arguments: list[str]) -> int:
             print("-" * 40)
         print(prompt + text)
     return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompt=-: standard input is no UTF-8 at byte {error.start}") from None

@@ -58,7 +58,8 @@ def closing(workdir: str, evaluation: Mapping[str, float], *, plot: bool) -> Ite
     yield f"done: {workdir}"
     for name, value in evaluation.items():
         if name.endswith("/bits_per_byte"):
-            yield f"  {name.split('/')[1]} bits per byte: {value:.4f}"
+            held_out = name.removeprefix("eval/").removesuffix("/bits_per_byte")
+            yield f"  {held_out} bits per byte: {value:.4f}"
     if plot:
         yield f"  curves: {paths.join(workdir, 'loss.png')}"
     yield f"  try: t5x_like generate {workdir} --prompt=..."

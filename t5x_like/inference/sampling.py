@@ -52,7 +52,8 @@ def filter_logits(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[A
     Ties at the k-th value are kept; top-p (arXiv 1904.09751) keeps the smallest set whose probability reaches p,
     and so always the most probable token.
     """
-    logits_BV = logits_BV / sampling.temperature
+    # The largest first: a tiny temperature then sends the others to -inf, not itself to inf.
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / sampling.temperature
     vocabulary = logits_BV.shape[-1]
     if 0 < sampling.top_k < vocabulary:
         smallest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]

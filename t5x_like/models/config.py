@@ -137,6 +137,11 @@ def _check(c: ModelConfig) -> None:
     for field in ("layers", "embed", "heads", "kv_heads", "head", "mlp", "vocab_size", "vocab_multiple", "max_length"):
         if getattr(c, field) < 1:
             raise UsageError(f"{where}.{field}={getattr(c, field)} should be at least 1")
+    for field, value in (("norm_epsilon", c.norm_epsilon), ("init_deviation", c.init_deviation)):
+        if not value > 0:
+            raise UsageError(f"{where}.{field}={value:g} should be above 0")
+    if c.position == "rope" and not min(c.rope.theta, default=0) > 0:
+        raise UsageError(f"{where}.rope.theta={c.rope.theta} should be numbers above 0")
     if c.heads % c.kv_heads:
         raise UsageError(
             f"{where}.kv_heads={c.kv_heads} does not divide {where}.heads={c.heads}; each key-value head serves the "

@@ -14,7 +14,7 @@ import t5x_like
 from t5x_like import experiment as experiments
 from t5x_like.__main__ import main
 from t5x_like.data.loader import open_data
-from t5x_like.storage import model_directory
+from t5x_like.storage import model_directory, paths
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "configs/pretrain/test.py"
@@ -195,6 +195,7 @@ def test_inspect_says_where_in_the_text_each_row_of_a_step_lies(finished, capsys
         assert pathlib.Path(file).read_bytes()[at : at + 32] == data.vocabulary.decode_bytes(inputs[row])
 
 
+# {files} holds broken.txt and empty.txt, {finished} is a finished run.
 BAD_CONFIG = {
     "an unknown key": (["--config.loop.stepz=5"], 2, "stepz"),
     "a wrong type": (["--config.loop.steps=2.5"], 2, "steps"),
@@ -216,6 +217,27 @@ BAD_CONFIG = {
         2,
         "'nope' matches no parameter",
     ),
+    "text that is not UTF-8": (
+        ["--config.data.source=text:{files}/broken.txt"],
+        1,
+        "broken.txt: byte 0xff at offset 3",
+    ),
+    "an empty file": (["--config.data.source=text:{files}/empty.txt"], 1, "empty.txt: the file is empty"),
+    "a workdir of another config": (
+        ["--workdir={finished}", "--config.optim.learning_rate=0.5"],
+        2,
+        "config.optim.learning_rate: 0.01 -> 0.5",
+    ),
+    "parameters of another tokenizer": (
+        [
+            "--config.checkpoint.init_from={finished}",
+            "--config.data.tokenizer=train:bpe:300",
+            "--config.model.vocab_size=300",
+        ],
+        1,
+        "was trained with another tokenizer",
+    ),
+    "a kind of source that is none": (["--config.data.source=txt:a"], 2, "did you mean 'text'"),
     "a missing file": (["--config.data.source=text:no/such/file.txt"], 1, "no/such/file.txt"),
     "a wrong vocabulary size": (["--config.model.vocab_size=300"], 2, "set config.model.vocab_size=259"),
     "a negative seed": (["--config.seed=-1"], 2, "config.seed=-1"),
@@ -233,6 +255,9 @@ BAD_CONFIG = {
         2,
         "did you mean 'eval/validation/loss'",
     ),
+    "a norm that divides by nothing": (["--config.model.norm_epsilon=-1.0"], 2, "norm_epsilon=-1 should be above 0"),
+    "no angles": (["--config.model.rope.theta=(0.0,)"], 2, "rope.theta=(0.0,) should be numbers above 0"),
+    "a schedule of no steps": (["--config.optim.schedule.steps=0"], 2, "config.optim.schedule.steps=0"),
     "all smoothed": (["--config.objective.lm.label_smoothing=1.0"], 2, "label_smoothing=1 should be in [0, 1)"),
     "best by a metric that checkpoints miss": (
         ["--config.checkpoint.best_metric=eval/validation/loss", "--config.evaluate.every_steps=7"],
@@ -242,31 +267,22 @@ BAD_CONFIG = {
 }
 
 
+def _sizes(workdir: pathlib.Path) -> dict[str, int]:
+    """Every file but the lock, which says who looked last."""
+    return {name: size for name, size in paths.tree_files(str(workdir)).items() if name != "lock"}
+
+
 @pytest.mark.parametrize("case", BAD_CONFIG)
-def test_a_bad_config_is_one_line_and_leaves_no_run(case, tmp_path, capsys):
+def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsys):
+    before = _sizes(finished)
+    (tmp_path / "broken.txt").write_bytes(b"gut" + b"\xff\xfe" + b"x" * 100)
+    (tmp_path / "empty.txt").write_bytes(b"")
     arguments, status, part = BAD_CONFIG[case]
+    arguments = [argument.format(files=tmp_path, finished=finished) for argument in arguments]
     assert _train(tmp_path / "run", *arguments) == status
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("prepare: ")]
     assert len(errors) == 1 and errors[0].startswith("t5x_like: ") and part in errors[0], errors
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_bad_text_is_named_with_its_place(tmp_path, capsys):
-    broken, empty = tmp_path / "broken.txt", tmp_path / "empty.txt"
-    broken.write_bytes(b"gut" + b"\xff\xfe" + b"x" * 100)
-    empty.write_bytes(b"")
-    for path, part in ((broken, "3"), (empty, "empty.txt")):
-        assert _train(tmp_path / "run", f"--config.data.source=text:{path}") == 1
-        errors = capsys.readouterr().err.strip()
-        assert part in errors and str(path) in errors and "\n" not in errors, errors
-
-
-def test_a_workdir_of_another_config_is_refused_and_unchanged(finished, capsys):
-    before = (finished / "config.json").read_bytes()
-    assert _train(finished, "--config.loop.steps=12", "--config.optim.learning_rate=0.5") == 2
-    errors = capsys.readouterr().err
-    assert "config.optim.learning_rate: 0.01 -> 0.5" in errors and "init_from" in errors
-    assert (finished / "config.json").read_bytes() == before
+    assert not (tmp_path / "run" / "config.json").exists() and _sizes(finished) == before
 
 
 BAD_RESUME = {
@@ -329,6 +345,22 @@ def test_a_tokenizer_of_another_run_is_refused(finished, tmp_path, capsys):
     (workdir / "tokenizer" / "vocabulary.json").write_text(json.dumps(settings | {"extra_ids": 5}))
     assert main(["generate", str(workdir), "--prompt=a"]) == 1
     assert "tokenizer" in capsys.readouterr().err
+
+
+BAD_TEXT = {
+    "a prompt of other bytes": ["--prompt=a\udcff"],
+    "a seed below 0": ["--prompt=a", "--seed=-1"],
+    "a seed of too many digits": ["--prompt=a", f"--seed={10**20}"],
+    "a temperature below 0": ["--prompt=a", "--temperature=-1"],
+    "a share of nothing": ["--prompt=a", "--top_p=0"],
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXT)
+def test_what_cannot_be_generated_is_one_line(case, finished, capsys):
+    assert main(["generate", str(finished), *BAD_TEXT[case]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("t5x_like: ")
 
 
 @pytest.mark.parametrize(

@@ -52,3 +52,9 @@ def test_a_row_draws_the_same_whatever_stands_beside_it():
 def test_impossible_settings_are_refused_with_their_name(change):
     with pytest.raises(UsageError, match=next(iter(change))):
         Sampling(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} | change))
+
+
+def test_a_tiny_temperature_is_greedy_and_no_overflow():
+    logits = jnp.array([[1.0, 5.0, 4.0]])
+    filtered = filter_logits(logits, Sampling(1e-37, 0, 0.9))
+    assert filtered.tolist() == [[-jnp.inf, 0.0, -jnp.inf]]

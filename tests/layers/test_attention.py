@@ -303,6 +303,57 @@ def test_heads_split_over_other_axes_than_kv_heads_is_an_error():
         jax.jit(function).lower(q, k, v)
 
 
+CUDNN = {
+    "causal": ({}, {}, 2),
+    "one_kv_head": ({}, {}, 1),
+    "full": ({}, {"causal": False}, 4),
+    "window": ({}, {"window": 5}, 2),
+    "prefix": ({}, {"prefix": PREFIX}, 2),
+    "data2_segments": ({"data": 2}, {"segments": SEGMENTS}, 2),
+    "tensor2_segments_window": ({"tensor": 2}, {"segments": SEGMENTS, "window": 7}, 2),
+    "sequence2": ({"sequence": 2}, {"segments": SEGMENTS}, 4),
+}
+
+
+def cudnn(q, k, v, case):
+    with use_rules(rules.rules()):
+        return kernels.cudnn(q, k, v, spec(**case), scale=0.3)
+
+
+@pytest.mark.parametrize("name", CUDNN)
+def test_what_cudnn_is_asked_for_is_the_definition(name, monkeypatch):
+    """The same call with XLA's implementation in the place of the kernel: arguments, masks and places on the mesh."""
+    asked = []
+    plain = jax.nn.dot_product_attention
+
+    def with_xla(*arguments, implementation, **options):
+        asked.append(implementation)
+        return plain(*arguments, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", with_xla)
+    sizes, case, kv_heads = CUDNN[name]
+    q, k, v, g = arrays(kv_heads=kv_heads)
+    with jax.set_mesh(make_mesh(sizes)):
+        results = run(functools.partial(cudnn, case=case), q, k, v, g)
+    seen = seen_by_definition(4, 24, **case)
+    assert set(asked) == {"cudnn"}
+    assert_same(results, run(functools.partial(reference, seen_BTS=seen, scale=0.3), q, k, v, g))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name, (sizes, _, _) in CUDNN.items() if not sizes])
+def test_cudnn_is_the_definition(name):
+    """On a GPU, in bfloat16, against the definition in float32."""
+    _, case, kv_heads = CUDNN[name]
+    q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in arrays(kv_heads=kv_heads, head=64))
+    assert kernels.cudnn_fits(q, k, softcap=None)
+    results = jax.jit(functools.partial(with_gradients, functools.partial(cudnn, case=case)))(q, k, v, g)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, g)]
+    seen = seen_by_definition(4, 24, **case)
+    expected = with_gradients(functools.partial(reference, seen_BTS=seen, scale=0.3), *wide)
+    assert_same([np.asarray(x, np.float32) for x in results], expected, bound=2e-2)
+
+
 @pytest.mark.xdist_group("libtpu")
 def test_splash_compiles_for_a_tpu_that_is_not_there():
     """Grouped heads, segments and a split sequence, forward and backward: keys and values cross the network once a
