@@ -1,10 +1,11 @@
 """The command table of `t5x_like COMMAND ...`: finds the command, prints errors in one line, sets the exit status.
 
 Commands are imported when they are called, so that `t5x_like --help` does not wait for jax.
-Exit status: 0 done, 1 failed, 2 wrong use, 75 preempted and saved (start again).
+Exit status: 0 done, 1 failed, 2 wrong use, 75 preempted and saved (start again), 130 interrupted by Ctrl-C.
 """
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ COMMANDS = {
     "inspect": "print what a model directory holds, or the documents in a batch",
 }
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 _USAGE = "usage: t5x_like COMMAND ...\n\ncommands (t5x_like COMMAND --help says more):\n" + "\n".join(
     f"  {name:<10}{text}" for name, text in COMMANDS.items()
 )
@@ -30,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:]
         if arguments[:1] == ["train"]:
             environment.restart_without_tcache()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # generated text has characters that an encoding may lack
     arguments = list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
@@ -42,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"t5x_like: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:  # not of a train loop, which saves at SIGINT and returns 75
+        print("t5x_like: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         return 0
 

@@ -4,20 +4,30 @@ Wrong use becomes one line and exit status 2. What the config means is decided i
 """
 
 import argparse
+import importlib.machinery
 import pathlib
 import sys
 import traceback
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
+from ml_collections.config_flags import config_path
 
+from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 
-# What the flags raise for a wrong override, and a config file for a mistake in it.
-_FLAG_ERRORS = (flags.Error, AttributeError, ImportError, KeyError, NameError, TypeError, ValueError, SyntaxError)
+# Sections whose keys a run names itself, and what their values are: the fields of type dict[str, T].
+_OPEN = {
+    "data.mixture.sources": str,
+    "data.mixture.rates": float,
+    "runtime.compiler_options.cpu": object,  # any literal
+    "runtime.compiler_options.gpu": object,
+    "runtime.compiler_options.tpu": object,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,16 +57,21 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A stored config with the overrides `--config.a.b=VALUE` applied, and {dotted path: value} of these."""
-    values = flags.FlagValues()
-    line = ["t5x_like", *arguments]
-    given = _config_dict(stored)
-    try:
-        config_flags.DEFINE_config_dict("config", given, flag_values=values, sys_argv=line, lock_config=True)
-        values(line)
-    except _FLAG_ERRORS as error:
-        raise UsageError(_explain(error, None, arguments)) from None
-    config: Any = values["config"].value
-    return config.to_dict(), config_flags.get_override_values(values["config"])
+    return _apply(_config_dict(stored), arguments, where="config.json")
+
+
+def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config that `--config=...` names with its overrides applied, and {dotted path: value} of these."""
+    files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    if len(files) != 1:
+        raise UsageError("give one --config=FILE[:ARG], for example --config=configs/pretrain/tiny.py")
+    name, colon, text = files[0].partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise UsageError(f"--config={files[0]}: {path} is no file; the shipped ones are under configs/")
+    config = _call_get_config(path, [text] if colon else [])
+    overrides = [argument for argument in arguments if not argument.startswith("--config=")]
+    return _apply(config, overrides, where=str(path))
 
 
 def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:
@@ -72,26 +87,84 @@ def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(frozen(stored))
 
 
-def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config that `--config=...` names with its overrides applied, and {dotted path: value} of these."""
-    files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-    if len(files) != 1:
-        raise UsageError("give one --config=FILE[:ARG], for example --config=configs/pretrain/tiny.py")
-    path = pathlib.Path(files[0].partition(":")[0])
-    if not path.is_file():
-        raise UsageError(f"--config={files[0]}: {path} is no file; the shipped ones are under configs/")
+def _call_get_config(path: pathlib.Path, given: Sequence[str]) -> ConfigDict:
+    """What the file's `get_config` returns. ml_collections' own loader hides some errors and folds up others."""
     _make_importable(path)
-    values = flags.FlagValues()
-    line = ["t5x_like", *arguments]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=line, lock_config=True)
+    loader = importlib.machinery.SourceFileLoader("config_file", str(path))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses of the file look for their module there
     try:
-        values(line)
-        config = values["config"].value
-    except _FLAG_ERRORS as error:
-        raise UsageError(_explain(error, path, arguments)) from None
+        loader.exec_module(module)
+        get_config: Any = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UsageError(f"{path} has no function get_config(); see configs/pretrain/tiny.py")
+        config = get_config(*given)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a file may do wrong
+        raise UsageError(f"{_place(error, path, module)}: {type(error).__name__}: {_line(error)}") from None
     if not isinstance(config, ConfigDict):
         raise UsageError(f"{path}: get_config() should return a ConfigDict, not {type(config).__name__}")
-    return config.to_dict(), config_flags.get_override_values(values["config"])
+    return config
+
+
+def _place(error: Exception, path: pathlib.Path, module: types.ModuleType) -> str:
+    """FILE:LINE of an error: the innermost line of the config file, else its get_config, else the file."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or path}:{error.lineno or 1}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if pathlib.Path(frame.filename).resolve() == path.resolve():
+            return f"{path}:{frame.lineno}"
+    code = getattr(getattr(module, "get_config", None), "__code__", None)
+    return f"{path}:{code.co_firstlineno if code else 1}"
+
+
+def _apply(config: ConfigDict, arguments: Sequence[str], *, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config with the overrides, and {dotted path: value} of these; every wrong one is a UsageError."""
+    values = flags.FlagValues()
+    line = ["t5x_like", *arguments]
+    try:
+        for argument in arguments:
+            _admit(config, argument)
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line, lock_config=True)
+        values(line)
+        chosen: Any = values["config"].value
+        return chosen.to_dict(), config_flags.get_override_values(values["config"])
+    except UsageError:
+        raise
+    except Exception as error:  # flags.Error, and whatever a value raises on its way into a ConfigDict
+        raise UsageError(_explain(error, arguments, where)) from None
+
+
+def _admit(config: ConfigDict, argument: str) -> None:
+    """Gives an open section the key that an override names; refuses an override of what is not there."""
+    dotted = argument.partition("=")[0].removeprefix("--config.")
+    try:
+        keys = config_path.split(dotted)
+    except Exception:
+        raise UsageError(f'{argument}: {dotted!r} is no path; write a key that is no word as ["KEY"]') from None
+    holder: Any = config
+    for depth, key in enumerate(keys):
+        if not isinstance(holder, ConfigDict):
+            return  # into a tuple: ml_collections knows
+        kind = _OPEN.get(".".join(map(str, keys[:depth])))
+        if kind is not None and depth == len(keys) - 1:
+            _open(holder, key, kind)
+        elif key not in holder:
+            where = ".".join(map(str, ("config", *keys[: depth + 1])))
+            raise UsageError(f"{argument}: {where} is unknown{f'; {nearest(str(key), holder)}' if len(holder) else ''}")
+        holder = holder[key]
+
+
+def _open(section: Any, key: str, kind: type) -> None:
+    """Makes `section.key` a place for a value of the kind that all values of the section have."""
+    with section.unlocked():
+        if key not in section:
+            section[key] = placeholder(kind)
+        elif kind is float and type(section[key]) is int:
+            with section.ignore_type():
+                section[key] = float(section[key])
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -111,21 +184,17 @@ def _make_importable(path: pathlib.Path) -> None:
             return
 
 
-def _explain(error: Exception, path: pathlib.Path | None, arguments: Sequence[str]) -> str:
-    """One line for what went wrong: the place in the config file if it raised, else the override at fault."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if path and pathlib.Path(frame.filename).resolve() == path.resolve():
-            return f"{path}:{frame.lineno}: {type(error).__name__}: {_line(error)}"
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}: {_line(error)}"
+def _explain(error: Exception, arguments: Sequence[str], where: str) -> str:
+    """One line for what went wrong with the overrides, with the one at fault where it can be told."""
     text = _line(error)
-    names = {argument: argument.partition("=")[0].lstrip("-").removeprefix("config.") for argument in arguments}
+    names = {argument: argument.partition("=")[0].removeprefix("--config.") for argument in arguments}
     at_fault = [each for each, name in names.items() if name in text or f'"{name.rpartition(".")[2]}"' in text]
-    return f"{at_fault[0] if at_fault else path or 'config'}: {text}"
+    if not at_fault:
+        return f"{where}: {type(error).__name__}: {text}"  # a value that is computed from others, for one
+    return f"{at_fault[0]}: {text.removeprefix(f'flag {at_fault[0]}: ')}"
 
 
 def _line(error: Exception) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if len(text) > 1 and text[0] == text[-1] == "'" and "\\n" in text:  # repr of the text of an error within an error
-        text = text[1:-1].replace("\\n", " ").replace("\\'", "'")
-    return " ".join(text.split())
+    """The text of an error in one line, without its kind and place."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(error.msg if isinstance(error, SyntaxError) else text).split())

@@ -77,6 +77,8 @@ def documents(directory: str, step: int) -> Iterator[str]:
     if config is None:
         raise UserError(f"{directory} holds no config.json; --step needs the workdir of a run")
     experiment = experiments.from_config(config)
+    if step > experiment.loop.steps:
+        raise UsageError(f"--step={step}: the run in {directory} has {experiment.loop.steps} steps (config.loop.steps)")
     cache = experiment.data.cache or paths.join(paths.normal(directory), "cache")
     data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
     try:

@@ -3,6 +3,8 @@
 No command of `t5x_like`: `config.data.tokenizer="train:bpe:8192"` trains one as a part of `prepare`.
 """
 
+import os
+import pathlib
 from collections.abc import Iterator, Sequence
 
 from t5x_like.commands.arguments import Parser
@@ -24,11 +26,22 @@ def run(arguments: Sequence[str]) -> int:
     parsed = tokenizer_training.parse(f"train:{options.kind}:{options.size}", where="--kind and --size")
     if parsed is None or options.bytes < 1:
         raise UsageError(f"train_tokenizer: --bytes={options.bytes} should be at least 1")
+    _check_writable(options.output)
     texts = _texts(options.sources, options.field, options.bytes)
     vocabulary = tokenizer_training.train(*parsed, texts)
     vocabulary.save(options.output)
     print(f"{options.output}: {options.kind}, {vocabulary.size} tokens, fingerprint {vocabulary.fingerprint[:16]}")
     return 0
+
+
+def _check_writable(output: str) -> None:
+    """Better said before minutes of training than after."""
+    path = pathlib.Path(output).absolute()
+    place = next(each for each in (path, *path.parents) if each.exists() or each.is_symlink())
+    if not place.is_dir():
+        raise UsageError(f"train_tokenizer: --output={output}: {place} is no folder; name another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"train_tokenizer: --output={output}: {place} is not writable; name another")
 
 
 def _texts(names: Sequence[str], field: str, limit: int) -> Iterator[str]:

@@ -1,9 +1,12 @@
 """`inspect` shows every parameter with its logical shape, axes and size, and where the checkpoint comes from."""
 
+import json
+
 import jax.numpy as jnp
 import pytest
 
 from t5x_like.__main__ import main
+from t5x_like.commands.arguments import load_config
 from t5x_like.commands.inspect import describe
 from t5x_like.storage.checkpoint import Checkpoints
 from tests.storage.quantized import Quantized
@@ -59,3 +62,12 @@ def test_wrong_use_is_one_line(workdir, capsys, arguments, status, message):
     assert main(["inspect", *(argument.format(root=workdir) for argument in arguments)]) == status
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize("step", [41, 999999999999999999999])
+def test_a_step_that_the_run_does_not_have_is_one_line(tmp_path, capsys, step):
+    config, _ = load_config(["--config=configs/pretrain/test.py"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path), f"--step={step}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"t5x_like: --step={step}: the run in {tmp_path} has 40 steps (config.loop.steps)"
