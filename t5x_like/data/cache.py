@@ -56,7 +56,7 @@ def digest(value: Any) -> str:
 def local_folder(cache_dir: str) -> pathlib.Path:
     """Where the files of a cache are read and written: itself, or the local copy of one in a bucket."""
     if not paths.is_remote(cache_dir):
-        return pathlib.Path(cache_dir)
+        return pathlib.Path(paths.normal(cache_dir))
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return (
         pathlib.Path(root) / "t5x_like" / "tokens" / hashlib.sha256(paths.normal(cache_dir).encode()).hexdigest()[:16]

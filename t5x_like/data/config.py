@@ -24,7 +24,8 @@ class MixtureConfig:
     """Several sources at once, by SeqIO's rate rules.
 
     sources: {name: source}; empty when `data.source` is the only one
-    rates: {name: rate}, relative; empty for rates from sizes n: min(n * scale, maximum) ** (1 / temperature)
+    rates: {name: rate}, relative; empty for those of a SeqIO mixture, else from sizes n:
+        min(n * scale, maximum) ** (1 / temperature)
     maximum: cap on n * scale, None for no cap
     counts: what rates count, "examples" (documents, as SeqIO does) or "tokens"
     """

@@ -134,16 +134,22 @@ def _encode_batch(batch: list[Placed], vocabulary: vocabularies.Vocabulary) -> t
 
 
 def _encode_texts(texts: list[str], vocabulary: vocabularies.Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, bytes per id, ids per text); long texts in parts."""
-    parts: list[str] = texts
-    first = None
-    if max(map(len, texts)) > _LONG_TEXT:
-        divided = [list(_parts(text)) for text in texts]
-        parts = [part for pieces in divided for part in pieces]
-        first = np.cumsum([0, *map(len, divided)])[:-1]
-    ids, lengths = vocabulary.encode_batch(parts)
-    counts = vocabulary.count_bytes(parts, ids, lengths)
-    return ids, counts, lengths if first is None else np.add.reduceat(lengths, first)
+    """(ids, bytes per id, ids per text); long texts part by part, of which only arrays are kept."""
+    if max(map(len, texts)) <= _LONG_TEXT:
+        ids, lengths = vocabulary.encode_batch(texts)
+        return ids, vocabulary.count_bytes(texts, ids, lengths), lengths
+    lengths = np.zeros(len(texts), np.int64)
+    all_ids: list[np.ndarray] = []
+    all_counts: list[np.ndarray] = []
+    for index, text in enumerate(texts):
+        for part in _parts(text):
+            ids, length = vocabulary.encode_batch([part])
+            all_ids.append(ids)
+            all_counts.append(vocabulary.count_bytes([part], ids, length).astype(np.int32))
+            lengths[index] += len(ids)
+    ids = np.concatenate(all_ids)
+    all_ids.clear()  # they are as large as the text, or larger
+    return ids, np.concatenate(all_counts), lengths
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -174,9 +180,12 @@ def assemble(
     before = 0 if vocabulary.bos_id is None else 1
     wholes = lengths + before + 1
     begins = np.cumsum(wholes) - wholes
-    content = np.repeat(begins + before - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-    out_ids = np.full(wholes.sum(), vocabulary.eos_id, np.int32)
-    out_counts = np.zeros(wholes.sum(), np.int64)
+    content = np.ones(wholes.sum(), bool)
+    content[begins + wholes - 1] = False
+    if before:
+        content[begins] = False
+    out_ids = np.full(len(content), vocabulary.eos_id, np.int32)
+    out_counts = np.zeros(len(content), np.int32)
     out_ids[content], out_counts[content] = ids, counts
     if vocabulary.bos_id is not None:
         out_ids[begins] = vocabulary.bos_id

@@ -33,22 +33,42 @@ class Size:
 def row_rates(
     config: MixtureConfig, sizes: Mapping[str, Size], stated: Mapping[str, float | None]
 ) -> dict[str, fractions.Fraction]:
-    """{component: relative rate of its rows}. `stated` rates (of a SeqIO mixture) count examples and go first.
+    """{component: relative rate of its rows}: of the config, else as `stated` by a SeqIO mixture, else from sizes.
 
-    A rate that counts examples (documents) is turned into one of rows by the mean number of examples in a row.
+    Stated rates count examples. What makes rates from sizes is refused where there are others. A rate that counts
+    examples (documents) is turned into one of rows by the mean number of examples in a row.
     """
     if config.counts not in ("examples", "tokens"):
         raise UsageError(f"config.data.mixture.counts={config.counts!r} should be examples or tokens")
     if not config.temperature > 0:
         raise UsageError(f"config.data.mixture.temperature={config.temperature} should be above 0")
-    counts, rates = config.counts, _rates(config, sizes)
-    if not config.sources and any(rate is not None for rate in stated.values()):
-        counts, rates = "examples", {name: _exact(rate or 0.0, name) for name, rate in stated.items()}
+    by_seqio = not config.rates and not config.sources and any(rate is not None for rate in stated.values())
+    _check_unused(config, by_seqio=by_seqio)
+    counts = config.counts
+    if by_seqio:
+        rates = {name: _exact(rate or 0.0, name) for name, rate in stated.items()}
+    else:
+        rates = _rates(config, sizes)
     if not any(rates.values()):
         raise UsageError("config.data.mixture.rates: all rates are 0")
     if counts == "tokens":
         return {name: rate / sizes[name].tokens_per_row for name, rate in rates.items() if rate}
     return {name: rate * sizes[name].rows / sizes[name].examples for name, rate in rates.items() if rate}
+
+
+def _check_unused(config: MixtureConfig, *, by_seqio: bool) -> None:
+    """UsageError for what makes rates from sizes, changed where the rates come from elsewhere."""
+    if not (by_seqio or config.rates):
+        return
+    neutral = {"maximum": None, "scale": 1.0, "temperature": 1.0} | ({"counts": "examples"} if by_seqio else {})
+    for name, value in neutral.items():
+        if getattr(config, name) != value:
+            rule, remedy = "config.data.mixture.rates decides", f"leave {name} at {value}"
+            if by_seqio:
+                rule, remedy = "the SeqIO mixture has its own rates", f"{remedy} or give config.data.mixture.rates"
+            raise UsageError(
+                f"config.data.mixture.{name}={getattr(config, name)} would have no effect: {rule}; {remedy}"
+            )
 
 
 def _rates(config: MixtureConfig, sizes: Mapping[str, Size]) -> dict[str, fractions.Fraction]:

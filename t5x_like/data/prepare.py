@@ -77,6 +77,10 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Pre
     preprocessors.check(config.preprocessors, config.fields)
     if config.workers < 0:
         raise UsageError(f"config.data.workers={config.workers} should be at least 0, which is one for each core")
+    if not config.tokenizer:
+        raise UsageError("config.data.tokenizer is empty; give bytes, a path, or train:bpe:SIZE")
+    if config.tokenizer_training_bytes < 1:
+        raise UsageError(f"config.data.tokenizer_training_bytes={config.tokenizer_training_bytes} should be at least 1")
     started = time.monotonic()
     cache.fetch(config, cache_dir)
     folder = cache.local_folder(cache_dir)

@@ -23,6 +23,7 @@ PREPROCESSORS: dict[str, Callable[[str], str]] = {
     "strip": str.strip,
     "nfc": lambda text: unicodedata.normalize("NFC", text),
     "unix_newlines": lambda text: text.replace("\r\n", "\n").replace("\r", "\n"),
+    "replace_surrogates": lambda text: text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"),
 }
 
 
@@ -37,12 +38,28 @@ def check(names: Sequence[str], fields: FieldsConfig) -> None:
 
 def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str]) -> Document:
     """The document of a record; a UserError does not say where the record lies."""
-    inputs, text = "", _field(record, fields.targets or fields.text, "targets" if fields.targets else "text")
+    kind = "targets" if fields.targets else "text"
+    inputs, text = "", _field(record, fields.targets or fields.text, kind)
     if fields.inputs:
         inputs = _field(record, fields.inputs, "inputs")
     for name in names:
         inputs, text = PREPROCESSORS[name](inputs), PREPROCESSORS[name](text)
+    _check_unicode(inputs, fields.inputs)
+    _check_unicode(text, fields.targets or fields.text)
     return Document(inputs, text)
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """JSON may spell out half of a surrogate pair, which no UTF-8 has."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"field {name!r} holds a lone surrogate ({text[error.start]!a}), which is no text; "
+            "add 'replace_surrogates' to config.data.preprocessors, or mend the file"
+        ) from None
 
 
 def _field(record: dict[str, Any], name: str, kind: str) -> str:

@@ -128,7 +128,12 @@ def unit(kind: str) -> str:
     return "record" if kind in ("parquet", "tfds", "seqio") else "byte"
 
 
+_USUAL_NAMES = {"text": "*.txt", "lines": "*.txt", "jsonl": "*.jsonl", "csv": "*.csv", "parquet": "*.parquet"}
+
+
 def _file(kind: str, path: str, where: str) -> SourceFile:
+    if os.path.isdir(path):
+        raise UserError(f"{where}={kind}:{path}: is a folder; give {os.path.join(path, _USUAL_NAMES[kind])}")
     if not os.path.isfile(path):
         raise MissingSource(f"{where}={kind}:{path}: no such file")
     try:
@@ -156,13 +161,21 @@ def _decode(content: bytes, path: str, offset: int) -> str:
 
 
 def _read_text(path: str, begin: int, end: int) -> Iterator[Record]:
+    record = _text_record(path, begin, end)
+    if record is not None:
+        yield record
+
+
+def _text_record(path: str, begin: int, end: int) -> Record | None:
+    """A function of its own, so that the bytes of a large file are gone while its text is used."""
     with open(path, "rb") as file:
         file.seek(begin)
         content = file.read(end - begin + 3)  # a character that straddles the end has at most 3 more bytes
     first = _character_start(content, 0) if begin else 0
     last = min(_character_start(content, end - begin), len(content))
-    if last > first:
-        yield Record(begin + first, {"text": _decode(content[first:last], path, begin + first)})
+    if last <= first:
+        return None
+    return Record(begin + first, {"text": _decode(content[first:last], path, begin + first)})
 
 
 def _character_start(content: bytes, at: int) -> int:
@@ -201,7 +214,7 @@ def _read_jsonl(path: str, begin: int, end: int) -> Iterator[Record]:
             continue
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter for what is nested very deep
             raise UserError(f"{path}: the line at byte {offset} is not JSON ({error}): {text[:60]!r}") from None
         if not isinstance(fields, dict):
             raise UserError(f"{path}: the line at byte {offset} should be a JSON object, is {text[:60]!r}")
@@ -226,6 +239,9 @@ def _read_csv(path: str, begin: int, end: int) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     try:
         header = next(rows)
+        twice = [name for index, name in enumerate(header) if name and name in header[:index]]
+        if twice:
+            raise UserError(f"{path}: the header names {twice[0]!r} twice; give each column a name of its own")
         while True:
             offset = position
             values = next(rows, None)
@@ -248,10 +264,20 @@ def _read_parquet(path: str, begin: int, end: int) -> Iterator[Record]:
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         if first < end and first + rows > begin:
-            for index, fields in enumerate(file.read_row_group(group).to_pylist(), first):
+            for index, fields in enumerate(_row_group(file, path, group), first):
                 if begin <= index < end:
                     yield Record(index, fields)
         first += rows
+
+
+def _row_group(file: Any, path: str, group: int) -> list[dict[str, Any]]:
+    import pyarrow
+
+    try:
+        return file.read_row_group(group).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # a damaged page; a text that is none
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: row group {group} cannot be read ({reason}); copy or write the file again") from None
 
 
 def _parquet(path: str) -> Any:

@@ -182,7 +182,11 @@ def _batches(
     first = 0
     examples = _examples(task, split, job)
     while batch := list(itertools.islice(examples, _BATCH_EXAMPLES)):
-        parts = [_part(example, name, vocabulary, task.name) for example in batch for name in ("inputs", "targets")]
+        parts = [
+            _part(example, name, vocabulary, f"{task.name}: example {number} of shard {job['shard']}")
+            for number, example in enumerate(batch, first)
+            for name in ("inputs", "targets")
+        ]
         texts = [text or "" for _, text in parts]
         again, lengths = vocabulary.encode_batch(texts)
         counts, edges = vocabulary.count_bytes(texts, again, lengths), np.cumsum(lengths)[:-1]
@@ -211,23 +215,33 @@ def _examples(task: Any, split: str, job: dict[str, Any]) -> Iterator[dict[str, 
 
 
 def _part(
-    example: dict[str, Any], name: str, vocabulary: vocabularies.Vocabulary, task: str
+    example: dict[str, Any], name: str, vocabulary: vocabularies.Vocabulary, place: str
 ) -> tuple[np.ndarray | None, str | None]:
     """(ids, text) of one feature as far as they are known; ids without the BOS and EOS that every document gets."""
     if name not in example:
         return None, None
     value, source = np.asarray(example[name]), example.get(f"{name}_pretokenized")
     if value.dtype.kind in "OSU":
-        text = value.item()
-        return None, text.decode("utf-8") if isinstance(text, bytes) else text
+        return None, _text(value, f"seqio task {place}: {name}")
     ids = value.astype(np.int32)
     if ids.ndim != 1 or (len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary.size):
-        raise UserError(f"seqio task {task}: {name} should be ids below {vocabulary.size}, are {ids!r:.80}")
+        raise UserError(f"seqio task {place}: {name} should be ids below {vocabulary.size}, are {ids!r:.80}")
     if len(ids) and ids[0] == vocabulary.bos_id:
         ids = ids[1:]
     if name == "targets" and len(ids) and ids[-1] == vocabulary.eos_id:
         ids = ids[:-1]
     return ids, source.decode("utf-8", errors="replace") if isinstance(source, bytes) else None
+
+
+def _text(value: np.ndarray, where: str) -> str:
+    """The text of a feature that is one."""
+    if value.ndim:
+        raise UserError(f"{where} should be one text, is an array of shape {value.shape}; join them in a preprocessor")
+    text = value.item()
+    try:
+        return text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 at byte {error.start}; mend or drop it in a preprocessor") from None
 
 
 def _choose(

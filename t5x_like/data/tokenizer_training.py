@@ -1,7 +1,7 @@
 """Training a tokenizer: byte-level BPE and unigram (tokenizer.json), or a SentencePiece model with byte fallback.
 
-All three can write any text (no unknown token) and read it back unchanged. The same text gives the same tokenizer,
-so the libraries run on one thread here.
+All three can write any text (no unknown token) and read it back unchanged, but for U+2581, which SentencePiece gives
+back as a space. The same text gives the same tokenizer, so the libraries run on one thread here.
 Not here: which text is used (data/prepare.py leaves held-out text out).
 """
 

@@ -148,7 +148,7 @@ class _Worker:
 
 
 def _describe(job: dict[str, Any]) -> str:
-    return f"shard {job['index']} of {job['folder']}" if "folder" in job else str(job.get("source", ""))
+    return f"shard {job['index']} of {job['folder']}" if "index" in job else str(job.get("source", ""))
 
 
 def main(lines: Iterator[bytes], answers: IO[bytes]) -> None:

@@ -83,6 +83,35 @@ def test_a_component_of_rate_zero_is_not_read():
     assert list(mixtures.row_rates(config, {"a": size(1), "b": size(1)}, {"a": None, "b": None})) == ["a"]
 
 
+STATED: dict[str, float | None] = {"a": 1.0, "b": 3.0}  # by a SeqIO mixture, whose tasks are the components
+
+
+def of_seqio(**change):
+    return mixtures.row_rates(dataclasses.replace(CONFIG, sources={}, **change), {"a": size(9), "b": size(9)}, STATED)
+
+
+def test_rates_of_the_config_go_before_those_of_a_seqio_mixture():
+    assert of_seqio()["b"] == 3 * of_seqio()["a"]
+    own = of_seqio(rates={"a": 5.0, "b": 1.0})
+    assert own["a"] == 5 * own["b"]
+    with pytest.raises(UsageError, match="rates lacks b"):
+        of_seqio(rates={"a": 5.0})
+
+
+@pytest.mark.parametrize("change", [{"maximum": 5.0}, {"scale": 2.0}, {"temperature": 2.0}, {"counts": "tokens"}])
+def test_what_would_not_change_the_rates_is_refused(change):
+    [(name, value)] = change.items()
+    message = f"config.data.mixture.{name}={value} would have no effect"
+    with pytest.raises(UsageError, match=f"{message}: the SeqIO mixture has its own rates"):
+        of_seqio(**change)
+    rates = {"a": 5.0, "b": 1.0}
+    if name == "counts":  # what the config's own rates count
+        assert of_seqio(rates=rates, **change)
+    else:
+        with pytest.raises(UsageError, match=f"{message}: config.data.mixture.rates decides"):
+            of_seqio(rates=rates, **change)
+
+
 @pytest.mark.parametrize(
     ("rates", "expected"),
     [

@@ -1,6 +1,7 @@
 """`prepare` writes the same cache however it is run, goes on where it was killed, and never lets held-out text in."""
 
 import contextlib
+import csv
 import dataclasses
 import fcntl
 import json
@@ -10,8 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from t5x_like.core.errors import UserError
@@ -265,6 +269,20 @@ def test_a_long_document_is_tokenized_in_parts_without_a_difference(tmp_path, mo
     assert all(np.array_equal(left, right) for left, right in zip(*results, strict=True))
 
 
+def test_a_long_document_takes_less_than_25_bytes_of_memory_per_byte(tmp_path, monkeypatch):
+    """With a token for every byte, the most that there are; 4 of its id, 4 of its count, both held twice at a time."""
+    monkeypatch.setattr("t5x_like.data.encoding._LONG_TEXT", 1 << 14)
+    (tmp_path / "a.txt").write_text("a line of a long text\n" * 50_000)
+    config = corpus.config(source=f"text:{tmp_path}/a.txt")
+    tracemalloc.start()
+    try:
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 5 < peak / os.path.getsize(tmp_path / "a.txt") < 25
+
+
 def test_held_out_text_may_be_a_source_of_its_own(source, tmp_path):
     (tmp_path / "v.txt").write_text("held out")
     config = corpus.config(source=source, validation=f"text:{tmp_path}/v.txt")
@@ -287,6 +305,8 @@ def test_held_out_text_may_be_a_source_of_its_own(source, tmp_path):
         ({"tokenizer": "missing.json"}, 1, "tokenizer missing.json: no such file"),
         ({"tokenizer": "train:bpe:10"}, 2, "at least 260"),
         ({"tokenizer": "task"}, 2, "config.data.tokenizer=task"),
+        ({"tokenizer": ""}, 2, "config.data.tokenizer is empty; give bytes, a path, or train:bpe:SIZE"),
+        ({"tokenizer": "train:bpe:300", "tokenizer_training_bytes": 0}, 2, "config.data.tokenizer_training_bytes=0"),
         ({"workers": -1}, 2, "config.data.workers=-1"),
     ],
 )
@@ -297,12 +317,61 @@ def test_wrong_data_configs_are_named_in_one_line(source, tmp_path, change, stat
     assert caught.value.exit_status == status
 
 
+def test_a_worker_that_dies_is_named_with_what_it_was_doing():
+    for job, expected in (
+        ({"source": "seqio:tasks:both", "folder": "staging"}, "seqio:tasks:both"),
+        ({"folder": "tokens-1", "index": 3}, "shard 3 of tokens-1"),
+    ):
+        worker = workers._Worker()
+        worker._process.kill()
+        with pytest.raises(UserError, match=f"signal 9\\) at {expected}; start again"):
+            worker.run("describe_task", job, print)
+        worker.end()
+
+
+def test_a_cache_may_lie_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = corpus.config(source=corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(9)))
+    prepare.prepare(config, "~/x", report=None)
+    assert list((tmp_path / "home" / "x").glob("prepared-*.json")) and not (tmp_path / "~").exists()
+    assert open_data(config, cache_dir="~/x", seed=0).describe()["components"]["train"]["documents"] == 9
+
+
 def test_an_error_in_a_worker_is_the_same_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     config = corpus.config(source=f"jsonl:{tmp_path}/a.jsonl", workers=2)
     with child(config, tmp_path / "cache", stderr=subprocess.PIPE) as process:
         message = process.communicate()[1].strip().splitlines()[-1]
     assert message.endswith("a.jsonl: byte 14: field 'text' should be a text, is 3")
+
+
+def test_half_a_surrogate_pair_is_named_and_can_be_replaced(tmp_path):
+    """Valid JSON, and no text: it cannot be written as UTF-8."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "a \\ud83d b \\ud83d\\ude00"}\n')
+    config = corpus.config(source=f"jsonl:{tmp_path}/a.jsonl")
+    with pytest.raises(UserError) as caught:
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert f"{tmp_path}/a.jsonl: byte 14: field 'text' holds a lone surrogate" in str(caught.value)
+    assert "'replace_surrogates'" in str(caught.value) and str(caught.value).isascii()
+    replaced = dataclasses.replace(config, preprocessors=("replace_surrogates",))
+    prepare.prepare(replaced, str(tmp_path / "cache"), report=None)
+    assert documents(replaced, tmp_path / "cache") == ["a", "a \ufffd b \U0001f600"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_become_the_documents_that_they_hold(tmp_path, kind):
+    texts, path = corpus.paragraphs(40), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        table = pyarrow.table({"number": list(range(40)), "text": texts})
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    else:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("number", "text"), *enumerate(texts)])
+    config = corpus.config(source=f"{kind}:{path}", validation="0.2")
+    prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    train, held_out = (documents(config, tmp_path / "cache", name) for name in ("train", "validation"))
+    assert train + held_out == texts and 4 <= len(held_out) <= 12
 
 
 def test_a_complete_cache_is_enough_where_the_text_is_not(tmp_path):

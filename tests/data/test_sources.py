@@ -113,6 +113,8 @@ def test_several_files_are_read_in_order_of_name(tmp_path):
         ("jsonl", b'{"text": "a"}\n{"text": \n', "line at byte 14 is not JSON"),
         ("jsonl", b'["a"]\n', "line at byte 0 should be a JSON object"),
         ("jsonl", b'{"text": "a"}\n\xff\n', "offset 14 is not UTF-8"),
+        ("jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "line at byte 14 is not JSON"),
+        ("csv", b"text,n,text\na,1,b\n", "the header names 'text' twice"),
         ("csv", b"text,n\na,1\nb\n", "row at byte 11 has 1 fields, the header 2"),
         ("csv", b'text,n\n"a,1\n', "not csv"),
         ("parquet", b"PAR1 no", "not a Parquet file"),
@@ -128,6 +130,33 @@ def test_bad_content_is_one_line_with_path_and_place(tmp_path, kind, content, ex
     with pytest.raises(UserError, match=expected) as caught:
         records(kind, str(path), 0, measure(kind, str(path)))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_page_of_parquet_is_one_line_with_path_and_row_group(path, tmp_path):
+    column = pyarrow.parquet.ParquetFile(path["parquet"]).metadata.row_group(1).column(0)
+    begin = column.dictionary_page_offset or column.data_page_offset
+    with open(path["parquet"], "rb") as file:
+        content = bytearray(file.read())
+    content[begin : begin + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(content)
+    assert len(records("parquet", str(bad), 0, 7)) == 7  # the first row group is whole
+    with pytest.raises(UserError, match="row group 1 cannot be read") as caught:
+        records("parquet", str(bad), 0, len(TEXTS))
+    assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_text_of_parquet_that_is_not_utf_8_is_one_line_with_path_and_row_group(tmp_path):
+    texts = pyarrow.array([b"good", b"bad \xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match="row group 0 cannot be read.*utf-8") as caught:
+        records("parquet", str(tmp_path / "bad.parquet"), 0, 2)
+    assert str(tmp_path / "bad.parquet") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_given_as_text_says_how_to_name_its_files(tmp_path):
+    with pytest.raises(UserError, match=f"text:{tmp_path}: is a folder; give {tmp_path}/\\*.txt"):
+        sources.files(sources.parse(f"text:{tmp_path}", where="source"), where="source")
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,16 @@ seqio.TaskRegistry.add("plain_text", source=source("short"), output_features=TEX
     lambda dataset: dataset.map(lambda line: {"targets": line})])
 
 
+def spoil(dataset):
+    return dataset.enumerate().map(lambda number, line: {"targets": tf.where(number == 1, b"bad\\xff", line)})
+
+
+seqio.TaskRegistry.add("not_utf_8", source=source("short"), output_features=TEXT, preprocessors=[spoil])
+TEXTS = {"targets": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, rank=1, dtype=tf.string)}
+seqio.TaskRegistry.add("several_texts", source=source("short"), output_features=TEXTS, preprocessors=[
+    lambda dataset: dataset.map(lambda line: {"targets": tf.strings.split(line, " ")})])
+
+
 def fail(dataset):
     raise KeyError("no such column")
 
@@ -219,6 +229,14 @@ def test_the_rates_of_a_mixture_are_those_that_seqio_computes(mixture):
     assert examples["long"] / examples["short"] == pytest.approx(2.0, rel=1e-3)
 
 
+def test_rates_of_the_config_go_before_those_of_seqio(mixture):
+    chosen = dataclasses.replace(mixture[0].mixture, rates={"long": 1.0, "short": 4.0})
+    data = open_data(dataclasses.replace(mixture[0], mixture=chosen), cache_dir=str(mixture[1]), seed=0)
+    facts = data.describe()["components"]
+    examples = {n: f["share_of_rows"] * f["documents"] / f["rows"] for n, f in facts.items()}
+    assert examples["short"] / examples["long"] == pytest.approx(4.0, rel=1e-3)
+
+
 def test_inputs_of_a_task_carry_no_loss_and_bytes_are_those_of_the_text(mixture, module):
     data = open_data(mixture[0], cache_dir=str(mixture[1]), seed=0)
     batch = data.evaluation("validation")[0]
@@ -270,6 +288,8 @@ def pool():
         ("nothing", "registers no such task; registered: "),
         ("long:test", "has no split 'test'"),
         ("failing", "seqio:failing: KeyError: 'no such column' ("),
+        ("not_utf_8", "seqio task not_utf_8: example 1 of shard 0: targets is not UTF-8 at byte 3"),
+        ("several_texts", "seqio task several_texts: example 0 of shard 0: targets should be one text, is an array"),
     ],
 )
 def test_mistakes_in_tasks_are_one_line(module, tmp_path, pool, name, expected):
