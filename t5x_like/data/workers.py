@@ -5,6 +5,7 @@ process of its own (not a fork, nor multiprocessing's re-import of the caller's 
 SeqIO needs, lives and dies there, with JAX and CUDA kept off the accelerator.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -144,7 +145,8 @@ class _Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # of a job that it died without reading
+                    stream.close()
 
 
 def _describe(job: dict[str, Any]) -> str:
