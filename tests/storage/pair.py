@@ -1,13 +1,14 @@
-"""One of two processes for the tests of storage: 2 fake devices each. Usage: pair.py PORT INDEX COUNT DIRECTORY TASK
+"""One of two processes for the tests of storage, 2 fake devices each: pair.py PORT INDEX COUNT DIRECTORY TASK SAID
 
-`save` saves the steps 1 to 3, keeping two, and checks what `wait` says. `restore` prints the step that was restored and
-the sum of an array that is spread over all devices, then saves step 9.
+`save` saves the steps 1 to 3, keeping two, and checks what `wait` says. `restore` says the step that was restored and
+checks an array that is spread over all devices, then saves step 9. What is said goes to the file SAID: Gloo prints to
+the standard streams, in pieces.
 """
 
 import sys
 
 if __name__ == "__main__":
-    port, index, count, directory, task = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+    port, index, count, directory, task, said = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:7]
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -31,7 +32,8 @@ if __name__ == "__main__":
         }
 
     def say(line):
-        print(line, flush=True)
+        with open(said, "a") as file:
+            file.write(line + "\n")
 
     with Checkpoints(
         directory, keep=lambda steps, metrics: steps[-2:], timeout_seconds=60, on_fault=say
