@@ -131,7 +131,8 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     if not trainable:
         raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
     objective = objectives.build(experiment.objective, model)
-    steps = _or(experiment.optim.schedule.steps, experiment.loop.steps)
+    steps = experiment.optim.schedule.steps
+    assert steps is not None, "from_config has filled it in"
     optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)
     layout = train_state.layout(
         optimizer,
@@ -196,10 +197,6 @@ def _step_config(experiment: Experiment) -> StepConfig:
     )
 
 
-def _or(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value
-
-
 def _seed(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**32:
         raise UsageError(f"config.seed={value!r} should be a whole number from 0 to 2^32 - 1")
@@ -224,7 +221,6 @@ def _check(experiment: Experiment) -> None:
     loop, data, model = experiment.loop, experiment.data, experiment.model
     for name, value, least in (
         ("loop.steps", loop.steps, 1),
-        ("optim.schedule.steps", _or(experiment.optim.schedule.steps, 1), 1),
         ("loop.log_every_steps", loop.log_every_steps, 1),
         ("loop.micro_batches", loop.micro_batches, 1),
         ("loop.spike_warmup", loop.spike_warmup, 2),  # a deviation needs two losses

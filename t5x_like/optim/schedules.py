@@ -36,6 +36,8 @@ def build_schedule(
     """
     one_of(config.name, tuple(SCHEDULES), f"{path}.name")
     warmup = config.warmup_steps
+    if total_steps < 1:
+        raise UsageError(f"{path}.steps={total_steps} should be at least 1")
     if warmup < 0:
         raise UsageError(f"{path}.warmup_steps={warmup} should be at least 0")
     curve = SCHEDULES[config.name](config, total_steps, path)
