@@ -30,17 +30,45 @@ def model() -> dict:
     return {
         "family": "llama",
         "size": "tiny",
+        "architecture": placeholder(str),
         "vocab_size": placeholder(int),
         "vocab_multiple": 128,
+        "max_length": placeholder(int),
+        "width": placeholder(int),
+        "embedding": {
+            "scale": placeholder(float),
+            "norm": placeholder(bool),
+            "types": placeholder(int),
+            "offset": placeholder(int),
+        },
+        "encoder": stack(),
+        "decoder": stack(),
+        "head": {
+            "tied": placeholder(bool),
+            "scale": placeholder(float),
+            "bias": placeholder(bool),
+            "softcap": placeholder(float),
+            "transform": placeholder(bool),
+        },
+        "init": {"name": placeholder(str), "std": placeholder(float), "depth_scaled": placeholder(bool)},
+        "dropout": 0.0,
+        "scan": True,
+        "remat": "none",
+        "dtype": {"params": "float32", "compute": "auto"},
+    }
+
+
+def stack() -> dict:
+    return {
         "layers": placeholder(int),
-        "embed": placeholder(int),
         "heads": placeholder(int),
         "kv_heads": placeholder(int),
-        "head": placeholder(int),
+        "head_size": placeholder(int),
         "mlp": placeholder(int),
-        "max_length": placeholder(int),
         "norm": placeholder(str),
         "norm_epsilon": placeholder(float),
+        "norm_order": placeholder(str),
+        "parallel": placeholder(bool),
         "position": placeholder(str),
         "rope": {
             "theta": placeholder(tuple),
@@ -52,6 +80,7 @@ def model() -> dict:
                 "original_length": placeholder(int),
             },
         },
+        "relative": {"buckets": placeholder(int), "max_distance": placeholder(int)},
         "windows": placeholder(tuple),
         "activation": placeholder(str),
         "gated": placeholder(bool),
@@ -59,15 +88,9 @@ def model() -> dict:
         "out_bias": placeholder(bool),
         "mlp_bias": placeholder(bool),
         "qk_norm": placeholder(bool),
+        "attention_scale": placeholder(float),
         "attention_softcap": placeholder(float),
-        "final_softcap": placeholder(float),
-        "tie_embeddings": placeholder(bool),
-        "init_deviation": placeholder(float),
-        "depth_scaled_init": placeholder(bool),
-        "dropout": 0.0,
-        "scan": True,
-        "remat": "none",
-        "dtype": {"params": "float32", "compute": "auto"},
+        "final_norm": placeholder(bool),
     }
 
 

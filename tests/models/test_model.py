@@ -31,7 +31,7 @@ def hidden(model, params, batch, **rest):
 
 def loss_and_gradients(model, params, batch):
     """A loss to which every hidden number matters in its own way, and that does not cancel."""
-    shape = (*batch["inputs"].shape, model.config.embed)
+    shape = (*batch["inputs"].shape, model.config.width)
     goal = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
     function = jax.value_and_grad(lambda params: jnp.square(model.apply(params, batch).hidden_BTD - goal).mean())
     return jax.jit(function, compiler_options=FAST).lower(params).compile()

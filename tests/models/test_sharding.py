@@ -34,7 +34,7 @@ def make_mesh(sizes):
 @functools.cache
 def one_device():
     """The model, its parameters and batch, and what one device makes of them."""
-    model = cases.model("local_and_global", heads=8, kv_heads=8, head=4, mlp=64, vocab_size=250, tie_embeddings=True)
+    model = cases.model("local_and_global", heads=8, kv_heads=8, head_size=4, mlp=64, vocab_size=250, tied=True)
     params = cases.random_params(model)
     segments = np.where(np.arange(LENGTH) < 11, 1, 2)[None, :].repeat(ROWS, 0)
     positions = np.where(segments == 1, np.arange(LENGTH), np.arange(LENGTH) - 11)
@@ -44,7 +44,7 @@ def one_device():
 
 
 def run(model, params, batch, out_shardings=None):
-    goal = jnp.asarray(np.random.default_rng(5).standard_normal((ROWS, LENGTH, model.config.embed)), jnp.float32)
+    goal = jnp.asarray(np.random.default_rng(5).standard_normal((ROWS, LENGTH, model.config.width)), jnp.float32)
 
     def loss(params, batch):
         return jnp.square(model.apply(params, batch).hidden_BTD - goal).mean()

@@ -10,8 +10,8 @@ from t5x_like.models.config import ModelConfig
 
 
 def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
-    c, scaling = config, config.rope.scaling
-    rope: dict[str, Any] = {"rope_theta": c.rope.theta[0], "rope_type": "default"}
+    c, d, scaling = config, config.decoder, config.decoder.rope.scaling
+    rope: dict[str, Any] = {"rope_theta": d.rope.theta[0], "rope_type": "default"}
     if scaling.name == "llama3":
         rope |= {
             "rope_type": "llama3",
@@ -22,32 +22,32 @@ def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
         }
     return transformers.LlamaConfig(
         vocab_size=c.vocab_size,
-        hidden_size=c.embed,
-        intermediate_size=c.mlp,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head,
-        hidden_act=c.activation,
+        hidden_size=c.width,
+        intermediate_size=d.mlp,
+        num_hidden_layers=d.layers,
+        num_attention_heads=d.heads,
+        num_key_value_heads=d.kv_heads,
+        head_dim=d.head_size,
+        hidden_act=d.activation,
         max_position_embeddings=c.max_length,
-        rms_norm_eps=c.norm_epsilon,
-        tie_word_embeddings=c.tie_embeddings,
+        rms_norm_eps=d.norm_epsilon,
+        tie_word_embeddings=c.head.tied,
         rope_parameters=rope,
         attn_implementation="eager",
     )
 
 
 def gpt2_config(config: ModelConfig) -> transformers.GPT2Config:
-    c = config
+    c, d = config, config.decoder
     return transformers.GPT2Config(
         vocab_size=c.vocab_size,
         n_positions=c.max_length,
-        n_embd=c.embed,
-        n_layer=c.layers,
-        n_head=c.heads,
-        n_inner=c.mlp,
+        n_embd=c.width,
+        n_layer=d.layers,
+        n_head=d.heads,
+        n_inner=d.mlp,
         activation_function="gelu_new",
-        layer_norm_epsilon=c.norm_epsilon,
+        layer_norm_epsilon=d.norm_epsilon,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -71,24 +71,24 @@ def build(config: ModelConfig, params: dict[str, Any]) -> torch.nn.Module:
 
 def llama_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Ours to theirs; linear in the values, so it serves weights and gradients alike."""
-    c, layers = config, params["layers"]
+    c, d, layers = config, config.decoder, params["layers"]
     state = {
         "model.embed_tokens.weight": params["embed"]["tokens"][: c.vocab_size],
         "model.norm.weight": params["final_norm"]["scale"],
     }
-    if not c.tie_embeddings:
+    if not c.head.tied:
         state["lm_head.weight"] = params["head"]["weight"][: c.vocab_size]
-    for i in range(c.layers):
+    for i in range(d.layers):
         attention, mlp = layers["attention"], layers["mlp"]
         state |= {
             f"model.layers.{i}.{name}.weight": np.asarray(value)
             for name, value in {
                 "input_layernorm": layers["attention_norm"]["scale"][i],
                 "post_attention_layernorm": layers["mlp_norm"]["scale"][i],
-                "self_attn.q_proj": attention["q"][i].reshape(c.embed, -1).T,
-                "self_attn.k_proj": attention["k"][i].reshape(c.embed, -1).T,
-                "self_attn.v_proj": attention["v"][i].reshape(c.embed, -1).T,
-                "self_attn.o_proj": attention["o"][i].reshape(-1, c.embed).T,
+                "self_attn.q_proj": attention["q"][i].reshape(c.width, -1).T,
+                "self_attn.k_proj": attention["k"][i].reshape(c.width, -1).T,
+                "self_attn.v_proj": attention["v"][i].reshape(c.width, -1).T,
+                "self_attn.o_proj": attention["o"][i].reshape(-1, c.width).T,
                 "mlp.gate_proj": mlp["gate"][i].T,
                 "mlp.up_proj": mlp["up"][i].T,
                 "mlp.down_proj": mlp["down"][i].T,
@@ -98,16 +98,16 @@ def llama_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.nda
 
 
 def gpt2_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    c, layers = config, params["layers"]
+    c, d, layers = config, config.decoder, params["layers"]
     state = {
         "transformer.wte.weight": params["embed"]["tokens"][: c.vocab_size],
         "transformer.wpe.weight": params["embed"]["positions"],
         "transformer.ln_f.weight": params["final_norm"]["scale"],
         "transformer.ln_f.bias": params["final_norm"]["bias"],
     }
-    for i in range(c.layers):
+    for i in range(d.layers):
         attention, mlp = layers["attention"], layers["mlp"]
-        fused = [np.asarray(attention[name][i]).reshape(c.embed, -1) for name in "qkv"]
+        fused = [np.asarray(attention[name][i]).reshape(c.width, -1) for name in "qkv"]
         fused_bias = [np.asarray(attention[f"{name}_bias"][i]).reshape(-1) for name in "qkv"]
         state |= {
             f"transformer.h.{i}.{name}": value
@@ -118,7 +118,7 @@ def gpt2_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndar
                 "ln_2.bias": layers["mlp_norm"]["bias"][i],
                 "attn.c_attn.weight": np.concatenate(fused, axis=1),
                 "attn.c_attn.bias": np.concatenate(fused_bias),
-                "attn.c_proj.weight": attention["o"][i].reshape(-1, c.embed),
+                "attn.c_proj.weight": attention["o"][i].reshape(-1, c.width),
                 "attn.c_proj.bias": attention["o_bias"][i],
                 "mlp.c_fc.weight": mlp["up"][i],
                 "mlp.c_fc.bias": mlp["up_bias"][i],
