@@ -17,8 +17,8 @@ from t5x_like import experiment as experiments
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Tree
-from t5x_like.data import vocabularies
-from t5x_like.data.vocabularies import Vocabulary
+from t5x_like.data.tokenizers import vocabularies
+from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
 from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions

@@ -70,7 +70,7 @@ def documents(directory: str, step: int) -> Iterator[str]:
         raise UsageError(f"--step={step} should be at least 1: rows of metrics.jsonl are counted from 1")
     # Imported here: they need jax, the description of a checkpoint does not.
     from t5x_like import experiment as experiments
-    from t5x_like.data.loader import open_data
+    from t5x_like.data.read.loader import open_data
     from t5x_like.storage import manifest, workdir
 
     config = workdir.read_config(directory)

@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def show_progress(data: Any, cache_dir: str) -> Any:
     """Makes the token cache of a DataConfig complete, and shows how far it is."""
-    from t5x_like.data.prepare import Training, Writing, prepare
+    from t5x_like.data.write.prepare import Training, Writing, prepare
 
     shown: dict[str, Progress] = {}
 

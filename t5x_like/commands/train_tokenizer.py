@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", required=True, help="folder to write; a config names it as config.data.tokenizer")
     options = parser.parse_args(arguments)
 
-    from t5x_like.data import tokenizer_training
+    from t5x_like.data.tokenizers import tokenizer_training
 
     parsed = tokenizer_training.parse(f"train:{options.kind}:{options.size}", where="--kind and --size")
     if parsed is None or options.bytes < 1:
@@ -45,8 +45,8 @@ def _check_writable(output: str) -> None:
 
 
 def _texts(names: Sequence[str], field: str, limit: int) -> Iterator[str]:
-    from t5x_like.data import encoding, sources
     from t5x_like.data.config import FieldsConfig
+    from t5x_like.data.write import encoding, sources
 
     for name in names:
         source = sources.parse(name, where="source")

@@ -19,8 +19,8 @@ from t5x_like.commands.prepare import show_progress
 from t5x_like.core.config import nearest
 from t5x_like.core.environment import Environment
 from t5x_like.core.errors import UsageError
-from t5x_like.data.loader import HeldOut, Prefetch, TrainData, open_data
-from t5x_like.data.vocabularies import SETTINGS
+from t5x_like.data.read.loader import HeldOut, Prefetch, TrainData, open_data
+from t5x_like.data.tokenizers.vocabularies import SETTINGS
 from t5x_like.objectives.interface import Batch
 from t5x_like.optim.optimizers import describe
 from t5x_like.parallel import mesh as meshes

@@ -43,7 +43,7 @@ class DataConfig:
     """Sources, tokenizer, held-out text and the shape of a batch.
 
     source: `KIND:PATH`, KIND one of text, lines, jsonl, csv, parquet, tfds, seqio (docs/data.md); PATH may be a glob
-    preprocessors: names in data/preprocessors.py, applied to every text in this order
+    preprocessors: names in data/write/preprocessors.py, applied to every text in this order
     tokenizer: `bytes`, a path (tokenizer.json, SentencePiece model, or a folder), `train:bpe:SIZE`,
         `train:unigram:SIZE`, `train:sentencepiece:SIZE`, or `task` (the vocabulary of a SeqIO task)
     tokenizer_training_bytes: how much training text a tokenizer is trained on at most, in bytes of UTF-8; of several

@@ -3,7 +3,7 @@
 A folder of shards. A shard is one file of sections (tokens, bytes per token, document ends, ...) and a JSON beside it
 that is written last and holds sizes and checksum; `index.json` is written when all shards are there. Reading goes
 through `os.preadv`: a memory map of a truncated file would end the process. Few of the files are open at once, as
-large sources have more shards than a process may open. Which rows are read is data/packing.py.
+large sources have more shards than a process may open. Which rows are read is data/read/packing.py.
 """
 
 import collections

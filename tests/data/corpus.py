@@ -6,8 +6,8 @@ import os
 from configs import common
 from t5x_like.core.config import build
 from t5x_like.data.config import DataConfig
-from t5x_like.data.loader import open_data
-from t5x_like.data.prepare import prepare
+from t5x_like.data.read.loader import open_data
+from t5x_like.data.write.prepare import prepare
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",

@@ -7,7 +7,7 @@ import pytest
 
 from t5x_like.__main__ import main
 from t5x_like.core.metrics import format_bytes
-from t5x_like.data import vocabularies
+from t5x_like.data.tokenizers import vocabularies
 from tests.data import corpus
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import packing, token_set
-from t5x_like.data.loader import open_data
-from t5x_like.data.prepare import prepare
+from t5x_like.data import token_set
+from t5x_like.data.read import packing
+from t5x_like.data.read.loader import open_data
+from t5x_like.data.write.prepare import prepare
 from tests.data import corpus
 
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
     """(config, cache folder, folder of the only token set, which has several shards)"""
-    monkeypatch.setattr("t5x_like.data.prepare._SMALLEST_SHARD", 1000)
-    monkeypatch.setattr("t5x_like.data.prepare._SHARDS", 4)
+    monkeypatch.setattr("t5x_like.data.write.prepare._SMALLEST_SHARD", 1000)
+    monkeypatch.setattr("t5x_like.data.write.prepare._SHARDS", 4)
     config = corpus.config(source=corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(60)))
     done = prepare(config, str(tmp_path / "cache"), report=None)
     return config, tmp_path / "cache", tmp_path / "cache" / done.manifest.train["train"].folder

@@ -8,7 +8,7 @@ import os
 import sys
 
 from t5x_like.__main__ import main
-from t5x_like.data import loader
+from t5x_like.data.read import loader
 
 
 def record() -> None:

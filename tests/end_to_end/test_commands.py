@@ -13,7 +13,7 @@ import pytest
 import t5x_like
 from t5x_like import experiment as experiments
 from t5x_like.__main__ import main
-from t5x_like.data.loader import open_data
+from t5x_like.data.read.loader import open_data
 from t5x_like.storage import model_directory, paths
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import pytest
 
 from t5x_like.__main__ import main
 from t5x_like.core.metrics import is_measurement
-from t5x_like.data.loader import TrainData
+from t5x_like.data.read.loader import TrainData
 from t5x_like.storage import paths
 from t5x_like.training.saver import Saver
 from tests.data import corpus

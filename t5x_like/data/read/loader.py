@@ -1,8 +1,8 @@
 """Reading: a batch that is a pure function of (config, seed, step), from the token cache alone.
 
 Row r of step s is example s * batch_size + r. Example i belongs to a component and has an index within it
-(data/mixtures.py); index // rows is the epoch and a keyed permutation of that epoch says which row of the component
-it is. No state, no iterator: a process reads the rows it wants, in any order. Numpy only.
+(data/read/mixtures.py); index // rows is the epoch and a keyed permutation of that epoch says which row of the
+component it is. No state, no iterator: a process reads the rows it wants, in any order. Numpy only.
 """
 
 import collections
@@ -17,10 +17,12 @@ from jaxtyping import Int
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data import cache, features, mixtures, packing, token_set, vocabularies
+from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
-from t5x_like.data.permutation import permute
+from t5x_like.data.read import features, mixtures, packing
+from t5x_like.data.read.permutation import permute
 from t5x_like.data.token_set import OpenFiles, TokenSet
+from t5x_like.data.tokenizers import vocabularies
 
 Batch = features.Batch
 Read = TypeVar("Read")

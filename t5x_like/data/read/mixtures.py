@@ -1,7 +1,7 @@
 """Mixtures: how often each component is read, and which row of which component example number i is.
 
 Rates follow SeqIO's rules; `Slots` turns them into a closed form. Which row a component gives for its index is the
-permutation's business (data/permutation.py), and what a row holds is packing's.
+permutation's business (data/read/permutation.py), and what a row holds is packing's.
 """
 
 import dataclasses

@@ -19,14 +19,16 @@ import pyarrow.parquet
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import cache, parts, prepare, token_set, vocabularies, workers
-from t5x_like.data.loader import open_data
+from t5x_like.data import cache, token_set
+from t5x_like.data.read.loader import open_data
+from t5x_like.data.tokenizers import vocabularies
+from t5x_like.data.write import parts, prepare, workers
 from tests.data import corpus
 
 _PREPARE = """
 import json, sys
 from t5x_like.core.config import build
-from t5x_like.data import prepare
+from t5x_like.data.write import prepare
 from t5x_like.data.config import DataConfig
 prepare._SMALLEST_SHARD, prepare._SHARDS, prepare._INLINE_BYTES = 2000, 1 << 20, 0
 section, folder = json.loads(sys.argv[1]), sys.argv[2]
@@ -139,7 +141,7 @@ def test_every_document_ends_with_eos_and_holds_its_text(reference):
 
 
 def test_begin_of_text_is_written_where_the_vocabulary_has_one(source, tmp_path):
-    config = corpus.config(source=source, tokenizer=str(pathlib.Path(__file__).parent / "stories260K"))
+    config = corpus.config(source=source, tokenizer=str(pathlib.Path(__file__).parents[1] / "stories260K"))
     prepare.prepare(config, str(tmp_path), report=None)
     vocabulary, opened, ids, counts = tokens_of(config, tmp_path)
     begins = np.concatenate([[0], opened.ends[:-1]])
@@ -263,7 +265,7 @@ def test_a_long_document_is_tokenized_in_parts_without_a_difference(tmp_path, mo
     config = corpus.config(source=f"text:{tmp_path}/a.txt", tokenizer="train:bpe:400")
     results = []
     for number, limit in enumerate((1 << 22, 500)):
-        monkeypatch.setattr("t5x_like.data.encoding._LONG_TEXT", limit)
+        monkeypatch.setattr("t5x_like.data.write.encoding._LONG_TEXT", limit)
         prepare.prepare(config, str(tmp_path / f"{number}"), report=None)
         results.append(tokens_of(config, tmp_path / f"{number}")[2:])
     assert all(np.array_equal(left, right) for left, right in zip(*results, strict=True))
@@ -271,7 +273,7 @@ def test_a_long_document_is_tokenized_in_parts_without_a_difference(tmp_path, mo
 
 def test_a_long_document_takes_less_than_25_bytes_of_memory_per_byte(tmp_path, monkeypatch):
     """With a token for every byte, the most that there are; 4 of its id, 4 of its count, both held twice at a time."""
-    monkeypatch.setattr("t5x_like.data.encoding._LONG_TEXT", 1 << 14)
+    monkeypatch.setattr("t5x_like.data.write.encoding._LONG_TEXT", 1 << 14)
     (tmp_path / "a.txt").write_text("a line of a long text\n" * 50_000)
     config = corpus.config(source=f"text:{tmp_path}/a.txt")
     tracemalloc.start()

@@ -1,6 +1,6 @@
 """Worker processes of `prepare`: a pool that hands out jobs, and the program that each worker runs.
 
-A worker is `python -m t5x_like.data.workers`: it reads one JSON job a line and answers with JSON lines. It is a
+A worker is `python -m t5x_like.data.write.workers`: it reads one JSON job a line and answers with JSON lines. It is a
 process of its own (not a fork, nor multiprocessing's re-import of the caller's main module), so TensorFlow, which
 SeqIO needs, lives and dies there, with JAX and CUDA kept off the accelerator.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import encoding, tasks
+from t5x_like.data.write import encoding, tasks
 
 FUNCTIONS: dict[str, Callable[[dict[str, Any], encoding.Report], dict[str, Any]]] = {
     "encode_shard": encoding.encode_shard,
@@ -104,7 +104,7 @@ class _Worker:
         }
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "t5x_like.data.workers"],
+            [sys.executable, "-m", "t5x_like.data.write.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -14,8 +14,10 @@ import sentencepiece
 
 from t5x_like.commands.prepare import summary
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data import cache, prepare, sources, vocabularies, workers
-from t5x_like.data.loader import open_data
+from t5x_like.data import cache
+from t5x_like.data.read.loader import open_data
+from t5x_like.data.tokenizers import vocabularies
+from t5x_like.data.write import prepare, sources, workers
 from tests.data import corpus
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
@@ -49,7 +51,7 @@ print(folder)
 
 _READ_TFDS = """
 import json, sys
-from t5x_like.data import sources
+from t5x_like.data.write import sources
 source = sources.parse(sys.argv[1], where="source")
 [file] = sources.files(source, where="source")
 records = [r.fields for r in sources.read("tfds", file.path, 10, file.measure, name=source.name)]
@@ -270,7 +272,7 @@ def test_a_task_whose_features_are_text_is_tokenized_with_the_tokenizer_of_the_c
 
 
 def test_a_second_prepare_of_tasks_starts_no_worker(mixture, monkeypatch):
-    monkeypatch.setattr("t5x_like.data.workers._Worker", None)
+    monkeypatch.setattr("t5x_like.data.write.workers._Worker", None)
     again = prepare.prepare(mixture[0], str(mixture[1]), report=None)
     assert again.manifest == cache.read_manifest(mixture[0], str(mixture[1])) and again.shards_written == 0
     assert "(all there already)" in summary(again, str(mixture[1]))

@@ -1,7 +1,7 @@
 """Packing: which tokens of a token set form row r. An index into the cache, no copy of it.
 
 `Concatenated`: one stream of all documents, rows of T+1 tokens that begin every `stride` tokens. `BestFit`: whole
-examples, each put into the row with the least room that still holds it. Order of rows: data/loader.py.
+examples, each put into the row with the least room that still holds it. Order of rows: data/read/loader.py.
 """
 
 import fractions
@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int
 
-from t5x_like.data.features import Rows
-from t5x_like.data.mixtures import Size
+from t5x_like.data.read.features import Rows
+from t5x_like.data.read.mixtures import Size
 from t5x_like.data.token_set import TokenSet
 
 

@@ -2,7 +2,7 @@
 
 Order: files and their fingerprints -> held-out text is cut off -> the tokenizer is loaded, or trained on what is
 left -> shards that are missing are written -> the manifest. A killed run loses the shards being written. What the
-result is does not depend on the number of workers. Reading the cache is data/loader.py.
+result is does not depend on the number of workers. Reading the cache is data/read/loader.py.
 """
 
 import dataclasses
@@ -13,19 +13,11 @@ from typing import Any
 
 from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError
-from t5x_like.data import (
-    cache,
-    encoding,
-    parts,
-    preprocessors,
-    sources,
-    token_set,
-    tokenizer_training,
-    vocabularies,
-    workers,
-)
+from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
-from t5x_like.data.parts import Part, Parts
+from t5x_like.data.tokenizers import tokenizer_training, vocabularies
+from t5x_like.data.write import encoding, parts, preprocessors, sources, workers
+from t5x_like.data.write.parts import Part, Parts
 from t5x_like.storage import paths
 
 _SHARDS, _SMALLEST_SHARD, _LARGEST_SHARD = 64, 1 << 20, 256 << 20

@@ -1,7 +1,7 @@
 """From rows of T+1 tokens to the arrays of a batch that a decoder is trained on.
 
 The shapes and meanings are those of the design: targets are the inputs moved by one, segments and positions begin
-anew with each document, and what carries no loss has weight 0 and 0 target bytes. Reading rows is data/packing.py.
+anew with each document, and what carries no loss has weight 0 and 0 target bytes. Reading rows is data/read/packing.py.
 """
 
 import dataclasses

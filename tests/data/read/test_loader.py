@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data.loader import Prefetch, open_data
+from t5x_like.data.read.loader import Prefetch, open_data
 from tests.data import corpus
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_order.txt"

@@ -1,8 +1,8 @@
 """Vocabularies: text <-> token ids, and how many bytes of source text each token stands for.
 
 Where the surfaces of tokens add up to the text (byte-level BPE, byte fallback), counting bytes is a table look-up and
-decoding is a join; otherwise offsets in the text are used. Formats of tokenizers: data/tokenizer_files.py; training
-one: data/tokenizer_training.py.
+decoding is a join; otherwise offsets in the text are used. Formats of tokenizers: data/tokenizers/tokenizer_files.py;
+training one: data/tokenizers/tokenizer_training.py.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import tokenizer_files
-from t5x_like.data.tokenizer_files import TokenizerFile
+from t5x_like.data.tokenizers import tokenizer_files
+from t5x_like.data.tokenizers.tokenizer_files import TokenizerFile
 from t5x_like.storage import paths
 
 SETTINGS = "vocabulary.json"  # in a saved folder: kind, file and special ids

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import token_set, tokenizer_files, vocabularies
-from t5x_like.data.encoding import assemble
+from t5x_like.data import token_set
+from t5x_like.data.tokenizers import tokenizer_files, vocabularies
+from t5x_like.data.write.encoding import assemble
 
 _BATCH_EXAMPLES = 1000
 _MOST_SHARDS = 64

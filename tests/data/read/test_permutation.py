@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from t5x_like.data.permutation import permute
+from t5x_like.data.read.permutation import permute
 
 
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UsageError
-from t5x_like.data import mixtures
 from t5x_like.data.config import MixtureConfig
+from t5x_like.data.read import mixtures
 
 CONFIG = MixtureConfig({"a": "", "b": ""}, {}, None, 1.0, 1.0, "examples")
 

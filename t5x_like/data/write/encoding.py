@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import preprocessors, sources, token_set, vocabularies
+from t5x_like.data import token_set
 from t5x_like.data.config import FieldsConfig
-from t5x_like.data.preprocessors import Document
-from t5x_like.data.sources import Piece, Source, SourceFile
+from t5x_like.data.tokenizers import vocabularies
+from t5x_like.data.write import preprocessors, sources
+from t5x_like.data.write.preprocessors import Document
+from t5x_like.data.write.sources import Piece, Source, SourceFile
 
 _BATCH_CHARACTERS = 1 << 18
 _REPORT_EVERY = 1 << 14  # bytes or records
@@ -30,7 +32,7 @@ Report = Callable[[int], None]  # called with characters or records done since t
 
 
 def encode_shard(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Writes the shard a job of data/prepare.py describes; returns its facts."""
+    """Writes the shard a job of data/write/prepare.py describes; returns its facts."""
     vocabulary = load_vocabulary(job["tokenizer"])
     batches = encode(_documents(job, report), vocabulary)
     with _rare_collections():

@@ -11,10 +11,10 @@ import pytest
 import sentencepiece
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import tokenizer_training, vocabularies
+from t5x_like.data.tokenizers import tokenizer_training, vocabularies
 from tests.data import corpus
 
-STORIES = pathlib.Path(__file__).parent / "stories260K"
+STORIES = pathlib.Path(__file__).parents[1] / "stories260K"
 TEXTS = (*corpus.SENTENCES, "  two leading spaces", " ", "\n\n\n", "a</s><s><|endoftext|>b", "x", "\U0001f600" * 5)
 LOSSLESS = ("bytes", "bpe", "unigram", "sentencepiece", "llama")
 

@@ -5,7 +5,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from t5x_like.data import features, packing, token_set
+from t5x_like.data import token_set
+from t5x_like.data.read import features, packing
 
 LENGTHS = (3, 1, 40, 7, 2, 2, 19, 5, 11, 1, 1, 30)
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from t5x_like.data import word_cache
+from t5x_like.data.tokenizers import word_cache
 from tests.data import corpus
 
 PATTERNS = {"gpt2": word_cache.GPT2, "llama3": word_cache.LLAMA3, "qwen2": word_cache.QWEN2}

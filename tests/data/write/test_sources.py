@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import sources
+from t5x_like.data.write import sources
 from tests.data import corpus
 
 TEXTS = [text.replace("\n", " ") for text in corpus.paragraphs(30)]

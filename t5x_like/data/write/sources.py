@@ -3,7 +3,7 @@
 A record is a dict of fields with its place (file, offset). Offsets are bytes for text, lines, jsonl and csv, and
 record numbers for parquet and tfds. A `Piece` is a range of offsets of one file; a record belongs to the piece in
 which it begins, so any division of a file gives the same records. Nothing here imports TensorFlow; the adapter of
-SeqIO is data/tasks.py.
+SeqIO is data/write/tasks.py.
 """
 
 import csv
@@ -343,7 +343,7 @@ class Kind:
 
 
 def _no_reader(path: str, begin: int, end: int) -> Iterator[Record]:
-    raise UserError(f"seqio:{path} is read by data/tasks.py")
+    raise UserError(f"seqio:{path} is read by data/write/tasks.py")
 
 
 KINDS = {

@@ -6,13 +6,14 @@ import sys
 import pytest
 
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data import encoding, tokenizer_training
-from t5x_like.data.preprocessors import Document
+from t5x_like.data.tokenizers import tokenizer_training
+from t5x_like.data.write import encoding
+from t5x_like.data.write.preprocessors import Document
 from tests.data import corpus
 
 _PROGRAM = """
 import sys
-from t5x_like.data import tokenizer_training
+from t5x_like.data.tokenizers import tokenizer_training
 from tests.data import corpus
 print(tokenizer_training.train(sys.argv[1], int(sys.argv[2]), corpus.paragraphs(40)).fingerprint)
 """

@@ -8,8 +8,8 @@ import pytest
 
 from t5x_like.core.errors import UserError
 from t5x_like.data import cache
-from t5x_like.data.loader import open_data
-from t5x_like.data.prepare import prepare
+from t5x_like.data.read.loader import open_data
+from t5x_like.data.write.prepare import prepare
 from t5x_like.storage import paths
 from tests.data import corpus
 

@@ -2,7 +2,7 @@
 
 Each becomes a `TokenizerFile`: an engine that encodes, and per token its `surface`, the bytes that it stands for
 wherever it occurs. Only the formats are read: no code comes with a tokenizer. What the project does with one
-(counting bytes, decoding, saving) is data/vocabularies.py.
+(counting bytes, decoding, saving) is data/tokenizers/vocabularies.py.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.word_cache import WordCache, pattern_of
+from t5x_like.data.tokenizers.word_cache import WordCache, pattern_of
 
 _BYTES_OFFSET = 3  # ids 0, 1, 2 are padding, end of text and unknown, as in ByT5 and seqio.ByteVocabulary
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]")

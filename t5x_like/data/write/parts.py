@@ -1,6 +1,6 @@
 """Which text a config means: files and tasks with their fingerprints, and what of them is held out.
 
-A `Part` is a range of one source and becomes one token set. Nothing is tokenized here: that is data/prepare.py.
+A `Part` is a range of one source and becomes one token set. Nothing is tokenized here: that is data/write/prepare.py.
 What a SeqIO source holds is asked of a worker and remembered in the cache, since importing SeqIO takes long.
 """
 
@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data import cache, sources, vocabularies, workers
+from t5x_like.data import cache
 from t5x_like.data.config import DataConfig
-from t5x_like.data.sources import Source, SourceFile
+from t5x_like.data.tokenizers import vocabularies
+from t5x_like.data.write import sources, workers
+from t5x_like.data.write.sources import Source, SourceFile
 from t5x_like.storage import paths
 
 _HASH_WHOLE = 256 << 20  # bytes; of a longer file 64 parts of 1 MiB are hashed, evenly spaced

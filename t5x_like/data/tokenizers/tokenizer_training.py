@@ -2,7 +2,7 @@
 
 All three can write any text (no unknown token) and read it back unchanged, but for U+2581, which SentencePiece gives
 back as a space. The same text gives the same tokenizer, so the libraries run on one thread here.
-Not here: which text is used (data/prepare.py leaves held-out text out).
+Not here: which text is used (data/write/prepare.py leaves held-out text out).
 """
 
 import collections
@@ -16,7 +16,7 @@ from typing import Any
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data import tokenizer_files, vocabularies, word_cache
+from t5x_like.data.tokenizers import tokenizer_files, vocabularies, word_cache
 
 END_OF_TEXT = "<|endoftext|>"
 _SENTENCE_BYTES = 4096  # SentencePiece leaves longer sentences out

@@ -1,0 +1,1 @@
+"""Writing: from sources of text to the token cache, in processes."""
