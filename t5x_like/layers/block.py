@@ -1,14 +1,15 @@
-"""One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). What repeats it is stack.py.
+"""One layer: branches (attention, cross-attention, MLP), each added to what passes through, with norms around them.
 
-A block says the mathematics for one layer of plain weights; it knows nothing of scanning or remat, of depth the number
-of layers (first weights) and its own (dropout), and of the mesh no more than the names of logical axes. What all layers
-share (angles, segments, positions) comes in one `Shared` and is computed once outside.
+A block says the mathematics for one layer of plain weights. It knows nothing of scanning, remat and caches' layouts;
+of the depth it knows its own number (for dropout), and of the mesh the names of logical axes. What all layers share is
+computed once outside: what belongs to rows comes in `Rows`, the rest in `Shared`. What repeats it is stack.py.
 
-Legend: B batch, T query length, S cache slots, D model, N heads, K kv heads, H head size.
+Legend: B batch, T query length, S source length, D model, N heads, K kv heads, H head size.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,18 +20,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
-from t5x_like.layers.attention import attention, attention_over_parts
+from t5x_like.layers.attention import attention
 from t5x_like.layers.biases import Bias
 from t5x_like.layers.initialization import Initialization
+from t5x_like.layers.kv_cache import Cache, Cross
 from t5x_like.layers.masks import MaskSpec
 from t5x_like.layers.mlp import ACTIVATIONS, Mlp, add_bias
+from t5x_like.layers.mlp import NAMES as MLP_NAMES
 from t5x_like.layers.norms import NORMS, RmsNorm
 from t5x_like.layers.param import ZEROS, fold, param
 from t5x_like.layers.positions import rotate
 from t5x_like.layers.weights import einsum
 from t5x_like.parallel.sharding import constrain
 
-
+# The activations of a layer that have a name, by which remat can save them (stack.SAVED).
+NAMES = ("q", "k", "v", "context", *MLP_NAMES)
 # Where the norms of a branch stand: f is the branch, x what passes from layer to layer.
 NORM_ORDERS = {
     "pre": "x + f(norm(x))",
@@ -111,44 +115,56 @@ class BlockPlace:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may differ between layers of equal shapes: static, so that kernels see it. window: tokens, 0 for all."""
+    """What may differ between layers: static, so that kernels see it.
+
+    window: tokens, 0 for all. rope_theta: 0 without rotary positions. group: what its weights are stored under.
+    """
 
     window: int
-    rope_theta: float  # 0 without rotary positions
+    rope_theta: float
+    group: str = "layers"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The encoder's output, which cross attention reads. segments_BS: None for one segment; 0 is padding."""
+    """The encoder's output, which cross-attention reads. segments_BS: None for one segment; 0 is padding."""
 
     hidden_BSD: Float[Array, "B S D"]
     segments_BS: Int[Array, "B S"] | None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shared:
-    """What all layers of one call share. Closed over by the scan, never carried.
+class Rows:
+    """What belongs to the rows of one call: it goes to every layer beside x, wherever the rows are.
 
-    ropes: (cosines, sines) by theta. segments_BT: None for one segment; 0 is padding. prefix_BT: tokens that every
-    query of their segment sees. positions_BT: given with a cache only, negative at padding; without one masks go by
-    index. bias: of the attention logits, by position. memory: what cross attention reads. key: dropout, None for off.
+    ropes: (cosines, sines) by theta. segments_BT: None for one segment; 0 is padding. prefix_BT: tokens that all of
+    their segment see. positions_BT: given where a cache is read only, negative at padding; else masks go by index.
+    memory: what cross-attention reads; None with a cache, which then holds it.
     """
 
     ropes: dict[float, tuple[jax.Array, jax.Array]]
     segments_BT: Int[Array, "B T"] | None
     prefix_BT: Bool[Array, "B T"] | None
     positions_BT: Int[Array, "B T"] | None
-    bias: Bias | None
     memory: Memory | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all rows and layers of one call share. bias: of the attention logits, by position. key: dropout, None for
+    off."""
+
+    bias: Bias | None
     key: jax.Array | None
 
 
 class Projections(nnx.Module):
     """The weights of an attention branch, and what turns x into heads and heads into x."""
 
-    def __init__(self, config: BlockConfig, place: BlockPlace, *, kv_heads: int):
-        c, init = config, place.init
+    def __init__(self, config: BlockConfig, place: BlockPlace):
+        c, kv_heads, init = config, config.kv_heads, place.init
         wide, inner = place.width, c.heads * c.head_size
         self.q = param((wide, c.heads, c.head_size), axes=("embed", "heads", "head"), init=init.query(wide, c.head_size))
         self.k = param((wide, kv_heads, c.head_size), axes=("embed", "kv_heads", "head"), init=init.weight(wide))
@@ -200,59 +216,67 @@ class Attention(Projections):
     """Self-attention with grouped key-value heads (arXiv 2305.13245)."""
 
     def __init__(self, config: BlockConfig, place: BlockPlace):
-        super().__init__(config, place, kv_heads=config.kv_heads)
+        super().__init__(config, place)
         self.causal = place.causal
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], shared: Shared, *, kind: LayerKind, cache: dict[str, Any] | None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rows: Rows,
+        bias: Bias | None,
+        *,
+        kind: LayerKind,
+        index: int | Array,
+        cache: Cache | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """(output, the new keys and values when there is a cache). cache: k, v [B, K, S, H], positions [B, S]."""
-        rope = shared.ropes[kind.rope_theta] if kind.rope_theta else None
+        """(output, the new keys and values when there is a cache)."""
+        rope = rows.ropes[kind.rope_theta] if kind.rope_theta else None
         q_BTNH, k_BTKH, v_BTKH = self.queries(x_BTD, rope), self.keys(x_BTD, rope), self.values(x_BTD)
-        scale, softcap = self.config.scale, self.config.attention_softcap or None
-        new = self._new_mask(shared, kind)
+        scale, softcap, mask = self.config.scale, self.config.attention_softcap or None, self._mask(rows, kind)
         if cache is None:
-            context_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, new, scale=scale, softcap=softcap)
+            context_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap, bias=bias)
         else:
-            old = MaskSpec(
-                causal=True,
-                window=kind.window or None,
-                q_positions_BT=shared.positions_BT,
-                k_positions_BS=cache["positions"],
+            context_BTNH = cache.attend(
+                q_BTNH, k_BTKH, v_BTKH, mask, layer=index, scale=scale, softcap=softcap, bias=bias
             )
-            old_k_BSKH, old_v_BSKH = (cache[name].transpose(0, 2, 1, 3) for name in ("k", "v"))
-            parts = [(old_k_BSKH, old_v_BSKH, old), (k_BTKH, v_BTKH, new)]
-            context_BTNH = attention_over_parts(q_BTNH, parts, scale=scale, softcap=softcap)
         return self.output(context_BTNH), None if cache is None else (k_BTKH, v_BTKH)
 
-    def _new_mask(self, shared: Shared, kind: LayerKind) -> MaskSpec:
-        """Among the tokens of this call: by position with a cache, else by index, which is equal and what kernels want."""
+    def _mask(self, rows: Rows, kind: LayerKind) -> MaskSpec:
+        """Among the tokens of this call: by position where a cache is read, else by index, which is what kernels want."""
         return MaskSpec(
             causal=self.causal,
             window=kind.window or None,
-            q_positions_BT=shared.positions_BT,
-            k_positions_BS=shared.positions_BT,
-            q_segments_BT=shared.segments_BT,
-            k_segments_BS=shared.segments_BT,
+            k_prefix_BS=rows.prefix_BT,
+            q_positions_BT=rows.positions_BT,
+            k_positions_BS=rows.positions_BT,
+            q_segments_BT=rows.segments_BT,
+            k_segments_BS=rows.segments_BT,
         )
 
 
 class CrossAttention(Projections):
     """Attention of the decoder to the encoder's output, each segment to its own (arXiv 1706.03762, section 3.2.3)."""
 
-    def __init__(self, config: BlockConfig, place: BlockPlace):
-        super().__init__(config, place, kv_heads=config.kv_heads)
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], rows: Rows, *, index: int | Array, cache: Cross | None
+    ) -> Float[Array, "B T D"]:
+        scale, softcap = self.config.scale, self.config.attention_softcap or None
+        q_BTNH, segments_BT, memory = self.queries(x_BTD, None), rows.segments_BT, rows.memory
+        if cache is not None:
+            context_BTNH = cache.attend(q_BTNH, segments_BT, layer=index, scale=scale, softcap=softcap)
+            return self.output(context_BTNH)
+        assert memory is not None, "cross-attention reads the encoder's output, or a cache that holds it"
+        if segments_BT is None and memory.segments_BS is not None:
+            segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+        if segments_BT is not None and memory.segments_BS is None:
+            segments_BT = None  # one source, which every token sees
+        mask = MaskSpec(causal=False, q_segments_BT=segments_BT, k_segments_BS=memory.segments_BS)
+        k_BSKH, v_BSKH = self.remember(memory.hidden_BSD)
+        return self.output(attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap))
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], shared: Shared) -> Float[Array, "B T D"]:
-        memory = shared.memory
-        q_BTNH = self.queries(x_BTD, None)
-        k_BSKH, v_BSKH = self.keys(memory.hidden_BSD, None), self.values(memory.hidden_BSD)
-        q_segments_BT = shared.segments_BT
-        if q_segments_BT is None and memory.segments_BS is not None:
-            q_segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-        mask = MaskSpec(causal=False, q_segments_BT=q_segments_BT, k_segments_BS=memory.segments_BS)
-        softcap = self.config.attention_softcap or None
-        return self.output(attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=self.config.scale, softcap=softcap))
+    def remember(self, hidden_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values of the encoder's output."""
+        return self.keys(hidden_BSD, None), self.values(hidden_BSD)
 
 
 class Block(nnx.Module):
@@ -285,26 +309,29 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
+        rows: Rows,
         shared: Shared,
         *,
         kind: LayerKind,
         index: int | Array,
-        cache: dict[str, Any] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """(output, the new keys and values when there is a cache). index: the layer's number, for its dropout key."""
+        cache: Mapping[str, Any] | None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """(output, what stack.py collects of it). index: the layer's number, in the cache and for its dropout key."""
         key = None if shared.key is None else jax.random.fold_in(shared.key, index)
+        own, other = (None, None) if cache is None else (cache["self"], cache.get("cross"))
         first_BTD = x_BTD
         with jax.named_scope("attention"):
-            branch_BTD, new = self.attention(self._enter("attention", x_BTD), shared, kind=kind, cache=cache)
+            entered_BTD = self._enter("attention", x_BTD)
+            branch_BTD, new = self.attention(entered_BTD, rows, shared.bias, kind=kind, index=index, cache=own)
             x_BTD = self._leave("attention", x_BTD, branch_BTD, key)
         if self.crosses:
             with jax.named_scope("cross"):
-                branch_BTD = self.cross(self._enter("cross", x_BTD), shared)
+                branch_BTD = self.cross(self._enter("cross", x_BTD), rows, index=index, cache=other)
                 x_BTD = self._leave("cross", x_BTD, branch_BTD, key)
         with jax.named_scope("mlp"):
             branch_BTD = self.mlp(self._enter("mlp", first_BTD if self.parallel else x_BTD))
             x_BTD = self._leave("mlp", x_BTD, branch_BTD, key)
-        return x_BTD, new
+        return x_BTD, {"cache": new, "sums": {}}
 
     @staticmethod
     def _norm(config: BlockConfig, place: BlockPlace) -> nnx.Module:

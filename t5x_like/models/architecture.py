@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
@@ -42,7 +42,15 @@ class Architecture(Protocol):
 
     def specs(self) -> dict[str, Any]: ...
 
-    def apply(self, params: Tree, batch: Mapping[str, Array], *, cache: Any, key: jax.Array | None) -> Output: ...
+    def apply(
+        self,
+        params: Tree,
+        batch: Mapping[str, Array],
+        *,
+        cache: Any,
+        fresh_rows_R: Int[Array, " R"] | None,
+        key: jax.Array | None,
+    ) -> Output: ...
 
     def score_input(self, params: Tree, output: Output) -> tuple[Float[Array, "B T D"], Head]: ...
 

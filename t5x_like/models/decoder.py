@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
+from t5x_like.layers.param import empty
 from t5x_like.layers.token_log_probs import Head
 from t5x_like.models.architecture import Output
 from t5x_like.models.config import ModelConfig
@@ -43,7 +44,15 @@ class Decoder:
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), **self._tower.specs()}
 
-    def apply(self, params: Tree, batch: Mapping[str, Array], *, cache: Any, key: jax.Array | None) -> Output:
+    def apply(
+        self,
+        params: Tree,
+        batch: Mapping[str, Array],
+        *,
+        cache: Any,
+        fresh_rows_R: Int[Array, " R"] | None,
+        key: jax.Array | None,
+    ) -> Output:
         x_BTD = self._ends.embed(params, batch["inputs"], batch.get("positions"), key=key)
         tokens = Tokens(
             length=x_BTD.shape[1],
@@ -51,7 +60,7 @@ class Decoder:
             segments_BT=batch.get("segment_ids"),
             prefix_BT=batch.get("prefix"),
         )
-        x_BTD, cache, sums = self._tower.run(params, x_BTD, tokens, cache=cache, key=key)
+        x_BTD, cache, sums = self._tower.run(params, x_BTD, tokens, cache=cache, fresh_rows_R=fresh_rows_R, key=key)
         return Output(x_BTD, cache, sums)
 
     def score_input(self, params: Tree, output: Output) -> tuple[Float[Array, "B T D"], Head]:
@@ -59,7 +68,7 @@ class Decoder:
 
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         del params, batch
-        return self._tower.empty_cache(rows, length)
+        return empty(self._tower.cache_specs(rows, length))
 
     def cache_specs(self, rows: int, length: int, source_length: int) -> dict[str, Any]:
         del source_length

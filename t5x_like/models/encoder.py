@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UsageError
@@ -41,7 +41,15 @@ class Encoder:
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), **self._tower.specs()}
 
-    def apply(self, params: Tree, batch: Mapping[str, Array], *, cache: Any, key: jax.Array | None) -> Output:
+    def apply(
+        self,
+        params: Tree,
+        batch: Mapping[str, Array],
+        *,
+        cache: Any,
+        fresh_rows_R: Int[Array, " R"] | None,
+        key: jax.Array | None,
+    ) -> Output:
         if cache is not None:
             raise _no_cache()
         x_BTD = self._ends.embed(params, batch["inputs"], batch.get("positions"), key=key)

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
 from t5x_like.layers.block import Memory
-from t5x_like.layers.param import fold
+from t5x_like.layers.param import empty, fold
 from t5x_like.layers.token_log_probs import Head
 from t5x_like.models.architecture import Output
 from t5x_like.models.config import ModelConfig
@@ -52,7 +52,15 @@ class EncoderDecoder:
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), "encoder": self._encoder.specs(), "decoder": self._decoder.specs()}
 
-    def apply(self, params: Tree, batch: Mapping[str, Array], *, cache: Any, key: jax.Array | None) -> Output:
+    def apply(
+        self,
+        params: Tree,
+        batch: Mapping[str, Array],
+        *,
+        cache: Any,
+        fresh_rows_R: Int[Array, " R"] | None,
+        key: jax.Array | None,
+    ) -> Output:
         memory, sums = None, {}
         if cache is None:
             memory, sums = self._encode(params, batch, key=key)
@@ -65,7 +73,9 @@ class EncoderDecoder:
                 segments_BT=batch.get("segment_ids"),
                 memory=memory,
             )
-            x_BTD, cache, more = self._decoder.run(params["decoder"], x_BTD, tokens, cache=cache, key=decoder_key)
+            x_BTD, cache, more = self._decoder.run(
+                params["decoder"], x_BTD, tokens, cache=cache, fresh_rows_R=fresh_rows_R, key=decoder_key
+            )
         return Output(x_BTD, cache, sums | more)
 
     def score_input(self, params: Tree, output: Output) -> tuple[Float[Array, "B T D"], Head]:
@@ -74,7 +84,7 @@ class EncoderDecoder:
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         """Runs the encoder on `encoder_inputs`; the cache holds the keys and values of cross attention."""
         memory, _ = self._encode(params, batch, key=None)
-        return self._decoder.empty_cache(rows, length) | self._decoder.cross_cache(params["decoder"], memory)
+        return empty(self._decoder.cache_specs(rows, length)) | self._decoder.cross_cache(params["decoder"], memory)
 
     def cache_specs(self, rows: int, length: int, source_length: int) -> dict[str, Any]:
         return self._decoder.cache_specs(rows, length) | self._decoder.cross_specs(rows, source_length)

@@ -3,7 +3,7 @@
 A `Model` is a frozen value (config, rules, number formats) that holds no array. It is NOT a module: nothing above this
 file knows NNX. `apply` runs under jit.
 
-Legend: B batch, T length, S source length, D model, V vocab (padded).
+Legend: B batch, R rows of a prefill, T length, S source length, D model, V vocab (padded).
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.core import tree
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
-from t5x_like.layers.param import initialize
+from t5x_like.layers.param import empty, initialize
 from t5x_like.layers.token_log_probs import Head
 from t5x_like.models import flops
 from t5x_like.models.architecture import Architecture, Output
@@ -74,10 +74,29 @@ class Model:
         With a cache, which needs positions, the tokens also see those of earlier calls, and the encoder is not run.
         key: dropout; None turns it off.
         """
+        return self._run(params, batch, cache=cache, fresh_rows_R=None, key=key)
+
+    def prefill(self, params: Tree, cache: Any, batch: Mapping[str, Array], rows_R: Int[Array, " R"]) -> Output:
+        """Hidden states of whole texts, which become the content of these rows of a cache; other rows stay.
+
+        Texts [R, T] begin at position 0 and are padded on the right, where `segment_ids` is 0 (else 1). They attend to
+        themselves alone, by index, as in training: the same kernels run, and memory grows with T, not its square.
+        """
+        return self._run(params, batch, cache=cache, fresh_rows_R=rows_R, key=None)
+
+    def _run(
+        self,
+        params: Tree,
+        batch: Mapping[str, Array],
+        *,
+        cache: Any,
+        fresh_rows_R: Array | None,
+        key: jax.Array | None,
+    ) -> Output:
         _check_tree(params, self._specs)
         self._check_lengths(batch)
         with use_rules(self.rules):
-            return self._architecture.apply(params, batch, cache=cache, key=key)
+            return self._architecture.apply(params, batch, cache=cache, fresh_rows_R=fresh_rows_R, key=key)
 
     def score_input(self, params: Tree, output: Output) -> tuple[Float[Array, "B T D"], Head]:
         """(hidden states, head): what the scorer multiplies with what to get logits."""
@@ -92,12 +111,13 @@ class Model:
             return self._architecture.start(params, batch, rows=rows, length=length)
 
     def cache_specs(self, rows: int, length: int, source_length: int = 0) -> dict[str, Any]:
-        """The specs of a cache for `rows` texts of up to `length` tokens, prompt included, and of sources."""
+        """A cache of specs, for `rows` texts of up to `length` tokens, prompt included, and of sources up to
+        `source_length`; map over it by `jax.tree`."""
         return self._architecture.cache_specs(rows, length, source_length)
 
     def init_cache(self, rows: int, length: int, source_length: int = 0) -> dict[str, Any]:
         """An empty cache."""
-        return initialize(self.cache_specs(rows, length, source_length), jax.random.key(0))
+        return empty(self.cache_specs(rows, length, source_length))
 
     def parameter_count(self) -> int:
         """Numbers that are learned: what only pads the vocabulary is left out."""
