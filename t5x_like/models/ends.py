@@ -105,11 +105,12 @@ class Ends:
         if head.transform:
             hidden_BTD = modules.head.transform(hidden_BTD)
         scale = head.scale or self.config.width**-0.5
+        if scale != 1.0:
+            hidden_BTD = hidden_BTD * scale
         return hidden_BTD, Head(
             weight=params["embed"]["tokens"] if head.tied else params["head"]["weight"],
             bias=params["head"]["bias"] if head.bias else None,
             vocab_size=self.config.vocab_size,
-            scale=scale,
             softcap=head.softcap or None,
             rules=self.rules,
         )

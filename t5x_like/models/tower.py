@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
 from t5x_like.layers import kv_cache, stack
-from t5x_like.layers.biases import Alibi, Bias, Buckets, alibi_slopes
+from t5x_like.layers.biases import Alibi, Bias, Buckets, slopes
 from t5x_like.layers.block import Block, BlockPlace, Memory, Rows, Shared
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.norms import NORMS
@@ -189,7 +189,7 @@ class Tower:
                 max_distance=stack.relative.max_distance,
             )
         if stack.position == "alibi":
-            return Alibi(jnp.asarray(alibi_slopes(stack.heads), jnp.float32))
+            return Alibi(jnp.asarray(slopes(stack.heads), jnp.float32))
         return None
 
     def _ropes(self, tokens: Tokens) -> dict[float, tuple[jax.Array, jax.Array]]:

@@ -44,9 +44,11 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_softcap": 5.0,
         "softcap": 3.0,
     },
+    "t5": {"family": "t5", "tied": True, "std": 1.0, "relative": {"buckets": 8, "max_distance": 20}},
+    "t5_gated": {"family": "t5", "std": 1.0, "activation": "gelu_tanh", "gated": True, "scale": 1.0},
 }
 # Those that transformers has under the same name of a family.
-PUBLISHED = ("llama", "llama_grouped_tied", "llama_scaled_rope", "gpt2")
+PUBLISHED = ("llama", "llama_grouped_tied", "llama_scaled_rope", "gpt2", "t5", "t5_gated")
 
 
 def empty(cls: Any) -> Any:
@@ -104,6 +106,14 @@ def random_params(model: Model, seed: int = 0) -> dict[str, Any]:
 
 def tokens(model: Model, rows: int, length: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(0, model.config.vocab_size, (rows, length)), jnp.int32)
+
+
+def batch(model: Model, rows: int, length: int, *, source: int = 10, seed: int = 0) -> dict[str, jax.Array]:
+    """Token ids for whatever `apply` of this model reads."""
+    arrays = {"inputs": tokens(model, rows, length, seed)}
+    if "encoder_inputs" in model.inputs:
+        arrays["encoder_inputs"] = tokens(model, rows, source, seed + 100)
+    return arrays
 
 
 def largest_difference(a: Any, b: Any) -> float:

@@ -1,5 +1,6 @@
-"""Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. Llama and GPT-2, for tests."""
+"""Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. Llama, GPT-2 and T5, for tests."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -56,16 +57,42 @@ def gpt2_config(config: ModelConfig) -> transformers.GPT2Config:
     )
 
 
+def t5_config(config: ModelConfig) -> transformers.T5Config:
+    c, d = config, config.decoder
+    return transformers.T5Config(
+        vocab_size=c.vocab_size,
+        d_model=c.width,
+        d_kv=d.head_size,
+        d_ff=d.mlp,
+        num_layers=c.encoder.layers,
+        num_decoder_layers=d.layers,
+        num_heads=d.heads,
+        relative_attention_num_buckets=d.relative.buckets,
+        relative_attention_max_distance=d.relative.max_distance,
+        dropout_rate=0.0,
+        layer_norm_epsilon=d.norm_epsilon,
+        feed_forward_proj="gated-gelu" if d.gated else "relu",
+        tie_word_embeddings=c.head.tied,
+        attn_implementation="eager",
+    )
+
+
 def build(config: ModelConfig, params: dict[str, Any]) -> torch.nn.Module:
     """The transformers model with our weights, in float32 and without dropout."""
     if config.family == "llama":
         model, state = transformers.LlamaForCausalLM(llama_config(config)), llama_state(config, params)
+    elif config.family == "t5":
+        model, state = transformers.T5ForConditionalGeneration(t5_config(config)), t5_state(config, params)
+        if not config.head.tied:  # transformers 5 always ties a fresh T5, though it loads untied ones as they are
+            model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     else:
         model, state = transformers.GPT2LMHeadModel(gpt2_config(config)), gpt2_state(config, params)
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    model.tie_weights()
+    tied = {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    assert not unexpected and set(missing) <= tied, (missing, unexpected)
+    if config.head.tied:
+        model.tie_weights()
     return model.float().eval()
 
 
@@ -129,15 +156,44 @@ def gpt2_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndar
     return {name: np.asarray(value) for name, value in state.items()}
 
 
+def t5_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    c = config
+    state = {"shared.weight": params["embed"]["tokens"][: c.vocab_size]}
+    if not c.head.tied:
+        state["lm_head.weight"] = params["head"]["weight"][: c.vocab_size]
+    for name, stack in c.stacks.items():
+        part, first = params[name], f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        state |= {f"{name}.final_layer_norm.weight": part["final_norm"]["scale"], first: part["relative_bias"]["table"]}
+        branches = [("attention", "SelfAttention")] + [("cross", "EncDecAttention")] * (name == "decoder")
+        for i in range(stack.layers):
+            layers, block = part["layers"], f"{name}.block.{i}.layer"
+            for number, (ours, theirs) in enumerate(branches):
+                state[f"{block}.{number}.layer_norm.weight"] = layers[f"{ours}_norm"]["scale"][i]
+                for matrix in "qkv":
+                    state[f"{block}.{number}.{theirs}.{matrix}.weight"] = layers[ours][matrix][i].reshape(c.width, -1).T
+                state[f"{block}.{number}.{theirs}.o.weight"] = layers[ours]["o"][i].reshape(-1, c.width).T
+            last = f"{block}.{len(branches)}"
+            state[f"{last}.layer_norm.weight"] = layers["mlp_norm"]["scale"][i]
+            names = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if stack.gated else {"wi": "up", "wo": "down"}
+            for theirs, ours in names.items():
+                state[f"{last}.DenseReluDense.{theirs}.weight"] = layers["mlp"][ours][i].T
+    return {name: np.asarray(value) for name, value in state.items()}
+
+
 def state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {"llama": llama_state, "gpt2": gpt2_state}[config.family](config, params)
+    return {"llama": llama_state, "gpt2": gpt2_state, "t5": t5_state}[config.family](config, params)
 
 
 def loss_and_gradients(
-    model: torch.nn.Module, inputs: np.ndarray, targets: np.ndarray
+    model: torch.nn.Module, batch: Mapping[str, Any], targets: np.ndarray
 ) -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
-    """(mean negative log-likelihood, logits, gradient of every parameter)."""
-    logits = model(torch.from_numpy(np.array(inputs)).long(), use_cache=False).logits
+    """(mean negative log-likelihood, logits, gradient of every parameter). batch: token ids by our names."""
+    ids = {name: torch.from_numpy(np.array(value)).long() for name, value in batch.items()}
+    if "encoder_inputs" in ids:
+        ids = {"input_ids": ids["encoder_inputs"], "decoder_input_ids": ids["inputs"]}
+    else:
+        ids = {"input_ids": ids["inputs"]}
+    logits = model(**ids, use_cache=False).logits
     flat = torch.from_numpy(np.array(targets)).long().flatten()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat)
     loss.backward()
