@@ -4,15 +4,15 @@ Names: B batch, T query length, D model, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from t5x_like.core import tree
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.layers.token_log_probs import mean_logits, token_log_probs, token_predictions
-from t5x_like.models.model import Model
-from t5x_like.objectives.interface import Batch, Objective, Sums
+from t5x_like.objectives.interface import Batch, Objective, Role, Sums, inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class LmConfig:
     label_smoothing: float
 
 
-def build(config: LmConfig, model: Model) -> Objective:
+def build(config: LmConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
+    model, whole = roles["policy"].model, roles["policy"].whole
     if not 0 <= config.label_smoothing < 1:
         raise UsageError(f"config.objective.lm.label_smoothing={config.label_smoothing:g} should be in [0, 1)")
     if config.z_loss < 0:
@@ -32,9 +33,9 @@ def build(config: LmConfig, model: Model) -> Objective:
         raise UsageError("config.objective.lm.label_smoothing needs linear logits; set model.final_softcap=0")
 
     def scores(params, frozen, batch: Batch, key):
-        whole = tree.join(params, frozen["base"])
-        hidden_BTD = model.apply(whole, batch, key=key).hidden_BTD
-        return hidden_BTD, model.head(whole)
+        parameters = whole(params, frozen)
+        hidden_BTD = model.apply(parameters, batch, key=key).hidden_BTD
+        return hidden_BTD, model.head(parameters)
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
         return {"tokens": jnp.sum(batch["loss_weights"])}
@@ -68,4 +69,5 @@ def build(config: LmConfig, model: Model) -> Objective:
             "accuracy": (jnp.sum(weights_BT * correct_BT), count),
         }
 
-    return Objective(weights, loss, evaluate)
+    read = inputs(arrays, ("inputs", "targets", "loss_weights", "target_bytes"), optional=model.inputs, objective="lm")
+    return Objective(weights, loss, evaluate, read)

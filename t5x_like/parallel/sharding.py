@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core import tree
-from t5x_like.core.types import Axes, Tree
+from t5x_like.core.types import ArraySpec, Axes, Tree
 from t5x_like.parallel.rules import Rules
 
 _rules: contextvars.ContextVar[Rules | None] = contextvars.ContextVar("rules", default=None)
@@ -86,17 +86,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shardings(mesh: Mesh, rules: Rules, shapes: dict[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
-    """Shardings of a batch of [B, T] arrays."""
-    return {name: named(mesh, rules, ("batch", "length")[: len(shape)], shape) for name, shape in shapes.items()}
+def batch_shardings(mesh: Mesh, rules: Rules, specs: Mapping[str, ArraySpec]) -> dict[str, NamedSharding]:
+    """Where the arrays of a batch lie, by their declared axes."""
+    return {name: named(mesh, rules, spec.axes, spec.shape) for name, spec in specs.items()}
 
 
-def addressable_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
-    """The global rows (dim 0) that devices of this process need, ascending and without repetition."""
-    needed = sharding.addressable_devices_indices_map(shape).values()
-    rows = np.zeros(shape[0], bool)
-    for index in needed:
-        rows[index[0] if index else slice(None)] = True
+def abstract_batch(mesh: Mesh, rules: Rules, specs: Mapping[str, ArraySpec]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch as a program is compiled for them: shape, dtype and sharding."""
+    shardings = batch_shardings(mesh, rules, specs)
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in specs.items()
+    }
+
+
+def addressable_rows(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> np.ndarray:
+    """The global rows (dim 0) of a batch that devices of this process need, ascending and without repetition."""
+    rows = np.zeros(next(iter(arrays.values())).shape[0], bool)
+    for array in arrays.values():
+        for index in array.sharding.addressable_devices_indices_map(array.shape).values():
+            rows[index[0] if index else slice(None)] = True
     return np.flatnonzero(rows)
 
 
@@ -104,8 +112,7 @@ def global_batch(
     read_rows: Callable[[np.ndarray], dict[str, np.ndarray]],
     *,
     rows: np.ndarray,
-    shapes: dict[str, tuple[int, ...]],
-    shardings: dict[str, NamedSharding],
+    arrays: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
     """Sharded arrays of a whole batch, of which this process reads only `rows` (from `addressable_rows`).
 
@@ -113,13 +120,13 @@ def global_batch(
     model axis spans processes.
     """
     local = read_rows(rows)
-    row_of = np.full(next(iter(shapes.values()))[0], -1)
+    row_of = np.full(next(iter(arrays.values())).shape[0], -1)
     row_of[rows] = np.arange(len(rows))
 
     def part(values: np.ndarray, index: Any) -> np.ndarray:
         return values[(row_of[index[0]], *index[1:])]
 
     return {
-        name: jax.make_array_from_callback(shapes[name], shardings[name], functools.partial(part, local[name]))
-        for name in shapes
+        name: jax.make_array_from_callback(array.shape, array.sharding, functools.partial(part, local[name]))
+        for name, array in arrays.items()
     }

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from t5x_like.core import tree
+from t5x_like.core.types import ArraySpec
 from t5x_like.parallel.rules import MESH_AXES
 from t5x_like.parallel.sharding import batch_shardings, tree_shardings
 from tests.models import cases
@@ -59,7 +60,8 @@ def test_loss_and_every_gradient_equal_those_of_one_device(name):
     mesh = make_mesh(MESHES[name])
     shardings = tree_shardings(mesh, model.rules, model.specs())
     placed = jax.tree.map(jax.device_put, params, shardings)
-    rows = batch_shardings(mesh, model.rules, {key: leaf.shape for key, leaf in batch.items()})
+    specs = {key: ArraySpec(leaf.shape, "int32", ("batch", "length")) for key, leaf in batch.items()}
+    rows = batch_shardings(mesh, model.rules, specs)
     placed_batch = {key: jax.device_put(leaf, rows[key]) for key, leaf in batch.items()}
     if set(MESHES[name]) != {"data"}:
         assert not placed["layers"]["mlp"]["up"].sharding.is_fully_replicated
