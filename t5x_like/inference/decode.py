@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import Tree
 from t5x_like.inference.sampling import Sampling, sample
-from t5x_like.layers.token_log_probs import logits
+from t5x_like.layers.scoring.head import logits
 from t5x_like.models.model import Model
 
 # Prompts and answers are padded to multiples of this, so that few different shapes are compiled.

@@ -1,7 +1,7 @@
 """A decoder: embedding, a stack of equal-shaped layers, final norm; and the head that scoring multiplies with.
 
 It composes layers/ into functions of a plain tree of parameters. NOT here: the interface that the rest of the program
-sees (model.py), logits and losses (layers/token_log_probs.py).
+sees (model.py), logits and losses (layers/scoring/).
 
 Legend: B batch, T length, D model, V vocab (padded), L layers, K kv heads, H head size.
 """

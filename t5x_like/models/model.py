@@ -21,7 +21,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
 from t5x_like.layers import kv_cache
 from t5x_like.layers.param import initialize
-from t5x_like.layers.token_log_probs import Head
+from t5x_like.layers.scoring.head import Head
 from t5x_like.models import decoder, flops
 from t5x_like.models.config import ModelConfig
 from t5x_like.parallel.rules import Rules
