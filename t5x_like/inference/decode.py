@@ -5,6 +5,7 @@ Batching of requests that come and go, paging and streaming are not here.
 Names: B batch (rows), T prompt length (padded), V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import Tree
 from t5x_like.inference.sampling import Sampling, sample
-from t5x_like.layers.token_log_probs import logits
+from t5x_like.layers.scoring.head import logits
 from t5x_like.models.model import Model
 
 # Prompts and answers are padded to multiples of this, so that few different shapes are compiled.
@@ -29,7 +30,7 @@ def decode_step(
     """Float32 logits of the next token of each row, and the cache with the tokens written. Position -1: padding."""
     batch = {"inputs": tokens_B[:, None], "positions": positions_B[:, None]}
     output = model.apply(params, batch, cache=cache)
-    return logits(output.hidden_BTD, model.head(params))[:, 0], output.cache
+    return logits(*model.score_input(params, output))[:, 0], output.cache
 
 
 def prefill(
@@ -40,7 +41,8 @@ def prefill(
     positions_BT = jnp.where(index_1T < lengths_B[:, None], index_1T, -1)
     output = model.apply(params, {"inputs": tokens_BT, "positions": positions_BT}, cache=cache)
     last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    return logits(last_B1D, model.head(params))[:, 0], output.cache
+    last = dataclasses.replace(output, hidden_BTD=last_B1D)
+    return logits(*model.score_input(params, last))[:, 0], output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "sampling", "stop_id"))

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_library
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, get_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core.errors import UsageError
 from t5x_like.layers.masks import MaskSpec, allowed
-from t5x_like.parallel.sharding import activation_spec
+from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_names
 
 # Rows of queries and of keys that a TPU core holds at once, and of keys in one product. Longer blocks mean fewer passes
 # over keys and values and larger products; logits of a block are float32 in VMEM (16 MiB). LANES is the kernel's least.
@@ -164,8 +164,7 @@ class _Place:
         return math.prod(self.sizes.values()) > 1
 
     def axes(self, dim: int) -> tuple[str, ...]:
-        entry = self.q_spec[dim]
-        return (entry,) if isinstance(entry, str) else entry or ()
+        return spec_names(self.q_spec[dim])
 
     def shards(self, dim: int) -> int:
         """Into how many parts this dim of the queries is split."""
@@ -221,9 +220,7 @@ class _Place:
 
 
 def _place(q_BTNH: jax.Array, k_BSKH: jax.Array) -> _Place:
-    mesh = get_abstract_mesh()
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    sizes = {name: size for name, size, kind in axes if kind != AxisType.Manual}
+    mesh, sizes = get_abstract_mesh(), free_axis_sizes()
     if math.prod(sizes.values()) == 1:
         return _Place(mesh, {}, PartitionSpec(None, None, None, None), PartitionSpec(None, None, None, None))
     q_spec = activation_spec(("batch", "length", "act_heads", "head"), q_BTNH.shape)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
-from t5x_like.layers.token_log_probs import Head
+from t5x_like.layers.scoring.head import Head
 from t5x_like.models.config import ModelConfig
 from t5x_like.parallel.rules import Rules
 

@@ -1,7 +1,7 @@
 """A decoder: embedding, a causal stack, and the head that scoring multiplies with.
 
 NOT here: the interface that the rest of the program sees (model.py), the stack (tower.py), logits and losses
-(layers/token_scores.py).
+(layers/scoring/).
 
 Legend: B batch, T length, D model.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
 from t5x_like.layers.param import empty
-from t5x_like.layers.token_log_probs import Head
+from t5x_like.layers.scoring.head import Head
 from t5x_like.models.architecture import Output
 from t5x_like.models.config import ModelConfig
 from t5x_like.models.ends import Ends

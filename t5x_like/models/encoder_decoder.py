@@ -18,7 +18,7 @@ from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
 from t5x_like.layers.block import Memory
 from t5x_like.layers.param import empty, fold
-from t5x_like.layers.token_log_probs import Head
+from t5x_like.layers.scoring.head import Head
 from t5x_like.models.architecture import Output
 from t5x_like.models.config import ModelConfig
 from t5x_like.models.ends import Ends

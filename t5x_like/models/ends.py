@@ -1,6 +1,6 @@
 """What stands before the first layer and behind the last of any architecture: embedding, LM head, dropout between them.
 
-Not here: the layers (tower.py), logits and losses (layers/token_scores.py).
+Not here: the layers (tower.py), logits and losses (layers/scoring/).
 
 Legend: B batch, T length, D model, V vocab (padded).
 """
@@ -22,7 +22,7 @@ from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.mlp import ACTIVATIONS, add_bias
 from t5x_like.layers.norms import NORMS
 from t5x_like.layers.param import ZEROS, declare, param
-from t5x_like.layers.token_log_probs import Head
+from t5x_like.layers.scoring.head import Head
 from t5x_like.layers.weights import einsum
 from t5x_like.models.config import ModelConfig, StackConfig
 from t5x_like.parallel.rules import Rules
@@ -105,12 +105,11 @@ class Ends:
         if head.transform:
             hidden_BTD = modules.head.transform(hidden_BTD)
         scale = head.scale or self.config.width**-0.5
-        if scale != 1.0:
-            hidden_BTD = hidden_BTD * scale
         return hidden_BTD, Head(
             weight=params["embed"]["tokens"] if head.tied else params["head"]["weight"],
             bias=params["head"]["bias"] if head.bias else None,
             vocab_size=self.config.vocab_size,
+            scale=None if scale == 1.0 else scale,
             softcap=head.softcap or None,
             rules=self.rules,
         )

@@ -20,7 +20,7 @@ from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
 from t5x_like.layers.param import empty, initialize
-from t5x_like.layers.token_log_probs import Head
+from t5x_like.layers.scoring.head import Head
 from t5x_like.models import flops
 from t5x_like.models.architecture import Architecture, Output
 from t5x_like.models.config import ModelConfig

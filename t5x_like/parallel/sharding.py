@@ -40,17 +40,15 @@ def current_rules() -> Rules:
 
 def activation_spec(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
     """Where an activation lies on the mesh in context, leaving out axes that an enclosing shard_map handles."""
-    return current_rules().spec(axes, shape, _free_sizes())
+    return current_rules().spec(axes, shape, free_axis_sizes())
 
 
 def shards(axis: str, size: int) -> int:
     """Into how many parts the mesh in context cuts a dim of an activation with this logical axis and size."""
     if _nothing_to_place():
         return 1
-    entry = activation_spec((axis,), (size,))[0]
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    sizes = _free_sizes()
-    return math.prod(sizes[name] for name in names)
+    sizes = free_axis_sizes()
+    return math.prod(sizes[name] for name in spec_names(activation_spec((axis,), (size,))[0]))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -66,11 +64,16 @@ def _nothing_to_place() -> bool:
     return mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types) or mesh.size == 1
 
 
-def _free_sizes() -> dict[str, int]:
+def free_axis_sizes() -> dict[str, int]:
     """The sizes of the axes of the mesh in context that no enclosing shard_map handles."""
     mesh = get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in axes if kind != AxisType.Manual}
+
+
+def spec_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def named(mesh: Mesh, rules: Rules, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_like.layers.token_log_probs import logits
+from t5x_like.layers.scoring.head import logits
 from tests.models import cases
 
 mapping = pytest.importorskip("tests.models.transformers_mapping", reason="needs torch and transformers")

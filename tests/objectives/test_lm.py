@@ -13,6 +13,8 @@ from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.objectives import lm
 from t5x_like.objectives.interface import policy
+from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel.mesh import MeshConfig
 from tests.models import cases
 
 FROZEN = {"base": {}}
@@ -99,6 +101,15 @@ def test_held_out_sums_are_loss_bits_of_scored_bytes_and_hits():
     assert found["loss"] == pytest.approx(-(weights * logp).sum() / weights.sum(), rel=1e-6)
     assert found["accuracy"] == pytest.approx((weights * (logits.argmax(-1) == targets)).sum() / weights.sum())
     assert found["bits_per_byte"] == pytest.approx(-(weights * logp).sum() / np.log(2) / scored, rel=1e-6)
+
+
+def test_held_out_accuracy_costs_no_second_gather_of_the_head():
+    model, params, batch = world()
+    objective = build(model, z_loss=0.0, label_smoothing=0.0)
+    four = {name: jnp.concatenate([value, value[:1]]) for name, value in batch.items()}
+    with jax.set_mesh(meshes.make(MeshConfig("fsdp", "", *[None] * 7), jax.devices()[:4])):
+        text = jax.jit(objective.evaluate).lower(params, FROZEN, four).as_text()
+    assert text.count("stablehlo.all_gather") == 1  # only the scorer asks for one by name
 
 
 def test_label_smoothing_of_capped_logits_is_refused():
