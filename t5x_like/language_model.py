@@ -141,7 +141,7 @@ def _check_text(text: str) -> None:
 
 
 def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Head]:
-    return model.apply(params, {"inputs": tokens_BT}).hidden_BTD, model.head(params)
+    return model.score_input(params, model.apply(params, {"inputs": tokens_BT}))
 
 
 @functools.partial(jax.jit, static_argnums=0)

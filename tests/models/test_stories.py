@@ -17,7 +17,7 @@ def test_greedy_decoding_with_the_cache_gives_the_published_story():
         cache, ids = carry
         batch = {"inputs": ids, "positions": jnp.full_like(ids, position)}
         out = model.apply(params, batch, cache=cache)
-        best = token_scores(out.hidden_BTD, model.head(params), want=("best",)).best
+        best = token_scores(*model.score_input(params, out), want=("best",)).best
         return (out.cache, best), best[0, 0]
 
     @jax.jit
