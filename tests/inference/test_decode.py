@@ -24,7 +24,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 def model():
     section = test_config.get_config().model
     section.decoder.windows = (6, 0)  # a ring of 6 slots, and a layer that sees all
-    section.init_deviation = 0.3  # sharp logits, so that greedy choices are not ties
+    section.init.std = 0.3  # sharp logits, so that greedy choices are not ties
     policy = dtypes.policy(params="float32", compute="auto", platform="cpu")
     return Model(model_config.resolve(section), tables.rules(), policy)
 
