@@ -1,14 +1,16 @@
 """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). What repeats it is stack.py.
 
-A block says the mathematics for one layer of plain weights; it knows nothing of scanning or remat, of depth the number
-of layers (first weights) and its own (dropout), and of the mesh no more than the names of logical axes. What all layers
-share (angles, segments, positions) comes in one `Shared` and is computed once outside.
+A block says the mathematics for one layer of plain weights. It knows nothing of scanning, remat and caches' layouts;
+of the depth it knows how many layers there are (for first weights) and its own number (for dropout), and of the mesh
+the names of logical axes. What all layers share is computed once outside: what belongs to rows comes in `Rows`, the
+rest in `Shared`.
 
-Legend: B batch, T query length, S cache slots, D model, N heads, K kv heads, H head size.
+Legend: B batch, T length, D model, N heads, K kv heads, H head size.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,14 +19,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from t5x_like.layers.attention import attention, attention_over_parts
+from t5x_like.layers.attention import attention
+from t5x_like.layers.kv_cache import Cache
 from t5x_like.layers.masks import MaskSpec
+from t5x_like.layers.mlp import NAMES as MLP_NAMES
 from t5x_like.layers.mlp import Mlp, add_bias
 from t5x_like.layers.norms import NORMS, RmsNorm
 from t5x_like.layers.param import ZEROS, fold, normal, param
 from t5x_like.layers.positions import rotate
 from t5x_like.layers.weights import einsum
 from t5x_like.parallel.sharding import constrain
+
+# The activations of a layer that have a name, by which remat can save them (stack.SAVED).
+NAMES = ("q", "k", "v", "context", *MLP_NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,23 +75,34 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may differ between layers of equal shapes: static, so that kernels see it. window: tokens, 0 for all."""
+    """What may differ between layers: static, so that kernels see it.
+
+    window: tokens, 0 for all. rope_theta: 0 without rotary positions. group: what its weights are stored under.
+    """
 
     window: int
-    rope_theta: float  # 0 without rotary positions
+    rope_theta: float
+    group: str = "layers"
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shared:
-    """What all layers of one call share. Closed over by the scan, never carried.
+class Rows:
+    """What belongs to the rows of one call: it goes to every layer beside x, wherever the rows are.
 
-    ropes: (cosines, sines) by theta. segments_BT: None for one segment; 0 is padding. positions_BT: given with a cache
-    only, negative at padding; without one masks go by index. key: dropout, None for off.
+    ropes: (cosines, sines) by theta. segments_BT: None for one segment; 0 is padding. positions_BT: given where a cache
+    is read only, negative at padding; else masks go by index.
     """
 
     ropes: dict[float, tuple[jax.Array, jax.Array]]
     segments_BT: Int[Array, "B T"] | None
     positions_BT: Int[Array, "B T"] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all rows and layers of one call share. key: dropout, None for off."""
+
     key: jax.Array | None
 
 
@@ -109,32 +127,24 @@ class Attention(nnx.Module):
         self.config = c
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], shared: Shared, *, kind: LayerKind, cache: dict[str, Any] | None
+        self, x_BTD: Float[Array, "B T D"], rows: Rows, *, kind: LayerKind, index: int | Array, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """(output, the new keys and values when there is a cache). cache: k, v [B, K, S, H], positions [B, S]."""
-        q_BTNH = self._heads(x_BTD, "q", shared, kind)
-        k_BTKH = self._heads(x_BTD, "k", shared, kind)
-        v_BTKH = self._heads(x_BTD, "v", shared, kind)
+        """(output, the new keys and values when there is a cache)."""
+        q_BTNH = self._heads(x_BTD, "q", rows, kind)
+        k_BTKH = self._heads(x_BTD, "k", rows, kind)
+        v_BTKH = self._heads(x_BTD, "v", rows, kind)
         scale, softcap = self.config.head**-0.5, self.config.attention_softcap or None
-        new = _new_mask(shared, kind)
+        mask = _mask(rows, kind)
         if cache is None:
-            context_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, new, scale=scale, softcap=softcap)
+            context_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap)
         else:
-            old = MaskSpec(
-                causal=True,
-                window=kind.window or None,
-                q_positions_BT=shared.positions_BT,
-                k_positions_BS=cache["positions"],
-            )
-            old_k_BSKH, old_v_BSKH = (cache[name].transpose(0, 2, 1, 3) for name in ("k", "v"))
-            parts = [(old_k_BSKH, old_v_BSKH, old), (k_BTKH, v_BTKH, new)]
-            context_BTNH = attention_over_parts(q_BTNH, parts, scale=scale, softcap=softcap)
+            context_BTNH = cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, layer=index, scale=scale, softcap=softcap)
         context_BTNH = checkpoint_name(constrain(context_BTNH, "batch", "length", "act_heads", "head"), "context")
         out_BTD = einsum("BTNH,NHD->BTD", context_BTNH, self.o)
         out_BTD = add_bias(out_BTD, self.o_bias) if self.config.out_bias else out_BTD
         return out_BTD, None if cache is None else (k_BTKH, v_BTKH)
 
-    def _heads(self, x_BTD: jax.Array, name: str, shared: Shared, kind: LayerKind) -> jax.Array:
+    def _heads(self, x_BTD: jax.Array, name: str, rows: Rows, kind: LayerKind) -> jax.Array:
         """Queries, keys or values: projected, normalised, turned."""
         y_BTNH = einsum("BTD,DNH->BTNH", x_BTD, getattr(self, name))
         if self.config.qkv_bias:
@@ -143,20 +153,20 @@ class Attention(nnx.Module):
             if self.config.qk_norm:
                 y_BTNH = getattr(self, f"{name}_norm")(y_BTNH)
             if kind.rope_theta:
-                y_BTNH = rotate(y_BTNH, shared.ropes[kind.rope_theta])
+                y_BTNH = rotate(y_BTNH, rows.ropes[kind.rope_theta])
         y_BTNH = constrain(y_BTNH, "batch", "length", "act_heads" if name == "q" else "act_kv_heads", "head")
         return checkpoint_name(y_BTNH, name)
 
 
-def _new_mask(shared: Shared, kind: LayerKind) -> MaskSpec:
-    """Among the tokens of this call: by position with a cache, else by index, which is equal and what kernels want."""
+def _mask(rows: Rows, kind: LayerKind) -> MaskSpec:
+    """Among the tokens of this call: by position where a cache is read, else by index, which is what kernels want."""
     return MaskSpec(
         causal=True,
         window=kind.window or None,
-        q_positions_BT=shared.positions_BT,
-        k_positions_BS=shared.positions_BT,
-        q_segments_BT=shared.segments_BT,
-        k_segments_BS=shared.segments_BT,
+        q_positions_BT=rows.positions_BT,
+        k_positions_BS=rows.positions_BT,
+        q_segments_BT=rows.segments_BT,
+        k_segments_BS=rows.segments_BT,
     )
 
 
@@ -180,21 +190,23 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
+        rows: Rows,
         shared: Shared,
         *,
         kind: LayerKind,
         index: int | Array,
-        cache: dict[str, Any] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """(output, the new keys and values when there is a cache). index: the layer's number, for its dropout key."""
+        cache: Mapping[str, Any] | None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """(output, what stack.py collects of it). index: the layer's number, in the cache and for its dropout key."""
         key = None if shared.key is None else jax.random.fold_in(shared.key, index)
+        own = None if cache is None else cache["self"]
         with jax.named_scope("attention"):
-            branch_BTD, new = self.attention(self.attention_norm(x_BTD), shared, kind=kind, cache=cache)
+            branch_BTD, new = self.attention(self.attention_norm(x_BTD), rows, kind=kind, index=index, cache=own)
             x_BTD = x_BTD + dropout(branch_BTD, self.dropout, key, "attention")
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         with jax.named_scope("mlp"):
             x_BTD = x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, key, "mlp")
-        return constrain(x_BTD, "batch", "length", "act_embed"), new
+        return constrain(x_BTD, "batch", "length", "act_embed"), {"cache": new, "sums": {}}
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, purpose: str) -> jax.Array:

@@ -3,7 +3,7 @@
 A `Model` is a frozen value (config, rules, number formats) that holds no array. It is NOT a module: nothing above this
 file knows NNX. `apply` runs under jit.
 
-Legend: B batch, T length, D model, V vocab (padded).
+Legend: B batch, R rows of a prefill, T length, D model, V vocab (padded).
 """
 
 import dataclasses
@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.core import tree
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
-from t5x_like.layers import kv_cache
-from t5x_like.layers.param import initialize
+from t5x_like.layers.param import empty, initialize
 from t5x_like.layers.token_log_probs import Head
 from t5x_like.models import decoder, flops
 from t5x_like.models.config import ModelConfig
@@ -32,7 +31,7 @@ from t5x_like.parallel.sharding import use_rules
 @dataclasses.dataclass(frozen=True)
 class Output:
     """hidden_BTD: after the final norm, in the compute type. cache: with this call's tokens, or None. sums: what
-    objectives need besides (a balance term of experts), by name."""
+    objectives need besides (a balance term of experts), by name; a leading dim over the layers that give it."""
 
     hidden_BTD: Float[Array, "B T D"]
     cache: dict[str, Any] | None
@@ -74,6 +73,27 @@ class Model:
         Absent positions are 0..T-1, absent segments are one. With a cache, which needs positions, the tokens also see
         those of earlier calls. key: dropout; None turns it off.
         """
+        return self._run(params, batch, cache=cache, fresh_rows_R=None, key=key)
+
+    def prefill(
+        self, params: Tree, cache: dict[str, Any], batch: Mapping[str, Array], rows_R: Int[Array, " R"]
+    ) -> Output:
+        """Hidden states of whole texts, which become the content of these rows of a cache; other rows stay.
+
+        Texts [R, T] begin at position 0 and are padded on the right, where `segment_ids` is 0 (else 1). They attend to
+        themselves alone, by index, as in training: the same kernels run, and memory grows with T, not its square.
+        """
+        return self._run(params, batch, cache=cache, fresh_rows_R=rows_R, key=None)
+
+    def _run(
+        self,
+        params: Tree,
+        batch: Mapping[str, Array],
+        *,
+        cache: dict[str, Any] | None,
+        fresh_rows_R: Array | None,
+        key: jax.Array | None,
+    ) -> Output:
         _check_tree(params, self._specs)
         length = batch["inputs"].shape[1]
         if length > self.config.max_length:
@@ -82,10 +102,17 @@ class Model:
                 "shorten config.data.length or the text"
             )
         with use_rules(self.rules):
-            hidden_BTD, cache = decoder.apply(
-                self.config, self._parts, params, batch, dtype=self.dtypes.compute, cache=cache, key=key
+            hidden_BTD, cache, sums = decoder.apply(
+                self.config,
+                self._parts,
+                params,
+                batch,
+                dtype=self.dtypes.compute,
+                cache=cache,
+                fresh_rows_R=fresh_rows_R,
+                key=key,
             )
-        return Output(hidden_BTD, cache, sums={})
+        return Output(hidden_BTD, cache, sums)
 
     def head(self, params: Tree) -> Head:
         """What scoring multiplies hidden states with: the embedding itself when tied."""
@@ -99,14 +126,12 @@ class Model:
         )
 
     def cache_specs(self, rows: int, length: int) -> dict[str, Any]:
-        """The specs of a cache for `rows` texts of up to `length` tokens, prompt included."""
-        entries = decoder.cache_entries(self.config, length=length)
-        c = self.config
-        return kv_cache.specs(entries, rows=rows, kv_heads=c.kv_heads, head=c.head, dtype=self.dtypes.compute)
+        """A cache of specs, for `rows` texts of up to `length` tokens, prompt included; map over it by `jax.tree`."""
+        return decoder.cache_specs(self.config, rows=rows, length=length, dtype=self.dtypes.compute)
 
     def init_cache(self, rows: int, length: int) -> dict[str, Any]:
         """An empty cache."""
-        return initialize(self.cache_specs(rows, length), jax.random.key(0))
+        return empty(self.cache_specs(rows, length))
 
     def parameter_count(self) -> int:
         """Numbers that are learned: what only pads the vocabulary is left out."""
