@@ -36,10 +36,11 @@ def decode_step(
 def prefill(
     model: Model, params: Tree, cache: Any, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"]
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Float32 logits after each prompt, and the cache that holds the prompts. Rows are padded on the right."""
-    index_1T = jnp.arange(tokens_BT.shape[1])[None, :]
-    positions_BT = jnp.where(index_1T < lengths_B[:, None], index_1T, -1)
-    output = model.apply(params, {"inputs": tokens_BT, "positions": positions_BT}, cache=cache)
+    """Float32 logits after each prompt, and the cache that holds the prompts in its first rows. Rows are padded on the
+    right; a row of length 0 is all padding, and its logits say nothing."""
+    segments_BT = (jnp.arange(tokens_BT.shape[1])[None, :] < lengths_B[:, None]).astype(jnp.int32)
+    batch = {"inputs": tokens_BT, "segment_ids": segments_BT}
+    output = model.prefill(params, cache, batch, jnp.arange(tokens_BT.shape[0]))
     last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
     last = dataclasses.replace(output, hidden_BTD=last_B1D)
     return logits(*model.score_input(params, last))[:, 0], output.cache

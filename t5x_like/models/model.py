@@ -60,11 +60,6 @@ class Model:
         """The nested dict of ParamSpec; nothing is allocated."""
         return self._specs
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The arrays of a batch that `apply` reads, where they are given."""
-        return ("inputs", "segment_ids", "positions")
-
     def init(self, key: jax.Array) -> dict[str, Any]:
         """First parameters. Pure: jitted with `out_shardings` it draws each shard in place, with the same values."""
         return initialize(self._specs, key)

@@ -106,12 +106,12 @@ class Tower:
         goes on in all of its rows. key: dropout.
         """
         fresh = fresh_rows_R is not None
-        slot_positions_BT = None if cache is None else _slot_positions(tokens, len(x_BTD), fresh=fresh)
+        reads = cache is not None and not fresh
         rows = Rows(
             ropes=self._ropes(tokens),
             segments_BT=tokens.segments_BT,
             prefix_BT=None if tokens.prefix_BT is None else tokens.prefix_BT > 0,
-            positions_BT=None if fresh else slot_positions_BT,
+            positions_BT=_slot_positions(tokens, len(x_BTD), fresh=fresh) if reads else None,
             memory=tokens.memory,
         )
         # A module for the span of one call: its parameters are the arrays at hand.
@@ -129,7 +129,6 @@ class Tower:
                 rows,
                 kinds=self.stack.kinds,
                 cache=_readable(cache, fresh_rows_R),
-                # With a cache always: unrolled, each token would pay for a copy of all weights out of the stack.
                 scan=self.model.scan or cache is not None,
                 remat=self.model.remat,
             )
@@ -138,7 +137,8 @@ class Tower:
                 x_BTD = constrain(ends.final_norm(x_BTD), "batch", "length", "act_embed")
         if cache is not None:
             rows_R = jnp.arange(len(x_BTD)) if fresh_rows_R is None else fresh_rows_R
-            written = cache["self"].write(*outputs["cache"], slot_positions_BT, rows_R, fresh=fresh)
+            positions_BT = _after(x_BTD, _slot_positions(tokens, len(x_BTD), fresh=fresh))
+            written = cache["self"].write(*outputs["cache"], positions_BT, rows_R, fresh=fresh)
             cache = {**cache, "self": written}
         return x_BTD, cache, outputs["sums"]
 
@@ -221,3 +221,12 @@ def _slot_positions(tokens: Tokens, rows: int, *, fresh: bool) -> Int[Array, "B 
     if tokens.segments_BT is None:
         return positions_BT
     return jnp.where(tokens.segments_BT == 0, kv_cache.EMPTY, positions_BT)
+
+
+def _after(x_BTD: Array, positions_BT: Array) -> Array:
+    """The positions, as numbers that cannot be known before x is.
+
+    A write that might come before the last layer has read makes XLA's CPU compiler copy the cache, twice; a barrier is
+    dropped before copies are decided. No position is below EMPTY, which the compiler does not know.
+    """
+    return jnp.where(jnp.isnan(x_BTD[:, :, 0]) & (positions_BT < kv_cache.EMPTY), kv_cache.EMPTY, positions_BT)
