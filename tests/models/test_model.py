@@ -201,7 +201,7 @@ def abstract(specs):
 
 @pytest.mark.parametrize(("windows", "layers"), [((0, 64), 4), ((0, 64), 5), ((64,) * 5 + (0,), 8)])
 def test_a_decode_step_copies_neither_cache_nor_weights_whatever_the_pattern(windows, layers):
-    model = cases.model("llama", windows=windows, layers=layers, embed=64, head=16, max_length=2048)
+    model = cases.model("llama", windows=windows, layers=layers, width=64, head_size=16, max_length=2048)
 
     def step(params, cache, ids, positions):
         return model.apply(params, {"inputs": ids, "positions": positions}, cache=cache)
