@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from t5x_like.convert.families import llama
+from t5x_like.convert.families import gpt2, llama
 from t5x_like.convert.mapping import Table
 from t5x_like.convert.settings import Settings
 from t5x_like.models.config import ModelConfig
@@ -30,5 +30,6 @@ class Family:
 
 # `model_type` of a config.json, which is also our name of the family.
 FAMILIES: dict[str, Family] = {
+    "gpt2": Family("GPT2LMHeadModel", gpt2.section, gpt2.settings, gpt2.table),
     "llama": Family("LlamaForCausalLM", llama.section, llama.settings, llama.table),
 }
