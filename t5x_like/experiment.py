@@ -16,16 +16,17 @@ from t5x_like.core import config as bridge
 from t5x_like.core import dtypes, tree
 from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
-from t5x_like.objectives import build as objectives
-from t5x_like.objectives.interface import Objective
+from t5x_like.objectives import table as objectives
+from t5x_like.objectives.interface import Objective, policy
 from t5x_like.optim import optimizers
 from t5x_like.optim import rules as path_rules
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
-from t5x_like.parallel.sharding import batch_shardings
+from t5x_like.parallel.sharding import abstract_batch
 from t5x_like.training import keep
 from t5x_like.training import state as train_state
 from t5x_like.training.evaluate import EvaluateConfig
@@ -130,7 +131,7 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
     if not trainable:
         raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
-    objective = objectives.build(experiment.objective, model)
+    objective = objectives.build(experiment.objective, {"policy": policy(model)}, batch_arrays(experiment.data))
     steps = experiment.optim.schedule.steps
     assert steps is not None, "from_config has filled it in"
     optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)
@@ -142,11 +143,6 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
         mesh=mesh,
         rules=rules,
     )
-    shapes = batch_shapes(experiment.data)
-    shardings = batch_shardings(mesh, rules, {name: leaf.shape for name, leaf in shapes.items()})
-    batch = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in shapes.items()
-    }
     step = make_step(
         objective, optimizer, rules=rules, param_axes=layout.axes["params"], config=_step_config(experiment)
     )
@@ -157,7 +153,7 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
         objective=objective,
         optimizer=optimizer,
         layout=layout,
-        batch=batch,
+        batch=abstract_batch(mesh, rules, objective.inputs),
         step=jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings(), None), compiler_options=options),
         evaluate=jax.jit(objective.evaluate, compiler_options=options),
     )
@@ -168,8 +164,8 @@ def initialize(program: Program, *, seed: int) -> tuple[train_state.State, dict[
     return train_state.initialize(program.model, program.optimizer, jax.random.key(seed), program.layout)
 
 
-def batch_shapes(config: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a batch, all [B, T]. Without `segment_ids` documents of a row attend to each other."""
+def batch_arrays(config: DataConfig) -> dict[str, ArraySpec]:
+    """What the data offers, all [B, T]. Without `segment_ids` documents of a row attend to each other."""
     names = {
         "inputs": "int32",
         "targets": "int32",
@@ -180,7 +176,8 @@ def batch_shapes(config: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
     }
     if config.attend_across_documents:
         del names["segment_ids"]
-    return {name: jax.ShapeDtypeStruct((config.batch_size, config.length), dtype) for name, dtype in names.items()}
+    shape = (config.batch_size, config.length)
+    return {name: ArraySpec(shape, dtype, ("batch", "length")) for name, dtype in names.items()}
 
 
 def _step_config(experiment: Experiment) -> StepConfig:

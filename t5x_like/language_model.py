@@ -23,7 +23,8 @@ from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
-from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
+from t5x_like.layers.scoring.head import Head, logits
+from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.storage import model_directory, paths
@@ -142,7 +143,7 @@ def _check_text(text: str) -> None:
 
 
 def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Head]:
-    return model.apply(params, {"inputs": tokens_BT}).hidden_BTD, model.head(params)
+    return model.score_input(params, model.apply(params, {"inputs": tokens_BT}))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -154,8 +155,8 @@ def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     hidden_BTD, head = _apply(model, params, inputs_BT)
-    logp_BT, _ = token_log_probs(hidden_BTD, head, targets_BT)
-    return logp_BT, token_predictions(hidden_BTD, head) == targets_BT
+    scores = token_scores(hidden_BTD, head, targets_BT, want=("logp", "best"))
+    return scores.logp, scores.best == targets_BT
 
 
 def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> LanguageModel:

@@ -11,8 +11,9 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.config()
-    config.model.update({"family": "llama", "size": "custom", "vocab_size": 259, "layers": 2, "embed": 32})
-    config.model.update({"heads": 4, "kv_heads": 2, "head": 8, "mlp": 64, "max_length": 128, "tie_embeddings": True})
+    config.model.update({"family": "llama", "size": "custom", "vocab_size": 259, "width": 32, "max_length": 128})
+    config.model.decoder.update({"layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "mlp": 64})
+    config.model.head.tied = True
     config.data.update({"source": "text:configs/data/tinyshakespeare/input.txt", "tokenizer": "bytes"})
     config.data.update({"validation": "0.01", "validation_batches": 2, "batch_size": 8, "length": 32})
     config.optim.update({"learning_rate": 1e-2, "weight_decay": 0.0})

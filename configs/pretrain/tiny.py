@@ -11,8 +11,9 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.config()
-    config.model.update({"family": "llama", "size": "custom", "vocab_size": 512, "layers": 4, "embed": 128})
-    config.model.update({"heads": 4, "kv_heads": 4, "head": 32, "mlp": 352, "max_length": 512, "tie_embeddings": True})
+    config.model.update({"family": "llama", "size": "custom", "vocab_size": 512, "width": 128, "max_length": 512})
+    config.model.decoder.update({"layers": 4, "heads": 4, "kv_heads": 4, "head_size": 32, "mlp": 352})
+    config.model.head.tied = True
     config.data.update({"source": "text:configs/data/tinyshakespeare/input.txt", "tokenizer": "train:bpe:512"})
     # Half of each held-out row is context that another row has scored already.
     config.data.update({"validation": "0.1", "validation_stride": 128, "batch_size": 8, "length": 256})

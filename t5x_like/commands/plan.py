@@ -92,27 +92,26 @@ def _decode_step(experiment: Any, mesh: Any, *, rows: int, length: int) -> tuple
     import jax
 
     from t5x_like import experiment as experiments
-    from t5x_like.core import tree
     from t5x_like.inference.decode import decode_step
-    from t5x_like.parallel.sharding import named, tree_shardings
+    from t5x_like.parallel.sharding import named
 
     platform = mesh.devices.flat[0].platform
     model = experiments.build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
 
     def abstract(specs: Any) -> Any:
-        return tree.map_with_path(
-            lambda _, spec: jax.ShapeDtypeStruct(
+        return jax.tree.map(
+            lambda spec: jax.ShapeDtypeStruct(
                 spec.shape, spec.dtype, sharding=named(mesh, model.rules, spec.axes, spec.shape)
             ),
             specs,
         )
 
-    cache_specs = model.cache_specs(rows, length)
+    cache = abstract(model.cache_specs(rows, length))
     row = jax.ShapeDtypeStruct((rows,), "int32", sharding=named(mesh, model.rules, ("batch",), (rows,)))
     step = jax.jit(
         functools.partial(decode_step, model),
         donate_argnums=1,
-        out_shardings=(None, tree_shardings(mesh, model.rules, cache_specs)),
+        out_shardings=(None, jax.tree.map(lambda leaf: leaf.sharding, cache)),
         compiler_options=experiment.runtime.compiler_options.get(platform) or None,
     )
-    return step, (abstract(model.specs()), abstract(cache_specs), row, row)
+    return step, (abstract(model.specs()), cache, row, row)

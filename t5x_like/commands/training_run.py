@@ -297,8 +297,7 @@ def _summary(built: Run, step: Any, *, origin: str, start: int) -> Mapping[str, 
 
 
 def _local_rows(built: Run) -> np.ndarray:
-    leaf = built.program.batch["inputs"]
-    return addressable_rows(leaf.sharding, leaf.shape)
+    return addressable_rows(built.program.batch)
 
 
 def _read_rows(built: Run) -> Any:
@@ -311,8 +310,7 @@ def _place(built: Run, local: Mapping[str, np.ndarray]) -> Batch:
     return global_batch(
         lambda rows: dict(local),
         rows=_local_rows(built),
-        shapes={name: leaf.shape for name, leaf in built.program.batch.items()},
-        shardings={name: leaf.sharding for name, leaf in built.program.batch.items()},
+        arrays=built.program.batch,
     )
 
 

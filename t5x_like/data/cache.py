@@ -43,6 +43,8 @@ def key(config: DataConfig) -> str:
     named = ("source", "fields", "preprocessors", "tokenizer", "validation")
     chosen: dict[str, Any] = {name: getattr(config, name) for name in named}
     chosen["fields"] = dataclasses.astuple(config.fields)
+    if config.extra_ids:
+        chosen["extra_ids"] = config.extra_ids
     chosen["sources"] = sorted(config.mixture.sources.items())
     if config.tokenizer.startswith("train:"):
         chosen["tokenizer_training_bytes"] = config.tokenizer_training_bytes

@@ -39,6 +39,17 @@ class MixtureConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpanCorruptionConfig:
+    """How much of a text is noise (features "span_corruption"; T5: 0.15 and 3.0).
+
+    noise_density: share of the tokens that are noise; mean_span_length: tokens of a span of noise, on the average
+    """
+
+    noise_density: float
+    mean_span_length: float
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer, held-out text and the shape of a batch.
 
@@ -46,14 +57,20 @@ class DataConfig:
     preprocessors: names in data/write/preprocessors.py, applied to every text in this order
     tokenizer: `bytes`, a path (tokenizer.json, SentencePiece model, or a folder), `train:bpe:SIZE`,
         `train:unigram:SIZE`, `train:sentencepiece:SIZE`, or `task` (the vocabulary of a SeqIO task)
+    extra_ids: sentinels <extra_id_0>, <extra_id_1>, ... added to the tokenizer: <extra_id_0> is the last id, the others
+        come before it. The vocabulary has SIZE + extra_ids tokens. 0 with a tokenizer that has its own
     tokenizer_training_bytes: how much training text a tokenizer is trained on at most, in bytes of UTF-8; of several
         sources each gives an equal part of it
     validation: a source, or the fraction of the bytes that is cut off at the end ("0.1"), or "" for none
     validation_stride: tokens between two rows of held-out text; 0 for `length`. Less than `length` makes rows overlap:
         each token is still scored once, with more context before it
     validation_batches: at most so many batches of each held-out set, 0 for all
-    batch_size: rows of a global batch; length: tokens of a row (T)
-    packing: "concatenate" (one stream, cut into rows) or "examples" (whole examples, best fit into rows)
+    batch_size: rows of a global batch; length: tokens of a row (T), those of the decoder where there is an encoder
+    features: what rows become, a name in data/read/features.py
+    encoder_length: tokens of a row of the encoder (S), 0 without one
+    start_token: what a decoder with an encoder begins with: "pad" (id 0, as T5), "bos", "eos" or an id
+    packing: "concatenate" (one stream, cut into rows), "examples" (whole examples, best fit into rows) or "single"
+        (one example a row)
     attend_across_documents: documents of one row see each other (then a batch has no segment_ids)
     prefetch: batches read ahead of the step
     workers: processes of `prepare`, 0 for one per core
@@ -66,12 +83,17 @@ class DataConfig:
     fields: FieldsConfig
     preprocessors: tuple[str, ...]
     tokenizer: str
+    extra_ids: int
     tokenizer_training_bytes: int
     validation: str
     validation_stride: int
     validation_batches: int
     batch_size: int
     length: int
+    features: str
+    encoder_length: int
+    start_token: str
+    span_corruption: SpanCorruptionConfig
     packing: str
     attend_across_documents: bool
     prefetch: int

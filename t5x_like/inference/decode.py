@@ -5,6 +5,7 @@ Batching of requests that come and go, paging and streaming are not here.
 Names: B batch (rows), T prompt length (padded), V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import Tree
 from t5x_like.inference.sampling import Sampling, sample
-from t5x_like.layers.token_log_probs import logits
+from t5x_like.layers.scoring.head import logits
 from t5x_like.models.model import Model
 
 # Prompts and answers are padded to multiples of this, so that few different shapes are compiled.
@@ -29,18 +30,20 @@ def decode_step(
     """Float32 logits of the next token of each row, and the cache with the tokens written. Position -1: padding."""
     batch = {"inputs": tokens_B[:, None], "positions": positions_B[:, None]}
     output = model.apply(params, batch, cache=cache)
-    return logits(output.hidden_BTD, model.head(params))[:, 0], output.cache
+    return logits(*model.score_input(params, output))[:, 0], output.cache
 
 
 def prefill(
     model: Model, params: Tree, cache: Any, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"]
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Float32 logits after each prompt, and the cache that holds the prompts. Rows are padded on the right."""
-    index_1T = jnp.arange(tokens_BT.shape[1])[None, :]
-    positions_BT = jnp.where(index_1T < lengths_B[:, None], index_1T, -1)
-    output = model.apply(params, {"inputs": tokens_BT, "positions": positions_BT}, cache=cache)
+    """Float32 logits after each prompt, and the cache that holds the prompts in its first rows. Rows are padded on the
+    right; a row of length 0 is all padding, and its logits say nothing."""
+    segments_BT = (jnp.arange(tokens_BT.shape[1])[None, :] < lengths_B[:, None]).astype(jnp.int32)
+    batch = {"inputs": tokens_BT, "segment_ids": segments_BT}
+    output = model.prefill(params, cache, batch, jnp.arange(tokens_BT.shape[0]))
     last_B1D = jnp.take_along_axis(output.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    return logits(last_B1D, model.head(params))[:, 0], output.cache
+    last = dataclasses.replace(output, hidden_BTD=last_B1D)
+    return logits(*model.score_input(params, last))[:, 0], output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "sampling", "stop_id"))

@@ -1,4 +1,4 @@
-"""Token embedding with optional learned positions. Rotary positions: positions.py; the head: token_log_probs.py.
+"""Token embedding with optional learned positions. Rotary positions: positions.py; the head: scoring/head.py.
 
 Legend: B batch, T length, D model, V vocab (padded).
 """

@@ -15,29 +15,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_library
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, get_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core.errors import UsageError
+from t5x_like.layers import biases
+from t5x_like.layers.biases import Bias
 from t5x_like.layers.masks import MaskSpec, allowed
-from t5x_like.parallel.sharding import activation_spec
+from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_names
 
 # Rows of queries and of keys that a TPU core holds at once, and of keys in one product. Longer blocks mean fewer passes
 # over keys and values and larger products; logits of a block are float32 in VMEM (16 MiB). LANES is the kernel's least.
 BLOCK = 1024
 BLOCK_COMPUTE = 512
 LANES = 128
-# cuDNN's largest head on every generation; Hopper and later take 256.
-CUDNN_HEAD = 128
+# cuDNN's largest head: on every generation, and from Hopper on.
+CUDNN_HEAD, CUDNN_HEAD_HOPPER, HOPPER = 128, 256, 9.0
 
 
 # TPU.
 
 
-def splash_fits(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: MaskSpec) -> bool:
-    """Whether the splash kernel can compute this: lengths in whole tiles, and a mask known by index in advance."""
-    length = q_BTNH.shape[1]
-    known = mask.by_index and mask.static_window and mask.prefix_lengths_B is None and length == k_BSKH.shape[1]
-    return known and length % (LANES * _place(q_BTNH, k_BSKH).shards(1)) == 0
+def why_not_splash(q_BTNH: Any, k_BSKH: Any, mask: MaskSpec, *, bias: bool) -> str:
+    """The reason why splash cannot compute this, in words; empty if it can."""
+    length, k_length = q_BTNH.shape[1], k_BSKH.shape[1]
+    if bias:
+        return "a position bias"
+    if mask.k_prefix_BS is not None:
+        return "a prefix that all queries see"
+    if not mask.by_index:
+        return "positions are given"
+    if not mask.static_window:
+        return "the window is traced"
+    if length != k_length:
+        return f"{length} queries and {k_length} keys"
+    tile = LANES * _place(q_BTNH, k_BSKH).shards(1)
+    return f"length {length} is no multiple of {tile}" if length % tile else ""
 
 
 def splash(
@@ -52,6 +64,7 @@ def splash(
 ) -> jax.Array:
     """Splash attention. interpret: runs on any platform, slowly, for tests."""
     place = _place(q_BTNH, k_BSKH)
+    alike = mask.q_segments_BT is mask.k_segments_BS
     one_head = _splash_mask(mask, q_BTNH.shape[1])
     kernel = splash_library.make_splash_mha(
         splash_library.MultiHeadMask([one_head] * q_BTNH.shape[2]),
@@ -69,7 +82,7 @@ def splash(
         if mask.q_segments_BT is not None:
             segments = splash_library.SegmentIds(q=mask.q_segments_BT, kv=mask.k_segments_BS)
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
-        return _without_padding(out_BNTH.transpose(0, 2, 1, 3), mask)
+        return _without_blind(out_BNTH.transpose(0, 2, 1, 3), mask, alike=alike)
 
     kernel_spec = None
     if place.mapped:
@@ -108,43 +121,85 @@ def _block_sizes(length: int) -> splash_library.BlockSizes:
 # GPU.
 
 
-def cudnn_fits(q_BTNH: jax.Array, k_BSKH: jax.Array, *, softcap: float | None) -> bool:
-    """Whether cuDNN's flash attention can compute this: 16-bit numbers, heads in eights, no softcap, a real length."""
-    head = q_BTNH.shape[3]
-    narrow = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and k_BSKH.dtype == q_BTNH.dtype
-    return narrow and softcap is None and head % 8 == 0 and head <= CUDNN_HEAD and q_BTNH.shape[1] > 1
+def why_not_cudnn(
+    q_BTNH: Any, k_BSKH: Any, mask: MaskSpec, *, softcap: bool, bias: bool, compute_capability: float | None
+) -> str:
+    """The reason why cuDNN's flash attention cannot compute this, in words; empty if it can."""
+    length, head = q_BTNH.shape[1], q_BTNH.shape[3]
+    largest = CUDNN_HEAD_HOPPER if (compute_capability or 0.0) >= HOPPER else CUDNN_HEAD
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or k_BSKH.dtype != q_BTNH.dtype:
+        return f"{jnp.dtype(q_BTNH.dtype).name} is no 16-bit type"
+    if softcap:
+        return "a softcap"
+    if head % 8 or head > largest:
+        return f"head size {head} is no multiple of 8 up to {largest}"
+    if length == 1:
+        return "one query"
+    if bias and not _in_kernel(q_BTNH, k_BSKH, mask):
+        # Their sum would have a row for each row of the batch, for which cuDNN gives no gradient.
+        return "a position bias beside a mask that is a matrix"
+    if bias and (length % 2 or k_BSKH.shape[1] % 2):
+        return f"a position bias, and {length} queries and {k_BSKH.shape[1]} keys are not even"
+    return ""
 
 
-def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: MaskSpec, *, scale: float) -> jax.Array:
+def _in_kernel(q_BTNH: Any, k_BSKH: Any, mask: MaskSpec) -> bool:
+    """Whether cuDNN knows all of this mask, so that no matrix is made."""
+    plain = not mask.causal and mask.window is None
+    return mask.by_index and mask.q_segments_BT is None and (plain or _causal_in_kernel(q_BTNH, k_BSKH, mask))
+
+
+def _causal_in_kernel(q_BTNH: Any, k_BSKH: Any, mask: MaskSpec) -> bool:
+    known = mask.causal and mask.by_index and mask.static_window and mask.k_prefix_BS is None
+    return known and _place(q_BTNH, k_BSKH).shards(1) == 1 and q_BTNH.shape[1] == k_BSKH.shape[1]
+
+
+def cudnn(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: MaskSpec,
+    *,
+    scale: float,
+    bias: Bias | None = None,
+) -> jax.Array:
     """cuDNN flash attention. Causality and windows are in the kernel, all else is a matrix, shared by the heads."""
     place = _place(q_BTNH, k_BSKH)
-    causal = mask.causal and mask.by_index and mask.static_window and mask.prefix_lengths_B is None
-    causal = causal and place.shards(1) == 1 and q_BTNH.shape[1] == k_BSKH.shape[1]
+    alike = mask.q_segments_BT is mask.k_segments_BS
+    causal = _causal_in_kernel(q_BTNH, k_BSKH, mask)
 
-    def local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, q_start):
-        del kernel
+    def local(q_BTNH, k_BSKH, v_BSKH, mask, bias, q_start):
         rest = dataclasses.replace(mask, causal=False, window=None) if causal else mask
         matrix_BTS = allowed(rest, q_length=q_BTNH.shape[1], k_length=k_BSKH.shape[1], q_start=q_start)
+        bias_1NTS = None
+        if bias is not None:  # in the type of the queries, which cuDNN demands
+            bias_1NTS = biases.by_index(bias, q_BTNH.shape[1], k_BSKH.shape[1], q_start=q_start).astype(q_BTNH.dtype)
         out_BTNH = jax.nn.dot_product_attention(
             q_BTNH,
             k_BSKH,
             v_BSKH,
+            bias=bias_1NTS,
             mask=None if matrix_BTS is None else matrix_BTS[:, None, :, :],
             scale=scale,
             is_causal=causal,
             local_window_size=(mask.window - 1, 0) if causal and mask.window is not None else None,
             implementation="cudnn",
         )
-        return _without_padding(out_BTNH, mask)
+        return _without_blind(out_BTNH, mask, alike=alike)
 
-    return place.run(local, q_BTNH, k_BSKH, v_BSKH, mask, None, None)
+    bias_specs = None if bias is None else bias.specs(place.q_spec[2])
+    return place.run(local, q_BTNH, k_BSKH, v_BSKH, mask, bias, bias_specs)
 
 
-def _without_padding(out_BTNH: jax.Array, mask: MaskSpec) -> jax.Array:
-    """Zero at padding, to which the kernels give a mean of something."""
-    if mask.q_segments_BT is None:
+def _without_blind(out_BTNH: jax.Array, mask: MaskSpec, *, alike: bool) -> jax.Array:
+    """Zero for queries that see no key, to which the kernels give a mean of something: padding, and, where queries and
+    keys have segments of their own (alike=False), a segment without keys."""
+    if mask.q_segments_BT is None or mask.k_segments_BS is None:
         return out_BTNH
-    return jnp.where((mask.q_segments_BT != 0)[:, :, None, None], out_BTNH, 0)
+    seeing_BT = mask.q_segments_BT != 0
+    if not alike:
+        seeing_BT &= (mask.q_segments_BT[:, :, None] == mask.k_segments_BS[:, None, :]).any(axis=-1)
+    return jnp.where(seeing_BT[:, :, None, None], out_BTNH, 0)
 
 
 # On the mesh.
@@ -164,8 +219,7 @@ class _Place:
         return math.prod(self.sizes.values()) > 1
 
     def axes(self, dim: int) -> tuple[str, ...]:
-        entry = self.q_spec[dim]
-        return (entry,) if isinstance(entry, str) else entry or ()
+        return spec_names(self.q_spec[dim])
 
     def shards(self, dim: int) -> int:
         """Into how many parts this dim of the queries is split."""
@@ -178,25 +232,28 @@ class _Place:
         k_BSKH: jax.Array,
         v_BSKH: jax.Array,
         mask: MaskSpec,
-        kernel: Any,
-        kernel_spec: Any,
+        extra: Any,
+        extra_specs: Any,
     ) -> jax.Array:
-        """`local(q, k, v, mask, kernel, q_start)` of each device's rows, heads and queries, with all their keys."""
-        if not self.mapped:
-            return local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, 0)
+        """`local(q, k, v, mask, extra, q_start)` of each device's rows, heads and queries, with all their keys.
 
-        def part(q_BTNH, k_BSKH, v_BSKH, mask, kernel):
+        extra: a pytree that extra_specs places: splash's kernel, cuDNN's position bias.
+        """
+        if not self.mapped:
+            return local(q_BTNH, k_BSKH, v_BSKH, mask, extra, 0)
+
+        def part(q_BTNH, k_BSKH, v_BSKH, mask, extra):
             k_BSKH, v_BSKH = (self._keys(x, heads=q_BTNH.shape[2]) for x in (k_BSKH, v_BSKH))
             q_start = jax.lax.axis_index(self.axes(1)) * q_BTNH.shape[1] if self.axes(1) else 0
-            return local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, q_start)
+            return local(q_BTNH, k_BSKH, v_BSKH, mask, extra, q_start)
 
         return jax.shard_map(
             part,
-            in_specs=(self.q_spec, self.k_spec, self.k_spec, self._mask_specs(mask), kernel_spec),
+            in_specs=(self.q_spec, self.k_spec, self.k_spec, self._mask_specs(mask), extra_specs),
             out_specs=self.q_spec,
             axis_names=set(self.sizes),
             check_vma=False,  # kernels do not say over which axes their results vary
-        )(q_BTNH, k_BSKH, v_BSKH, mask, kernel)
+        )(q_BTNH, k_BSKH, v_BSKH, mask, extra)
 
     def _keys(self, x_BSKH: jax.Array, *, heads: int) -> jax.Array:
         """Keys or values of the whole row, for the query heads here; transposed, a reduce-scatter."""
@@ -216,14 +273,12 @@ class _Place:
         rows, length = self.q_spec[0], self.q_spec[1]
         queries, keys = PartitionSpec(rows, length), PartitionSpec(rows, None)
         arrays, static = mask.tree_flatten()
-        specs = (PartitionSpec(), PartitionSpec(rows), queries, keys, queries, keys)
+        specs = (PartitionSpec(), keys, queries, keys, queries, keys)
         return MaskSpec.tree_unflatten(static, [None if a is None else s for a, s in zip(arrays, specs, strict=True)])
 
 
-def _place(q_BTNH: jax.Array, k_BSKH: jax.Array) -> _Place:
-    mesh = get_abstract_mesh()
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    sizes = {name: size for name, size, kind in axes if kind != AxisType.Manual}
+def _place(q_BTNH: Any, k_BSKH: Any) -> _Place:
+    mesh, sizes = get_abstract_mesh(), free_axis_sizes()
     if math.prod(sizes.values()) == 1:
         return _Place(mesh, {}, PartitionSpec(None, None, None, None), PartitionSpec(None, None, None, None))
     q_spec = activation_spec(("batch", "length", "act_heads", "head"), q_BTNH.shape)

@@ -1,95 +1,216 @@
-"""Keys and values of earlier tokens, kept for decoding: layout, empty cache, and the one write after the stack has run.
+"""Keys and values of other tokens, kept for decoding. A cache is a value: layers attend through it, and what they return
+(the keys and values of their own tokens) is written once for all layers, after the stack has run.
 
-Blocks only read a cache; what they return are the new keys and values of their own tokens. Slots hold the position of
-their token (-1: empty), and masks come from these positions, so rows of different lengths, padding and windows need
-nothing else. A layer with a window keeps a ring of that many slots: a token's slot is its position modulo the slots.
-NOT here: attention over a cache (`attention_over_parts`), paging, batching of requests.
+`Slots` is self-attention's: rows of slots that know the position of their token, so that rows of different lengths,
+padding and windows need nothing else. Layers with a window keep a ring of that many slots: a token's slot is its
+position modulo the slots. `Fresh` is what rows attend through that have no earlier tokens (prefill). `Cross` holds the
+keys and values of an encoder, which never change. Layers read by number, and no layer's part is ever cut out.
+NOT here: the mathematics of attention, paging, batching of requests.
 
-Legend: B batch (rows), T new tokens, S slots, K kv heads, H head size, n layers of one entry.
+Legend: B rows of the cache, R rows of a call, T new tokens, S slots or encoder tokens, L layers, n layers of one ring,
+N heads, K kv heads, H head size.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import ParamSpec
+from t5x_like.layers.attention import attention, attention_over_parts
+from t5x_like.layers.biases import Bias
+from t5x_like.layers.masks import MaskSpec
 from t5x_like.layers.param import ZEROS
 
 EMPTY = -1  # the position in a slot that holds no token, and of a token that is padding
 
 
+class Cache(Protocol):
+    """What self-attention of any layer attends through."""
+
+    def attend(
+        self,
+        q_BTNH: Float[Array, "R T N H"],
+        k_BTKH: Float[Array, "R T K H"],
+        v_BTKH: Float[Array, "R T K H"],
+        mask: MaskSpec,
+        *,
+        layer: int | Array,
+        scale: float,
+        softcap: float | None,
+        bias: Bias | None,
+    ) -> Float[Array, "R T N H"]:
+        """Attention of new tokens over what `layer` has kept and over one another. mask: among the new tokens."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One place in the period of layers: `layers` layers that keep `slots` slots."""
+class Fresh:
+    """No earlier tokens: attention among those of the call, by index, so that the kernels of training serve it."""
 
-    layers: int
-    slots: int
-
-
-def entries(windows: Sequence[int], *, period: int, length: int) -> list[Entry]:
-    """The cache entries of layers with these windows (0: none), for texts of up to `length` tokens."""
-    result = []
-    for place in range(period):
-        window = windows[place]
-        slots = min(window, length) if window else length
-        result.append(Entry(layers=len(windows[place::period]), slots=slots))
-    return result
+    def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: MaskSpec, *, layer, scale: float, softcap: float | None, bias):
+        del layer
+        return attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap, bias=bias)
 
 
-def specs(parts: Sequence[Entry], *, rows: int, kv_heads: int, head: int, dtype: str) -> dict[str, Any]:
-    """{place in the period: {"k", "v": [n, B, K, S, H], "positions": [B, S]}}.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """The slots of all layers with one window. layers: their numbers in the stack, ascending.
 
     Heads come before slots, because a tile of a TPU's memory then holds slots of one head, as attention wants them.
     """
-    axes = ("layers", "batch", "act_kv_heads", "kv_length", "head")
-    tree: dict[str, Any] = {}
-    for place, part in enumerate(parts):
-        values = ParamSpec((part.layers, rows, kv_heads, part.slots, head), dtype, axes, ZEROS)
-        positions = ParamSpec((rows, part.slots), "int32", ("batch", "kv_length"), f"constant({EMPTY})")
-        tree[str(place)] = {"k": values, "v": values, "positions": positions}
-    return tree
+
+    k: Any  # [n, B, K, S, H]
+    v: Any  # [n, B, K, S, H]
+    positions: Any  # [B, S]
+    layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def of(self, layer: int | Array) -> tuple[Array, Array]:
+        """Keys and values [B, S, K, H] of one layer."""
+        number = _number(layer, self.layers)
+        k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(a, number, 0, keepdims=False) for a in (self.k, self.v))
+        return k_BKSH.transpose(0, 2, 1, 3), v_BKSH.transpose(0, 2, 1, 3)
+
+    def write(self, k_LRTKH: Array, v_LRTKH: Array, positions_RT: Array, rows_R: Array, *, fresh: bool) -> "Ring":
+        slots_RT = _slots(positions_RT, self.positions.shape[1])
+        positions_BS = self.positions.at[rows_R].set(EMPTY) if fresh else self.positions
+        return Ring(
+            k=_put(self.k, _of_layers(k_LRTKH, self.layers), rows_R, slots_RT),
+            v=_put(self.v, _of_layers(v_LRTKH, self.layers), rows_R, slots_RT),
+            positions=positions_BS.at[rows_R[:, None], slots_RT].set(positions_RT, mode="drop"),
+            layers=self.layers,
+        )
 
 
-def write(
-    cache: dict[str, Any],
-    k_LBTKH: Float[Array, "L B T K H"],
-    v_LBTKH: Float[Array, "L B T K H"],
-    positions_BT: Int[Array, "B T"],
-    *,
-    period: int,
-) -> dict[str, Any]:
-    """The cache with the new tokens of all layers, each written once. Padding has position EMPTY and is left out.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The cache of self-attention: a ring for each window among the layers, 0 for those that see all."""
 
-    What else is in the cache beside the `period` entries stays as it is.
-    """
-    written = dict(cache)
-    for place in range(period):
-        part = cache[str(place)]
-        slots_BT = _slots(positions_BT, part["positions"].shape[1])
-        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-        written[str(place)] = {
-            "k": _put(part["k"], k_LBTKH[place::period], rows_B1, slots_BT),
-            "v": _put(part["v"], v_LBTKH[place::period], rows_B1, slots_BT),
-            "positions": part["positions"].at[rows_B1, slots_BT].set(positions_BT, mode="drop"),
+    rings: dict[int, Ring]
+
+    def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: MaskSpec, *, layer, scale: float, softcap: float | None, bias):
+        """mask says positions; its window chooses the ring."""
+        ring = self.rings[mask.window or 0]
+        old = MaskSpec(
+            causal=True, window=mask.window, q_positions_BT=mask.q_positions_BT, k_positions_BS=ring.positions
+        )
+        parts = [(*ring.of(layer), old), (k_BTKH, v_BTKH, mask)]
+        return attention_over_parts(q_BTNH, parts, scale=scale, softcap=softcap, bias=bias)
+
+    def write(
+        self,
+        k_LRTKH: Float[Array, "L R T K H"],
+        v_LRTKH: Float[Array, "L R T K H"],
+        positions_RT: Int[Array, "R T"],
+        rows_R: Int[Array, " R"],
+        *,
+        fresh: bool = False,
+    ) -> "Slots":
+        """The cache with new tokens of all layers in the rows of these numbers. Padding, whose position is EMPTY, is
+        left out. fresh: the rows begin anew, and what they held is gone."""
+        rings = {
+            window: ring.write(k_LRTKH, v_LRTKH, positions_RT, rows_R, fresh=fresh)
+            for window, ring in self.rings.items()
         }
-    return written
+        return Slots(rings)
 
 
-def _put(cache_nBKSH: jax.Array, new_nBTKH: jax.Array, rows_B1: jax.Array, slots_BT: jax.Array) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cross:
+    """An encoder's keys and values for the cross-attention of every layer; only read.
+
+    segments: of the encoder's tokens; a query sees those of its own segment, and 0 is padding.
+    """
+
+    k: Any  # [L, B, K, S, H]
+    v: Any  # [L, B, K, S, H]
+    segments: Any  # [B, S]
+
+    def of_rows(self, rows_R: Int[Array, " R"]) -> "Cross":
+        """What these rows attend to: a copy, so for a prefill only."""
+        return Cross(k=self.k[:, rows_R], v=self.v[:, rows_R], segments=self.segments[rows_R])
+
+    def attend(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        segments_BT: Int[Array, "B T"] | None,
+        *,
+        layer: int | Array,
+        scale: float,
+        softcap: float | None,
+    ) -> Float[Array, "B T N H"]:
+        """segments_BT: of the queries, None for one segment."""
+        k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False) for a in (self.k, self.v))
+        if segments_BT is None:
+            segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
+        mask = MaskSpec(causal=False, q_segments_BT=segments_BT, k_segments_BS=self.segments)
+        k_BSKH, v_BSKH = k_BKSH.transpose(0, 2, 1, 3), v_BKSH.transpose(0, 2, 1, 3)
+        return attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+
+
+# Before there are arrays: the same values, of specs.
+
+
+def slots_specs(windows: Sequence[int], *, rows: int, length: int, kv_heads: int, head_size: int, dtype: str) -> Slots:
+    """`Slots` of specs for `rows` texts of up to `length` tokens. windows: of each layer, 0 for all tokens."""
+    axes = ("layers", "batch", "act_kv_heads", "kv_length", "head")
+    rings = {}
+    for window in sorted(set(windows)):
+        layers = tuple(number for number, other in enumerate(windows) if other == window)
+        slots = min(window, length) if window else length
+        values = ParamSpec((len(layers), rows, kv_heads, slots, head_size), dtype, axes, ZEROS)
+        positions = ParamSpec((rows, slots), "int32", ("batch", "kv_length"), f"constant({EMPTY})")
+        rings[window] = Ring(k=values, v=values, positions=positions, layers=layers)
+    return Slots(rings)
+
+
+def cross_specs(*, layers: int, rows: int, length: int, kv_heads: int, head_size: int, dtype: str) -> Cross:
+    """`Cross` of specs, for encoder rows of `length` tokens."""
+    axes = ("layers", "batch", "act_kv_heads", "kv_length", "head")
+    values = ParamSpec((layers, rows, kv_heads, length, head_size), dtype, axes, ZEROS)
+    segments = ParamSpec((rows, length), "int32", ("batch", "kv_length"), ZEROS)
+    return Cross(k=values, v=values, segments=segments)
+
+
+def _number(layer: int | Array, layers: Sequence[int]) -> int | Array:
+    """Which of `layers` this one is."""
+    if isinstance(layer, int):
+        return layers.index(layer)
+    if tuple(layers) == tuple(range(len(layers))):
+        return layer
+    table = np.zeros(layers[-1] + 1, np.int32)
+    table[list(layers)] = range(len(layers))
+    return jnp.asarray(table)[layer]
+
+
+def _of_layers(new_LRTKH: Array, layers: Sequence[int]) -> Array:
+    """The new keys or values of some layers."""
+    if len(layers) == len(new_LRTKH):
+        return new_LRTKH
+    steps = set(np.diff(layers).tolist())
+    if len(steps) <= 1:
+        return new_LRTKH[layers[0] : layers[-1] + 1 : max(steps, default=1)]
+    return new_LRTKH[np.asarray(layers)]
+
+
+def _put(cache_nBKSH: Array, new_nRTKH: Array, rows_R: Array, slots_RT: Array) -> Array:
     # Layers are counted in the index: as part of what is written in one piece, they decide the layout on a TPU, which
     # costs four copies of the whole cache a step where a device has one kv head.
     layers_n11 = jnp.arange(cache_nBKSH.shape[0])[:, None, None]
-    new_nBTKH = new_nBTKH.astype(cache_nBKSH.dtype)
-    return cache_nBKSH.at[layers_n11, rows_B1[None], :, slots_BT[None]].set(new_nBTKH, mode="drop")
+    new_nRTKH = new_nRTKH.astype(cache_nBKSH.dtype)
+    return cache_nBKSH.at[layers_n11, rows_R[None, :, None], :, slots_RT[None]].set(new_nRTKH, mode="drop")
 
 
-def _slots(positions_BT: Int[Array, "B T"], slots: int) -> Int[Array, "B T"]:
+def _slots(positions_RT: Int[Array, "R T"], slots: int) -> Int[Array, "R T"]:
     """Where each token goes; `slots`, which is past the end and dropped, for padding and for what a longer text
     overwrites within this very call (two tokens must not meet in one slot: the winner would be undefined)."""
-    last_B1 = positions_BT.max(axis=1, keepdims=True)
-    kept = (positions_BT >= 0) & (positions_BT > last_B1 - slots)
-    return jnp.where(kept, positions_BT % slots, slots)
+    last_R1 = positions_RT.max(axis=1, keepdims=True)
+    kept = (positions_RT >= 0) & (positions_RT > last_R1 - slots)
+    return jnp.where(kept, positions_RT % slots, slots)

@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # The logit of what a softmax leaves out (keys that are not seen, padding of the vocabulary): far below every other, and
 # finite, so that inf - inf never arises.
 MASKED = -1e30
+# A floor for the highest logit of a query, which only one that sees no key needs: so far above MASKED that exp of their
+# difference is 0.
+NOTHING_SEEN = -1e29
 
 
 @jax.tree_util.register_pytree_node_class
@@ -27,7 +30,8 @@ class MaskSpec:
     window: query position - key position < window (causal), and the same distance to the right when not causal; None =
         no limit. A Python int is static (every path); a traced scalar (one value a layer, from scan's xs) takes the XLA
         path.
-    prefix_lengths_B: keys at positions below it are seen by every query of the row (a bidirectional prefix).
+    k_prefix_BS: keys that every query of their segment sees, wherever it stands (the bidirectional prefix of a prefix
+        language model, arXiv 1910.10683; packed rows hold several).
     q_positions_BT, k_positions_BS: None = the index. Give them only where the order of the index within a segment is
         not the order of positions (decoding with a cache): the kernels need the index. A negative key position is an
         empty slot. Packed training rows leave them None, since segments already separate the documents.
@@ -36,7 +40,7 @@ class MaskSpec:
 
     causal: bool
     window: Any = None
-    prefix_lengths_B: Int[Array, " B"] | None = None
+    k_prefix_BS: Bool[Array, "B S"] | None = None
     q_positions_BT: Int[Array, "B T"] | None = None
     k_positions_BS: Int[Array, "B S"] | None = None
     q_segments_BT: Int[Array, "B T"] | None = None
@@ -61,7 +65,7 @@ class MaskSpec:
     def tree_flatten(self):
         static = self.window if self.static_window else None
         traced = None if self.static_window else self.window
-        arrays = (self.prefix_lengths_B, self.q_positions_BT, self.k_positions_BS)
+        arrays = (self.k_prefix_BS, self.q_positions_BT, self.k_positions_BS)
         return (traced, *arrays, self.q_segments_BT, self.k_segments_BS), (self.causal, static)
 
     @classmethod
@@ -89,8 +93,8 @@ def allowed(
     k_BS = k_start + jnp.arange(k_length, dtype=jnp.int32)[None, :] if k_BS is None else k_BS
     if mask.causal or mask.window is not None:
         rules.append(_by_distance(mask, q_BT[:, :, None] - k_BS[:, None, :]))
-        if mask.prefix_lengths_B is not None:
-            rules[-1] |= k_BS[:, None, :] < mask.prefix_lengths_B[:, None, None]
+        if mask.k_prefix_BS is not None:
+            rules[-1] |= mask.k_prefix_BS[:, None, :]
     if mask.k_positions_BS is not None:
         rules.append((k_BS >= 0)[:, None, :])
     if mask.q_segments_BT is not None and mask.k_segments_BS is not None:
@@ -112,3 +116,8 @@ def _by_distance(mask: MaskSpec, distance: Int[Array, "#B T S"]) -> Bool[Array, 
         if not mask.causal:
             seen &= distance > -mask.window
     return seen
+
+
+def at_least_something(total: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Sums of weights that may be divided by: a query that sees nothing has the sum 0, and gets the output 0."""
+    return jnp.where(total == 0.0, 1.0, total)

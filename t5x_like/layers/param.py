@@ -97,6 +97,11 @@ def initialize(specs: Tree, key: jax.Array) -> dict[str, Any]:
     return tree.map_with_path(lambda path, spec: _draw(spec, fold(key, path)), specs)
 
 
+def empty(specs: Any) -> Any:
+    """The arrays of any pytree of specs whose values are constants (a cache)."""
+    return jax.tree.map(lambda spec: _draw(spec, jax.random.key(0)), specs)
+
+
 def fold(key: jax.Array, name: str) -> jax.Array:
     """A key for one purpose."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

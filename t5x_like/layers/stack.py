@@ -1,12 +1,15 @@
-"""Runs layers of equal shapes that are stored as one array per weight: scanned or unrolled, with remat. The ONE file.
+"""Runs the layers of a model, which are stored as one array per weight: scanned or unrolled, with remat. The ONE file.
 
-Stored by kind, run by pattern: weights are [L, ...] in layer order, whatever happens here. Static differences between
-layers (window, RoPE base) are a tuple of one value a layer; its period p decides the shape of the scan, [L/p, p], and
-layers that are left over run after it. A block is any function of one layer's weights; this file knows no mathematics.
+Stored by kind, run by pattern. Layers of equal shapes are a group, [layers of the group, ...] in layer order, whatever
+happens here; unlike layers (dense, experts) are several groups. Static differences between layers (group, window, RoPE
+base) are a tuple of one kind a layer. Its segments decide the program: each periodic stretch is one scan, and what does
+not repeat is written out. A block is any function of one layer's weights; this file knows no mathematics.
 """
 
+import collections
+import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -14,111 +17,217 @@ import jax.numpy as jnp
 
 from t5x_like.core.types import Tree
 
-# Names that blocks give to activations with `checkpoint_name`.
-_PROJECTIONS = ("q", "k", "v", "context", "mlp_gate", "mlp_up")
 _policies = jax.checkpoint_policies
 
+# Names that blocks give to activations with `checkpoint_name` (block.NAMES) and that a policy saves.
+SAVED: dict[str, tuple[str, ...]] = {
+    "minimal": ("q", "k", "v", "context", "mlp_gate", "mlp_up"),  # computes norms, activations and attention again
+    "context": ("context",),  # saves attention's output: its kernel runs once
+}
 # What the backward pass finds saved; everything else inside a layer is computed again. Least memory last.
 REMAT: dict[str, Callable[..., bool]] = {
     "none": _policies.everything_saveable,  # but for what a layer itself leaves out (mlp.py: its activation)
     "dots": _policies.dots_saveable,
-    "minimal": _policies.save_only_these_names(*_PROJECTIONS),  # computes norms, activations and attention again
-    "context": _policies.save_only_these_names("context"),  # saves attention's output: its kernel runs once
+    "minimal": _policies.save_only_these_names(*SAVED["minimal"]),
+    "context": _policies.save_only_these_names(*SAVED["context"]),
     "full": _policies.nothing_saveable,  # one [B, T, D] a layer
 }
 
 
+class Kind(Protocol):
+    """What is static of one layer: hashable, and with the name of the group that stores its weights."""
+
+    @property
+    def group(self) -> str: ...
+
+
 class BlockFunction(Protocol):
-    """(weights, x) -> (x, outputs) for one layer. place: its static place in the period, which tells its kind; index:
-    its number; cache: its slice of what is read."""
+    """One layer: (weights, x, rows) -> (x, {"cache": its part of a cache or None, "sums": {name: array}}).
+
+    rows: values of each row that go along with x. kind: static. index: the layer's number. cache: all layers' cache,
+    closed over and read by index; None without one.
+    """
 
     def __call__(
-        self, weights: Tree, x: jax.Array, /, *, place: int, index: int | jax.Array, cache: Tree | None
-    ) -> tuple[jax.Array, Any]: ...
+        self, weights: Tree, x: jax.Array, rows: Any, /, *, kind: Any, index: int | jax.Array, cache: Any
+    ) -> tuple[jax.Array, dict[str, Any]]: ...
 
 
-def period(kinds: Sequence[Hashable]) -> int:
-    """The smallest p with kinds[i] == kinds[i % p].
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`repeats` times a stretch of `period` layers, from layer `start` on; once: layers that do not repeat."""
 
-    >>> period(("local", "local", "global", "local", "local", "global", "local"))
-    3
+    start: int
+    period: int
+    repeats: int
+
+    @property
+    def layers(self) -> int:
+        return self.period * self.repeats
+
+
+def segments(kinds: Sequence[Any]) -> tuple[Segment, ...]:
+    """The segments of a stack: the periodic stretch that leaves the fewest layers to write out, then those around it.
+
+    >>> segments("ddeeee")
+    (Segment(start=0, period=1, repeats=2), Segment(start=2, period=1, repeats=4))
+    >>> segments("llgllgl")
+    (Segment(start=0, period=3, repeats=2), Segment(start=6, period=1, repeats=1))
     """
-    return next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
+    if not kinds:
+        return ()
+    candidates = []
+    for period in range(1, len(kinds) // 2 + 1):
+        equal = 0  # layers from `start` on that are like the one a period later
+        for start in reversed(range(len(kinds) - period)):
+            equal = equal + 1 if kinds[start] == kinds[start + period] else 0
+            if equal >= period:
+                repeats = equal // period + 1
+                candidates.append((len(kinds) - (repeats - 1) * period, start, period, repeats))
+    if not candidates:
+        return (Segment(0, len(kinds), 1),)
+    middle = Segment(*min(candidates)[1:])
+    end = middle.start + middle.layers
+    after = (dataclasses.replace(segment, start=segment.start + end) for segment in segments(kinds[end:]))
+    return (*segments(kinds[: middle.start]), middle, *after)
 
 
 def run(
-    block: BlockFunction,
-    weights: Tree,
+    blocks: Mapping[str, BlockFunction],
+    weights: Mapping[str, Tree],
     x: jax.Array,
+    rows: Any,
     *,
-    kinds: Sequence[Hashable],
-    caches: Sequence[Tree] | None,
+    kinds: Sequence[Kind],
+    cache: Any = None,
     scan: bool,
     remat: str,
-) -> tuple[jax.Array, Any]:
-    """x after all layers, and the blocks' outputs stacked in layer order.
+) -> tuple[jax.Array, dict[str, Any]]:
+    """x after all layers, and {"cache", "sums"} of the blocks, each stacked in the order of the layers that give it.
 
-    weights: arrays [L, ...]. caches: one tree a place in the period, arrays [layers at that place, ...], only read.
-    scan=False gives the same result from a longer program, which saves the copies in and out of stacked arrays.
+    blocks, weights: by group; arrays [layers of the group, ...]. rows: a tree of per-row values handed to every block
+    beside x. scan=False gives the same result from a longer program, which saves the copies in and out of stacked
+    arrays. With a cache no gradient is taken, and neither weights nor cache are cut into segments, which would copy
+    them: each layer is picked by its number out of the whole.
     """
-    p = period(kinds)
-    repeats = len(kinds) // p if scan else 0
-    if repeats == 1:
-        repeats = 0  # nothing to repeat
-    plain_scan = repeats > 0 and p == 1
-    steps = [_with_remat(functools.partial(block, place=place), remat, plain_scan=plain_scan) for place in range(p)]
-    scanned = repeats * p
-    first, rest = _cut(weights, scanned, len(kinds))
+    plan = segments(kinds) if scan else (Segment(0, len(kinds), 1),)
+    if cache is None:
+        parts = _cut(weights, kinds, plan)
     outputs = []
-    if scanned:
-        xs = (
-            jax.tree.map(lambda a: a.reshape(repeats, p, *a.shape[1:]), first) if p > 1 else first,
-            None if caches is None else [jax.tree.map(lambda a: a[:repeats], cache) for cache in caches],
-            jnp.arange(scanned).reshape(repeats, p),
-        )
-        x, stacked = jax.lax.scan(functools.partial(_body, steps), x, xs)
-        outputs.append(jax.tree.map(lambda a: a.reshape(scanned, *a.shape[2:]), stacked) if p > 1 else stacked)
-    for number, layer in enumerate(_layers(rest, len(kinds) - scanned)):
-        index = scanned + number
-        cache = None if caches is None else jax.tree.map(lambda a, row=index // p: a[row], caches[index % p])
-        x, output = steps[index % p](layer, x, index=index, cache=cache)
-        outputs.append(jax.tree.map(lambda a: a[None], output))
-    return x, outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
-
-
-def _body(steps: Sequence[Callable[..., Any]], x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
-    """One period of layers."""
-    weights, caches, indices = slices
-    layers = [weights] if len(steps) == 1 else _layers(weights, len(steps))
-    outputs = []
-    for place, step in enumerate(steps):
-        cache = None if caches is None else caches[place]
-        x, output = step(layers[place], x, index=indices[place], cache=cache)
+    for number, segment in enumerate(plan):
+        steps = _steps(blocks, kinds, segment, cache=cache, remat=remat)
+        if cache is None:
+            pick, xs = _given(kinds, segment), parts[number]
+        else:
+            pick, xs = _picked(weights, kinds, segment), None
+        body = functools.partial(_body, steps, pick, rows, segment)
+        if segment.repeats == 1:
+            x, output = body(x, (0, xs))
+        else:
+            x, stacked = jax.lax.scan(body, x, (jnp.arange(segment.repeats), xs))
+            output = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
         outputs.append(output)
-    return x, outputs[0] if len(steps) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+    return x, outputs[0] if len(outputs) == 1 else _joined(outputs, jnp.concatenate)
 
 
-def _with_remat(step: Callable[..., Any], remat: str, *, plain_scan: bool) -> Callable[..., Any]:
-    if remat == "none":
-        return step
+def _steps(
+    blocks: Mapping[str, BlockFunction], kinds: Sequence[Kind], segment: Segment, *, cache: Any, remat: str
+) -> list[Callable[..., Any]]:
+    """The function of each layer of a period."""
+    period = kinds[segment.start : segment.start + segment.period]
+    steps = [functools.partial(blocks[kind.group], kind=kind, cache=cache) for kind in period]
+    if remat == "none" or cache is not None:
+        return steps
     # The body of a scan over single layers is differentiated on its own, so there is nothing to share by mistake.
     # With several layers side by side, common subexpressions would undo the remat.
-    return jax.checkpoint(step, policy=REMAT[remat], prevent_cse=not plain_scan)
+    plain_scan = segment.period == 1 and segment.repeats > 1
+    return [jax.checkpoint(step, policy=REMAT[remat], prevent_cse=not plain_scan) for step in steps]
 
 
-def _cut(weights: Tree, at: int, length: int) -> tuple[Tree, Tree]:
-    """Layers before and after `at`. By `split`, whose gradient is one concatenation; that of slicing is a sum of padded
-    arrays of full size."""
-    if at in (0, length):
-        return weights, weights
-    pairs = jax.tree.map(lambda a: jax.lax.split(a, (at, length - at)), weights)
-    before, after = (jax.tree.map(lambda _, pair, i=i: pair[i], weights, pairs) for i in (0, 1))
-    return before, after
+def _body(steps, pick, rows: Any, segment: Segment, x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+    """One period of layers; its outputs have a leading dim over its layers."""
+    repeat, given = slices
+    layers = pick(repeat, given)
+    outputs = []
+    for place, (step, layer) in enumerate(zip(steps, layers, strict=True)):
+        x, output = step(layer, x, rows, index=segment.start + repeat * segment.period + place)
+        outputs.append(jax.tree.map(lambda a: a[None], output))
+    return x, outputs[0] if len(outputs) == 1 else _joined(outputs, jnp.concatenate)
 
 
-def _layers(weights: Tree, count: int) -> list[Any]:
-    """One tree for each of the first `count` layers."""
-    if count == 0:
-        return []
-    parts = jax.tree.map(lambda a: [part[0] for part in jax.lax.split(a, (1,) * count)], weights)
-    return [jax.tree.map(lambda _, part, i=i: part[i], weights, parts) for i in range(count)]
+def _joined(outputs: Sequence[dict[str, Any]], join: Callable[..., Any]) -> dict[str, Any]:
+    """Outputs of several layers as one; a sum that some layers do not give is made of the others'."""
+    names = dict.fromkeys(name for output in outputs for name in output["sums"])
+    return {
+        "cache": jax.tree.map(lambda *parts: join(parts), *(output["cache"] for output in outputs)),
+        "sums": {name: join([o["sums"][name] for o in outputs if name in o["sums"]]) for name in names},
+    }
+
+
+# The weights of a period's layers. Without a cache they are cut out of the stacks: a scan then adds up no gradient of a
+# whole stack. By `split`, whose gradient is one concatenation; that of slicing is a sum of padded arrays of full size.
+
+
+def _cut(weights: Mapping[str, Tree], kinds: Sequence[Kind], plan: Sequence[Segment]) -> list[dict[str, Tree]]:
+    """The weights of each segment, by group: [repeats, layers of the group in a period, ...]."""
+    parts: list[dict[str, Tree]] = [{} for _ in plan]
+    for group, stack in weights.items():
+        counts = [_of_group(kinds[s.start : s.start + s.layers], group) for s in plan]
+        numbers = [number for number, count in enumerate(counts) if count]
+        for number, part in zip(numbers, _split(stack, [counts[number] for number in numbers]), strict=True):
+            repeats = plan[number].repeats
+            if repeats > 1 and counts[number] > repeats:
+                part = jax.tree.map(lambda a, r=repeats: a.reshape(r, -1, *a.shape[1:]), part)
+            parts[number][group] = part
+    return parts
+
+
+def _given(kinds: Sequence[Kind], segment: Segment) -> Callable[..., list[Tree]]:
+    period = kinds[segment.start : segment.start + segment.period]
+
+    def pick(repeat: Any, part: Mapping[str, Tree]) -> list[Tree]:
+        layers = {}
+        for group, stack in part.items():
+            count = _of_group(period, group)
+            alone = count == 1 and segment.repeats > 1
+            layers[group] = iter([stack] if alone else map(_first, _split(stack, [1] * count)))
+        return [next(layers[kind.group]) for kind in period]
+
+    return pick
+
+
+def _picked(weights: Mapping[str, Tree], kinds: Sequence[Kind], segment: Segment) -> Callable[..., list[Tree]]:
+    before = collections.Counter(kind.group for kind in kinds[: segment.start])
+    period = kinds[segment.start : segment.start + segment.period]
+    strides = collections.Counter(kind.group for kind in period)
+
+    def pick(repeat: Any, part: None) -> list[Tree]:
+        seen: collections.Counter[str] = collections.Counter()
+        layers = []
+        for kind in period:
+            number = before[kind.group] + repeat * strides[kind.group] + seen[kind.group]
+            layers.append(
+                jax.tree.map(
+                    lambda a, n=number: jax.lax.dynamic_index_in_dim(a, n, 0, keepdims=False), weights[kind.group]
+                )
+            )
+            seen[kind.group] += 1
+        return layers
+
+    return pick
+
+
+def _of_group(kinds: Sequence[Kind], group: str) -> int:
+    return sum(kind.group == group for kind in kinds)
+
+
+def _split(stack: Tree, sizes: Sequence[int]) -> list[Tree]:
+    """A stack of layers in parts of these sizes."""
+    if len(sizes) == 1:
+        return [stack]
+    pieces = jax.tree.map(lambda a: jax.lax.split(a, tuple(sizes)), stack)
+    return [jax.tree.map(lambda _, piece, i=i: piece[i], stack, pieces) for i in range(len(sizes))]
+
+
+def _first(stack: Tree) -> Tree:
+    return jax.tree.map(lambda a: a[0], stack)

@@ -2,7 +2,7 @@
 
 A weight is a leaf of the parameter tree: an array now, later also quantized and low-rank values, which contractions
 tell apart here. Elsewhere a layer meets only vectors, as plain arrays by `value` (scales of norms, biases), and the
-scorer meets the head (token_log_probs.py). It is NOT the place of activations' products (attention, gates) nor of
+scorer meets the head (scoring/head.py). It is NOT the place of activations' products (attention, gates) nor of
 shardings.
 """
 

@@ -1,9 +1,11 @@
-"""What a model is, in numbers and names: `ModelConfig`, and `resolve`, which fills a section from family and size.
+"""What a model is, in numbers and names: `ModelConfig`, composed of stacks, and `resolve`, which fills a section from
+family and size.
 
-Not here: the numbers of the families (families/) and anything that computes.
+Not here: the numbers of the families (families/), one layer (layers/block.py), and anything that computes.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,22 +15,143 @@ from t5x_like.core import config as bridge
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.layers.block import BlockConfig, LayerKind
-from t5x_like.layers.mlp import ACTIVATIONS
-from t5x_like.layers.norms import NORMS
-from t5x_like.layers.positions import SCALINGS, RopeScaling
+from t5x_like.layers.initialization import INITIALIZATIONS, InitConfig
+from t5x_like.layers.positions import RopeScaling
 from t5x_like.layers.stack import REMAT
 from t5x_like.models.families import FAMILIES
+from t5x_like.models.families.plain import merged
 
-POSITIONS = ("rope", "learned")
+# How the layers of a stack learn where a token stands.
+POSITIONS = ("rope", "learned", "relative", "alibi", "none")
+# The stacks of each architecture.
+STACKS = {"decoder": ("decoder",), "encoder": ("encoder",), "encoder_decoder": ("encoder", "decoder")}
 CUSTOM = "custom"  # the size that supplies nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """theta: base, one value for all layers or one for each entry of `windows`."""
+    """Rotary positions. theta: base, one value for all layers or one for each entry of `windows`; 0 turns nothing."""
 
     theta: tuple[float, ...]
     scaling: RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeConfig:
+    """T5's relative positions (arXiv 1910.10683, section 2.1): a learned bias for each head and bucket of distances.
+
+    buckets: their number, half of them exact and half growing with the logarithm of the distance; max_distance: tokens
+    from which on all distances share the last bucket.
+    """
+
+    buckets: int
+    max_distance: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig(BlockConfig):
+    """One stack of layers; the fields of its layers are BlockConfig's.
+
+    position: a name in POSITIONS. windows: how many tokens back each layer sees, itself included, 0 for all; a pattern
+    repeated over the layers, (1024, 1024, 0) being two local and one global. final_norm: whether a norm follows the
+    last layer.
+    """
+
+    layers: int
+    position: str
+    rope: RopeConfig
+    relative: RelativeConfig
+    windows: tuple[int, ...]
+    final_norm: bool
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The static differences of each layer."""
+        thetas = self.rope.theta if self.position == "rope" else (0.0,)
+        count = len(self.windows)
+        thetas = thetas if len(thetas) == count else thetas * count
+        pattern = [LayerKind(window, theta) for window, theta in zip(self.windows, thetas, strict=True)]
+        return tuple(pattern[i % count] for i in range(self.layers))
+
+    def check(self, path: str) -> None:
+        """Raises UsageError for names that are in no table and numbers that do not fit together."""
+        super().check(path)
+        if self.layers < 1:
+            raise UsageError(f"{path}.layers={self.layers} should be at least 1")
+        if self.position not in POSITIONS:
+            raise UsageError(f"{path}.position={self.position!r} is unknown; {nearest(self.position, POSITIONS)}")
+        if not self.windows or min(self.windows) < 0:
+            raise UsageError(f"{path}.windows={self.windows} should be numbers of tokens, 0 for a layer that sees all")
+        if len(self.windows) > self.layers:
+            raise UsageError(
+                f"{path}.windows={self.windows} is longer than {path}.layers={self.layers}; give one entry a layer, or "
+                "a pattern to repeat"
+            )
+        if self.position == "rope":
+            self._check_rope(path)
+        if self.position == "relative" and not 2 <= self.relative.buckets // 2 < self.relative.max_distance:
+            raise UsageError(
+                f"{path}.relative.buckets={self.relative.buckets} should be at least 4, and half of them below "
+                f"{path}.relative.max_distance={self.relative.max_distance}"
+            )
+
+    def _check_rope(self, path: str) -> None:
+        if not all(0 <= theta < math.inf for theta in self.rope.theta) or not any(self.rope.theta):
+            raise UsageError(f"{path}.rope.theta={self.rope.theta} should be numbers above 0 (0: a layer without)")
+        if len(self.rope.theta) not in (1, len(self.windows)):
+            raise UsageError(
+                f"{path}.rope.theta={self.rope.theta} should have one value, or one for each of the "
+                f"{len(self.windows)} entries of {path}.windows"
+            )
+        if self.head_size % 2:
+            raise UsageError(
+                f"{path}.head_size={self.head_size} is odd, but rotary positions turn pairs; use an even size"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig:
+    """What becomes of tokens before the first layer.
+
+    scale: factor of the embedding, 0 for sqrt(width) (Gemma). norm: whether a norm follows (BLOOM, BERT). types: number
+    of token types (BERT), 0 for none. offset: rows of the table of learned positions before that of position 0 (BART:
+    2).
+    """
+
+    scale: float
+    norm: bool
+    types: int
+    offset: int
+
+    def check(self, path: str) -> None:
+        """Raises UsageError for numbers out of range."""
+        if not 0 <= self.scale < math.inf:
+            raise UsageError(f"{path}.scale={self.scale} should be a number from 0")
+        for field in ("types", "offset"):
+            if getattr(self, field) < 0:
+                raise UsageError(f"{path}.{field}={getattr(self, field)} should not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """The LM head: from hidden states to logits.
+
+    tied: it is the embedding of the tokens. scale: factor of the logits, 0 for width ** -0.5 (T5). bias: one number a
+    token. softcap c: logits become c * tanh(logits / c), 0 for none. transform: a dense layer, activation and norm
+    before it (BERT's masked-language-model head).
+    """
+
+    tied: bool
+    scale: float
+    bias: bool
+    softcap: float
+    transform: bool
+
+    def check(self, path: str) -> None:
+        """Raises UsageError for numbers out of range."""
+        for field in ("scale", "softcap"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise UsageError(f"{path}.{field}={getattr(self, field)} should be a number from 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,43 +163,64 @@ class DtypeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(BlockConfig):
-    """The section `model` of a config; the fields of one layer are BlockConfig's.
+class ModelConfig:
+    """The section `model` of a config.
 
-    vocab_size: tokens; stored rows are rounded up to vocab_multiple and masked. max_length: tokens. windows: how many
-    tokens back each layer sees, itself included, 0 for all; a pattern repeated over the layers, (1024, 1024, 0) being
-    two local and one global. final_softcap: of the logits, 0 for none. remat: a name in stack.REMAT.
+    architecture: a name in STACKS, which says which of `encoder` and `decoder` there are; the other is None.
+    vocab_size: tokens; stored rows are rounded up to vocab_multiple and masked. max_length: tokens of a text. width: of
+    what passes from layer to layer. dropout: share of the embedding's and of each branch's output that is set to zero
+    in training (attention weights are never dropped). scan, remat: how the layers are run; a name in stack.REMAT.
     """
 
     family: str
     size: str
+    architecture: str
     vocab_size: int
     vocab_multiple: int
     max_length: int
-    position: str
-    rope: RopeConfig
-    windows: tuple[int, ...]
-    tie_embeddings: bool
-    final_softcap: float
+    width: int
+    embedding: EmbeddingConfig
+    encoder: StackConfig | None
+    decoder: StackConfig | None
+    head: HeadConfig
+    init: InitConfig
+    dropout: float
     scan: bool
     remat: str
     dtype: DtypeConfig
 
     def __post_init__(self):
-        _check(self)
+        self.check("config.model")
 
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def kinds(self) -> tuple[LayerKind, ...]:
-        """The static differences of each layer."""
-        thetas = self.rope.theta if self.position == "rope" else (0.0,)
-        count = len(self.windows)
-        thetas = thetas if len(thetas) == count else thetas * count
-        pattern = [LayerKind(window, theta) for window, theta in zip(self.windows, thetas, strict=True)]
-        return tuple(pattern[i % count] for i in range(self.layers))
+    def stacks(self) -> dict[str, StackConfig]:
+        """The stacks that this architecture has, by name."""
+        both = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: stack for name, stack in both.items() if stack is not None}
+
+    def check(self, path: str) -> None:
+        """Raises UsageError for names that are in no table and numbers that do not fit together."""
+        if tuple(self.stacks) != STACKS[self.architecture]:
+            raise UsageError(f"{path}.architecture={self.architecture!r} has {' and '.join(STACKS[self.architecture])}")
+        if self.remat not in REMAT:
+            raise UsageError(f"{path}.remat={self.remat!r} is unknown; {nearest(self.remat, REMAT)}")
+        for field in ("vocab_size", "vocab_multiple", "max_length", "width"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least 1")
+        if self.init.name not in INITIALIZATIONS:
+            raise UsageError(f"{path}.init.name={self.init.name!r} is unknown; {nearest(self.init.name, INITIALIZATIONS)}")
+        if not 0 < self.init.std < math.inf:
+            raise UsageError(f"{path}.init.std={self.init.std:g} should be above 0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"{path}.dropout={self.dropout} should be at least 0 and below 1")
+        self.embedding.check(f"{path}.embedding")
+        self.head.check(f"{path}.head")
+        for name, stack in self.stacks.items():
+            stack.check(f"{path}.{name}")
 
 
 def resolve(section: bridge.Values, *, path: str = "config.model") -> ModelConfig:
@@ -94,67 +238,45 @@ def resolve(section: bridge.Values, *, path: str = "config.model") -> ModelConfi
     family, sizes = FAMILIES[name]
     if size not in sizes and size != CUSTOM:
         raise UsageError(f"{path}.size={size!r} is unknown for {name}; {nearest(size, [*sizes, CUSTOM])}")
-    supplied = _merge(family, sizes[size] if size != CUSTOM else {})
-    return bridge.build(ModelConfig, _fill(section, supplied, path, f"size {size!r} of {name}"), path=path)
+    supplied = merged(family, sizes[size] if size != CUSTOM else {})
+    chosen = _without_absent_stacks(section, supplied, path)
+    return bridge.build(ModelConfig, _fill(chosen, supplied, path, f"size {size!r} of {name}"), path=path)
 
 
-def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested sections of both; `second` wins."""
-    merged = dict(first)
-    for key, value in second.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def _without_absent_stacks(section: bridge.Values, supplied: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The section with None for each stack that its architecture does not have; refuses fields set there."""
+    architecture = section.get("architecture") or supplied["architecture"]
+    if architecture not in STACKS:
+        raise UsageError(f"{path}.architecture={architecture!r} is unknown; {nearest(architecture, STACKS)}")
+    chosen: dict[str, Any] = dict(section.items())
+    for name in {"encoder", "decoder"} - set(STACKS[architecture]):
+        given = next(_given(section.get(name), f"{path}.{name}"), None)
+        if given is not None:
+            raise UsageError(f"{given} has no effect, since {path}.architecture={architecture!r} has no {name}")
+        chosen[name] = None
+    return chosen
+
+
+def _given(node: Any, path: str) -> Any:
+    """Yields the path of each field below `node` that is not None."""
+    if isinstance(node, Mapping | ConfigDict):
+        for key, value in node.items():
+            yield from _given(value, f"{path}.{key}")
+    elif node is not None:
+        yield path
 
 
 def _fill(section: bridge.Values, supplied: Mapping[str, Any], path: str, source: str) -> dict[str, Any]:
-    filled = {}
+    filled: dict[str, Any] = {}
     values: dict[str, Any] = dict(section.items())
     for key, value in values.items():
         other = supplied.get(key)
         if isinstance(value, Mapping | ConfigDict):
             filled[key] = _fill(value, other if isinstance(other, Mapping) else {}, f"{path}.{key}", source)
+        elif value is None and other is None and key in ("encoder", "decoder"):
+            filled[key] = None  # a stack that this architecture does not have
         elif value is None and other is None:
             raise UsageError(f"{path}.{key} is not given, and {source} supplies none; set it")
         else:
             filled[key] = other if value is None else value
     return filled
-
-
-def _check(c: ModelConfig) -> None:
-    """Raises UsageError for names that are in no table and numbers that do not fit together."""
-    where = "config.model"
-    names = {
-        "norm": (c.norm, NORMS),
-        "activation": (c.activation, ACTIVATIONS),
-        "position": (c.position, POSITIONS),
-        "remat": (c.remat, REMAT),
-        "rope.scaling.name": (c.rope.scaling.name, SCALINGS),
-    }
-    for field, (name, table) in names.items():
-        if name not in table:
-            raise UsageError(f"{where}.{field}={name!r} is unknown; {nearest(name, table)}")
-    for field in ("layers", "embed", "heads", "kv_heads", "head", "mlp", "vocab_size", "vocab_multiple", "max_length"):
-        if getattr(c, field) < 1:
-            raise UsageError(f"{where}.{field}={getattr(c, field)} should be at least 1")
-    for field, value in (("norm_epsilon", c.norm_epsilon), ("init_deviation", c.init_deviation)):
-        if not value > 0:
-            raise UsageError(f"{where}.{field}={value:g} should be above 0")
-    if c.position == "rope" and not min(c.rope.theta, default=0) > 0:
-        raise UsageError(f"{where}.rope.theta={c.rope.theta} should be numbers above 0")
-    if c.heads % c.kv_heads:
-        raise UsageError(
-            f"{where}.kv_heads={c.kv_heads} does not divide {where}.heads={c.heads}; each key-value head serves the "
-            "same number of query heads"
-        )
-    if not c.windows or min(c.windows) < 0:
-        raise UsageError(f"{where}.windows={c.windows} should be numbers of tokens, 0 for a layer that sees all")
-    if len(c.rope.theta) not in (1, len(c.windows)):
-        raise UsageError(
-            f"{where}.rope.theta={c.rope.theta} should have one value, or one for each of the {len(c.windows)} entries "
-            f"of {where}.windows"
-        )
-    if c.position == "rope" and c.head % 2:
-        raise UsageError(f"{where}.head={c.head} is odd, but rotary positions turn pairs; use an even size")
-    if not 0.0 <= c.dropout < 1.0:
-        raise UsageError(f"{where}.dropout={c.dropout} should be at least 0 and below 1")

@@ -2,12 +2,13 @@
 
 Convention (printed once by a run): matrix products only, the head included, a multiply-add being two operations; the
 embedding lookup, norms and activations are not counted; attention counts the keys that a token really sees (half of a
-causal row, at most a window); training is three times the forward pass; recomputation by remat is not counted.
+causal row, at most a window); training is three times the forward pass; recomputation by remat is not counted. An
+encoder-decoder is counted by tokens of the decoder: what the encoder does for a row is divided among them.
 """
 
 import dataclasses
 
-from t5x_like.models.config import ModelConfig
+from t5x_like.models.config import ModelConfig, StackConfig
 
 CONVENTION = (
     "matrix products incl. head, 2 per multiply-add; attention over the keys seen (causal half, windows); "
@@ -32,21 +33,46 @@ class FlopsPerToken:
         return 3 * self.forward
 
 
-def per_token(config: ModelConfig, *, length: int) -> FlopsPerToken:
-    c = config
-    projections = c.embed * c.head * (2 * c.heads + 2 * c.kv_heads)
-    mlp = c.embed * c.mlp * (3 if c.gated else 2)
-    attention = sum(4 * c.heads * c.head * keys_seen(length, kind.window) for kind in c.kinds)
-    return FlopsPerToken(
-        weights=2.0 * c.layers * (projections + mlp), attention=attention, head=2.0 * c.embed * c.vocab_size
-    )
+def per_token(config: ModelConfig, *, length: int, source_length: int = 0) -> FlopsPerToken:
+    """Of rows of `length` tokens, for an encoder-decoder with sources of `source_length`."""
+    width, encoder, decoder = config.width, config.encoder, config.decoder
+    head = 2.0 * width * (config.vocab_size + (width if config.head.transform else 0))
+    if decoder is None:
+        assert encoder is not None, "every architecture has a stack"
+        return FlopsPerToken(_weights(encoder, width), _attention(encoder, length, causal=False), head)
+    weights, attention = _weights(decoder, width), _attention(decoder, length, causal=True)
+    if encoder is None:
+        return FlopsPerToken(weights, attention, head)
+    sources = source_length / length  # tokens of the encoder for each one of the decoder
+    query, key_value = (2.0 * decoder.layers * size for size in _projections(decoder, width))
+    weights += query + sources * (key_value + _weights(encoder, width))
+    attention += 4.0 * decoder.layers * decoder.heads * decoder.head_size * source_length
+    attention += sources * _attention(encoder, source_length, causal=False)
+    return FlopsPerToken(weights, attention, head)
 
 
-def keys_seen(length: int, window: int) -> float:
-    """Keys that a query of a causal row sees on average, itself included; window 0 is none.
+def _projections(stack: StackConfig, width: int) -> tuple[int, int]:
+    """Numbers in the matrices of one attention branch: (queries and output, keys and values)."""
+    return 2 * width * stack.heads * stack.head_size, 2 * width * stack.kv_heads * stack.head_size
 
-    >>> keys_seen(4, 0), keys_seen(4, 2)
-    (2.5, 1.75)
+
+def _weights(stack: StackConfig, width: int) -> float:
+    """Operations of a token with the weights of a stack, cross attention left out."""
+    mlp = width * stack.mlp * (3 if stack.gated else 2)
+    return 2.0 * stack.layers * (sum(_projections(stack, width)) + mlp)
+
+
+def _attention(stack: StackConfig, length: int, *, causal: bool) -> float:
+    keys = sum(keys_seen(length, kind.window, causal=causal) for kind in stack.kinds)
+    return 4.0 * stack.heads * stack.head_size * keys
+
+
+def keys_seen(length: int, window: int, *, causal: bool = True) -> float:
+    """Keys that a query of a row sees on average, itself included; window 0 is none.
+
+    >>> keys_seen(4, 0), keys_seen(4, 2), keys_seen(4, 0, causal=False), keys_seen(4, 2, causal=False)
+    (2.5, 1.75, 4.0, 2.5)
     """
     reach = min(window, length) if window else length
-    return (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+    before = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+    return before if causal else 2 * before - 1

@@ -3,7 +3,7 @@
 A `Model` is a frozen value (config, rules, number formats) that holds no array. It is NOT a module: nothing above this
 file knows NNX. `apply` runs under jit.
 
-Legend: B batch, T length, D model, V vocab (padded).
+Legend: B batch, R rows of a prefill, T length, S source length, D model, V vocab (padded).
 """
 
 import dataclasses
@@ -13,30 +13,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.core import tree
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
-from t5x_like.layers import kv_cache
-from t5x_like.layers.param import initialize
-from t5x_like.layers.token_log_probs import Head
-from t5x_like.models import decoder, flops
+from t5x_like.layers.param import empty, initialize
+from t5x_like.layers.scoring.head import Head
+from t5x_like.models import flops
+from t5x_like.models.architecture import Architecture, Output
 from t5x_like.models.config import ModelConfig
+from t5x_like.models.decoder import Decoder
+from t5x_like.models.encoder import Encoder
+from t5x_like.models.encoder_decoder import EncoderDecoder
 from t5x_like.parallel.rules import Rules
 from t5x_like.parallel.sharding import use_rules
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """hidden_BTD: after the final norm, in the compute type. cache: with this call's tokens, or None. sums: what
-    objectives need besides (a balance term of experts), by name."""
-
-    hidden_BTD: Float[Array, "B T D"]
-    cache: dict[str, Any] | None
-    sums: dict[str, Array]
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "decoder": Decoder,
+    "encoder": Encoder,
+    "encoder_decoder": EncoderDecoder,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +44,17 @@ class Model:
     dtypes: DtypePolicy
 
     @functools.cached_property
-    def _parts(self) -> decoder.Declared:
-        return decoder.declared(self.config, dtype=self.dtypes.params)
+    def _architecture(self) -> Architecture:
+        return ARCHITECTURES[self.config.architecture](self.config, self.rules, self.dtypes)
 
     @functools.cached_property
     def _specs(self) -> dict[str, Any]:
-        return decoder.specs(self.config, self._parts)
+        return self._architecture.specs()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The batch arrays that `apply` reads where they are given; of these only token ids must be."""
+        return self._architecture.inputs
 
     def specs(self) -> dict[str, Any]:
         """The nested dict of ParamSpec; nothing is allocated."""
@@ -62,51 +65,59 @@ class Model:
         return initialize(self._specs, key)
 
     def apply(
+        self, params: Tree, batch: Mapping[str, Array], *, cache: Any = None, key: jax.Array | None = None
+    ) -> Output:
+        """Hidden states of a batch: `inputs` [B, T] and, where given, `positions` and `segment_ids` (0 is padding).
+
+        Absent positions are 0..T-1, absent segments are one. An encoder-decoder also reads `encoder_inputs` [B, S] and,
+        where given, `encoder_positions` and `encoder_segment_ids`: a segment of the decoder sees that of the encoder.
+        With a cache, which needs positions, the tokens also see those of earlier calls, and the encoder is not run.
+        key: dropout; None turns it off.
+        """
+        return self._run(params, batch, cache=cache, fresh_rows_R=None, key=key)
+
+    def prefill(self, params: Tree, cache: Any, batch: Mapping[str, Array], rows_R: Int[Array, " R"]) -> Output:
+        """Hidden states of whole texts, which become the content of these rows of a cache; other rows stay.
+
+        Texts [R, T] begin at position 0 and are padded on the right, where `segment_ids` is 0 (else 1). They attend to
+        themselves alone, by index, as in training: the same kernels run, and memory grows with T, not its square.
+        """
+        return self._run(params, batch, cache=cache, fresh_rows_R=rows_R, key=None)
+
+    def _run(
         self,
         params: Tree,
         batch: Mapping[str, Array],
         *,
-        cache: dict[str, Any] | None = None,
-        key: jax.Array | None = None,
+        cache: Any,
+        fresh_rows_R: Array | None,
+        key: jax.Array | None,
     ) -> Output:
-        """Hidden states of a batch: `inputs` [B, T] and, where given, `positions` and `segment_ids` (0 is padding).
-
-        Absent positions are 0..T-1, absent segments are one. With a cache, which needs positions, the tokens also see
-        those of earlier calls. key: dropout; None turns it off.
-        """
         _check_tree(params, self._specs)
-        length = batch["inputs"].shape[1]
-        if length > self.config.max_length:
-            raise UserError(
-                f"a row of {length} tokens is longer than config.model.max_length={self.config.max_length}; "
-                "shorten config.data.length or the text"
-            )
+        self._check_lengths(batch)
         with use_rules(self.rules):
-            hidden_BTD, cache = decoder.apply(
-                self.config, self._parts, params, batch, dtype=self.dtypes.compute, cache=cache, key=key
-            )
-        return Output(hidden_BTD, cache, sums={})
+            return self._architecture.apply(params, batch, cache=cache, fresh_rows_R=fresh_rows_R, key=key)
 
-    def head(self, params: Tree) -> Head:
-        """What scoring multiplies hidden states with: the embedding itself when tied."""
-        weight = params["embed"]["tokens"] if self.config.tie_embeddings else params["head"]["weight"]
-        return Head(
-            weight=weight,
-            bias=None,
-            vocab_size=self.config.vocab_size,
-            softcap=self.config.final_softcap or None,
-            rules=self.rules,
-        )
+    def score_input(self, params: Tree, output: Output) -> tuple[Float[Array, "B T D"], Head]:
+        """(hidden states, head): what the scorer multiplies with what to get logits."""
+        with use_rules(self.rules):
+            return self._architecture.score_input(params, output)
 
-    def cache_specs(self, rows: int, length: int) -> dict[str, Any]:
-        """The specs of a cache for `rows` texts of up to `length` tokens, prompt included."""
-        entries = decoder.cache_entries(self.config, length=length)
-        c = self.config
-        return kv_cache.specs(entries, rows=rows, kv_heads=c.kv_heads, head=c.head, dtype=self.dtypes.compute)
+    def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
+        """The cache of `rows` texts of up to `length` tokens before the first of them. An encoder-decoder runs its
+        encoder on `encoder_inputs` of the batch."""
+        self._check_lengths(batch)
+        with use_rules(self.rules):
+            return self._architecture.start(params, batch, rows=rows, length=length)
 
-    def init_cache(self, rows: int, length: int) -> dict[str, Any]:
+    def cache_specs(self, rows: int, length: int, source_length: int = 0) -> dict[str, Any]:
+        """A cache of specs, for `rows` texts of up to `length` tokens, prompt included, and of sources up to
+        `source_length`; map over it by `jax.tree`."""
+        return self._architecture.cache_specs(rows, length, source_length)
+
+    def init_cache(self, rows: int, length: int, source_length: int = 0) -> dict[str, Any]:
         """An empty cache."""
-        return initialize(self.cache_specs(rows, length), jax.random.key(0))
+        return empty(self.cache_specs(rows, length, source_length))
 
     def parameter_count(self) -> int:
         """Numbers that are learned: what only pads the vocabulary is left out."""
@@ -118,9 +129,18 @@ class Model:
             for _, spec in tree.leaves(self._specs)
         )
 
-    def flops_per_token(self, length: int) -> flops.FlopsPerToken:
+    def flops_per_token(self, length: int, source_length: int = 0) -> flops.FlopsPerToken:
         """Floating-point operations per token in rows of `length`; the convention is written there."""
-        return flops.per_token(self.config, length=length)
+        return flops.per_token(self.config, length=length, source_length=source_length)
+
+    def _check_lengths(self, batch: Mapping[str, Array]) -> None:
+        for name in ("inputs", "encoder_inputs"):
+            length = batch[name].shape[1] if name in batch else 0
+            if length > self.config.max_length:
+                raise UserError(
+                    f"a row of {length} tokens is longer than config.model.max_length={self.config.max_length}; "
+                    "shorten config.data.length or the text"
+                )
 
 
 def _check_tree(params: Tree, specs: Tree) -> None:

@@ -4,15 +4,15 @@ Names: B batch, T query length, D model, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from t5x_like.core import tree
 from t5x_like.core.errors import UsageError
-from t5x_like.layers.token_log_probs import mean_logits, token_log_probs, token_predictions
-from t5x_like.models.model import Model
-from t5x_like.objectives.interface import Batch, Objective, Sums
+from t5x_like.core.types import ArraySpec
+from t5x_like.layers.scoring.token_scores import token_scores
+from t5x_like.objectives.interface import Batch, Objective, Role, Sums, inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,49 +23,53 @@ class LmConfig:
     label_smoothing: float
 
 
-def build(config: LmConfig, model: Model) -> Objective:
+def build(config: LmConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
+    model, whole = roles["policy"].model, roles["policy"].whole
     if not 0 <= config.label_smoothing < 1:
         raise UsageError(f"config.objective.lm.label_smoothing={config.label_smoothing:g} should be in [0, 1)")
     if config.z_loss < 0:
         raise UsageError(f"config.objective.lm.z_loss={config.z_loss:g} should not be negative")
-    if config.label_smoothing and model.config.final_softcap:
-        raise UsageError("config.objective.lm.label_smoothing needs linear logits; set model.final_softcap=0")
+    if config.label_smoothing and model.config.head.softcap:
+        raise UsageError("config.objective.lm.label_smoothing needs linear logits; set config.model.head.softcap=0")
 
-    def scores(params, frozen, batch: Batch, key):
-        whole = tree.join(params, frozen["base"])
-        hidden_BTD = model.apply(whole, batch, key=key).hidden_BTD
-        return hidden_BTD, model.head(whole)
+    want = {"logp"}
+    want |= {"logz", "mean"} if config.label_smoothing else set()
+    want |= {"logz"} if config.z_loss else set()
+
+    def hidden_and_head(params, frozen, batch: Batch, key):
+        parameters = whole(params, frozen)
+        return model.score_input(parameters, model.apply(parameters, batch, key=key))
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
         return {"tokens": jnp.sum(batch["loss_weights"])}
 
     def loss(params, frozen, batch: Batch, key, totals) -> tuple[jax.Array, Sums]:
-        hidden_BTD, head = scores(params, frozen, batch, key)
-        logp_BT, logz_BT = token_log_probs(hidden_BTD, head, batch["targets"])
+        hidden_BTD, head = hidden_and_head(params, frozen, batch, key)
+        scores = token_scores(hidden_BTD, head, batch["targets"], want=want)
         weights_BT = batch["loss_weights"]
         count = jnp.sum(weights_BT)
-        nll = -jnp.sum(weights_BT * logp_BT)
+        nll = -jnp.sum(weights_BT * scores.logp)
         total, sums = nll, {"loss": (nll, count)}
         if config.label_smoothing:
-            smooth_BT = logz_BT - mean_logits(hidden_BTD, head)
+            smooth_BT = scores.logz - scores.mean
             total = (1 - config.label_smoothing) * nll + config.label_smoothing * jnp.sum(weights_BT * smooth_BT)
         if config.z_loss:
-            z_loss = config.z_loss * jnp.sum(weights_BT * jnp.square(logz_BT))
+            z_loss = config.z_loss * jnp.sum(weights_BT * jnp.square(scores.logz))
             total, sums = total + z_loss, sums | {"z_loss": (z_loss, count)}
         return total / totals["tokens"], sums
 
     def evaluate(params, frozen, batch: Batch) -> Sums:
-        hidden_BTD, head = scores(params, frozen, batch, None)
-        logp_BT, _ = token_log_probs(hidden_BTD, head, batch["targets"])
-        correct_BT = token_predictions(hidden_BTD, head) == batch["targets"]
+        hidden_BTD, head = hidden_and_head(params, frozen, batch, None)
+        scores = token_scores(hidden_BTD, head, batch["targets"], want=("logp", "best"))
         weights_BT = batch["loss_weights"]
-        nll, count = -jnp.sum(weights_BT * logp_BT), jnp.sum(weights_BT)
+        nll, count = -jnp.sum(weights_BT * scores.logp), jnp.sum(weights_BT)
         # Bytes of the text, counted where a token is scored: the measure that no tokenizer can flatter.
         text_bytes = jnp.sum(jnp.where(weights_BT > 0, batch["target_bytes"], 0).astype(jnp.float32))
         return {
             "loss": (nll, count),
             "bits_per_byte": (nll / jnp.log(2.0), text_bytes),
-            "accuracy": (jnp.sum(weights_BT * correct_BT), count),
+            "accuracy": (jnp.sum(weights_BT * (scores.best == batch["targets"])), count),
         }
 
-    return Objective(weights, loss, evaluate)
+    read = inputs(arrays, ("inputs", "targets", "loss_weights", "target_bytes"), optional=model.inputs, objective="lm")
+    return Objective(weights, loss, evaluate, read)

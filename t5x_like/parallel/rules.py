@@ -28,6 +28,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "norm": (),
     "positions": (),
+    "types": (),
+    "buckets": (),
     # Dims of activations.
     "batch": ("slice", "data", "fsdp", "expert"),
     "length": ("sequence",),

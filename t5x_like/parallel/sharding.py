@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core import tree
-from t5x_like.core.types import Axes, Tree
+from t5x_like.core.types import ArraySpec, Axes, Tree
 from t5x_like.parallel.rules import Rules
 
 _rules: contextvars.ContextVar[Rules | None] = contextvars.ContextVar("rules", default=None)
@@ -40,17 +40,15 @@ def current_rules() -> Rules:
 
 def activation_spec(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
     """Where an activation lies on the mesh in context, leaving out axes that an enclosing shard_map handles."""
-    return current_rules().spec(axes, shape, _free_sizes())
+    return current_rules().spec(axes, shape, free_axis_sizes())
 
 
 def shards(axis: str, size: int) -> int:
     """Into how many parts the mesh in context cuts a dim of an activation with this logical axis and size."""
     if _nothing_to_place():
         return 1
-    entry = activation_spec((axis,), (size,))[0]
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    sizes = _free_sizes()
-    return math.prod(sizes[name] for name in names)
+    sizes = free_axis_sizes()
+    return math.prod(sizes[name] for name in spec_names(activation_spec((axis,), (size,))[0]))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -66,11 +64,16 @@ def _nothing_to_place() -> bool:
     return mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types) or mesh.size == 1
 
 
-def _free_sizes() -> dict[str, int]:
+def free_axis_sizes() -> dict[str, int]:
     """The sizes of the axes of the mesh in context that no enclosing shard_map handles."""
     mesh = get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in axes if kind != AxisType.Manual}
+
+
+def spec_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def named(mesh: Mesh, rules: Rules, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
@@ -86,17 +89,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shardings(mesh: Mesh, rules: Rules, shapes: dict[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
-    """Shardings of a batch of [B, T] arrays."""
-    return {name: named(mesh, rules, ("batch", "length")[: len(shape)], shape) for name, shape in shapes.items()}
+def batch_shardings(mesh: Mesh, rules: Rules, specs: Mapping[str, ArraySpec]) -> dict[str, NamedSharding]:
+    """Where the arrays of a batch lie, by their declared axes."""
+    return {name: named(mesh, rules, spec.axes, spec.shape) for name, spec in specs.items()}
 
 
-def addressable_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
-    """The global rows (dim 0) that devices of this process need, ascending and without repetition."""
-    needed = sharding.addressable_devices_indices_map(shape).values()
-    rows = np.zeros(shape[0], bool)
-    for index in needed:
-        rows[index[0] if index else slice(None)] = True
+def abstract_batch(mesh: Mesh, rules: Rules, specs: Mapping[str, ArraySpec]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch as a program is compiled for them: shape, dtype and sharding."""
+    shardings = batch_shardings(mesh, rules, specs)
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in specs.items()
+    }
+
+
+def addressable_rows(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> np.ndarray:
+    """The global rows (dim 0) of a batch that devices of this process need, ascending and without repetition."""
+    rows = np.zeros(next(iter(arrays.values())).shape[0], bool)
+    for array in arrays.values():
+        for index in array.sharding.addressable_devices_indices_map(array.shape).values():
+            rows[index[0] if index else slice(None)] = True
     return np.flatnonzero(rows)
 
 
@@ -104,8 +115,7 @@ def global_batch(
     read_rows: Callable[[np.ndarray], dict[str, np.ndarray]],
     *,
     rows: np.ndarray,
-    shapes: dict[str, tuple[int, ...]],
-    shardings: dict[str, NamedSharding],
+    arrays: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
     """Sharded arrays of a whole batch, of which this process reads only `rows` (from `addressable_rows`).
 
@@ -113,13 +123,13 @@ def global_batch(
     model axis spans processes.
     """
     local = read_rows(rows)
-    row_of = np.full(next(iter(shapes.values()))[0], -1)
+    row_of = np.full(next(iter(arrays.values())).shape[0], -1)
     row_of[rows] = np.arange(len(rows))
 
     def part(values: np.ndarray, index: Any) -> np.ndarray:
         return values[(row_of[index[0]], *index[1:])]
 
     return {
-        name: jax.make_array_from_callback(shapes[name], shardings[name], functools.partial(part, local[name]))
-        for name in shapes
+        name: jax.make_array_from_callback(array.shape, array.sharding, functools.partial(part, local[name]))
+        for name, array in arrays.items()
     }

@@ -6,14 +6,14 @@ function: step number, data and schedule advance, parameters and optimizer state
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from t5x_like.core import tree
-from t5x_like.core.types import Tree
+from t5x_like.core.types import Axes, Tree
 from t5x_like.objectives.interface import Batch, Objective, Sums
 from t5x_like.optim.clip import clip_by_global_norm
 from t5x_like.optim.optimizers import Optimizer
@@ -32,7 +32,8 @@ class StepConfig:
     micro_batches: parts of the batch whose gradients are added one after the other
     clip_norm: limit of the global gradient norm, None for none
     ema_decay: decay of the running average of parameters, None for none
-    spike_deviations: an update whose loss is this many standard deviations above its running mean is a spike;
+    spike_deviations: an update whose loss (`Objective.judge`) is this many standard deviations above its running mean
+      is a spike;
       None for no test, `spike_memory` is the decay of the running statistics, `spike_warmup` the losses they need
     dropout: whether keys are handed to the model
     """
@@ -50,7 +51,7 @@ class StepConfig:
 def make_step(
     objective: Objective, optimizer: Optimizer, *, rules: Rules, param_axes: Tree, config: StepConfig
 ) -> StepFunction:
-    """`step(state, frozen, batch) -> (state, metrics)`, pure and ready for jit. Batch arrays are [B, T].
+    """`step(state, frozen, batch) -> (state, metrics)`, pure and ready for jit. The batch holds `objective.inputs`.
 
     Each gradient is laid out as its parameter, whose logical axes `param_axes` holds.
     """
@@ -71,7 +72,8 @@ def make_step(
         if config.micro_batches == 1:
             grads, sums = part(batch, 0)
         else:
-            grads, sums = _accumulate(part, batch, config.micro_batches)
+            axes = {name: spec.axes for name, spec in objective.inputs.items()}
+            grads, sums = _accumulate(part, batch, axes, config.micro_batches)
         return grads, sums, nothing
 
     def step(state: State, frozen: dict[str, Any], batch: Batch) -> tuple[State, Metrics]:
@@ -80,8 +82,9 @@ def make_step(
             grads, sums, nothing = gradients(params, frozen, batch, progress["step"])
             grads, grad_norm = clip_by_global_norm(optimizer.mask(grads), config.clip_norm)
             metrics = {name: value / jnp.maximum(weight, 1e-9) for name, (value, weight) in sums.items()}
-            spike = _is_spike(metrics["loss"], progress, config)
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+            judged = metrics[objective.judge]
+            spike = _is_spike(judged, progress, config)
+            finite = jnp.isfinite(judged) & jnp.isfinite(grad_norm)
             accept = finite & ~spike & ~nothing
 
             updates, optimizer_state = optimizer.update(grads, state["optimizer"], params, progress["step"])
@@ -92,7 +95,7 @@ def make_step(
             if config.ema_decay is not None:
                 changed["ema"] = _average(state["ema"], changed["params"], config.ema_decay)
             kept = {name: _select(accept, changed[name], state[name]) for name in changed}
-            kept["progress"] = _advance(progress, metrics["loss"], accept, config)
+            kept["progress"] = _advance(progress, judged, accept, config)
             metrics |= {
                 "grad_norm": grad_norm,
                 "learning_rate": optimizer.learning_rate(progress["step"]),
@@ -105,14 +108,16 @@ def make_step(
     return step
 
 
-def _accumulate(part: Callable[[Batch, jax.Array], tuple[Tree, Sums]], batch: Batch, parts: int) -> tuple[Tree, Sums]:
+def _accumulate(
+    part: Callable[[Batch, jax.Array], tuple[Tree, Sums]], batch: Batch, axes: Mapping[str, Axes], parts: int
+) -> tuple[Tree, Sums]:
     """Sums over micro-batches. Each takes every `parts`-th row, so that no row leaves its data shard."""
 
-    def divide(x: jax.Array) -> jax.Array:
+    def divide(name: str, x: jax.Array) -> jax.Array:
         x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        return constrain(x, None, *("batch", "length")[: x.ndim - 1])
+        return constrain(x, None, *axes[name])
 
-    micro_batches = {name: divide(x) for name, x in batch.items()}
+    micro_batches = {name: divide(name, x) for name, x in batch.items()}
 
     def add(total: tuple[Tree, Sums], xs: tuple[Batch, jax.Array]) -> tuple[tuple[Tree, Sums], None]:
         return jax.tree.map(jnp.add, total, part(*xs)), None

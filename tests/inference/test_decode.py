@@ -12,7 +12,7 @@ from t5x_like.core import dtypes
 from t5x_like.core.errors import UserError
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import GREEDY, Sampling
-from t5x_like.layers.token_log_probs import logits
+from t5x_like.layers.scoring.head import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel import rules as tables
@@ -23,8 +23,8 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 @pytest.fixture(scope="module")
 def model():
     section = test_config.get_config().model
-    section.windows = (6, 0)  # a ring of 6 slots, and a layer that sees all
-    section.init_deviation = 0.3  # sharp logits, so that greedy choices are not ties
+    section.decoder.windows = (6, 0)  # a ring of 6 slots, and a layer that sees all
+    section.init.std = 0.3  # sharp logits, so that greedy choices are not ties
     policy = dtypes.policy(params="float32", compute="auto", platform="cpu")
     return Model(model_config.resolve(section), tables.rules(), policy)
 
@@ -40,8 +40,7 @@ def next_logits(model, params):
 
     @jax.jit
     def function(params, tokens_1T, last):
-        hidden = model.apply(params, {"inputs": tokens_1T}).hidden_BTD
-        return logits(hidden, model.head(params))[0, last]
+        return logits(*model.score_input(params, model.apply(params, {"inputs": tokens_1T})))[0, last]
 
     def call(prefix):
         padded = np.zeros((1, 32), np.int32)

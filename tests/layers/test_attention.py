@@ -1,5 +1,6 @@
 """Every path of attention against one reference that is written out here, for values and every gradient."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from t5x_like.core.errors import UsageError
-from t5x_like.layers import attention as module
-from t5x_like.layers import kernels
-from t5x_like.layers.attention import attention, attention_over_parts
+from t5x_like.layers import blockwise, kernels
+from t5x_like.layers.attention import attention, attention_over_parts, attention_path
+from t5x_like.layers.biases import Alibi, Buckets
 from t5x_like.layers.masks import MaskSpec, allowed
 from t5x_like.layers.platform import platform
 from t5x_like.parallel import mesh as mesh_module
@@ -25,7 +26,8 @@ from t5x_like.planner.topology import topology
 
 FAST = {"xla_backend_optimization_level": 0}
 SEGMENTS = np.array([[1] * 9 + [2] * 12 + [0] * 3, [1] * 24, [3] * 2 + [7] * 20 + [0] * 2, [0] * 24], np.int32)
-PREFIX = np.array([0, 5, 24, 2], np.int32)
+# The first 0, 5, 24 and 2 keys of the rows, and keys 9 and 10: the first two of a second document.
+PREFIX = (np.arange(24) < np.array([0, 5, 24, 2])[:, None]) | np.isin(np.arange(24), (9, 10))
 
 
 def make_mesh(sizes):
@@ -41,13 +43,14 @@ def arrays(rows=4, length=24, heads=4, kv_heads=2, head=8, seed=0):
     return 2 * q, k, v, random.standard_normal(shapes[0], np.float32)
 
 
-def reference(q_BTNH, k_BSKH, v_BSKH, seen_BTS, *, scale, softcap=None):
+def reference(q_BTNH, k_BSKH, v_BSKH, seen_BTS, *, scale, softcap=None, bias=None):
     """The definition: every kv head copied for its queries, one matrix of logits, one softmax."""
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = jnp.repeat(k_BSKH, group, axis=2), jnp.repeat(v_BSKH, group, axis=2)
     logits_BNTS = scale * jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, precision="highest")
     if softcap is not None:
         logits_BNTS = softcap * jnp.tanh(logits_BNTS / softcap)
+    logits_BNTS = logits_BNTS if bias is None else logits_BNTS + bias.repeat(len(logits_BNTS), 0)
     seen_B1TS = jnp.asarray(seen_BTS)[:, None]
     weights_BNTS = jax.nn.softmax(jnp.where(seen_B1TS, logits_BNTS, -1e30), axis=-1)
     weights_BNTS = jnp.where(seen_B1TS, weights_BNTS, 0.0)
@@ -60,7 +63,7 @@ def seen_by_definition(rows, length, *, causal=True, window=None, segments=None,
     for b, t, s in np.ndindex(seen.shape):
         near = window is None or (t - s < window and (causal or s - t < window))
         visible = (s <= t or not causal) and near
-        visible |= prefix is not None and s < prefix[b] and (causal or window is not None)
+        visible |= prefix is not None and prefix[b, s] and (causal or window is not None)
         if segments is not None:
             visible &= segments[b, t] == segments[b, s] != 0
         seen[b, t, s] = visible
@@ -68,13 +71,9 @@ def seen_by_definition(rows, length, *, causal=True, window=None, segments=None,
 
 
 def spec(*, causal=True, window=None, segments=None, prefix=None):
-    return MaskSpec(
-        causal=causal,
-        window=window,
-        prefix_lengths_B=None if prefix is None else jnp.asarray(prefix),
-        q_segments_BT=None if segments is None else jnp.asarray(segments),
-        k_segments_BS=None if segments is None else jnp.asarray(segments),
-    )
+    segments = None if segments is None else jnp.asarray(segments)
+    prefix = None if prefix is None else jnp.asarray(prefix)
+    return MaskSpec(causal=causal, window=window, k_prefix_BS=prefix, q_segments_BT=segments, k_segments_BS=segments)
 
 
 def with_gradients(function, q, k, v, g):
@@ -129,12 +128,112 @@ def test_output_and_gradients_equal_the_definition(name, softcap):
             assert (np.asarray(result)[padding] == 0).all()
 
 
+def test_two_packed_prefix_examples_equal_the_two_alone():
+    """Examples of 10 and 14 tokens with prefixes of 6 and 3."""
+    q, k, v, g = arrays(rows=1)
+    index = np.arange(24)[None]
+    packed = spec(segments=np.where(index < 10, 1, 2), prefix=(index < 6) | ((index >= 10) & (index < 13)))
+    together = run(lambda *x: attention(*x, packed, scale=0.3), q, k, v, g)
+    causal = run(lambda *x: attention(*x, spec(segments=np.where(index < 10, 1, 2)), scale=0.3), q, k, v, g)
+    assert np.abs(together[0] - causal[0]).max() > 0.1
+    for cut, length in ((slice(0, 10), 6), (slice(10, 24), 3)):
+        lone = spec(prefix=np.arange(cut.stop - cut.start)[None] < length)
+        alone = run(lambda *x, mask=lone: attention(*x, mask, scale=0.3), *(x[:, cut] for x in (q, k, v, g)))
+        assert_same([np.asarray(x)[:, cut] for x in together], alone)
+
+
+# Queries and keys of different rows: an encoder's output, with segments of its own. Segment 4 of the queries finds no
+# keys; its output is zero.
+CROSS_Q = np.array([[1] * 9 + [2] * 12 + [0] * 3, [4] * 24], np.int32)
+CROSS_K = np.array([[1] * 20 + [2] * 4 + [0] * 6, [1] * 30], np.int32)
+
+
+def crossing(softcap=None):
+    """(mask, seen, arrays) of 24 queries and 30 keys."""
+    q, _, _, g = arrays(rows=2)
+    _, k, v, _ = arrays(rows=2, length=30, seed=1)
+    mask = MaskSpec(causal=False, q_segments_BT=jnp.asarray(CROSS_Q), k_segments_BS=jnp.asarray(CROSS_K))
+    return mask, (CROSS_Q[:, :, None] == CROSS_K[:, None, :]) & (CROSS_K != 0)[:, None, :], (q, k, v, g)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "computed_again"])
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["blockwise", "materialised"])
+def test_cross_attention_is_its_definition(softcap, keep, monkeypatch):
+    monkeypatch.setattr(blockwise, "KEEP_BYTES", 2**40 if keep else 0)
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
+    mask, seen, (q, k, v, g) = crossing()
+    results = run(lambda *x: attention(*x, mask, scale=0.3, softcap=softcap), q, k, v, g)
+    assert_same(results, run(functools.partial(reference, seen_BTS=seen, scale=0.3, softcap=softcap), q, k, v, g))
+    assert (np.asarray(results[0])[1] == 0).all()
+    # As many keys as queries, and still other rows.
+    square = dataclasses.replace(mask, k_segments_BS=mask.k_segments_BS[:, :24])
+    results = run(lambda *x: attention(*x, square, scale=0.3, softcap=softcap), q, k[:, :24], v[:, :24], g)
+    expected = functools.partial(reference, seen_BTS=seen[:, :, :24], scale=0.3, softcap=softcap)
+    assert_same(results, run(expected, q, k[:, :24], v[:, :24], g))
+
+
+BLOCKED = {
+    "causal": {},
+    "full": {"causal": False},
+    "both_sides": {"causal": False, "window": 70},
+    "prefix": {"prefix": True},
+    "segments": {"segments": True, "causal": False},
+}
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "computed_again"])
+@pytest.mark.parametrize("name", BLOCKED)
+def test_a_position_bias_reaches_every_block_and_gets_its_gradient(name, keep, monkeypatch):
+    monkeypatch.setattr(blockwise, "KEEP_BYTES", 2**40 if keep else 0)
+    monkeypatch.setattr(blockwise, "BLOCK", 64)
+    case, length = dict(BLOCKED[name]), 200
+    q, k, v, g = arrays(rows=2, length=length, head=4)
+    if "segments" in case:
+        case["segments"] = np.sort(np.random.default_rng(0).integers(0, 4, (2, length)))[:, ::-1].astype(np.int32)
+    if "prefix" in case:
+        case["prefix"] = np.isin(np.arange(length), (3, 150, 190))[None].repeat(2, 0)
+    assert path(q, k, spec(**case), platform="cpu", bias=True)[0] == "blockwise"
+    table = np.random.default_rng(3).standard_normal((16, 4)).astype(np.float32)
+    assert_bias_is_its_definition(spec(**case), seen_by_definition(2, length, **case), table, (q, k, v, g))
+
+
+def assert_bias_is_its_definition(mask, seen, table, inputs, softcap=None):
+    """Values, and gradients of queries, keys, values and the table."""
+    q, k, v, g = inputs
+    index = np.arange(q.shape[1])[None], np.arange(k.shape[1])[None]
+
+    def with_bias(q, k, v, table):
+        return attention(q, k, v, mask, scale=0.3, softcap=softcap, bias=Buckets(table, True, 60))
+
+    def expected(q, k, v, table):
+        matrix = Buckets(table, True, 60).matrix(*map(jnp.asarray, index))
+        return reference(q, k, v, seen_BTS=seen, scale=0.3, softcap=softcap, bias=matrix)
+
+    def pulled(function, *x):
+        out, pull = jax.vjp(function, *x)
+        return out, *pull(g)
+
+    results, references = (
+        jax.jit(functools.partial(pulled, f), compiler_options=FAST)(q, k, v, table) for f in (with_bias, expected)
+    )
+    plain = run(lambda *x: attention(*x, mask, scale=0.3, softcap=softcap), q, k, v, g)
+    assert np.abs(plain[0] - results[0]).max() > 0.1
+    assert_same(results, references)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["blockwise", "materialised"])
+def test_a_position_bias_in_cross_attention_and_beside_a_softcap(softcap):
+    mask, seen, inputs = crossing()
+    table = np.random.default_rng(3).standard_normal((16, 4)).astype(np.float32)
+    assert_bias_is_its_definition(mask, seen, table, inputs, softcap)
+
+
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "computed_again"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("case", [{}, {"window": 100}, {"segments": True}], ids=str)
 def test_blocks_of_queries_give_the_same_as_the_whole(case, kv_heads, keep, monkeypatch):
-    monkeypatch.setattr(module, "KEEP_BYTES", 2**40 if keep else 0)
-    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(blockwise, "KEEP_BYTES", 2**40 if keep else 0)
+    monkeypatch.setattr(blockwise, "BLOCK", 64)
     length = 200  # the last block is smaller
     q, k, v, g = arrays(rows=2, length=length, kv_heads=kv_heads, head=4)
     if "segments" in case:
@@ -151,13 +250,15 @@ def test_keys_past_a_block_are_never_multiplied(monkeypatch):
         return run.lower(q, k, v).compile().cost_analysis()["flops"]
 
     blocks = flops(512)
-    monkeypatch.setattr(module, "BLOCK", 512)
+    monkeypatch.setattr(blockwise, "BLOCK", 512)
     assert 0.6 < blocks / flops(512) < 0.7  # (4 + 1) / (2 * 4) of the whole, and the softmax
 
 
 def test_long_rows_stay_a_short_program():
-    blocks = module._Blocks(length=20_000, window=1000, scale=1.0, keep=False).cuts()
-    assert len(blocks) <= module.MAX_BLOCKS
+    blocks = blockwise.Blocks(
+        q_length=20_000, k_length=20_000, causal=True, window=1000, prefix=False, blind=False, scale=1.0, keep=False
+    ).cuts()
+    assert len(blocks) <= blockwise.MAX_BLOCKS
     assert blocks[0][0].start == 0 and blocks[-1][0].stop == 20_000
     assert all(before[0].stop == after[0].start for before, after in zip(blocks, blocks[1:], strict=False))
     assert all(q.start - 999 >= keys.start > q.start - 999 - 64 for q, keys in blocks[1:])
@@ -270,7 +371,7 @@ def test_splash_equals_the_definition(name):
 
     def function(q, k, v):
         with use_rules(rules.rules()):
-            assert kernels.splash_fits(q, k, spec(**case))
+            assert not kernels.why_not_splash(q, k, spec(**case), bias=False)
             return kernels.splash(q, k, v, spec(**case), scale=0.1, softcap=softcap, interpret=True)
 
     mesh = make_mesh(sizes)
@@ -281,14 +382,42 @@ def test_splash_equals_the_definition(name):
     assert_same(results, expected)
 
 
-def test_splash_does_not_take_what_it_cannot_compute():
-    q, k, _, _ = map(jnp.asarray, arrays(length=256))
-    positions = jnp.zeros((4, 256), jnp.int32)
-    assert kernels.splash_fits(q, k, spec(window=3, segments=np.ones((4, 256), np.int32)))
-    assert not kernels.splash_fits(q[:, :200], k[:, :200], spec())
-    assert not kernels.splash_fits(q[:, :128], k, spec())
-    assert not kernels.splash_fits(q, k, spec(prefix=PREFIX))
-    assert not kernels.splash_fits(q, k, MaskSpec(causal=True, q_positions_BT=positions, k_positions_BS=positions))
+def path(q, k, mask, *, platform, softcap=False, bias=False, capability=None):
+    return attention_path(q, k, mask, softcap=softcap, bias=bias, platform=platform, compute_capability=capability)
+
+
+def test_each_path_says_why_it_was_taken():
+    q, k = (jax.ShapeDtypeStruct((4, 4096, heads, 128), jnp.bfloat16) for heads in (8, 2))
+    short = [jax.ShapeDtypeStruct((4, 4100, heads, 128), jnp.bfloat16) for heads in (8, 2)]
+    one = jnp.ones((1, 1), jnp.int32)
+    prefix = MaskSpec(causal=True, k_prefix_BS=jnp.ones((1, 1), bool))
+    placed = MaskSpec(causal=True, q_positions_BT=one, k_positions_BS=one)
+    packed = MaskSpec(causal=True, window=64, q_segments_BT=one, k_segments_BS=one)
+    assert path(q, k, packed, platform="tpu")[0] == "splash"
+    assert path(*short, packed, platform="tpu") == ("blockwise", "no splash: length 4100 is no multiple of 128")
+    name, reason = path(*short, packed, platform="tpu", softcap=True)
+    assert name == "materialised" and "4100 is no multiple of 128" in reason and "softcap" in reason
+    assert path(q, k, prefix, platform="tpu") == ("blockwise", "no splash: a prefix that all queries see")
+    assert path(q, k, packed, platform="tpu", bias=True) == ("blockwise", "no splash: a position bias")
+    assert path(short[0], k, spec(causal=False), platform="tpu")[0] == "blockwise"
+    assert path(short[0], k, spec(), platform="tpu")[0] == "materialised"
+    assert path(q, k, placed, platform="tpu")[0] == "materialised"
+    assert path(q, k, packed, platform="gpu")[0] == "cudnn"
+    assert path(q, k, packed, platform="gpu", softcap=True) == (
+        "materialised",
+        "no cuDNN: a softcap; not blockwise: a softcap",
+    )
+    wide = [jax.ShapeDtypeStruct((4, 4096, 8, 256), jnp.bfloat16)] * 2
+    assert path(*wide, spec(), platform="gpu") == ("blockwise", "no cuDNN: head size 256 is no multiple of 8 up to 128")
+    assert path(*wide, spec(), platform="gpu", capability=8.9)[0] == "blockwise"
+    assert path(*wide, spec(), platform="gpu", capability=9.0)[0] == "cudnn"
+    assert path(q, k, spec(), platform="gpu", bias=True)[0] == "cudnn"
+    assert path(q, k, packed, platform="gpu", bias=True)[0] == "blockwise"
+    assert path(q, k, packed, platform="cpu")[0] == "blockwise"
+    assert path(q, k, spec(window=jnp.int32(3)), platform="cpu") == (
+        "materialised",
+        "not blockwise: the window is traced",
+    )
 
 
 def test_heads_split_over_other_axes_than_kv_heads_is_an_error():
@@ -312,12 +441,37 @@ CUDNN = {
     "data2_segments": ({"data": 2}, {"segments": SEGMENTS}, 2),
     "tensor2_segments_window": ({"tensor": 2}, {"segments": SEGMENTS, "window": 7}, 2),
     "sequence2": ({"sequence": 2}, {"segments": SEGMENTS}, 4),
+    "tensor2_bias": ({"tensor": 2}, {"bias": True}, 2),
+    "sequence2_bias": ({"sequence": 2}, {"causal": False, "bias": True}, 2),
 }
 
 
+SLOPES = np.array([2.0, 0.5, 0.1, 0.02], np.float32)
+
+
 def cudnn(q, k, v, case):
+    case = dict(case)
+    bias = Alibi(jnp.asarray(SLOPES)) if case.pop("bias", False) else None
     with use_rules(rules.rules()):
-        return kernels.cudnn(q, k, v, spec(**case), scale=0.3)
+        assert not kernels.why_not_cudnn(
+            q.astype(jnp.bfloat16),
+            k.astype(jnp.bfloat16),
+            spec(**case),
+            softcap=False,
+            bias=bias is not None,
+            compute_capability=None,
+        )
+        return kernels.cudnn(q, k, v, spec(**case), scale=0.3, bias=bias)
+
+
+def by_definition(case):
+    """The reference with the mask and the bias of a case."""
+    case = dict(case)
+    bias = None
+    if case.pop("bias", False):
+        distances = np.abs(np.arange(24)[:, None] - np.arange(24))
+        bias = jnp.asarray(-SLOPES[:, None, None] * distances)[None]
+    return functools.partial(reference, seen_BTS=seen_by_definition(4, 24, **case), scale=0.3, bias=bias)
 
 
 @pytest.mark.parametrize("name", CUDNN)
@@ -335,9 +489,8 @@ def test_what_cudnn_is_asked_for_is_the_definition(name, monkeypatch):
     q, k, v, g = arrays(kv_heads=kv_heads)
     with jax.set_mesh(make_mesh(sizes)):
         results = run(functools.partial(cudnn, case=case), q, k, v, g)
-    seen = seen_by_definition(4, 24, **case)
     assert set(asked) == {"cudnn"}
-    assert_same(results, run(functools.partial(reference, seen_BTS=seen, scale=0.3), q, k, v, g))
+    assert_same(results, run(by_definition(case), q, k, v, g))
 
 
 @pytest.mark.gpu
@@ -346,11 +499,9 @@ def test_cudnn_is_the_definition(name):
     """On a GPU, in bfloat16, against the definition in float32."""
     _, case, kv_heads = CUDNN[name]
     q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in arrays(kv_heads=kv_heads, head=64))
-    assert kernels.cudnn_fits(q, k, softcap=None)
     results = jax.jit(functools.partial(with_gradients, functools.partial(cudnn, case=case)))(q, k, v, g)
     wide = [x.astype(jnp.float32) for x in (q, k, v, g)]
-    seen = seen_by_definition(4, 24, **case)
-    expected = with_gradients(functools.partial(reference, seen_BTS=seen, scale=0.3), *wide)
+    expected = with_gradients(by_definition(case), *wide)
     assert_same([np.asarray(x, np.float32) for x in results], expected, bound=2e-2)
 
 

@@ -23,15 +23,15 @@ def config() -> ModelConfig:
             family="llama",
             size="custom",
             layers=theirs["num_hidden_layers"],
-            embed=theirs["hidden_size"],
+            width=theirs["hidden_size"],
             heads=theirs["num_attention_heads"],
             kv_heads=theirs["num_key_value_heads"],
-            head=theirs["head_dim"],
+            head_size=theirs["head_dim"],
             mlp=theirs["intermediate_size"],
             vocab_size=theirs["vocab_size"],
             max_length=theirs["max_position_embeddings"],
             norm_epsilon=theirs["rms_norm_eps"],
-            tie_embeddings=theirs["tie_word_embeddings"],
+            tied=theirs["tie_word_embeddings"],
         )
     )
 
@@ -41,7 +41,8 @@ def model() -> Model:
 
 
 def params() -> dict[str, Any]:
-    c, tensors = config(), load_file(DIRECTORY / "model.safetensors")
+    model, tensors = config(), load_file(DIRECTORY / "model.safetensors")
+    c = model.decoder
 
     def layers(name: str, *shape: int) -> np.ndarray:
         """All layers of one weight; a matrix is stored [out, in] and turned."""
@@ -55,15 +56,15 @@ def params() -> dict[str, Any]:
             "attention_norm": {"scale": layers("input_layernorm")},
             "mlp_norm": {"scale": layers("post_attention_layernorm")},
             "attention": {
-                "q": layers("self_attn.q_proj", c.embed, c.heads, c.head),
-                "k": layers("self_attn.k_proj", c.embed, c.kv_heads, c.head),
-                "v": layers("self_attn.v_proj", c.embed, c.kv_heads, c.head),
-                "o": layers("self_attn.o_proj", c.heads, c.head, c.embed),
+                "q": layers("self_attn.q_proj", model.width, c.heads, c.head_size),
+                "k": layers("self_attn.k_proj", model.width, c.kv_heads, c.head_size),
+                "v": layers("self_attn.v_proj", model.width, c.kv_heads, c.head_size),
+                "o": layers("self_attn.o_proj", c.heads, c.head_size, model.width),
             },
             "mlp": {
-                "gate": layers("mlp.gate_proj", c.embed, c.mlp),
-                "up": layers("mlp.up_proj", c.embed, c.mlp),
-                "down": layers("mlp.down_proj", c.mlp, c.embed),
+                "gate": layers("mlp.gate_proj", model.width, c.mlp),
+                "up": layers("mlp.up_proj", model.width, c.mlp),
+                "down": layers("mlp.down_proj", c.mlp, model.width),
             },
         },
     }

@@ -31,7 +31,7 @@ def hidden(model, params, batch, **rest):
 
 def loss_and_gradients(model, params, batch):
     """A loss to which every hidden number matters in its own way, and that does not cancel."""
-    shape = (*batch["inputs"].shape, model.config.embed)
+    shape = (*batch["inputs"].shape, model.config.width)
     goal = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
     function = jax.value_and_grad(lambda params: jnp.square(model.apply(params, batch).hidden_BTD - goal).mean())
     return jax.jit(function, compiler_options=FAST).lower(params).compile()
@@ -161,6 +161,77 @@ def test_cached_decoding_gives_what_the_full_forward_gives(case):
     assert done.tolist() == [16, 13]
 
 
+@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global"])
+def test_a_prompt_is_prefilled_into_chosen_rows_and_decoding_goes_on_from_it(case):
+    """Rows 3 and 1 of 5 held longer texts; the others stay, bit for bit."""
+    model, params = built(case)
+    ids = cases.tokens(model, 5, 10)
+    whole = np.asarray(hidden(model, params, {"inputs": ids}))
+    batch = {"inputs": ids, "positions": jnp.tile(jnp.arange(10), (5, 1))}
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def run(params):
+        held = model.apply(params, batch, cache=model.init_cache(5, 12)).cache
+        segments = jnp.asarray([[1] * 7, [1] * 4 + [0] * 3])
+        new = model.prefill(params, held, {"inputs": ids[:2, :7], "segment_ids": segments}, jnp.asarray([3, 1]))
+        tokens, positions = jnp.stack([ids[1, 4], ids[0, 7]])[:, None], jnp.asarray([[4], [7]])
+        everyone = {"inputs": jnp.zeros((5, 1), jnp.int32), "positions": jnp.full((5, 1), -1)}
+        step = {
+            "inputs": everyone["inputs"].at[jnp.asarray([1, 3])].set(tokens),
+            "positions": everyone["positions"].at[jnp.asarray([1, 3])].set(positions),
+        }
+        return held, new, model.apply(params, step, cache=new.cache)
+
+    held, new, after = run(params)
+    assert cases.largest_difference(new.hidden_BTD[0], whole[0, :7]) <= 1e-5
+    assert cases.largest_difference(new.hidden_BTD[1, :4], whole[1, :4]) <= 1e-5
+    assert cases.largest_difference(after.hidden_BTD[3, 0], whole[0, 7]) <= 1e-5
+    assert cases.largest_difference(after.hidden_BTD[1, 0], whole[1, 4]) <= 1e-5
+    for window, ring in held["self"].rings.items():
+        other = new.cache["self"].rings[window]
+        for name in ("k", "v"):
+            np.testing.assert_array_equal(getattr(ring, name)[:, [0, 2, 4]], getattr(other, name)[:, [0, 2, 4]])
+        np.testing.assert_array_equal(ring.positions[np.array([0, 2, 4])], other.positions[np.array([0, 2, 4])])
+        assert not np.array_equal(ring.positions[3], other.positions[3])
+
+
+def abstract(specs):
+    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
+
+
+@pytest.mark.parametrize(("windows", "layers"), [((0, 64), 4), ((0, 64), 5), ((64,) * 5 + (0,), 8)])
+def test_a_decode_step_copies_neither_cache_nor_weights_whatever_the_pattern(windows, layers):
+    model = cases.model("llama", windows=windows, layers=layers, embed=64, head=16, max_length=2048)
+
+    def step(params, cache, ids, positions):
+        return model.apply(params, {"inputs": ids, "positions": positions}, cache=cache)
+
+    cache, row = abstract(model.cache_specs(4, 2048)), jax.ShapeDtypeStruct((4, 1), "int32")
+    compiled = jax.jit(step, donate_argnums=1).lower(abstract(model.specs()), cache, row, row).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    one_layer = 2 * 4 * 2048 * 4 * 16 * 4  # keys and values of one layer that sees all
+    assert temporaries < 2.5 * one_layer, (temporaries, one_layer)
+
+
+def test_a_long_prefill_needs_no_more_memory_than_the_forward_pass_of_training():
+    model = cases.model("llama", embed=64, head=16, max_length=2048)
+    row = jax.ShapeDtypeStruct((1, 2048), "int32")
+    batch = {"inputs": row, "segment_ids": row}
+    params, cache = abstract(model.specs()), abstract(model.cache_specs(1, 2048))
+
+    def forward(params, batch):
+        return model.apply(params, batch).hidden_BTD
+
+    def prefill(params, cache, batch):
+        return model.prefill(params, cache, batch, jnp.zeros(1, jnp.int32))
+
+    training = jax.jit(forward).lower(params, batch).compile()
+    compiled = jax.jit(prefill, donate_argnums=1).lower(params, cache, batch).compile()
+    ours, theirs = (program.memory_analysis().temp_size_in_bytes for program in (compiled, training))
+    kept = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))  # what a prefill is for: all keys and values
+    assert ours <= theirs + 1.1 * kept, (ours, theirs, kept)
+
+
 def test_a_cache_may_hold_more_than_the_layers_entries():
     """The period of layers comes from the config, not from how much a cache holds."""
     model, params = built("local_and_global")
@@ -170,15 +241,15 @@ def test_a_cache_may_hold_more_than_the_layers_entries():
         return model.apply(params, batch, cache=cache).cache
 
     cache = jax.eval_shape(lambda: model.init_cache(2, 8) | {"other": jnp.ones(3)})
-    assert set(cache) == {"0", "1", "other"}
+    assert set(cache) == {"self", "other"}
     assert jax.eval_shape(step, cache) == cache
 
 
 def test_cache_of_a_windowed_layer_is_a_ring_of_that_many_slots():
     model, _ = built("local_and_global")
-    specs = model.cache_specs(2, 40)
-    assert specs["0"]["k"].shape == (3, 2, 4, 3, 8)  # layers 0, 2, 4 with a window of 3
-    assert specs["1"]["k"].shape == (2, 2, 4, 40, 8)
+    rings = model.cache_specs(2, 40)["self"].rings
+    assert rings[3].k.shape == (3, 2, 4, 3, 8)  # layers 0, 2, 4 with a window of 3
+    assert rings[0].k.shape == (2, 2, 4, 40, 8)
 
 
 def test_dropout_needs_a_key_and_depends_on_it_alone():

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from t5x_like.core import tree
+from t5x_like.core.types import ArraySpec
 from t5x_like.parallel.rules import MESH_AXES
 from t5x_like.parallel.sharding import batch_shardings, tree_shardings
 from tests.models import cases
@@ -34,7 +35,7 @@ def make_mesh(sizes):
 @functools.cache
 def one_device():
     """The model, its parameters and batch, and what one device makes of them."""
-    model = cases.model("local_and_global", heads=8, kv_heads=8, head=4, mlp=64, vocab_size=250, tie_embeddings=True)
+    model = cases.model("local_and_global", heads=8, kv_heads=8, head_size=4, mlp=64, vocab_size=250, tied=True)
     params = cases.random_params(model)
     segments = np.where(np.arange(LENGTH) < 11, 1, 2)[None, :].repeat(ROWS, 0)
     positions = np.where(segments == 1, np.arange(LENGTH), np.arange(LENGTH) - 11)
@@ -44,7 +45,7 @@ def one_device():
 
 
 def run(model, params, batch, out_shardings=None):
-    goal = jnp.asarray(np.random.default_rng(5).standard_normal((ROWS, LENGTH, model.config.embed)), jnp.float32)
+    goal = jnp.asarray(np.random.default_rng(5).standard_normal((ROWS, LENGTH, model.config.width)), jnp.float32)
 
     def loss(params, batch):
         return jnp.square(model.apply(params, batch).hidden_BTD - goal).mean()
@@ -59,7 +60,8 @@ def test_loss_and_every_gradient_equal_those_of_one_device(name):
     mesh = make_mesh(MESHES[name])
     shardings = tree_shardings(mesh, model.rules, model.specs())
     placed = jax.tree.map(jax.device_put, params, shardings)
-    rows = batch_shardings(mesh, model.rules, {key: leaf.shape for key, leaf in batch.items()})
+    specs = {key: ArraySpec(leaf.shape, "int32", ("batch", "length")) for key, leaf in batch.items()}
+    rows = batch_shardings(mesh, model.rules, specs)
     placed_batch = {key: jax.device_put(leaf, rows[key]) for key, leaf in batch.items()}
     if set(MESHES[name]) != {"data"}:
         assert not placed["layers"]["mlp"]["up"].sharding.is_fully_replicated

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_like.layers.token_log_probs import token_predictions
+from t5x_like.layers.scoring.token_scores import token_scores
 from tests.models import stories
 
 
@@ -17,7 +17,7 @@ def test_greedy_decoding_with_the_cache_gives_the_published_story():
         cache, ids = carry
         batch = {"inputs": ids, "positions": jnp.full_like(ids, position)}
         out = model.apply(params, batch, cache=cache)
-        best = token_predictions(out.hidden_BTD, model.head(params))
+        best = token_scores(*model.score_input(params, out), want=("best",)).best
         return (out.cache, best), best[0, 0]
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Llama and GPT-2 compute what transformers computes: logits, loss and every gradient, from the same random weights.
+"""Llama, GPT-2 and T5 compute what transformers computes: logits, loss and every gradient, from the same random weights.
 
 Packed rows, caches and shardings are compared with our own forward pass elsewhere (test_model.py).
 """
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_like.layers.token_log_probs import logits
+from t5x_like.layers.scoring.head import logits
 from tests.models import cases
 
 mapping = pytest.importorskip("tests.models.transformers_mapping", reason="needs torch and transformers")
@@ -19,15 +19,15 @@ def both(request):
     """(config, ours, theirs), each (loss, logits, gradients)."""
     model = cases.model(request.param)
     params = cases.random_params(model)
-    inputs, targets = cases.tokens(model, 2, 40, seed=1), cases.tokens(model, 2, 40, seed=2)
+    batch, targets = cases.batch(model, 2, 40, source=30, seed=1), cases.tokens(model, 2, 40, seed=2)
 
     def loss(params):
-        values = logits(model.apply(params, {"inputs": inputs}).hidden_BTD, model.head(params))
+        values = logits(*model.score_input(params, model.apply(params, batch)))
         chosen = jnp.take_along_axis(jax.nn.log_softmax(values), targets[..., None], axis=-1)
         return -chosen.mean(), values
 
     (value, ours), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    theirs = mapping.loss_and_gradients(mapping.build(model.config, params), np.asarray(inputs), np.asarray(targets))
+    theirs = mapping.loss_and_gradients(mapping.build(model.config, params), batch, np.asarray(targets))
     return model.config, (value, ours, gradients), theirs
 
 

@@ -1,5 +1,6 @@
-"""Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. Llama and GPT-2, for tests."""
+"""Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. Llama, GPT-2 and T5, for tests."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from t5x_like.models.config import ModelConfig
 
 
 def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
-    c, scaling = config, config.rope.scaling
-    rope: dict[str, Any] = {"rope_theta": c.rope.theta[0], "rope_type": "default"}
+    c, d, scaling = config, config.decoder, config.decoder.rope.scaling
+    rope: dict[str, Any] = {"rope_theta": d.rope.theta[0], "rope_type": "default"}
     if scaling.name == "llama3":
         rope |= {
             "rope_type": "llama3",
@@ -22,32 +23,32 @@ def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
         }
     return transformers.LlamaConfig(
         vocab_size=c.vocab_size,
-        hidden_size=c.embed,
-        intermediate_size=c.mlp,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head,
-        hidden_act=c.activation,
+        hidden_size=c.width,
+        intermediate_size=d.mlp,
+        num_hidden_layers=d.layers,
+        num_attention_heads=d.heads,
+        num_key_value_heads=d.kv_heads,
+        head_dim=d.head_size,
+        hidden_act=d.activation,
         max_position_embeddings=c.max_length,
-        rms_norm_eps=c.norm_epsilon,
-        tie_word_embeddings=c.tie_embeddings,
+        rms_norm_eps=d.norm_epsilon,
+        tie_word_embeddings=c.head.tied,
         rope_parameters=rope,
         attn_implementation="eager",
     )
 
 
 def gpt2_config(config: ModelConfig) -> transformers.GPT2Config:
-    c = config
+    c, d = config, config.decoder
     return transformers.GPT2Config(
         vocab_size=c.vocab_size,
         n_positions=c.max_length,
-        n_embd=c.embed,
-        n_layer=c.layers,
-        n_head=c.heads,
-        n_inner=c.mlp,
+        n_embd=c.width,
+        n_layer=d.layers,
+        n_head=d.heads,
+        n_inner=d.mlp,
         activation_function="gelu_new",
-        layer_norm_epsilon=c.norm_epsilon,
+        layer_norm_epsilon=d.norm_epsilon,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -56,39 +57,65 @@ def gpt2_config(config: ModelConfig) -> transformers.GPT2Config:
     )
 
 
+def t5_config(config: ModelConfig) -> transformers.T5Config:
+    c, d = config, config.decoder
+    return transformers.T5Config(
+        vocab_size=c.vocab_size,
+        d_model=c.width,
+        d_kv=d.head_size,
+        d_ff=d.mlp,
+        num_layers=c.encoder.layers,
+        num_decoder_layers=d.layers,
+        num_heads=d.heads,
+        relative_attention_num_buckets=d.relative.buckets,
+        relative_attention_max_distance=d.relative.max_distance,
+        dropout_rate=0.0,
+        layer_norm_epsilon=d.norm_epsilon,
+        feed_forward_proj="gated-gelu" if d.gated else "relu",
+        tie_word_embeddings=c.head.tied,
+        attn_implementation="eager",
+    )
+
+
 def build(config: ModelConfig, params: dict[str, Any]) -> torch.nn.Module:
     """The transformers model with our weights, in float32 and without dropout."""
     if config.family == "llama":
         model, state = transformers.LlamaForCausalLM(llama_config(config)), llama_state(config, params)
+    elif config.family == "t5":
+        model, state = transformers.T5ForConditionalGeneration(t5_config(config)), t5_state(config, params)
+        if not config.head.tied:  # transformers 5 always ties a fresh T5, though it loads untied ones as they are
+            model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     else:
         model, state = transformers.GPT2LMHeadModel(gpt2_config(config)), gpt2_state(config, params)
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    model.tie_weights()
+    tied = {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    assert not unexpected and set(missing) <= tied, (missing, unexpected)
+    if config.head.tied:
+        model.tie_weights()
     return model.float().eval()
 
 
 def llama_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Ours to theirs; linear in the values, so it serves weights and gradients alike."""
-    c, layers = config, params["layers"]
+    c, d, layers = config, config.decoder, params["layers"]
     state = {
         "model.embed_tokens.weight": params["embed"]["tokens"][: c.vocab_size],
         "model.norm.weight": params["final_norm"]["scale"],
     }
-    if not c.tie_embeddings:
+    if not c.head.tied:
         state["lm_head.weight"] = params["head"]["weight"][: c.vocab_size]
-    for i in range(c.layers):
+    for i in range(d.layers):
         attention, mlp = layers["attention"], layers["mlp"]
         state |= {
             f"model.layers.{i}.{name}.weight": np.asarray(value)
             for name, value in {
                 "input_layernorm": layers["attention_norm"]["scale"][i],
                 "post_attention_layernorm": layers["mlp_norm"]["scale"][i],
-                "self_attn.q_proj": attention["q"][i].reshape(c.embed, -1).T,
-                "self_attn.k_proj": attention["k"][i].reshape(c.embed, -1).T,
-                "self_attn.v_proj": attention["v"][i].reshape(c.embed, -1).T,
-                "self_attn.o_proj": attention["o"][i].reshape(-1, c.embed).T,
+                "self_attn.q_proj": attention["q"][i].reshape(c.width, -1).T,
+                "self_attn.k_proj": attention["k"][i].reshape(c.width, -1).T,
+                "self_attn.v_proj": attention["v"][i].reshape(c.width, -1).T,
+                "self_attn.o_proj": attention["o"][i].reshape(-1, c.width).T,
                 "mlp.gate_proj": mlp["gate"][i].T,
                 "mlp.up_proj": mlp["up"][i].T,
                 "mlp.down_proj": mlp["down"][i].T,
@@ -98,16 +125,16 @@ def llama_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.nda
 
 
 def gpt2_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    c, layers = config, params["layers"]
+    c, d, layers = config, config.decoder, params["layers"]
     state = {
         "transformer.wte.weight": params["embed"]["tokens"][: c.vocab_size],
         "transformer.wpe.weight": params["embed"]["positions"],
         "transformer.ln_f.weight": params["final_norm"]["scale"],
         "transformer.ln_f.bias": params["final_norm"]["bias"],
     }
-    for i in range(c.layers):
+    for i in range(d.layers):
         attention, mlp = layers["attention"], layers["mlp"]
-        fused = [np.asarray(attention[name][i]).reshape(c.embed, -1) for name in "qkv"]
+        fused = [np.asarray(attention[name][i]).reshape(c.width, -1) for name in "qkv"]
         fused_bias = [np.asarray(attention[f"{name}_bias"][i]).reshape(-1) for name in "qkv"]
         state |= {
             f"transformer.h.{i}.{name}": value
@@ -118,7 +145,7 @@ def gpt2_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndar
                 "ln_2.bias": layers["mlp_norm"]["bias"][i],
                 "attn.c_attn.weight": np.concatenate(fused, axis=1),
                 "attn.c_attn.bias": np.concatenate(fused_bias),
-                "attn.c_proj.weight": attention["o"][i].reshape(-1, c.embed),
+                "attn.c_proj.weight": attention["o"][i].reshape(-1, c.width),
                 "attn.c_proj.bias": attention["o_bias"][i],
                 "mlp.c_fc.weight": mlp["up"][i],
                 "mlp.c_fc.bias": mlp["up_bias"][i],
@@ -129,15 +156,44 @@ def gpt2_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndar
     return {name: np.asarray(value) for name, value in state.items()}
 
 
+def t5_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    c = config
+    state = {"shared.weight": params["embed"]["tokens"][: c.vocab_size]}
+    if not c.head.tied:
+        state["lm_head.weight"] = params["head"]["weight"][: c.vocab_size]
+    for name, stack in c.stacks.items():
+        part, first = params[name], f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        state |= {f"{name}.final_layer_norm.weight": part["final_norm"]["scale"], first: part["relative_bias"]["table"]}
+        branches = [("attention", "SelfAttention")] + [("cross", "EncDecAttention")] * (name == "decoder")
+        for i in range(stack.layers):
+            layers, block = part["layers"], f"{name}.block.{i}.layer"
+            for number, (ours, theirs) in enumerate(branches):
+                state[f"{block}.{number}.layer_norm.weight"] = layers[f"{ours}_norm"]["scale"][i]
+                for matrix in "qkv":
+                    state[f"{block}.{number}.{theirs}.{matrix}.weight"] = layers[ours][matrix][i].reshape(c.width, -1).T
+                state[f"{block}.{number}.{theirs}.o.weight"] = layers[ours]["o"][i].reshape(-1, c.width).T
+            last = f"{block}.{len(branches)}"
+            state[f"{last}.layer_norm.weight"] = layers["mlp_norm"]["scale"][i]
+            names = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if stack.gated else {"wi": "up", "wo": "down"}
+            for theirs, ours in names.items():
+                state[f"{last}.DenseReluDense.{theirs}.weight"] = layers["mlp"][ours][i].T
+    return {name: np.asarray(value) for name, value in state.items()}
+
+
 def state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {"llama": llama_state, "gpt2": gpt2_state}[config.family](config, params)
+    return {"llama": llama_state, "gpt2": gpt2_state, "t5": t5_state}[config.family](config, params)
 
 
 def loss_and_gradients(
-    model: torch.nn.Module, inputs: np.ndarray, targets: np.ndarray
+    model: torch.nn.Module, batch: Mapping[str, Any], targets: np.ndarray
 ) -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
-    """(mean negative log-likelihood, logits, gradient of every parameter)."""
-    logits = model(torch.from_numpy(np.array(inputs)).long(), use_cache=False).logits
+    """(mean negative log-likelihood, logits, gradient of every parameter). batch: token ids by our names."""
+    ids = {name: torch.from_numpy(np.array(value)).long() for name, value in batch.items()}
+    if "encoder_inputs" in ids:
+        ids = {"input_ids": ids["encoder_inputs"], "decoder_input_ids": ids["inputs"]}
+    else:
+        ids = {"input_ids": ids["inputs"]}
+    logits = model(**ids, use_cache=False).logits
     flat = torch.from_numpy(np.array(targets)).long().flatten()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat)
     loss.backward()

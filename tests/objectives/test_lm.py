@@ -10,10 +10,21 @@ import torch
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.objectives import lm
+from t5x_like.objectives.interface import policy
+from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel.mesh import MeshConfig
 from tests.models import cases
 
 FROZEN = {"base": {}}
+OFFERED = ("inputs", "targets", "loss_weights", "target_bytes", "segment_ids", "chosen/inputs")
+ARRAYS = {name: ArraySpec((3, 8), "int32", ("batch", "length")) for name in OFFERED}
+
+
+def build(model, *, z_loss: float, label_smoothing: float):
+    config = lm.LmConfig(z_loss=z_loss, label_smoothing=label_smoothing)
+    return lm.build(config, {"policy": policy(model)}, ARRAYS)
 
 
 @functools.cache
@@ -47,7 +58,7 @@ def torch_losses(*, label_smoothing: float, z_loss: float):
 def lm_losses(*, label_smoothing: float, z_loss: float):
     """(loss, gradients, sums) of the objective."""
     model, params, batch = world()
-    objective = lm.build(lm.LmConfig(z_loss=z_loss, label_smoothing=label_smoothing), model)
+    objective = build(model, z_loss=z_loss, label_smoothing=label_smoothing)
 
     def loss(params):
         return objective.loss(params, FROZEN, batch, None, objective.weights(batch))
@@ -80,7 +91,7 @@ def test_what_is_logged_as_loss_is_the_cross_entropy_alone():
 
 def test_held_out_sums_are_loss_bits_of_scored_bytes_and_hits():
     model, params, batch = world()
-    objective = lm.build(lm.LmConfig(z_loss=1e-2, label_smoothing=0.1), model)
+    objective = build(model, z_loss=1e-2, label_smoothing=0.1)
     found = {name: float(total / weight) for name, (total, weight) in objective.evaluate(params, FROZEN, batch).items()}
     hidden = np.asarray(model.apply(params, batch).hidden_BTD, np.float64)
     logits = hidden @ np.asarray(params["head"]["weight"], np.float64)[: model.config.vocab_size].T
@@ -92,6 +103,24 @@ def test_held_out_sums_are_loss_bits_of_scored_bytes_and_hits():
     assert found["bits_per_byte"] == pytest.approx(-(weights * logp).sum() / np.log(2) / scored, rel=1e-6)
 
 
+def test_held_out_accuracy_costs_no_second_gather_of_the_head():
+    model, params, batch = world()
+    objective = build(model, z_loss=0.0, label_smoothing=0.0)
+    four = {name: jnp.concatenate([value, value[:1]]) for name, value in batch.items()}
+    with jax.set_mesh(meshes.make(MeshConfig("fsdp", "", *[None] * 7), jax.devices()[:4])):
+        text = jax.jit(objective.evaluate).lower(params, FROZEN, four).as_text()
+    assert text.count("stablehlo.all_gather") == 1  # only the scorer asks for one by name
+
+
 def test_label_smoothing_of_capped_logits_is_refused():
     with pytest.raises(UsageError, match="label_smoothing needs linear logits"):
-        lm.build(lm.LmConfig(z_loss=0.0, label_smoothing=0.1), cases.model("local_and_global"))
+        build(cases.model("local_and_global"), z_loss=0.0, label_smoothing=0.1)
+
+
+def test_the_objective_declares_what_it_and_its_model_read_of_what_the_data_offers():
+    model = cases.model("llama")
+    assert set(build(model, z_loss=0.0, label_smoothing=0.0).inputs) == set(OFFERED) - {"chosen/inputs"}
+    with pytest.raises(UsageError, match="'lm' reads 'target_bytes', which this data does not have; it has chosen/"):
+        lm.build(
+            lm.LmConfig(0.0, 0.0), {"policy": policy(model)}, {n: ARRAYS[n] for n in OFFERED if n[:8] != "target_b"}
+        )

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as tables
 from t5x_like.parallel import sharding
@@ -159,11 +160,19 @@ def test_constrain_is_the_identity_without_a_mesh_and_inside_a_shard_map():
 @pytest.mark.parametrize("preset", tables.PRESETS)
 def test_a_batch_assembled_from_needed_rows_is_the_whole_batch(preset):
     mesh = meshes.make(_config(preset))
-    shapes = {"inputs": (8, 16)}
-    shardings = sharding.batch_shardings(mesh, tables.rules(), shapes)
-    rows = sharding.addressable_rows(shardings["inputs"], shapes["inputs"])
-    whole = np.arange(8 * 16).reshape(8, 16)
+    specs = {
+        "inputs": ArraySpec((8, 16), "int32", ("batch", "length")),
+        "pairs": ArraySpec((8, 2, 16), "int32", ("batch", None, "length")),
+        "scores": ArraySpec((8, 3), "float32", ("batch", None)),
+        "reward": ArraySpec((8,), "float32", ("batch",)),
+    }
+    arrays = sharding.abstract_batch(mesh, tables.rules(), specs)
+    rows = sharding.addressable_rows(arrays)
+    np.testing.assert_array_equal(rows, np.arange(8))
+    whole = {name: np.arange(np.prod(spec.shape), dtype=spec.dtype).reshape(spec.shape) for name, spec in specs.items()}
     batch = sharding.global_batch(
-        lambda wanted: {"inputs": whole[wanted]}, rows=rows, shapes=shapes, shardings=shardings
+        lambda wanted: {name: array[wanted] for name, array in whole.items()}, rows=rows, arrays=arrays
     )
-    np.testing.assert_array_equal(batch["inputs"], whole)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(batch[name], array)
+        assert batch[name].sharding == arrays[name].sharding

@@ -15,7 +15,6 @@ from configs.pretrain import test as test_config
 from t5x_like import experiment as experiments
 from t5x_like.core import tree
 from t5x_like.parallel import mesh as meshes
-from t5x_like.parallel.sharding import batch_shardings
 
 MESHES = {
     "data=8": {"preset": "data"},
@@ -79,8 +78,7 @@ def _step(family: str, mesh_section: dict, devices: int) -> Result:
         program = experiments.build_program(experiment, mesh)
         state, frozen = experiments.initialize(program, seed=0)
         host = _batch()
-        shardings = batch_shardings(mesh, program.model.rules, {name: value.shape for name, value in host.items()})
-        batch = {name: jax.device_put(value, shardings[name]) for name, value in host.items()}
+        batch = {name: jax.device_put(value, program.batch[name].sharding) for name, value in host.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
     gradients = tree.flatten(jax.device_get(state["optimizer"]["momentum"]))

@@ -7,7 +7,7 @@ import pytest
 
 from configs import common
 from t5x_like.core import config as bridge
-from t5x_like.core.types import ParamSpec
+from t5x_like.core.types import ArraySpec, ParamSpec
 from t5x_like.objectives.interface import Objective
 from t5x_like.optim import optimizers
 from t5x_like.parallel import mesh as meshes
@@ -36,7 +36,12 @@ def _loss(params, frozen, batch, key, totals):
     return scalar, sums
 
 
-OBJECTIVE = Objective(_weights, _loss, lambda params, frozen, batch: {})
+def _nothing(params, frozen, batch):
+    return {}
+
+
+INPUTS = {name: ArraySpec((16, 4), "float32", ("batch", "length")) for name in ("inputs", "targets", "loss_weights")}
+OBJECTIVE = Objective(_weights, _loss, _nothing, INPUTS)
 
 
 def _sgd(rate: float = 0.1) -> optimizers.Optimizer:
@@ -85,7 +90,7 @@ def _run(config: StepConfig, batch, state=None, mesh=None, objective=OBJECTIVE):
         return step(state, {"base": {}}, batch)
     placed = sharding.named(mesh, RULES, AXES["w"], (8, 8))
     state = state | {"params": {"w": jax.device_put(state["params"]["w"], placed)}}
-    shardings = sharding.batch_shardings(mesh, RULES, {name: value.shape for name, value in batch.items()})
+    shardings = sharding.batch_shardings(mesh, RULES, objective.inputs)
     batch = {name: jax.device_put(value, shardings[name]) for name, value in batch.items()}
     with jax.set_mesh(mesh):
         return step(state, {"base": {}}, batch)
@@ -103,6 +108,42 @@ def test_micro_batches_change_nothing_though_terms_have_different_weights(refere
     np.testing.assert_allclose(state["params"]["w"], reference[0]["params"]["w"], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], reference[1]["grad_norm"], rtol=1e-6)
+
+
+def _candidates():
+    """Pairs of texts [B, 2, T], scores of 3 candidates [B, 3] and a reward [B]: (objective, batch)."""
+    specs = {
+        "pairs": ArraySpec((16, 2, 4), "float32", ("batch", None, "length")),
+        "scores": ArraySpec((16, 3), "float32", ("batch", None)),
+        "reward": ArraySpec((16,), "float32", ("batch",)),
+    }
+
+    def loss(params, frozen, batch, key, totals):
+        pairs_BT = batch["pairs"].reshape(-1, batch["pairs"].shape[-1])  # the two texts of a row, one below the other
+        out_BT = jnp.tanh(pairs_BT @ params["w"][:4, :4])
+        margin_B = jnp.diff(out_BT.mean(axis=-1).reshape(-1, 2), axis=-1)[:, 0]
+        wanted_B = jax.nn.softmax(batch["scores"] @ params["w"][:3, :3])[:, 0] + batch["reward"]
+        total = jnp.sum(jnp.square(margin_B - wanted_B))
+        count = jnp.float32(len(margin_B))
+        return total / totals["pairs"], {"margin": (total, count), "loss": (jnp.float32(jnp.nan), count)}
+
+    rng = np.random.default_rng(0)
+    batch = {name: rng.normal(size=spec.shape).astype(np.float32) for name, spec in specs.items()}
+    weights = lambda batch: {"pairs": jnp.float32(batch["reward"].shape[0])}  # noqa: E731
+    return Objective(weights, loss, _nothing, specs, judge="margin"), batch
+
+
+@pytest.mark.parametrize("preset", tables.PRESETS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_arrays_of_any_rank_lie_as_declared_and_train_alike_on_every_mesh(preset, micro_batches):
+    objective, batch = _candidates()
+    expected, _ = _run(_config(), batch, objective=objective)
+    assert float(jnp.abs(expected["params"]["w"] - _fresh()["params"]["w"]).max()) > 1e-4
+    mesh = meshes.make(meshes.MeshConfig(preset, "", *(None,) * 7))
+    state, metrics = _run(_config(micro_batches=micro_batches), batch, mesh=mesh, objective=objective)
+    np.testing.assert_allclose(state["params"]["w"], expected["params"]["w"], rtol=1e-5, atol=1e-6)
+    # The margin is judged: a metric "loss" that is not finite refuses nothing.
+    assert float(metrics["finite"]) == 1 and float(metrics["skipped"]) == 0
 
 
 @pytest.mark.parametrize("preset", tables.PRESETS)
@@ -173,7 +214,7 @@ def test_micro_batches_draw_different_keys_and_repeat_for_the_same_seed_and_step
         noise = jax.random.normal(key, ())
         return params["w"][0, 0] * noise, {"loss": (noise, jnp.float32(1))}
 
-    objective = Objective(lambda batch: {"tokens": jnp.float32(1)}, noisy, lambda params, frozen, batch: {})
+    objective = Objective(lambda batch: {"tokens": jnp.float32(1)}, noisy, _nothing, INPUTS)
     one = _run(_config(dropout=True), _batch(), objective=objective)[1]["loss"]
     same = _run(_config(dropout=True), _batch(), objective=objective)[1]["loss"]
     two = _run(_config(dropout=True, micro_batches=2), _batch(), objective=objective)[1]["loss"]

@@ -1,53 +1,64 @@
-"""From rows of T+1 tokens to the arrays of a batch that a decoder is trained on.
+"""THE table of what rows become: `config.data.features` names an entry.
 
-The shapes and meanings are those of the design: targets are the inputs moved by one, segments and positions begin
-anew with each document, and what carries no loss has weight 0 and 0 target bytes. Reading rows is data/read/packing.py.
+| features | rows | for |
+|---|---|---|
+| causal | documents, concatenated or packed | decoders |
+| source_target | packed examples, inputs beside targets | encoder-decoders |
+| span_corruption | chunks of text with spans replaced by sentinels | pretraining of encoder-decoders |
 """
 
-import dataclasses
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UsageError
+from t5x_like.data.config import DataConfig
+from t5x_like.data.read.causal import CAUSAL
+from t5x_like.data.read.interface import BatchArray, Feature
+from t5x_like.data.read.source_target import SOURCE_TARGET
+from t5x_like.data.read.span_corruption import SPAN_CORRUPTION
 
-import numpy as np
-from jaxtyping import Bool, Int
-
-Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """n rows of T+1 tokens.
-
-    tokens, byte_counts: zero behind the last token of a row; begins: where a document begins; trained: tokens that
-    are predicted with loss (the first of a row never is); valid: tokens of each row.
-    """
-
-    tokens: Int[np.ndarray, "n width"]
-    byte_counts: Int[np.ndarray, "n width"]
-    begins: Bool[np.ndarray, "n width"]
-    trained: Bool[np.ndarray, "n width"]
-    valid: Int[np.ndarray, "n"]
+FEATURES: dict[str, Feature] = {
+    "causal": CAUSAL,
+    "source_target": SOURCE_TARGET,
+    "span_corruption": SPAN_CORRUPTION,
+}
 
 
-def batch(rows: Rows, *, attend_across_documents: bool) -> Batch:
-    """{inputs, targets, loss_weights, segment_ids, positions, target_bytes}, each [n, T].
+def arrays(config: DataConfig) -> dict[str, BatchArray]:
+    """{name: shape, type and axes} of a global batch; opens no data, so that a plan can ask for it."""
+    check(config)
+    return FEATURES[config.features].arrays(config)
 
-    Segments count from 1 in each row, 0 is padding. With `attend_across_documents` segment_ids are left out and
-    positions run through the row.
-    """
-    length = rows.tokens.shape[1] - 1
-    columns = np.arange(length + 1, dtype=np.int32)
-    trained = (rows.trained & (columns < rows.valid[:, None]))[:, 1:]
-    arrays = {
-        "inputs": np.ascontiguousarray(rows.tokens[:, :-1]),
-        "targets": np.ascontiguousarray(rows.tokens[:, 1:]),
-        "loss_weights": trained.astype(np.float32),
-        "target_bytes": np.where(trained, rows.byte_counts[:, 1:], 0).astype(np.int32),
-    }
-    if attend_across_documents:
-        return arrays | {"positions": np.broadcast_to(columns[:-1], (len(trained), length)).copy()}
-    begins = rows.begins[:, :-1].copy()
-    begins[:, 0] = True  # a document that goes on from the row before is a segment of its own
-    padding = columns[:-1] >= rows.valid[:, None]
-    segment_ids = np.where(padding, 0, np.cumsum(begins, axis=1, dtype=np.int32))
-    first = np.maximum.accumulate(np.where(begins, columns[:-1], 0), axis=1)
-    positions = np.where(padding, 0, columns[:-1] - first)
-    return arrays | {"segment_ids": segment_ids.astype(np.int32), "positions": positions.astype(np.int32)}
+
+def check(config: DataConfig) -> None:
+    """UsageError for fields that no batch can be made of."""
+    for name, least in (("batch_size", 1), ("length", 1), ("validation_batches", 0), ("prefetch", 0)):
+        if getattr(config, name) < least:
+            raise UsageError(f"config.data.{name}={getattr(config, name)} should be at least {least}")
+    if not 0 <= config.validation_stride <= config.length:
+        raise UsageError(
+            f"config.data.validation_stride={config.validation_stride} should lie between 0 and length={config.length}"
+        )
+    if config.features not in FEATURES:
+        raise UsageError(f"config.data.features={config.features!r} is unknown; {nearest(config.features, FEATURES)}")
+    feature = FEATURES[config.features]
+    if config.packing not in feature.packings:
+        raise UsageError(
+            f"config.data.packing={config.packing!r} does not go with features={config.features!r}; "
+            f"{nearest(config.packing, feature.packings)}"
+        )
+    _check_unused(config, feature)
+    feature.check(config)
+
+
+def _check_unused(config: DataConfig, feature: Feature) -> None:
+    """What belongs to some features alone has its neutral value elsewhere."""
+    if feature.encoder and config.encoder_length < 1:
+        raise UsageError(f"config.data.encoder_length={config.encoder_length} should be at least 1: tokens of a source")
+    neutral = {} if feature.encoder else {"encoder_length": 0}
+    if feature is not CAUSAL:
+        neutral |= {"attend_across_documents": False, "validation_stride": 0}
+    for name, value in neutral.items():
+        if getattr(config, name) != value:
+            raise UsageError(
+                f"config.data.{name}={getattr(config, name)} has no effect with features={config.features!r}; "
+                f"leave it at {value}"
+            )

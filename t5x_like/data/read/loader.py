@@ -8,6 +8,7 @@ component it is. No state, no iterator: a process reads the rows it wants, in an
 import collections
 import concurrent.futures
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -19,12 +20,13 @@ from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
-from t5x_like.data.read import features, mixtures, packing
+from t5x_like.data.read import mixtures
+from t5x_like.data.read.features import FEATURES, arrays, check
+from t5x_like.data.read.interface import Batch, Draw, Reader, Span
 from t5x_like.data.read.permutation import permute
 from t5x_like.data.token_set import OpenFiles, TokenSet
 from t5x_like.data.tokenizers import vocabularies
 
-Batch = features.Batch
 Read = TypeVar("Read")
 
 
@@ -51,7 +53,7 @@ class _Component:
     name: str
     entry: cache.SetEntry
     tokens: TokenSet
-    packing: packing.Packing
+    reader: Reader
 
 
 class TrainData:
@@ -71,11 +73,13 @@ class TrainData:
         seed: int,
     ):
         self.batch_size, self.length, self.vocabulary = config.batch_size, config.length, vocabulary
-        self.tokens_per_step = config.batch_size * config.length
+        self.tokens_per_step = sum(
+            math.prod(array.shape) for name, array in arrays(config).items() if name.endswith("inputs")
+        )
         self._config, self._seed, self._validation = config, seed, validation
         self._opened = [*train, *validation]
         self._unevaluated = unevaluated  # {name: source} of which nothing was held out
-        sizes = {component.name: component.packing.size for component in train}
+        sizes = {component.name: component.reader.size for component in train}
         rates = mixtures.row_rates(config.mixture, sizes, {c.name: c.entry.rate for c in train})
         self._components = [component for component in train if component.name in rates]
         self._shares = mixtures.shares([rates[component.name] for component in self._components])
@@ -90,14 +94,15 @@ class TrainData:
                 "packing": (config.packing, config.attend_across_documents),
                 "seed": seed,
             }
+            | _identity(config)
         )
 
     def rows(self, step: int, rows: Int[np.ndarray, "n"]) -> Batch:
-        """Rows of the global batch of `step` (from 0), each array [n, T]; the same whoever asks for them."""
+        """Rows of the global batch of `step` (from 0), each array [n, ...]; the same whoever asks for them."""
         located = self._locate(step, np.asarray(rows, np.int64))
         parts = [
-            (chosen, features.batch(component.packing.read(local), attend_across_documents=self._attends))
-            for component, chosen, local, _ in located
+            (chosen, component.reader.batch(local, Draw(f"{self._seed}/{component.name}", epochs)))
+            for component, chosen, local, epochs in located
         ]
         return _gather(parts, len(rows))
 
@@ -107,7 +112,7 @@ class TrainData:
             _place(component, row, span, int(epoch))
             for component, chosen, local, epochs in self._locate(step, np.arange(self.batch_size))
             for row, packed, epoch in zip(chosen.tolist(), local.tolist(), epochs, strict=True)
-            for span in component.packing.documents(packed)
+            for span in component.reader.documents(packed)
         ]
         return sorted(found, key=lambda place: (place.row, place.column))
 
@@ -146,10 +151,6 @@ class TrainData:
         for component in self._opened:  # those of rate 0 too
             component.tokens.close()
 
-    @property
-    def _attends(self) -> bool:
-        return self._config.attend_across_documents
-
     def _locate(self, step: int, rows: np.ndarray) -> Iterator[tuple[_Component, np.ndarray, np.ndarray, np.ndarray]]:
         """(component, indices into `rows`, rows of the component, their epochs)."""
         numbers, indices = self._slots.locate(step * self.batch_size + rows)
@@ -170,7 +171,7 @@ class HeldOut:
 
     def __init__(self, component: _Component, config: DataConfig):
         self._component, self._config = component, config
-        self._rows = component.packing.size.rows
+        self._rows = component.reader.size.rows
         whole = -(-self._rows // config.batch_size)
         self._batches = min(whole, config.validation_batches) if config.validation_batches else whole
 
@@ -185,10 +186,12 @@ class HeldOut:
         if not 0 <= index < self._batches:
             raise IndexError(index)
         numbers = index * self._config.batch_size + np.asarray(rows, np.int64)
-        read = self._component.packing.read(np.minimum(numbers, self._rows - 1))
-        read.valid[numbers >= self._rows] = 0
-        read.tokens[numbers >= self._rows] = 0
-        return features.batch(read, attend_across_documents=self._config.attend_across_documents)
+        # Held-out rows draw the same at every evaluation, whatever the seed of the run.
+        draw = Draw(f"held out/{self._component.name}", np.zeros_like(numbers))
+        batch = self._component.reader.batch(np.minimum(numbers, self._rows - 1), draw)
+        for array in batch.values():
+            array[numbers >= self._rows] = 0
+        return batch
 
 
 class Prefetch(Generic[Read]):
@@ -220,12 +223,13 @@ class Prefetch(Generic[Read]):
 
 def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
     """Opens what `prepare` wrote in `cache_dir` for this config (a cache in a bucket is copied to a local disk)."""
-    _check(config)
+    check(config)
     manifest = cache.read_manifest(config, cache_dir)
     folder = cache.local_folder(cache_dir)
     vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
     files = token_set.open_files()
-    train = [_open(name, entry, folder, config, config.length, files) for name, entry in sorted(manifest.train.items())]
+    opening = (folder, config, vocabulary, files)
+    train = [_open(name, entry, *opening, stride=config.length) for name, entry in sorted(manifest.train.items())]
     stride = config.validation_stride or config.length
     held_out, unevaluated = {}, {}
     for name, entry in sorted(manifest.validation.items()):
@@ -238,7 +242,7 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
             f"config.data.validation={config.validation!r} holds out no text of any source; "
             "expected some: make it larger, or '' for no evaluation"
         )
-    validation = [_open(name, entry, folder, config, stride, files) for name, entry in held_out.items()]
+    validation = [_open(name, entry, *opening, stride=stride) for name, entry in held_out.items()]
     return TrainData(config, vocabulary, train, validation, unevaluated=unevaluated, seed=seed)
 
 
@@ -247,30 +251,32 @@ def _has_text(entry: cache.SetEntry, folder: pathlib.Path) -> bool:
     return token_set.read_index(folder / entry.folder)["tokens"] >= 2
 
 
-def _check(config: DataConfig) -> None:
-    for name, least in (("batch_size", 1), ("length", 1), ("validation_batches", 0), ("prefetch", 0)):
-        if getattr(config, name) < least:
-            raise UsageError(f"config.data.{name}={getattr(config, name)} should be at least {least}")
-    if not 0 <= config.validation_stride <= config.length:
-        raise UsageError(
-            f"config.data.validation_stride={config.validation_stride} should lie between 0 and length={config.length}"
-        )
-    if config.packing not in packing.PACKINGS:
-        raise UsageError(
-            f"config.data.packing={config.packing!r} is unknown; {nearest(config.packing, packing.PACKINGS)}"
-        )
+def _identity(config: DataConfig) -> dict[str, Any]:
+    """What else decides the rows where they are not a decoder's."""
+    if config.features == "causal":
+        return {}
+    named = ("features", "encoder_length", "start_token", "extra_ids")
+    noise = dataclasses.astuple(config.span_corruption) if config.features == "span_corruption" else ()
+    return {name: getattr(config, name) for name in named} | {"noise": noise}
 
 
 def _open(
-    name: str, entry: cache.SetEntry, folder: pathlib.Path, config: DataConfig, stride: int, files: OpenFiles
+    name: str,
+    entry: cache.SetEntry,
+    folder: pathlib.Path,
+    config: DataConfig,
+    vocabulary: vocabularies.Vocabulary,
+    files: OpenFiles,
+    *,
+    stride: int,
 ) -> _Component:
     tokens = TokenSet(folder / entry.folder, verify=config.verify, files=files)
     if tokens.tokens < 2:
         raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
-    return _Component(name, entry, tokens, packing.PACKINGS[config.packing](tokens, config.length, stride))
+    return _Component(name, entry, tokens, FEATURES[config.features].open(tokens, config, vocabulary, stride))
 
 
-def _place(component: _Component, row: int, span: packing.Span, epoch: int) -> DocumentPlace:
+def _place(component: _Component, row: int, span: Span, epoch: int) -> DocumentPlace:
     tokens = component.tokens
     file, offset = tokens.place(span.document)
     return DocumentPlace(
@@ -286,14 +292,14 @@ def _place(component: _Component, row: int, span: packing.Span, epoch: int) -> D
 
 
 def _facts(component: _Component) -> dict[str, Any]:
-    tokens, size = component.tokens, component.packing.size
+    tokens, size = component.tokens, component.reader.size
     return {
         "source": component.entry.source,
         "documents": tokens.documents,
         "tokens": tokens.tokens,
         "bytes": tokens.text_bytes,
         "rows": size.rows,
-        "truncated": component.packing.truncated,
+        "truncated": component.reader.truncated,
         "skipped": tokens.skipped,
     }
 
@@ -301,7 +307,9 @@ def _facts(component: _Component) -> dict[str, Any]:
 def _gather(parts: list[tuple[np.ndarray, Batch]], count: int) -> Batch:
     if len(parts) == 1 and len(parts[0][0]) == count:
         return parts[0][1]
-    batch = {key: np.zeros((count, array.shape[1]), array.dtype) for key, array in parts[0][1].items()} if parts else {}
+    batch = (
+        {key: np.zeros((count, *array.shape[1:]), array.dtype) for key, array in parts[0][1].items()} if parts else {}
+    )
     for chosen, part in parts:
         for key, array in part.items():
             batch[key][chosen] = array

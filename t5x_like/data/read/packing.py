@@ -1,26 +1,34 @@
-"""Packing: which tokens of a token set form row r. An index into the cache, no copy of it.
+"""Packing: which tokens of a token set form row r of a decoder. An index into the cache, no copy of it.
 
 `Concatenated`: one stream of all documents, rows of T+1 tokens that begin every `stride` tokens. `BestFit`: whole
 examples, each put into the row with the least room that still holds it. Order of rows: data/read/loader.py.
 """
 
+import dataclasses
 import fractions
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from t5x_like.data.read.features import Rows
+from t5x_like.data.read.interface import Span
 from t5x_like.data.read.mixtures import Size
 from t5x_like.data.token_set import TokenSet
 
 
-class Span(NamedTuple):
-    """A document, or a part of it, in a row: it begins at `column` of the row, `token` tokens into the document."""
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """n rows of T+1 tokens.
 
-    document: int
-    column: int
-    token: int
+    tokens, byte_counts: zero behind the last token of a row; begins: where a document begins; trained: tokens that
+    are predicted with loss (the first of a row never is); valid: tokens of each row.
+    """
+
+    tokens: Int[np.ndarray, "n width"]
+    byte_counts: Int[np.ndarray, "n width"]
+    begins: Bool[np.ndarray, "n width"]
+    trained: Bool[np.ndarray, "n width"]
+    valid: Int[np.ndarray, "n"]
 
 
 class Packing(Protocol):
@@ -60,7 +68,7 @@ class Concatenated:
         tokens, counts = self._set.read(starts, valid, spans, np.zeros_like(spans), (len(starts), width))
         begins = np.zeros((len(starts), width), bool)
         first, last = (np.searchsorted(self._set.ends, edge) for edge in (starts, starts + valid))
-        inside = _ranges(first, last - first)
+        inside = ranges(first, last - first)
         row = np.repeat(spans, last - first)
         begins[row, self._set.ends[inside] - starts[row]] = True
         trained = np.ones((len(starts), width), bool)
@@ -71,10 +79,7 @@ class Concatenated:
 
     def documents(self, row: int) -> list[Span]:
         start = row * self._stride
-        first, last = np.searchsorted(self._set.ends, [start, start + self._length], side="right").tolist()
-        last = min(last, self._set.documents - 1)
-        later = [Span(document, self._set.begin(document) - start, 0) for document in range(first + 1, last + 1)]
-        return [Span(first, 0, start - self._set.begin(first)), *later]
+        return spans_between(self._set, start, start + self._length)
 
     def _behind_inputs(self, starts: np.ndarray, begins: np.ndarray) -> np.ndarray:
         assert self._set.inputs is not None
@@ -105,7 +110,7 @@ class BestFit:
 
     def read(self, rows: Int[np.ndarray, "n"]) -> Rows:
         first, held = self._edges[rows], np.diff(self._edges)[rows]
-        examples = self._order[_ranges(first, held)]
+        examples = self._order[ranges(first, held)]
         row = np.repeat(np.arange(len(rows)), held)
         lengths = self._lengths[examples]
         before = np.cumsum(lengths) - lengths
@@ -117,7 +122,7 @@ class BestFit:
         silent = np.ones(len(examples), np.int64)
         if self._set.inputs is not None:
             silent = np.clip(self._set.inputs[examples], 1, lengths)
-        inside = _ranges(column, silent)
+        inside = ranges(column, silent)
         trained[np.repeat(row, silent), inside] = False
         valid = np.bincount(row, weights=lengths, minlength=len(rows)).astype(np.int64)
         return Rows(tokens, counts, begins, trained, valid)
@@ -133,6 +138,14 @@ PACKINGS = {
     "concatenate": lambda token_set, length, stride: Concatenated(token_set, length=length, stride=stride),
     "examples": lambda token_set, length, stride: BestFit(token_set, length=length),
 }
+
+
+def spans_between(token_set: TokenSet, first: int, last: int) -> list[Span]:
+    """The documents of the tokens from `first` through `last` of the stream of all documents."""
+    begin, end = np.searchsorted(token_set.ends, [first, last], side="right").tolist()
+    end = min(end, token_set.documents - 1)
+    later = [Span(document, token_set.begin(document) - first, 0) for document in range(begin + 1, end + 1)]
+    return [Span(begin, 0, first - token_set.begin(begin)), *later]
 
 
 def best_fit(lengths: Int[np.ndarray, "examples"], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +173,6 @@ def best_fit(lengths: Int[np.ndarray, "examples"], width: int) -> tuple[np.ndarr
     return order, np.searchsorted(row_of[order], np.arange(rows + 1))
 
 
-def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """first[0], first[0] + 1, ... (counts[0] of them), first[1], ..."""
     return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())

@@ -35,13 +35,13 @@ def _network(values: np.ndarray, left_size: np.uint64, right_size: np.uint64, ke
     left, right = values // right_size, values % right_size
     for turn, key in enumerate(keys):
         if turn % 2:
-            right = (right + _mix(left ^ key) % right_size) % right_size
+            right = (right + mix(left ^ key) % right_size) % right_size
         else:
-            left = (left + _mix(right ^ key) % left_size) % left_size
+            left = (left + mix(right ^ key) % left_size) % left_size
     return left * right_size + right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: every bit of the input moves every bit of the output. Arrays wrap silently."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -10,7 +10,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +49,7 @@ class TokenizerFile:
     bos_id: int | None
     eos_id: int | None
     extra_ids: int  # ids without text behind those of the file (T5's sentinels)
+    named_sentinels: int  # ids at the end that the file itself names <extra_id_0> (the last one), <extra_id_1>, ...
 
 
 # Bytes.
@@ -67,7 +68,7 @@ class _Bytes:
 
 def read_bytes(*, extra_ids: int) -> TokenizerFile:
     surfaces = (b"",) * _BYTES_OFFSET + tuple(bytes([value]) for value in range(256)) + (b"",) * extra_ids
-    return TokenizerFile("bytes", "", b"", _Bytes(), surfaces, None, 1, extra_ids)
+    return TokenizerFile("bytes", "", b"", _Bytes(), surfaces, None, 1, extra_ids, named_sentinels=0)
 
 
 # SentencePiece.
@@ -113,6 +114,7 @@ def read_sentencepiece(content: bytes, path: pathlib.Path, *, extra_ids: int) ->
         bos if bos >= 0 else None,
         eos if eos >= 0 else None,
         extra_ids,
+        named_sentinels=_named_sentinels(processor.id_to_piece, size),
     )
 
 
@@ -218,7 +220,15 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
     eos = next((specials[n] for n in _EOS_NAMES if n in specials), None) if eos is None else eos
     bos = None if bos == eos else bos  # GPT-2 names one token twice: documents are then separated by one, not two
     engine = _Tokenizers(tokenizer, exact=style != "opaque", pattern=pattern_of(layout))
-    return TokenizerFile("tokenizers", "tokenizer.json", content, engine, tuple(surfaces), bos, eos, 0)
+    named = _named_sentinels(lambda token: pieces.get(token, ""), len(surfaces))
+    return TokenizerFile("tokenizers", "tokenizer.json", content, engine, tuple(surfaces), bos, eos, 0, named)
+
+
+def _named_sentinels(name: Callable[[int], str], size: int) -> int:
+    count = 0
+    while count < size and name(size - 1 - count) == f"<extra_id_{count}>":
+        count += 1
+    return count
 
 
 def _named(ids: dict[str, int], name: str | None, path: pathlib.Path) -> int | None:

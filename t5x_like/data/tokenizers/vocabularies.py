@@ -26,12 +26,28 @@ _UNKNOWN_TEXT = " \u2047 ".encode()  # what SentencePiece decodes an unknown pie
 
 
 class Vocabulary:
-    """A tokenizer with its special ids; `size`: all ids are below it."""
+    """A tokenizer with its special ids; `size`: all ids are below it.
+
+    `extra_ids` sentinels are the last ids: <extra_id_0> is size - 1, <extra_id_1> the id below it, as in T5; they
+    stand for no text. Padding is id 0 for every tokenizer and is told by segment ids, never by its value: 0 is a
+    padding token in `bytes` and in T5's models, <unk> in trained SentencePiece models, <|endoftext|> in a trained BPE,
+    and the piece of a byte in a trained unigram. EOS is 1 in `bytes` and T5's models.
+    """
 
     def __init__(self, file: TokenizerFile):
         self._file, self._engine, self._surfaces = file, file.engine, file.surfaces
         self.kind, self.size = file.kind, len(file.surfaces)
         self.bos_id, self.eos_id = file.bos_id, file.eos_id
+        self.extra_ids = file.extra_ids + file.named_sentinels
+
+    def with_extra_ids(self, count: int) -> "Vocabulary":
+        """The same tokenizer with `count` sentinels at its end. UserError when it has others."""
+        if count in (0, self.extra_ids):
+            return self
+        if self.extra_ids:
+            raise UserError(f"the tokenizer has {self.extra_ids} extra ids of its own, not {count}; set extra_ids=0")
+        surfaces = (*self._surfaces, *(b"",) * count)
+        return Vocabulary(dataclasses.replace(self._file, surfaces=surfaces, extra_ids=count))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -185,6 +201,7 @@ def _load_saved(folder: pathlib.Path) -> Vocabulary:
             extra = settings["extra_ids"]
             return Vocabulary(tokenizer_files.read_sentencepiece(content, folder / name, extra_ids=extra))
         file = tokenizer_files.read_tokenizer_json(content, folder / name, (None, None))
-        return Vocabulary(dataclasses.replace(file, bos_id=settings["bos_id"], eos_id=settings["eos_id"]))
+        named = dataclasses.replace(file, bos_id=settings["bos_id"], eos_id=settings["eos_id"])
+        return Vocabulary(named).with_extra_ids(settings["extra_ids"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: not a saved vocabulary ({error}); copy the folder again") from None

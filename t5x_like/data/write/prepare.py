@@ -67,6 +67,8 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Pre
     Where the sources are not on this machine, a cache that was prepared for the same config elsewhere is enough.
     """
     preprocessors.check(config.preprocessors, config.fields)
+    if config.extra_ids < 0:
+        raise UsageError(f"config.data.extra_ids={config.extra_ids} should be at least 0; T5 has 100")
     if config.workers < 0:
         raise UsageError(f"config.data.workers={config.workers} should be at least 0, which is one for each core")
     if not config.tokenizer:
@@ -132,14 +134,18 @@ def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
 def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report | None) -> str:
     """The tokenizer's folder within the cache."""
     if config.tokenizer == "task":
+        if config.extra_ids:
+            raise UsageError(f"config.data.extra_ids={config.extra_ids}: a task says how many it has; leave it at 0")
         if found.vocabulary is None:
             raise UsageError("config.data.tokenizer=task: no seqio: source here has a vocabulary; give a tokenizer")
         return found.vocabulary
     trained = tokenizer_training.parse(config.tokenizer, where="config.data.tokenizer")
     if trained is None:
-        place = parts.place_vocabulary(vocabularies.load(config.tokenizer), folder)
+        vocabulary = vocabularies.load(config.tokenizer)
     else:
-        place = _trained(config, folder, list(found.train.values()), trained, report)
+        name = _trained(config, folder, list(found.train.values()), trained, report)
+        vocabulary = vocabularies.load(str(folder / name))
+    place = parts.place_vocabulary(vocabulary.with_extra_ids(config.extra_ids), folder)
     if found.vocabulary not in (None, place):  # the name of the folder is the fingerprint
         raise UsageError(f"config.data.tokenizer={config.tokenizer} is not the vocabulary of the SeqIO task; use task")
     return place

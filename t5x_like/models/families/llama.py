@@ -6,38 +6,30 @@ Numbers only. "8b" and "70b" are Llama 3, a leading number is another version; `
 from collections.abc import Mapping
 from typing import Any
 
-FAMILY: Mapping[str, Any] = {
-    "norm": "rms",
-    "norm_epsilon": 1e-5,
-    "position": "rope",
-    "activation": "silu",
-    "gated": True,
-    "qkv_bias": False,
-    "out_bias": False,
-    "mlp_bias": False,
-    "qk_norm": False,
-    "attention_softcap": 0.0,
-    "final_softcap": 0.0,
-    "windows": (0,),
-    "rope": {
-        "theta": (10_000.0,),
-        # Used only with scaling name "llama3": the numbers of Llama 3.1.
-        "scaling": {
-            "name": "none",
-            "factor": 8.0,
-            "low_frequency": 1.0,
-            "high_frequency": 4.0,
-            "original_length": 8192,
-        },
+from t5x_like.models.families.plain import DECODER, MODEL, merged
+
+FAMILY: Mapping[str, Any] = merged(
+    MODEL,
+    {
+        "decoder": merged(
+            DECODER,
+            {
+                "norm": "rms",
+                "norm_epsilon": 1e-5,
+                "position": "rope",
+                "activation": "silu",
+                "gated": True,
+                # Used only with scaling name "llama3": the numbers of Llama 3.1.
+                "rope": {"scaling": {"factor": 8.0, "original_length": 8192}},
+            },
+        ),
     },
-    "init_deviation": 0.02,
-    "depth_scaled_init": False,
-}
+)
 
 
 def _size(
     layers: int,
-    embed: int,
+    width: int,
     heads: int,
     kv_heads: int,
     mlp: int,
@@ -50,25 +42,27 @@ def _size(
     factor: float = 8.0,
 ) -> Mapping[str, Any]:
     return {
-        "layers": layers,
-        "embed": embed,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head": embed // heads,
-        "mlp": mlp,
+        "width": width,
         "vocab_size": vocab,
         "max_length": length,
-        "tie_embeddings": tied,
-        "rope": {"theta": (theta,), "scaling": {"name": scaling, "factor": factor}},
+        "decoder": {
+            "layers": layers,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_size": width // heads,
+            "mlp": mlp,
+            "rope": {"theta": (theta,), "scaling": {"name": scaling, "factor": factor}},
+        },
+        "head": {"tied": tied},
     }
 
 
-def _llama2(layers: int, embed: int, heads: int, kv_heads: int, mlp: int) -> Mapping[str, Any]:
-    return _size(layers, embed, heads, kv_heads, mlp, vocab=32_000, length=4096, theta=10_000.0, tied=False)
+def _llama2(layers: int, width: int, heads: int, kv_heads: int, mlp: int) -> Mapping[str, Any]:
+    return _size(layers, width, heads, kv_heads, mlp, vocab=32_000, length=4096, theta=10_000.0, tied=False)
 
 
-def _llama3(layers: int, embed: int, heads: int, mlp: int) -> Mapping[str, Any]:
-    return _size(layers, embed, heads, 8, mlp, vocab=128_256, length=8192, theta=500_000.0, tied=False)
+def _llama3(layers: int, width: int, heads: int, mlp: int) -> Mapping[str, Any]:
+    return _size(layers, width, heads, 8, mlp, vocab=128_256, length=8192, theta=500_000.0, tied=False)
 
 
 SIZES: Mapping[str, Mapping[str, Any]] = {

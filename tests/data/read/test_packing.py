@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from t5x_like.data import token_set
-from t5x_like.data.read import features, packing
+from t5x_like.data.read import causal, packing
 
 LENGTHS = (3, 1, 40, 7, 2, 2, 19, 5, 11, 1, 1, 30)
 
@@ -38,7 +38,7 @@ def every(packed):
 @pytest.mark.parametrize("length", [1, 4, 16, 60, 121, 500])
 def test_each_token_but_the_first_is_a_target_exactly_once(tmp_path, length):
     tokens, ids, _ = written(tmp_path, LENGTHS)
-    batch = features.batch(
+    batch = causal.batch(
         every(packing.Concatenated(tokens, length=length, stride=length)), attend_across_documents=True
     )
     assert batch["targets"][batch["loss_weights"] > 0].tolist() == ids[1:].tolist()
@@ -48,7 +48,7 @@ def test_each_token_but_the_first_is_a_target_exactly_once(tmp_path, length):
 @pytest.mark.parametrize(("length", "stride"), [(16, 4), (16, 15), (16, 1), (200, 7)])
 def test_overlapping_rows_predict_each_token_once_with_more_before_it(tmp_path, length, stride):
     tokens, ids, _ = written(tmp_path, LENGTHS)
-    batch = features.batch(
+    batch = causal.batch(
         every(packing.Concatenated(tokens, length=length, stride=stride)), attend_across_documents=True
     )
     trained = batch["loss_weights"] > 0
@@ -60,7 +60,7 @@ def test_overlapping_rows_predict_each_token_once_with_more_before_it(tmp_path, 
 
 def test_bytes_are_counted_with_their_token_and_large_counts_are_kept(tmp_path):
     tokens, ids, counts = written(tmp_path, LENGTHS)
-    batch = features.batch(every(packing.Concatenated(tokens, length=16, stride=16)), attend_across_documents=False)
+    batch = causal.batch(every(packing.Concatenated(tokens, length=16, stride=16)), attend_across_documents=False)
     assert counts.max() > 255
     by_token = dict(zip(ids.tolist(), counts.tolist(), strict=True))
     trained = batch["loss_weights"] > 0
@@ -70,7 +70,7 @@ def test_bytes_are_counted_with_their_token_and_large_counts_are_kept(tmp_path):
 
 def test_segments_and_positions_begin_anew_with_each_document(tmp_path):
     tokens, ids, _ = written(tmp_path, LENGTHS)
-    batch = features.batch(every(packing.Concatenated(tokens, length=16, stride=16)), attend_across_documents=False)
+    batch = causal.batch(every(packing.Concatenated(tokens, length=16, stride=16)), attend_across_documents=False)
     document = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     for row in range(len(batch["inputs"])):
         mine = [document[token - 1] if token else None for token in batch["inputs"][row]]
@@ -86,7 +86,7 @@ def test_segments_and_positions_begin_anew_with_each_document(tmp_path):
 def test_with_attention_across_documents_there_are_no_segments(tmp_path):
     tokens, _, _ = written(tmp_path, LENGTHS)
     rows = every(packing.Concatenated(tokens, length=16, stride=16))
-    apart, together = (features.batch(rows, attend_across_documents=value) for value in (False, True))
+    apart, together = (causal.batch(rows, attend_across_documents=value) for value in (False, True))
     assert set(apart) - set(together) == {"segment_ids"} and (together["positions"] == np.arange(16)).all()
     assert not np.array_equal(apart["positions"], together["positions"])
     assert {name: array.dtype for name, array in apart.items()} == {
@@ -98,7 +98,7 @@ def test_with_attention_across_documents_there_are_no_segments(tmp_path):
 def test_inputs_of_an_example_carry_no_loss(tmp_path, kind):
     inputs = [min(2, length - 1) for length in LENGTHS]
     tokens, ids, _ = written(tmp_path, LENGTHS, inputs=inputs)
-    batch = features.batch(every(packing.PACKINGS[kind](tokens, 40, 40)), attend_across_documents=False)
+    batch = causal.batch(every(packing.PACKINGS[kind](tokens, 40, 40)), attend_across_documents=False)
     within = np.concatenate([np.arange(length) for length in LENGTHS])
     silent = np.concatenate([np.arange(n) < max(i, kind == "examples") for n, i in zip(LENGTHS, inputs, strict=True)])
     wanted = [int(t) for t, skip in zip(ids, silent, strict=True) if not skip and (kind == "examples" or t > 1)]

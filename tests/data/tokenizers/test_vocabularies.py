@@ -153,3 +153,29 @@ def test_a_changed_file_in_a_saved_folder_is_found(folder, tmp_path):
         file.write(b" ")
     with pytest.raises(UserError, match="sha256"):
         vocabularies.load(str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "unigram", "sentencepiece"])
+def test_sentinels_are_the_last_ids_of_any_tokenizer_and_are_kept(folder, kind, tmp_path):
+    text, plain = corpus.paragraphs(4)[3], load(folder, kind)
+    more = plain.with_extra_ids(100)
+    assert (more.size, more.extra_ids, plain.extra_ids) == (plain.size + 100, 100, 0)
+    assert more.fingerprint != plain.fingerprint and (more.bos_id, more.eos_id) == (plain.bos_id, plain.eos_id)
+    more.save(str(tmp_path))
+    again = vocabularies.load(str(tmp_path))
+    assert (again.fingerprint, again.size, again.extra_ids) == (more.fingerprint, more.size, 100)
+    ids = again.encode(text)
+    assert ids == plain.encode(text)
+    assert again.decode([again.size - 1, *ids, again.size - 100]) == text
+    with pytest.raises(UserError, match="has 100 extra ids of its own, not 7"):
+        again.with_extra_ids(7)
+
+
+def test_sentinels_that_a_tokenizer_json_names_are_counted(folder, tmp_path):
+    layout = json.loads((folder / "bpe" / "tokenizer.json").read_text())
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    layout["added_tokens"] += [{"id": 400 + i, "content": f"<extra_id_{4 - i}>", **token} for i in range(5)]
+    (tmp_path / "named.json").write_text(json.dumps(layout))
+    named = vocabularies.load(str(tmp_path / "named.json"))
+    assert (named.size, named.extra_ids) == (405, 5)
+    assert named.decode([404, *named.encode("word")]) == "word"

@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache, token_set
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.tokenizers import vocabularies
@@ -384,3 +384,14 @@ def test_a_complete_cache_is_enough_where_the_text_is_not(tmp_path):
     assert after.manifest == before.manifest and after.shards_written == 0
     with pytest.raises(UserError, match="no such file"):
         prepare.prepare(dataclasses.replace(config, validation="0.1"), str(tmp_path / "cache"), report=None)
+
+
+def test_sentinels_are_added_to_a_trained_tokenizer_that_is_trained_once(tmp_path, monkeypatch):
+    source = corpus.write_jsonl(tmp_path / "text.jsonl", corpus.paragraphs(30))
+    plain = corpus.opened(corpus.config(source=source, tokenizer="train:bpe:300"), tmp_path / "cache").vocabulary
+    monkeypatch.setattr("t5x_like.data.tokenizers.tokenizer_training.train", None)
+    chosen = corpus.config(source=source, tokenizer="train:bpe:300", extra_ids=7)
+    more = corpus.opened(chosen, tmp_path / "cache").vocabulary
+    assert (plain.size, more.size, more.extra_ids) == (300, 307, 7)
+    with pytest.raises(UsageError, match=r"extra_ids=-1 should be at least 0"):
+        prepare.prepare(corpus.config(source=source, extra_ids=-1), str(tmp_path / "cache"), report=None)

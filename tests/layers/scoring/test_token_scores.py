@@ -1,5 +1,6 @@
 """The scorer against full logits: values, every gradient, every mesh, and what it costs in collectives."""
 
+import contextlib
 import functools
 import re
 
@@ -7,29 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+import torch
+from jax.sharding import NamedSharding
 
-from t5x_like.layers import head_place
-from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
+from t5x_like.layers.scoring import head_layout
+from t5x_like.layers.scoring.head import Head, logits
+from t5x_like.layers.scoring.token_scores import WANTED, token_scores
 from t5x_like.parallel import rules
-from t5x_like.parallel.rules import MESH_AXES
-
-FAST = {"xla_backend_optimization_level": 0}
-B, T, D, V, REAL = 8, 6, 16, 256, 250
-TABLE = rules.rules()
-MESHES = {
-    "data8": {"data": 8},
-    "fsdp8": {"fsdp": 8},
-    "tensor8": {"tensor": 8},
-    "data2_fsdp2_tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
-    "fsdp2_sequence2_tensor2": {"fsdp": 2, "sequence": 2, "tensor": 2},
-}
-
-
-def make_mesh(sizes):
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+from tests.layers.scoring.world import FAST, MESHES, REAL, TABLE, B, D, T, V, count, make_mesh
 
 
 def arrays(rows=B, length=T, seed=0):
@@ -51,6 +37,15 @@ def full_logits(x_BTD, head, targets_BT):
     values = values[:, :, : head.vocab_size]
     logz_BT = jax.nn.logsumexp(values, axis=-1)
     return jnp.take_along_axis(values, targets_BT[..., None], axis=-1)[..., 0] - logz_BT, logz_BT
+
+
+def log_probs(x_BTD, head, targets_BT, *, chunk=None):
+    scores = token_scores(x_BTD, head, targets_BT, want=("logp", "logz"), chunk=chunk)
+    return scores.logp, scores.logz
+
+
+def best_tokens(x_BTD, head):
+    return token_scores(x_BTD, head, want=("best",)).best
 
 
 def value_and_gradients(score, head_of, x_BTD, weight_VD, bias_V, targets_BT, cotangents):
@@ -85,7 +80,7 @@ def assert_same(results, references):
 @pytest.mark.parametrize(("softcap", "with_bias"), [(None, False), (3.0, True)], ids=["plain", "softcap_bias"])
 def test_scores_and_gradients_equal_those_of_full_logits(softcap, with_bias, chunk):
     x, weight, bias, targets, cotangents = arrays()
-    score = functools.partial(token_log_probs, chunk=chunk)
+    score = functools.partial(log_probs, chunk=chunk)
     run = functools.partial(value_and_gradients, score, functools.partial(head_of, softcap=softcap))
     results = jax.jit(run, compiler_options=FAST)(x, weight, bias if with_bias else None, targets, cotangents)
     assert_same(results, expected(softcap, with_bias))
@@ -94,14 +89,14 @@ def test_scores_and_gradients_equal_those_of_full_logits(softcap, with_bias, chu
 
 @pytest.mark.parametrize("chunk", [0, 16], ids=["kept", "chunks"])
 def test_blocks_of_columns_give_the_same_as_the_whole(chunk, monkeypatch):
-    monkeypatch.setattr(head_place, "CPU_COLUMNS", 100)
-    assert head_place._blocks(V) == ((0, 100), (100, 200), (200, V))
+    monkeypatch.setattr(head_layout, "CPU_COLUMNS", 100)
+    assert head_layout._blocks(V) == ((0, 100), (100, 200), (200, V))
     x, weight, bias, targets, cotangents = arrays()
-    score = functools.partial(token_log_probs, chunk=chunk)
+    score = functools.partial(log_probs, chunk=chunk)
     run = functools.partial(value_and_gradients, score, functools.partial(head_of, softcap=3.0))
     with jax.set_mesh(make_mesh({"fsdp": 4})):
         results = jax.jit(run, compiler_options=FAST)(x, weight, bias, targets, cotangents)
-        best_BT = jax.jit(token_predictions)(x, head_of(weight, bias))
+        best_BT = jax.jit(best_tokens)(x, head_of(weight, bias))
     assert_same(results, expected(3.0, True))
     np.testing.assert_array_equal(best_BT, np.argmax(jax.jit(logits)(x, head_of(weight, bias)), axis=-1))
 
@@ -111,12 +106,92 @@ def test_blocks_of_columns_give_the_same_as_the_whole(chunk, monkeypatch):
 def test_every_mesh_gives_what_one_device_gives(name, chunk):
     x, weight, bias, targets, cotangents = arrays()
     mesh = make_mesh(MESHES[name])
-    score = functools.partial(token_log_probs, chunk=chunk)
+    score = functools.partial(log_probs, chunk=chunk)
     run = functools.partial(value_and_gradients, score, functools.partial(head_of, softcap=3.0))
     placed = place(mesh, x, weight, bias, targets)
     with jax.set_mesh(mesh):
         results = jax.jit(run, compiler_options=FAST)(*placed, cotangents)
     assert_same(results, expected(3.0, True))
+
+
+SCALE, TEMPERATURE = 0.7, 1.5
+FLOATS = ("logp", "logz", "entropy", "mean")
+
+
+def reference_scores(x_BTD, weight_VD, bias_V, targets_BT, softcap):
+    """The definitions, in float64 by torch: {name: [B, T]} and the best tokens."""
+    values = SCALE * torch.einsum("BTD,VD->BTV", x_BTD, weight_VD)
+    values = values if bias_V is None else values + bias_V
+    values = values if softcap is None else softcap * torch.tanh(values / softcap)
+    values = values[:, :, :REAL] / TEMPERATURE
+    logs = torch.log_softmax(values, dim=-1)
+    picked = torch.gather(logs, -1, targets_BT[..., None])[..., 0]
+    entropy = -(logs.exp() * logs).sum(-1)
+    found = {"logp": picked, "logz": values.logsumexp(-1), "entropy": entropy, "mean": values.mean(-1)}
+    return found, values.argmax(-1)
+
+
+@functools.cache
+def expected_scores(softcap, with_bias, want):
+    """({name: values}, gradients of x, weight and bias) of sums with a cotangent for each token and name."""
+    x, weight, bias, targets, cotangents = arrays()
+    leaves = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, weight, bias)]
+    leaves = leaves if with_bias else leaves[:2]
+    found, best = reference_scores(*leaves[:2], leaves[2] if with_bias else None, torch.tensor(targets).long(), softcap)
+    floats = [name for name in want if name != "best"]
+    total = sum((torch.tensor(cotangents[i % 2]) * (i + 1) * found[name]).sum() for i, name in enumerate(floats))
+    gradients = [g.numpy() for g in torch.autograd.grad(total, leaves)]
+    return {name: found[name].detach().numpy() for name in floats} | {"best": best.numpy()}, gradients
+
+
+def assert_scores_are_those_of_the_definition(want, softcap, with_bias, chunk, sizes=None):
+    x, weight, bias, targets, cotangents = map(jnp.asarray, arrays())
+    floats = [name for name in want if name != "best"]
+
+    def total(x_BTD, weight_VD, bias_V):
+        head = Head(weight=weight_VD, bias=bias_V, vocab_size=REAL, softcap=softcap, rules=TABLE, scale=SCALE)
+        scores = token_scores(x_BTD, head, targets, want=want, temperature=TEMPERATURE, chunk=chunk)
+        values = [cotangents[i % 2] * (i + 1) * getattr(scores, name) for i, name in enumerate(floats)]
+        return sum(map(jnp.sum, values)), scores
+
+    inputs = (x, weight, bias if with_bias else None)
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True), compiler_options=FAST)
+    with jax.set_mesh(make_mesh(sizes)) if sizes else contextlib.nullcontext():
+        (_, scores), gradients = run(*inputs)
+    found, references = expected_scores(softcap, with_bias, want)
+    assert [name for name in WANTED if getattr(scores, name) is not None] == [n for n in WANTED if n in want]
+    for name in floats:
+        np.testing.assert_allclose(getattr(scores, name), found[name], rtol=1e-5, atol=2e-6, err_msg=name)
+    if "best" in want:
+        np.testing.assert_array_equal(scores.best, found["best"])
+    for gradient, reference in zip(jax.tree.leaves(gradients), references, strict=True):
+        assert np.abs(reference).max() > 1e-4
+        assert np.abs(gradient - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("chunk", [0, 7], ids=["kept", "chunks"])
+@pytest.mark.parametrize(("softcap", "with_bias"), [(None, False), (3.0, True)], ids=["plain", "softcap_bias"])
+def test_all_scores_of_one_pass_and_their_gradients_are_the_definitions(softcap, with_bias, chunk):
+    assert_scores_are_those_of_the_definition(WANTED, softcap, with_bias, chunk)
+
+
+@pytest.mark.parametrize("want", [("logp",), ("entropy",), ("mean", "best"), ("logz", "best")], ids="+".join)
+def test_any_selection_of_scores_can_be_differentiated(want):
+    assert_scores_are_those_of_the_definition(want, 3.0, True, 7)
+
+
+@pytest.mark.parametrize("chunk", [0, 4], ids=["kept", "chunks"])
+@pytest.mark.parametrize("name", ["fsdp8", "tensor8", "data2_fsdp2_tensor2"])
+def test_all_scores_are_the_same_on_every_mesh(name, chunk):
+    assert_scores_are_those_of_the_definition(WANTED, 3.0, True, chunk, MESHES[name])
+
+
+def test_wishes_that_cannot_be_met_are_refused():
+    x, weight, _, targets, _ = map(jnp.asarray, arrays())
+    with pytest.raises(ValueError, match="want=.'perplexity'. should name some of logp, logz"):
+        token_scores(x, head_of(weight, None), targets, want=("perplexity",))
+    with pytest.raises(ValueError, match="needs targets"):
+        token_scores(x, head_of(weight, None), want=("logp",))
 
 
 def place(mesh, x, weight, bias, targets):
@@ -142,7 +217,7 @@ def test_any_table_of_axes_gives_what_one_device_gives(overrides):
     def head(weight_VD, bias_V):
         return Head(weight=weight_VD, bias=bias_V, vocab_size=REAL, softcap=3.0, rules=table)
 
-    score = functools.partial(token_log_probs, chunk=4)
+    score = functools.partial(log_probs, chunk=4)
     run = functools.partial(value_and_gradients, score, head)
     with jax.set_mesh(mesh):
         results = jax.jit(run, compiler_options=FAST)(x, weight, bias, targets, cotangents)
@@ -152,17 +227,11 @@ def test_any_table_of_axes_gives_what_one_device_gives(overrides):
 def test_one_row_on_many_devices_is_scored_by_all():
     """A dim of size 1 is not split: every device scores the same tokens, and the gradient counts them once."""
     x, weight, bias, targets, cotangents = arrays(rows=1)
-    run = functools.partial(value_and_gradients, token_log_probs, head_of)
+    run = functools.partial(value_and_gradients, log_probs, head_of)
     reference = functools.partial(value_and_gradients, full_logits, head_of)
     with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
         results = jax.jit(run, compiler_options=FAST)(x, weight, bias, targets, cotangents)
     assert_same(results, jax.jit(reference, compiler_options=FAST)(x, weight, bias, targets, cotangents))
-
-
-def count(text):
-    """How often the compiled program holds each collective."""
-    found = re.findall(r"= \S+ (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
-    return {kind: found.count(kind) for kind in set(found)}
 
 
 def test_the_head_is_gathered_once_a_direction_and_its_gradient_scattered_once():
@@ -172,7 +241,7 @@ def test_the_head_is_gathered_once_a_direction_and_its_gradient_scattered_once()
     placed = place(mesh, x, weight, np.zeros(V, np.float32), targets)
     counts = []
     for chunk in (3, 12):
-        score = functools.partial(token_log_probs, chunk=chunk)
+        score = functools.partial(log_probs, chunk=chunk)
         run = functools.partial(value_and_gradients, score, head_of)
         out = (None, (placed[0].sharding, placed[1].sharding, None))
         with jax.set_mesh(mesh):
@@ -186,11 +255,27 @@ def test_the_head_is_gathered_once_a_direction_and_its_gradient_scattered_once()
     assert counts[0] == {"reduce-scatter": 1, "all-reduce": 4}
 
 
+def test_best_tokens_beside_the_scores_cost_no_further_gather_of_the_head():
+    x, weight, _, targets, _ = arrays()
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    placed = place(mesh, x, weight, np.zeros(V, np.float32), targets)
+    counts = []
+    for want in (("logp",), ("logp", "best", "entropy")):
+
+        def run(x_BTD, weight_VD, targets_BT, want=want):
+            return token_scores(x_BTD, head_of(weight_VD, None), targets_BT, want=want, chunk=3)
+
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(run, compiler_options=FAST).lower(placed[0], placed[1], placed[3]).compile()
+        counts.append(count(compiled.as_text()))
+    assert counts == [{"all-gather": 1, "all-reduce": 2}, {"all-gather": 1, "all-reduce": 3}]
+
+
 def test_the_head_is_gathered_in_the_compute_type():
     x, weight, _, targets, cotangents = arrays()
     mesh = make_mesh({"fsdp": 8})
     placed = place(mesh, x.astype(jnp.bfloat16), weight, np.zeros(V, np.float32), targets)
-    run = functools.partial(value_and_gradients, functools.partial(token_log_probs, chunk=3), head_of)
+    run = functools.partial(value_and_gradients, functools.partial(log_probs, chunk=3), head_of)
     with jax.set_mesh(mesh):
         text = jax.jit(run).lower(placed[0], placed[1], None, placed[3], cotangents).as_text()
     gathers = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
@@ -200,8 +285,8 @@ def test_the_head_is_gathered_in_the_compute_type():
 
 def test_memory_does_not_grow_to_full_logits():
     x, weight, _, targets, cotangents = arrays(rows=8, length=512)
-    run = functools.partial(value_and_gradients, functools.partial(token_log_probs, chunk=64), head_of)
-    kept = functools.partial(value_and_gradients, functools.partial(token_log_probs, chunk=0), head_of)
+    run = functools.partial(value_and_gradients, functools.partial(log_probs, chunk=64), head_of)
+    kept = functools.partial(value_and_gradients, functools.partial(log_probs, chunk=0), head_of)
     temporaries = [
         jax.jit(f).lower(x, weight, None, targets, cotangents).compile().memory_analysis().temp_size_in_bytes
         for f in (run, kept)
@@ -219,10 +304,10 @@ def test_predictions_are_the_first_highest_real_logit(sizes):
     x[1] = 0.0
     head = head_of(weight, bias)
     if sizes is None:
-        best_BT = jax.jit(token_predictions)(x, head)
+        best_BT = jax.jit(best_tokens)(x, head)
     else:
         with jax.set_mesh(make_mesh(sizes)):
-            best_BT = jax.jit(token_predictions)(x, head)
+            best_BT = jax.jit(best_tokens)(x, head)
     all_BTV = jax.jit(logits)(x, head)
     assert np.isneginf(all_BTV[:, :, REAL:]).all()
     np.testing.assert_array_equal(best_BT[1], 3)
@@ -232,7 +317,7 @@ def test_predictions_are_the_first_highest_real_logit(sizes):
 def test_logits_exponentiate_to_the_scores():
     x, weight, bias, targets, _ = arrays()
     head = head_of(weight, bias, softcap=5.0)
-    logp_BT, logz_BT = jax.jit(token_log_probs)(x, head, targets)
+    logp_BT, logz_BT = jax.jit(log_probs)(x, head, targets)
     all_BTV = jax.jit(logits)(x, head)
     np.testing.assert_allclose(jax.nn.logsumexp(all_BTV, axis=-1), logz_BT, rtol=1e-6)
     picked_BT = jnp.take_along_axis(all_BTV, jnp.asarray(targets)[..., None], axis=-1)[..., 0]
@@ -240,12 +325,12 @@ def test_logits_exponentiate_to_the_scores():
 
 
 def test_pieces_are_chosen_by_size_and_platform():
-    assert head_place._rows(4096, 8192, None) == 0  # the benchmark model on a CPU: kept
-    assert len(head_place._blocks(8192)) == 16
-    assert head_place._rows(10, 8192, 64) == 10
-    rows = head_place._rows(4 * 4096, 128256, None)  # 8B on 64 chips, 4 rows each
-    assert rows % head_place.CHUNK_ROWS == 0
-    assert head_place.CHUNK_BYTES / 2 < 4 * rows * 128256 <= 1.1 * head_place.CHUNK_BYTES
+    assert head_layout._rows(4096, 8192, None) == 0  # the benchmark model on a CPU: kept
+    assert len(head_layout._blocks(8192)) == 16
+    assert head_layout._rows(10, 8192, 64) == 10
+    rows = head_layout._rows(4 * 4096, 128256, None)  # 8B on 64 chips, 4 rows each
+    assert rows % head_layout.CHUNK_ROWS == 0
+    assert head_layout.CHUNK_BYTES / 2 < 4 * rows * 128256 <= 1.1 * head_layout.CHUNK_BYTES
     device = type(make_mesh({}).abstract_mesh.abstract_device)(device_kind="TPU v5p", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
-        assert head_place._blocks(8192) == ((0, 8192),)
+        assert head_layout._blocks(8192) == ((0, 8192),)

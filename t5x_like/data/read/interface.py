@@ -1,0 +1,75 @@
+"""What a kind of features is: the arrays of its batches, and a reader that makes them from a token set."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from t5x_like.data.config import DataConfig
+from t5x_like.data.read.mixtures import Size
+from t5x_like.data.token_set import TokenSet
+from t5x_like.data.tokenizers.vocabularies import Vocabulary
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchArray:
+    """An array of a batch: its shape, numpy type and logical axes, known without opening any data."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+
+
+class Span(NamedTuple):
+    """A document, or a part of it, in a row: it begins at `column` of the row, `token` tokens into the document."""
+
+    document: int
+    column: int
+    token: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What random choices within rows are made from: `stream` names seed and component, one epoch a row."""
+
+    stream: str
+    epochs: Int[np.ndarray, "n"]
+
+
+class Reader(Protocol):
+    """Rows of one token set. `truncated`: examples that were too long for a row."""
+
+    truncated: int
+
+    @property
+    def size(self) -> Size: ...
+
+    def batch(self, rows: Int[np.ndarray, "n"], draw: Draw) -> Batch: ...
+
+    def documents(self, row: int) -> list[Span]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One entry of FEATURES.
+
+    packings: the values of config.data.packing that it knows; encoder: whether it has rows of `encoder_length`
+    arrays(config): {name: array}; open(token_set, config, vocabulary, stride): stride as in `validation_stride`
+    check(config): UsageError for what is wrong beyond the fields that all features share
+    """
+
+    packings: tuple[str, ...]
+    encoder: bool
+    arrays: Callable[[DataConfig], dict[str, BatchArray]]
+    open: Callable[[TokenSet, DataConfig, Vocabulary, int], Reader]
+    check: Callable[[DataConfig], None]
+
+
+def per_token(config: DataConfig, names: dict[str, str], length: int) -> dict[str, BatchArray]:
+    """{name: [batch_size, length]} for {name: numpy type}."""
+    shape = (config.batch_size, length)
+    return {name: BatchArray(shape, dtype, ("batch", "length")) for name, dtype in names.items()}

@@ -1,0 +1,120 @@
+"""What stands before the first layer and behind the last of any architecture: embedding, LM head, dropout between them.
+
+Not here: the layers (tower.py), logits and losses (layers/scoring/).
+
+Legend: B batch, T length, D model, V vocab (padded).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from t5x_like.core.dtypes import DtypePolicy
+from t5x_like.core.types import Tree
+from t5x_like.layers.block import dropout
+from t5x_like.layers.embedding import Embedding
+from t5x_like.layers.initialization import Initialization
+from t5x_like.layers.mlp import ACTIVATIONS, add_bias
+from t5x_like.layers.norms import NORMS
+from t5x_like.layers.param import ZEROS, declare, param
+from t5x_like.layers.scoring.head import Head
+from t5x_like.layers.weights import einsum
+from t5x_like.models.config import ModelConfig, StackConfig
+from t5x_like.parallel.rules import Rules
+from t5x_like.parallel.sharding import constrain
+
+
+class HeadTransform(nnx.Module):
+    """What BERT's masked-language-model head does before the product: dense, activation, norm (arXiv 1810.04805)."""
+
+    def __init__(self, width: int, stack: StackConfig, init: Initialization):
+        self.dense = param((width, width), axes=("embed", "mlp"), init=init.weight(width))
+        self.dense_bias = param((width,), axes=("norm",), init=ZEROS)
+        self.norm = NORMS[stack.norm](width, epsilon=stack.norm_epsilon)
+        self.activation = stack.activation
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        y_BTD = add_bias(einsum("BTD,DE->BTE", x_BTD, self.dense), self.dense_bias)
+        return self.norm(ACTIVATIONS[self.activation](y_BTD))
+
+
+class HeadWeights(nnx.Module):
+    """The head's own parameters. `weight` is stored like the embedding, [V, D], so that there is one kind of head."""
+
+    def __init__(self, config: ModelConfig, stack: StackConfig, init: Initialization):
+        if not config.head.tied:
+            self.weight = param((config.padded_vocab, config.width), axes=("vocab", "embed"), init=init.embedding())
+        if config.head.bias:
+            self.bias = param((config.padded_vocab,), axes=("vocab",), init=ZEROS)
+        if config.head.transform:
+            self.transform = HeadTransform(config.width, stack, init)
+
+
+class EndModules(nnx.Module):
+    def __init__(self, config: ModelConfig, stack: StackConfig):
+        init = Initialization(config.init, layers=stack.layers)
+        self.embed = Embedding(
+            vocab=config.padded_vocab,
+            embed=config.width,
+            positions=config.max_length if stack.position == "learned" else 0,
+            init=init.embedding(),
+        )
+        if not config.head.tied or config.head.bias or config.head.transform:
+            self.head = HeadWeights(config, stack, init)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """Embedding and head of a model whose scored stack is `stack`, as functions of the whole tree of parameters."""
+
+    config: ModelConfig
+    stack: StackConfig
+    rules: Rules
+    dtypes: DtypePolicy
+
+    @functools.cached_property
+    def _declared(self) -> tuple[nnx.GraphDef, dict[str, Any]]:
+        return declare(lambda: EndModules(self.config, self.stack), dtype=self.dtypes.params)
+
+    def specs(self) -> dict[str, Any]:
+        """`embed` and, where the head has parameters of its own, `head`."""
+        return self._declared[1]
+
+    def embed(
+        self,
+        params: Tree,
+        ids_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"] | None,
+        *,
+        key: jax.Array | None,
+    ) -> Float[Array, "B T D"]:
+        """What the first layer reads. key: dropout."""
+        with jax.named_scope("embed"):
+            x_BTD = self._modules(params).embed(ids_BT, positions_BT, dtype=self.dtypes.compute)
+            return constrain(dropout(x_BTD, self.config.dropout, key, "embed"), "batch", "length", "act_embed")
+
+    def score_input(self, params: Tree, hidden_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Head]:
+        """(hidden states, head): what the scorer multiplies with what."""
+        head = self.config.head
+        modules = self._modules(params)
+        if head.transform:
+            hidden_BTD = modules.head.transform(hidden_BTD)
+        scale = head.scale or self.config.width**-0.5
+        return hidden_BTD, Head(
+            weight=params["embed"]["tokens"] if head.tied else params["head"]["weight"],
+            bias=params["head"]["bias"] if head.bias else None,
+            vocab_size=self.config.vocab_size,
+            scale=None if scale == 1.0 else scale,
+            softcap=head.softcap or None,
+            rules=self.rules,
+        )
+
+    def _modules(self, params: Tree) -> Any:
+        # A module for the span of one call: its parameters are the arrays at hand.
+        graphdef, specs = self._declared
+        return nnx.merge(graphdef, {name: params[name] for name in specs})

@@ -1,0 +1,50 @@
+"""The table of objectives. A new one is a file beside this, a field of the config and a line here."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
+from t5x_like.objectives import lm
+from t5x_like.objectives.interface import Objective, Role
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One objective: the class of its config, the roles it wants, the features of the data that it can read.
+
+    `build(config, roles, arrays)`: `roles` by name, `arrays` is what the data offers.
+    """
+
+    config: type
+    roles: tuple[str, ...]
+    features: tuple[str, ...]
+    build: Callable[..., Objective]
+
+
+OBJECTIVES = {"lm": Entry(lm.LmConfig, roles=("policy",), features=("causal", "source_target"), build=lm.build)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str
+    lm: lm.LmConfig
+
+
+def entry(config: ObjectiveConfig) -> Entry:
+    if config.name not in OBJECTIVES:
+        raise UsageError(f"config.objective.name={config.name!r} is unknown; {nearest(config.name, OBJECTIVES)}")
+    return OBJECTIVES[config.name]
+
+
+def build(config: ObjectiveConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
+    """The objective that the config names. Raises UsageError for a role or an array that it wants and does not get."""
+    chosen = entry(config)
+    for role in chosen.roles:
+        if role not in roles:
+            raise UsageError(
+                f"config.objective.name={config.name!r} needs a model as {role!r}; "
+                f"the run has {', '.join(sorted(roles))}"
+            )
+    return chosen.build(getattr(config, config.name), roles, arrays)

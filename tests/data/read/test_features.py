@@ -1,0 +1,71 @@
+"""What all kinds of features have in common."""
+
+import numpy as np
+import pytest
+
+from t5x_like.core.errors import UsageError
+from t5x_like.data.read import features
+from tests.data import corpus
+from tests.data.read import test_source_target
+
+CASES = {
+    "causal": {},
+    "causal across documents": {"attend_across_documents": True},
+    "source_target": {"packing": "examples", "encoder_length": 24, "length": 16},
+    "span_corruption": {"encoder_length": 24, "length": 9, "extra_ids": 9},
+}
+EXAMPLES = {"source_target": {"inputs": "q", "targets": "a"}}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("features")
+    source = test_source_target.write(root / "examples.jsonl", test_source_target.EXAMPLES)
+    given = CASES[request.param] | {"features": request.param.split()[0]}
+    given["fields"] = EXAMPLES.get(request.param, {"text": "a"})
+    chosen = corpus.config(source=source, batch_size=3, validation=source, **given)
+    return chosen, corpus.opened(chosen, root / "cache")
+
+
+def test_a_batch_has_the_arrays_that_were_declared(case):
+    chosen, data = case
+    declared = features.arrays(chosen)
+    for batch in (data.rows(0, np.arange(3)), data.evaluation("validation")[0]):
+        assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+            name: (array.shape, array.dtype) for name, array in declared.items()
+        }
+    assert all(len(array.axes) == len(array.shape) and array.axes[0] == "batch" for array in declared.values())
+
+
+def test_rows_are_the_same_however_they_are_asked_for(case):
+    _, data = case
+    for step in (0, 7):
+        whole, rows = data.rows(step, np.arange(3)), np.array([2, 0])
+        part = data.rows(step, rows)
+        assert all(np.array_equal(part[name], whole[name][rows]) for name in whole)
+
+
+def test_all_rows_of_a_batch_have_documents_and_all_their_tokens_count(case):
+    chosen, data = case
+    assert {place.row for place in data.documents(0)} == {0, 1, 2}
+    assert data.tokens_per_step == 3 * (chosen.length + chosen.encoder_length)
+
+
+def test_features_are_part_of_the_fingerprint_and_those_of_decoders_are_not(tmp_path):
+    text = corpus.write_jsonl(tmp_path / "text.jsonl", corpus.paragraphs(9))
+    given = {"source": text, "features": "span_corruption", "encoder_length": 24, "length": 9, "extra_ids": 9}
+    one = corpus.opened(corpus.config(**given), tmp_path / "cache").fingerprint
+    noise = {"noise_density": 0.1}
+    other = corpus.opened(corpus.config(**given, span_corruption=noise), tmp_path / "cache").fingerprint
+    assert one != other
+    causal = corpus.config(source=text)
+    unused = corpus.config(source=text, span_corruption=noise)
+    opened = [corpus.opened(chosen, tmp_path / "cache").fingerprint for chosen in (causal, unused)]
+    assert opened[0] == opened[1]
+
+
+def test_unknown_features_are_an_error_with_the_nearest_name():
+    with pytest.raises(UsageError, match=r"features='span_corupt' is unknown; did you mean 'span_corruption'\?"):
+        features.arrays(corpus.config(features="span_corupt"))
+    with pytest.raises(UsageError, match="encoder_length=9 has no effect with features='causal'; leave it at 0"):
+        features.arrays(corpus.config(encoder_length=9))
