@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_like import experiment as experiments
+from t5x_like.convert import huggingface as hf
+from t5x_like.convert.convert import load_params
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Tree
@@ -158,17 +160,26 @@ def _score(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Arr
 
 
 def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> LanguageModel:
-    """The model of a workdir or model directory, from its newest checkpoint or that of `step`, on the first device.
+    """The model of a workdir, model directory or Hugging Face folder, on the first device.
 
-    `ema` takes the averaged parameters. Raises UserError where something is missing or damaged.
+    Of a workdir from its newest checkpoint or that of `step`; `ema` takes the averaged parameters. Raises UserError
+    where something is missing or damaged.
     """
+    if hf.is_folder(os.fspath(directory)):
+        if step is not None or ema:
+            raise UsageError(f"{directory} is a Hugging Face folder, which holds no steps and no averaged parameters")
+        return _load_hugging_face(os.fspath(directory))
     place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.
     config = model_config.resolve(metadata["config"]["model"])
+    if not paths.exists(place.tokenizer):
+        raise UserError(f"{directory} holds no tokenizer; copy the folder {place.tokenizer} from where it came from")
     with paths.local_copy(place.tokenizer) as folder:
         vocabulary = vocabularies.load(folder)
-    if vocabulary.fingerprint != metadata["provenance"]["tokenizer"]:
+    # A converted model may have had its tokenizer put beside it later: then there is nothing to compare with.
+    recorded = metadata.get("provenance", {}).get("tokenizer", vocabulary.fingerprint)
+    if vocabulary.fingerprint != recorded:
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
@@ -176,3 +187,15 @@ def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: boo
     item = "ema" if ema else "params"
     template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
     return LanguageModel(model, restore(place.checkpoint, {item: template})[item], vocabulary)
+
+
+def _load_hugging_face(directory: str) -> LanguageModel:
+    folder = hf.Folder(directory)
+    if not folder.tokenizer_files():
+        raise UserError(f"{directory} holds no tokenizer; copy its tokenizer.json there")
+    vocabulary = vocabularies.load(folder.path)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with folder.tensors() as tensors:
+        config, params = load_params(folder, tensors, place=lambda path: device)
+    model = experiments.build_model(config, rules="", platform=jax.local_devices()[0].platform)
+    return LanguageModel(model, params, vocabulary)

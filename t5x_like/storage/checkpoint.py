@@ -10,10 +10,8 @@ Which steps are kept is decided by a function that the caller hands in (training
 """
 
 import contextlib
-import json
 import math
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -33,14 +31,13 @@ from t5x_like.storage.model_directory import (
     METADATA,
     DamagedCheckpoint,
     committed_steps,
-    digest,
     no_step,
+    note,
     read_metadata,
 )
 from t5x_like.storage.quiet import quiet_orbax
 from t5x_like.storage.reading import one_line, restore
 
-_FORMAT = 1
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _CORRUPT = ".corrupt"
 _DELETING = ".deleting"
@@ -120,11 +117,11 @@ class Checkpoints:
         flat = {name: leaves.array_paths(item) for name, item in items.items()}
         # A metric that is no number can be no best one, and JSON has no NaN.
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-        note = self._note(step, items, flat, metadata)
+        content = self._note(step, items, flat, metadata)
         parts: dict[str, Any] = {
             name: ocp.args.PyTreeSave(tree.unflatten(arrays)) for name, arrays in flat.items() if arrays
         }
-        parts[METADATA] = ocp.args.JsonSave(note)
+        parts[METADATA] = ocp.args.JsonSave(content)
         try:
             self._writer.save(epath.Path(self._path(step)), args=ocp.args.Composite(**parts))
         except (OSError, ValueError, RuntimeError) as error:
@@ -208,22 +205,17 @@ class Checkpoints:
                 plain = isinstance(array, jax.Array | np.ndarray)
                 if not plain or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
                     raise TypeError(f"{name}/{path} is no array that can be saved but {type(array).__name__}")
-        note = {
-            **metadata,
-            "format": _FORMAT,
-            "step": step,
-            "time": round(time.time(), 3),
-            "arrays": {
+        return note(
+            step,
+            arrays={
                 name: {path: {"shape": list(a.shape), "dtype": np.dtype(a.dtype).name} for path, a in arrays.items()}
                 for name, arrays in flat.items()
             },
-            "kinds": {name: leaves.kinds(item) for name, item in items.items()},
-            "fingerprints": {name: fingerprints(arrays) for name, arrays in flat.items()},
-            "metrics": self._metrics[step],
-        }
-        # Through JSON once, so that what is hashed is what will be read.
-        note = json.loads(json.dumps(note, allow_nan=False))
-        return {**note, "sha256": digest(note)}
+            kinds={name: leaves.kinds(item) for name, item in items.items()},
+            fingerprints={name: fingerprints(arrays) for name, arrays in flat.items()},
+            metrics=self._metrics[step],
+            metadata=metadata,
+        )
 
     def _finish(self, step: int) -> None:
         """In the background: waits for the commit, then deletes what is not kept."""

@@ -1,0 +1,40 @@
+"""`t5x_like convert SRC DST`: a model directory of ours into a Hugging Face folder, or the other way.
+
+    t5x_like convert ~/models/Llama-3.2-1B runs/llama         from Hugging Face: ready for load, generate, init_from
+    t5x_like convert runs/tiny out/tiny --dtype=bfloat16      a trained model for transformers, vLLM or llama.cpp
+
+The form of SRC is seen from its files. Memory stays at a few hundred MB, whatever the size of the model.
+"""
+
+from collections.abc import Sequence
+
+from t5x_like.commands.arguments import Parser
+from t5x_like.core import environment
+from t5x_like.core.errors import UsageError
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="t5x_like convert", description=__doc__)
+    parser.add_argument("source", metavar="SRC", help="model directory, or Hugging Face folder")
+    parser.add_argument("target", metavar="DST", help="folder to make")
+    parser.add_argument("--to", choices=("native", "hf"), help="form to write (default: the other one)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to read (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="read the averaged parameters")
+    options = parser.parse_args(arguments)
+
+    environment.apply(environment.READING)
+    from t5x_like.convert import convert  # imports jax, whose environment now stands
+
+    foreign = convert.is_foreign(options.source)
+    if options.to == ("native" if not foreign else "hf"):
+        raise UsageError(f"{options.source} has the form {options.to} already; leave --to out")
+    if foreign and (options.checkpoint is not None or options.ema):
+        raise UsageError("--checkpoint and --ema are about model directories of this program")
+    if foreign:
+        convert.to_native(options.source, options.target, dtype=options.dtype)
+    else:
+        item = "ema" if options.ema else "params"
+        convert.to_huggingface(options.source, options.target, dtype=options.dtype, step=options.checkpoint, item=item)
+    print(options.target)
+    return 0

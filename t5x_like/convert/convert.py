@@ -1,0 +1,182 @@
+"""One conversion from path to path: what the source is, into which form it goes, and nothing half-written.
+
+The result is staged beside its place and renamed when it is whole.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_like.convert import huggingface, native, tokenizers
+from t5x_like.convert.families import FAMILIES
+from t5x_like.convert.mapping import FLOATS, ModelMap, Reading, Source
+from t5x_like.convert.transfer import from_native, in_threads
+from t5x_like.core import tree
+from t5x_like.core.errors import UsageError, UserError
+from t5x_like.models import config as model_config
+from t5x_like.models.config import ModelConfig
+from t5x_like.storage import model_directory, paths, streams
+
+
+def is_foreign(source: str) -> bool:
+    """Whether a path is a model of another program, not a model directory of ours."""
+    return huggingface.is_folder(source)
+
+
+def to_native(source: str, target: str, *, dtype: str | None = None) -> ModelConfig:
+    """Converts a Hugging Face folder into a model directory. dtype None: as stored. Returns the model's config."""
+    _check_dtype(dtype)
+    folder = huggingface.Folder(source)
+    with folder.tensors() as tensors, staged(target) as staging:
+        config, mapping, reading = open_reading(folder, tensors, dtype=dtype)
+        itemsize = np.dtype(config.dtype.params).itemsize
+        streams.require_space(staging, itemsize * sum(int(np.prod(leaf.shape)) for leaf in mapping.leaves.values()))
+        native.write(
+            staging,
+            config,
+            reading,
+            mapping,
+            dtype=dtype,
+            tokenizer=folder.tokenizer_files(),
+            provenance={"source": folder.path, "form": f"huggingface {folder.name}"},
+            extra={
+                "generation_config": folder.generation(),
+                "token_ids": {name: folder.settings[name] for name in huggingface.TOKEN_IDS if name in folder.settings},
+            },
+        )
+    return config
+
+
+def open_reading(
+    folder: huggingface.Folder, tensors: Source, *, dtype: str | None
+) -> tuple[ModelConfig, ModelMap, Reading]:
+    """The config of the model in a Hugging Face folder, and its leaves ready to be read. Reads no tensor but copies."""
+    fields = folder.section()
+    config = native.model_config(folder.name, fields, dtype="float32", where=folder.where)
+    mapping = native.model_map(folder.family, config)
+    reading = Reading(mapping, tensors)
+    stored = dtype or reading.dtypes["embed/tokens"].name
+    return native.model_config(folder.name, fields, dtype=stored, where=folder.where), mapping, reading
+
+
+def load_params(
+    folder: huggingface.Folder,
+    tensors: Source,
+    *,
+    place: Callable[[str], jax.sharding.Sharding],
+    dtype: str | None = None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config, parameters) of the model in a Hugging Face folder, each leaf placed by `place(path)`.
+
+    A device's share of a leaf is read when it is placed; the host holds one share at a time.
+    """
+    _check_dtype(dtype)
+    config, mapping, reading = open_reading(folder, tensors, dtype=dtype)
+    arrays = {}
+    for path, leaf in mapping.leaves.items():
+        read = functools.partial(_read_share, mapping, reading, path, dtype or reading.dtypes[path].name)
+        arrays[path] = jax.block_until_ready(jax.make_array_from_callback(leaf.shape, place(path), read))
+    return config, tree.unflatten(arrays)
+
+
+def _read_share(mapping: ModelMap, reading: Reading, path: str, dtype: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A region of a leaf, read a piece at a time so that no more than the region itself is held in full."""
+    shape = mapping.leaves[path].shape
+    region = tuple(slice_.indices(size)[:2] for slice_, size in zip(index, shape, strict=True))
+    result = np.empty([end - begin for begin, end in region], dtype)
+
+    def fill(part: streams.Region) -> None:
+        shifted = tuple((begin + low, end + low) for (begin, end), (low, _) in zip(part, region, strict=True))
+        result[tuple(slice(*span) for span in part)] = reading.read(path, shifted)
+
+    pieces = streams.chunks(result.shape, mapping.chunk(path, result.itemsize))
+    for _ in in_threads(fill, pieces):
+        pass
+    return result
+
+
+def to_huggingface(
+    source: str,
+    target: str,
+    *,
+    dtype: str | None = None,
+    step: int | None = None,
+    item: str = native.PARAMS,
+    shard_bytes: int = huggingface.SHARD_BYTES,
+) -> ModelConfig:
+    """Converts a model directory into a Hugging Face folder. dtype None: as stored. Returns the model's config."""
+    _check_dtype(dtype)
+    place = model_directory.locate(source, step=step)
+    note = model_directory.read_metadata(place.checkpoint)
+    config = model_config.resolve(note["config"]["model"])
+    if config.family not in FAMILIES:
+        raise UserError(f"{source} is a model of the family {config.family}, which Hugging Face does not have")
+    family = FAMILIES[config.family]
+    mapping = native.model_map(family, config)
+    leaves = streams.read_item(place.checkpoint, item)
+    _check_leaves(leaves, mapping, where=place.checkpoint)
+    dtypes = {path: np.dtype(dtype) if dtype else leaf.dtype for path, leaf in leaves.items()}
+    token_ids = tokenizers.token_ids(place.tokenizer, note)
+    settings = huggingface.settings(
+        family, config, dtype=dtypes["embed/tokens"].name, token_ids=token_ids, name=config.family
+    )
+    described = {name: (shape, dtypes[path]) for name, (shape, path) in mapping.described().items()}
+    with staged(target) as staging:
+        streams.require_space(staging, sum(int(np.prod(s, dtype=object)) * d.itemsize for s, d in described.values()))
+        tokenizers.write(place.tokenizer, staging, name=config.family)
+        paths.write_json_atomic(os.path.join(staging, huggingface.CONFIG), settings)
+        generation = note.get("generation_config") or {n: i for n, i in token_ids.items() if i is not None}
+        paths.write_json_atomic(os.path.join(staging, huggingface.GENERATION), generation)
+        writer = huggingface.FolderWriter(staging, described, shard_bytes=shard_bytes)
+        try:
+            recorded = note["fingerprints"][item]
+            from_native(leaves, mapping, writer, dtype=dtype, recorded=recorded, where=place.checkpoint)
+        finally:
+            writer.close()
+    return config
+
+
+@contextlib.contextmanager
+def staged(target: str) -> Iterator[str]:
+    """A folder beside `target` that takes its name if the body ends well, and vanishes if not."""
+    if paths.is_remote(target):
+        raise UsageError(f"{target}: a conversion writes to a local disk; copy the result to its bucket afterwards")
+    final = paths.normal(target)
+    if os.path.lexists(final) and not (os.path.isdir(final) and not os.listdir(final)):
+        raise UsageError(f"{target} exists; give the name of a new folder")
+    folder = f"{final}.tmp.{os.getpid()}"
+    paths.make_directory(folder)
+    try:
+        yield folder
+        if os.path.isdir(final):
+            os.rmdir(final)
+        paths.rename(folder, final)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise UsageError(f"--dtype={dtype!r} is unknown; use one of {', '.join(FLOATS)}")
+
+
+def _check_leaves(leaves: dict[str, Any], mapping: ModelMap, *, where: str) -> None:
+    missing = sorted(mapping.leaves.keys() - leaves.keys())
+    more = sorted(leaves.keys() - mapping.leaves.keys())
+    if missing or more:
+        what = f"{missing[0]!r} is missing" if missing else f"{more[0]!r} is unknown to its family"
+        raise UserError(f"{where}: {what}; the parameters are not those of its config")
+    for path, leaf in leaves.items():
+        if leaf.shape != mapping.leaves[path].shape:
+            raise UserError(
+                f"{where}: {path!r} has the shape {list(leaf.shape)}, expected {list(mapping.leaves[path].shape)}"
+            )
+        if leaf.dtype.name not in FLOATS:
+            raise UserError(f"{where}: {path!r} is stored as {leaf.dtype.name}; expected {', '.join(FLOATS)}")

@@ -1,0 +1,96 @@
+"""GPT-2: `config.json` and tensors of transformers' GPT2LMHeadModel, and ours.
+
+Its matrices are Conv1D weights, stored [in, out]; queries, keys and values are one of them.
+"""
+
+from typing import Any
+
+from t5x_like.convert.mapping import Row, Table
+from t5x_like.convert.settings import Settings, activation_name, only
+from t5x_like.models.config import ModelConfig
+
+_LAYER = "transformer.h.{layer}."
+_QKV = tuple(f"layers/attention/{name}" for name in "qkv")
+
+
+def table(config: ModelConfig) -> Table:
+    norms = {"ln_1": "layers/attention_norm", "ln_2": "layers/mlp_norm"}
+    rows = [
+        Row("transformer.wte.weight", "embed/tokens"),
+        Row("transformer.wpe.weight", "embed/positions"),
+        *[
+            Row(_LAYER + f"{theirs}.{end}", f"{ours}/{name}")
+            for theirs, ours in norms.items()
+            for end, name in (("weight", "scale"), ("bias", "bias"))
+        ],
+        Row(_LAYER + "attn.c_attn.weight", _QKV, "D (part N H) -> part D N H"),
+        Row(_LAYER + "attn.c_attn.bias", tuple(f"{path}_bias" for path in _QKV), "(part N H) -> part N H"),
+        Row(_LAYER + "attn.c_proj.weight", "layers/attention/o", "(N H) D -> N H D"),
+        Row(_LAYER + "attn.c_proj.bias", "layers/attention/o_bias"),
+        Row(_LAYER + "mlp.c_fc.weight", "layers/mlp/up"),
+        Row(_LAYER + "mlp.c_fc.bias", "layers/mlp/up_bias"),
+        Row(_LAYER + "mlp.c_proj.weight", "layers/mlp/down"),
+        Row(_LAYER + "mlp.c_proj.bias", "layers/mlp/down_bias"),
+        Row("transformer.ln_f.weight", "final_norm/scale"),
+        Row("transformer.ln_f.bias", "final_norm/bias"),
+    ]
+    if not config.tie_embeddings:
+        rows += [Row("lm_head.weight", "head/weight")]
+    copies = {"lm_head.weight": "transformer.wte.weight"} if config.tie_embeddings else {}
+    # Buffers of old files: the triangle of the causal mask, and the number that stands for minus infinity.
+    ignored = (r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",)
+    return Table(rows, ignored, copies, prefix="transformer.")
+
+
+def section(s: Settings) -> dict[str, Any]:
+    s.require(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    heads, width = s.number("n_head", 12), s.number("n_embd", 768)
+    return {
+        "vocab_size": s.number("vocab_size", 50_257),
+        "max_length": s.number("n_positions", 1024),
+        "layers": s.number("n_layer", 12),
+        "embed": width,
+        "heads": heads,
+        "kv_heads": heads,
+        "head": width // heads,
+        "mlp": s.number("n_inner", 4 * width),
+        "norm_epsilon": s.get("layer_norm_epsilon", 1e-5),
+        "activation": s.activation("activation_function", "gelu_new"),
+        "tie_embeddings": s.get("tie_word_embeddings", True),
+        "init_deviation": s.get("initializer_range", 0.02),
+    }
+
+
+def settings(config: ModelConfig) -> dict[str, Any]:
+    c = config
+    only(
+        "gpt2",
+        norm=(c.norm, "layer"),
+        position=(c.position, "learned"),
+        gated=(c.gated, False),
+        biases=((c.qkv_bias, c.out_bias, c.mlp_bias), (True, True, True)),
+        windows=(set(c.windows), {0}),
+        qk_norm=(c.qk_norm, False),
+        kv_heads=(c.kv_heads, c.heads),
+        head=(c.head * c.heads, c.embed),
+        attention_softcap=(c.attention_softcap, 0),
+        final_softcap=(c.final_softcap, 0),
+    )
+    return {
+        "vocab_size": c.vocab_size,
+        "n_positions": c.max_length,
+        "n_ctx": c.max_length,  # what llama.cpp reads
+        "n_layer": c.layers,
+        "n_embd": c.embed,
+        "n_head": c.heads,
+        "n_inner": c.mlp,
+        "layer_norm_epsilon": c.norm_epsilon,
+        "activation_function": activation_name(c.activation),
+        "tie_word_embeddings": c.tie_embeddings,
+        "initializer_range": c.init_deviation,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }

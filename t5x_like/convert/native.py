@@ -1,0 +1,117 @@
+"""Model directories of ours as a conversion writes and reads them: `checkpoints/0/` without an optimizer, `tokenizer/`.
+
+The one place where a section of a config is made whole from the fields that a foreign file gives.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from t5x_like.convert.families import Family
+from t5x_like.convert.mapping import ModelMap, Reading
+from t5x_like.convert.transfer import to_native
+from t5x_like.core import tree
+from t5x_like.core.dtypes import DtypePolicy
+from t5x_like.core.errors import UserError
+from t5x_like.data.tokenizers import vocabularies
+from t5x_like.models.config import ModelConfig, resolve
+from t5x_like.models.model import Model
+from t5x_like.parallel.rules import rules
+from t5x_like.storage import manifest, model_directory, paths, streams
+
+_VOCAB_MULTIPLE = 128  # as in configs/common.py
+PARAMS = "params"
+
+
+def model_config(name: str, fields: Mapping[str, Any], *, dtype: str, where: str) -> ModelConfig:
+    """The config of a converted model: the family's numbers with `fields` over them."""
+    section = {
+        **_empty(ModelConfig),
+        "family": name,
+        "size": "custom",
+        "vocab_multiple": _VOCAB_MULTIPLE,
+        "dropout": 0.0,
+        "scan": True,
+        "remat": "none",
+        "dtype": {"params": dtype, "compute": "auto"},
+    }
+    try:
+        return resolve(_over(section, fields))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def model_specs(config: ModelConfig) -> dict[str, Any]:
+    """path -> ParamSpec."""
+    return tree.flatten(Model(config, rules(), DtypePolicy(config.dtype.params, config.dtype.params)).specs())
+
+
+def model_map(family: Family, config: ModelConfig) -> ModelMap:
+    return ModelMap(family.table(config), model_specs(config), vocab_size=config.vocab_size)
+
+
+def write(
+    directory: str,
+    config: ModelConfig,
+    reading: Reading,
+    mapping: ModelMap,
+    *,
+    dtype: str | None,
+    tokenizer: Sequence[str],
+    provenance: Mapping[str, Any],
+    extra: Mapping[str, Any],
+) -> None:
+    """Writes a model directory into an empty folder. `tokenizer`: files of it; `extra` goes into the metadata."""
+    fingerprint = _write_tokenizer(os.path.join(directory, model_directory.TOKENIZER), tokenizer, config)
+    checkpoint = os.path.join(directory, model_directory.CHECKPOINTS, "0")
+    moved = to_native(reading, mapping, os.path.join(checkpoint, PARAMS), dtype=dtype)
+    axes = {path: list(spec.axes) for path, spec in model_specs(config).items()}
+    metadata = {
+        "config": {"model": paths.as_json(dataclasses.asdict(config))},
+        "provenance": {**provenance, **fingerprint, "revision": manifest.revision(), "versions": manifest.versions()},
+        "axes": {PARAMS: axes},
+        **extra,
+    }
+    note = model_directory.note(
+        0,
+        arrays={PARAMS: moved["arrays"]},
+        kinds={PARAMS: {}},
+        fingerprints={PARAMS: moved["fingerprints"]},
+        metrics={},
+        metadata=metadata,
+    )
+    streams.write_note(checkpoint, note)
+
+
+def _write_tokenizer(folder: str, files: Sequence[str], config: ModelConfig) -> dict[str, str]:
+    """Copies the files of a tokenizer unchanged and adds our `vocabulary.json`. Returns {"tokenizer": fingerprint}."""
+    if not files:
+        return {}
+    os.makedirs(folder, exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
+    vocabulary = vocabularies.load(folder)
+    if vocabulary.size > config.vocab_size:
+        raise UserError(
+            f"{os.path.dirname(files[0])}: its tokenizer has {vocabulary.size} tokens, its model {config.vocab_size}"
+        )
+    vocabulary.save(folder)
+    return {"tokenizer": vocabulary.fingerprint}
+
+
+def _empty(cls: Any) -> dict[str, Any]:
+    """A section with every field of a config class, all None."""
+    return {
+        field.name: _empty(field.type) if dataclasses.is_dataclass(field.type) else None
+        for field in dataclasses.fields(cls)
+    }
+
+
+def _over(section: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with `fields` over it, nested ones too."""
+    result = dict(section)
+    for name, value in fields.items():
+        result[name] = _over(result.get(name) or {}, value) if isinstance(value, Mapping) else value
+    return result

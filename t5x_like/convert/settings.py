@@ -1,0 +1,108 @@
+"""Fields of a Hugging Face `config.json`, read strictly and written so that transformers 4 and 5 read them alike."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_like.core.errors import UserError
+
+# Their names of activations and ours.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+_LLAMA3 = {
+    "factor": "factor",
+    "low_frequency": "low_freq_factor",
+    "high_frequency": "high_freq_factor",
+    "original_length": "original_max_position_embeddings",
+}
+
+
+class Settings:
+    """The fields of a config.json; `where` is its path in messages."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str):
+        self._fields, self.where = fields, where
+
+    def get(self, name: str, default: Any) -> Any:
+        """A field, or what transformers assumes where the file does not give it or gives null."""
+        value = self._fields.get(name)
+        value = default if value is None else value
+        kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise UserError(f"{self.where}: {name}={value!r} should be of the type {type(default).__name__}")
+        return float(value) if isinstance(default, float) else value
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """A whole number from 1; `default` None: it must be given."""
+        value = self._fields.get(name)
+        value = default if value is None else value
+        if type(value) is not int or value < 1:
+            found = "is missing" if value is None else f"is {value!r}"
+            raise UserError(f"{self.where}: {name} {found}; expected a whole number from 1")
+        return value
+
+    def activation(self, name: str, default: str) -> str:
+        value = self.get(name, default)
+        if value not in _ACTIVATIONS:
+            raise UserError(f"{self.where}: {name}={value!r} is unknown; known: {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[value]
+
+    def require(self, **expected: Any) -> None:
+        """Raises UserError for a field that is given and is not what our model computes."""
+        for name, value in expected.items():
+            found = self._fields.get(name)
+            if found is not None and found != value:
+                raise UserError(f"{self.where}: {name}={found!r} is not supported; expected {value!r}")
+
+    def rope(self) -> dict[str, Any]:
+        """Our section `rope`: from `rope_parameters` (transformers 5), else `rope_theta` and `rope_scaling` (4)."""
+        new = self._fields.get("rope_parameters")
+        given: Any = new if new is not None else self._fields.get("rope_scaling")
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise UserError(f"{self.where}: rope_parameters={given!r} should be a mapping")
+        theta = given.get("rope_theta", self._fields.get("rope_theta", 10_000.0))
+        kind = given.get("rope_type", given.get("type", "default"))
+        if not isinstance(theta, int | float) or kind not in ("default", "llama3"):
+            raise UserError(
+                f"{self.where}: rope_type={kind!r} with rope_theta={theta!r} is unknown; known: default, llama3"
+            )
+        self.require(partial_rotary_factor=1.0)
+        if kind == "default":
+            return {"theta": (float(theta),), "scaling": {"name": "none"}}
+        missing = [name for name in _LLAMA3.values() if not isinstance(given.get(name), int | float)]
+        if missing:
+            raise UserError(f"{self.where}: rope_parameters of the type llama3 lack the number {missing[0]!r}")
+        scaling = {ours: float(given[theirs]) for ours, theirs in _LLAMA3.items()}
+        scaling["original_length"] = int(scaling["original_length"])
+        return {"theta": (float(theta),), "scaling": {"name": "llama3", **scaling}}
+
+
+def rope_settings(theta: float, scaling: Any) -> dict[str, Any]:
+    """The fields that say it to both: transformers 4 takes its defaults where it finds `rope_parameters` alone."""
+    kind: dict[str, Any] = {"rope_type": "default"}
+    if scaling.name == "llama3":
+        kind = {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for ours, theirs in _LLAMA3.items()}
+    old = None if scaling.name == "none" else kind
+    return {"rope_theta": theta, "rope_scaling": old, "rope_parameters": {"rope_theta": theta, **kind}}
+
+
+def activation_name(ours: str) -> str:
+    """Their name of an activation; of several the one that both versions of transformers know."""
+    return next(theirs for theirs, name in _ACTIVATIONS.items() if name == ours)
+
+
+def only(family: str, **fields: tuple[Any, Any]) -> None:
+    """Raises UserError for the first field (found, expected) of our config that the family's files cannot say."""
+    for name, (found, expected) in fields.items():
+        if found != expected:
+            raise UserError(
+                f"config.model: {name}={found!r} has no place in a Hugging Face model of the family {family}; expected "
+                f"{expected!r}"
+            )

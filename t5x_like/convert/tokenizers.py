@@ -1,0 +1,52 @@
+"""The tokenizer of a model directory as files of Hugging Face.
+
+Files that came with a converted model go back as they were. For one of ours, the settings beside its tokenizer.json or
+SentencePiece model are written.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_like.convert.huggingface import TOKENIZER_FILES
+from t5x_like.data.tokenizers import vocabularies
+from t5x_like.data.tokenizers.vocabularies import Vocabulary
+from t5x_like.storage import paths
+
+_SETTINGS = "tokenizer_config.json"
+
+
+def token_ids(folder: str, note: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens for a config.json: those that the model came with, else those of its vocabulary."""
+    if note.get("token_ids"):
+        return dict(note["token_ids"])
+    if not paths.exists(folder):
+        return {}
+    with paths.local_copy(folder) as local:
+        vocabulary = vocabularies.load(local)
+    return {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
+
+
+def write(folder: str, target: str, *, name: str) -> None:
+    """Puts the tokenizer in `folder`, if there is one, into a Hugging Face folder of the family `name`."""
+    if not paths.exists(folder):
+        return
+    with paths.local_copy(folder) as local:
+        found = [file for file in TOKENIZER_FILES if os.path.exists(os.path.join(local, file))]
+        for file in found:
+            shutil.copyfile(os.path.join(local, file), os.path.join(target, file))
+        if name == "t5" and "tokenizer.model" in found and "spiece.model" not in found:
+            os.rename(os.path.join(target, "tokenizer.model"), os.path.join(target, "spiece.model"))
+        if _SETTINGS not in found:
+            paths.write_json_atomic(os.path.join(target, _SETTINGS), _settings(vocabularies.load(local), name))
+
+
+def _settings(vocabulary: Vocabulary, name: str) -> dict[str, Any]:
+    if vocabulary.kind == "bytes":
+        return {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "unk_token": "<unk>"}
+    classes = {"t5": "T5Tokenizer"} if vocabulary.kind == "sentencepiece" else {}
+    usual = "LlamaTokenizer" if vocabulary.kind == "sentencepiece" else "PreTrainedTokenizerFast"
+    special = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
+    named = {field: vocabulary.piece(token) for field, token in special.items() if token is not None}
+    return {"tokenizer_class": classes.get(name, usual), **named}

@@ -1,0 +1,97 @@
+"""Moves a model between a foreign source and a checkpoint of ours, one piece of one leaf at a time.
+
+A piece is at most BLOCK_BYTES (mapping.py) or, of a checkpoint that another program wrote, one of its chunks. Each of the
+few threads holds one piece about four times: as read, in the other order, in the other dtype, and on its way to the
+disk. That is the bound on memory, whatever the size of the model.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from t5x_like.convert.mapping import ModelMap, Reading, Target, all_finite
+from t5x_like.core.errors import UserError
+from t5x_like.storage import fingerprint
+from t5x_like.storage.model_directory import DamagedCheckpoint
+from t5x_like.storage.streams import ItemWriter, LeafReader, Region, chunks
+
+THREADS = 2
+_ONE, _Result = TypeVar("_ONE"), TypeVar("_Result")
+
+
+def to_native(reading: Reading, mapping: ModelMap, item: str, *, dtype: str | None) -> dict[str, dict[str, Any]]:
+    """Writes every leaf into a new item. Returns {"arrays": path -> {shape, dtype}, "fingerprints": path -> number}.
+
+    dtype: what all leaves become; None: what they are.
+    """
+    dtypes = {path: np.dtype(dtype) if dtype else found for path, found in reading.dtypes.items()}
+    shapes = {path: leaf.shape for path, leaf in mapping.leaves.items()}
+    writer = ItemWriter(
+        item,
+        {path: (shapes[path], dtypes[path], mapping.chunk(path, dtypes[path].itemsize)) for path in sorted(shapes)},
+    )
+
+    def move(job: tuple[str, Region]) -> tuple[str, int]:
+        path, region = job
+        piece = reading.read(path, region).astype(dtypes[path], copy=False)
+        writer.leaves[path].write(region, piece)
+        return path, fingerprint.part(piece, [begin for begin, _ in region], shapes[path])
+
+    jobs = ((path, region) for path, leaf in writer.leaves.items() for region in chunks(leaf.shape, leaf.chunk))
+    sums = _add(in_threads(move, jobs), writer.leaves)
+    arrays = {path: {"shape": list(shapes[path]), "dtype": dtypes[path].name} for path in writer.leaves}
+    return {"arrays": arrays, "fingerprints": sums}
+
+
+def from_native(
+    leaves: Mapping[str, LeafReader],
+    mapping: ModelMap,
+    target: Target,
+    *,
+    dtype: str | None,
+    recorded: Mapping[str, int],
+    where: str,
+) -> None:
+    """Reads every leaf once and puts it into their tensors; raises DamagedCheckpoint where bits are not as `recorded`."""
+
+    def move(job: tuple[str, Region]) -> tuple[str, int]:
+        path, region = job
+        leaf = leaves[path]
+        piece = np.ascontiguousarray(leaf.read(region))
+        value = fingerprint.part(piece, [begin for begin, _ in region], leaf.shape)
+        if not all_finite(piece):
+            raise UserError(f"{where}: {path!r} holds NaN or infinity; take an earlier checkpoint")
+        mapping.write(target, path, region, piece if dtype is None else piece.astype(dtype, copy=False))
+        return path, value
+
+    jobs = ((path, region) for path, leaf in leaves.items() for region in chunks(leaf.shape, leaf.chunk))
+    sums = _add(in_threads(move, jobs), leaves)
+    wrong = [path for path, value in sums.items() if value != recorded.get(path)]
+    if wrong:
+        raise DamagedCheckpoint(f"checkpoint {where} is damaged: params/{wrong[0]} differs from what was saved")
+
+
+def in_threads(function: Callable[[_ONE], _Result], jobs: Iterable[_ONE]) -> Iterator[_Result]:
+    """The results in order, with at most THREADS calls begun and not yet given out, so that few pieces are held."""
+    waiting: list[Any] = []
+    jobs = iter(jobs)
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            while True:
+                waiting += [pool.submit(function, job) for job in itertools.islice(jobs, THREADS + 1 - len(waiting))]
+                if not waiting:
+                    return
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _add(parts: Iterable[tuple[str, int]], names: Iterable[str]) -> dict[str, int]:
+    sums = dict.fromkeys(names, 0)
+    for path, value in parts:
+        sums[path] = (sums[path] + value) % 2**32
+    return sums
