@@ -34,6 +34,24 @@ class ParamSpec:
         return "array"
 
 
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """One array of a batch before it exists: `dtype` by name, one logical axis name for each dim, "batch" first.
+
+    Whatever belongs together (the texts of a pair, the candidates of a ranking) stands in one row.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: Axes
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+        if self.axes[:1] != ("batch",):
+            raise ValueError(f"axes {self.axes} should begin with 'batch': batches are read and divided by rows")
+
+
 @runtime_checkable
 class Leaf(Protocol):
     """A weight that is no plain array: knows its logical shape, axes and kind."""
