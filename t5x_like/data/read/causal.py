@@ -8,8 +8,9 @@ data/read/packing.py.
 import numpy as np
 from jaxtyping import Int
 
+from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
-from t5x_like.data.read.interface import Batch, BatchArray, Draw, Feature, Span, per_token
+from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
 from t5x_like.data.read.mixtures import Size
 from t5x_like.data.read.packing import PACKINGS, Rows
 from t5x_like.data.token_set import TokenSet
@@ -24,7 +25,7 @@ _ARRAYS = {
 }
 
 
-def arrays(config: DataConfig) -> dict[str, BatchArray]:
+def arrays(config: DataConfig) -> dict[str, ArraySpec]:
     left_out = {"segment_ids"} if config.attend_across_documents else set()
     return per_token(config, {name: kind for name, kind in _ARRAYS.items() if name not in left_out}, config.length)
 

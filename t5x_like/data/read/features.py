@@ -9,9 +9,10 @@
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.causal import CAUSAL
-from t5x_like.data.read.interface import BatchArray, Feature
+from t5x_like.data.read.interface import Feature
 from t5x_like.data.read.source_target import SOURCE_TARGET
 from t5x_like.data.read.span_corruption import SPAN_CORRUPTION
 
@@ -22,7 +23,7 @@ FEATURES: dict[str, Feature] = {
 }
 
 
-def arrays(config: DataConfig) -> dict[str, BatchArray]:
+def arrays(config: DataConfig) -> dict[str, ArraySpec]:
     """{name: shape, type and axes} of a global batch; opens no data, so that a plan can ask for it."""
     check(config)
     return FEATURES[config.features].arrays(config)

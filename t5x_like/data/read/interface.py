@@ -7,21 +7,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.mixtures import Size
 from t5x_like.data.token_set import TokenSet
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchArray:
-    """An array of a batch: its shape, numpy type and logical axes, known without opening any data."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    axes: tuple[str | None, ...]
 
 
 class Span(NamedTuple):
@@ -64,12 +56,12 @@ class Feature:
 
     packings: tuple[str, ...]
     encoder: bool
-    arrays: Callable[[DataConfig], dict[str, BatchArray]]
+    arrays: Callable[[DataConfig], dict[str, ArraySpec]]
     open: Callable[[TokenSet, DataConfig, Vocabulary, int], Reader]
     check: Callable[[DataConfig], None]
 
 
-def per_token(config: DataConfig, names: dict[str, str], length: int) -> dict[str, BatchArray]:
+def per_token(config: DataConfig, names: dict[str, str], length: int) -> dict[str, ArraySpec]:
     """{name: [batch_size, length]} for {name: numpy type}."""
     shape = (config.batch_size, length)
-    return {name: BatchArray(shape, dtype, ("batch", "length")) for name, dtype in names.items()}
+    return {name: ArraySpec(shape, dtype, ("batch", "length")) for name, dtype in names.items()}

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
-from t5x_like.data.read.interface import Batch, BatchArray, Draw, Feature, Span, per_token
+from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
 from t5x_like.data.read.mixtures import Size
 from t5x_like.data.read.packing import ranges
 from t5x_like.data.token_set import TokenSet
@@ -29,7 +30,7 @@ _DECODER = {
 }
 
 
-def arrays(config: DataConfig) -> dict[str, BatchArray]:
+def arrays(config: DataConfig) -> dict[str, ArraySpec]:
     return per_token(config, _ENCODER, config.encoder_length) | per_token(config, _DECODER, config.length)
 
 
