@@ -23,8 +23,8 @@ from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
+from t5x_like.inference.score import TOKENS_PER_BATCH, score
 from t5x_like.layers.scoring.head import Head, logits
-from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.storage import model_directory, paths
@@ -56,15 +56,19 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        beyond_max_length: bool = False,
     ) -> list[str]:
-        """The text that follows each prompt, up to the end of the document; temperature 0 is greedy."""
+        """The text that follows each prompt, up to the end of the document; temperature 0 is greedy.
+
+        beyond_max_length: rotary positions may go on past the model's max_length, where nothing was trained.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={max_new_tokens} should be at least 1")
         if not prompts:
             return []
         tokens = [self._encode(prompt) for prompt in prompts]
-        self._check_length(max(map(len, tokens)) + max_new_tokens)
+        self._check_length(max(map(len, tokens)), max_new_tokens, beyond_max_length)
         new = decode.generate(
             self.model,
             self.params,
@@ -76,26 +80,26 @@ class LanguageModel:
         )
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 
-    def log_likelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[tuple[float, bool]]:
-        """(natural log-probability of each continuation after its context, whether it is the greedy one)."""
+    def log_likelihood(
+        self,
+        contexts: Sequence[str],
+        continuations: Sequence[str],
+        *,
+        truncate: str = "error",
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+    ) -> list[tuple[float, bool]]:
+        """(natural log-probability of each continuation after its context, whether it is the greedy one).
+
+        truncate="left" drops the beginning of contexts that are too long. The numbers of a text do not depend on the
+        others, but in their last bits on tokens_per_batch (inference/score.py).
+        """
         if isinstance(contexts, str) or isinstance(continuations, str):
             raise UsageError("log_likelihood takes lists of texts: log_likelihood([context], [continuation])")
         if len(contexts) != len(continuations):
             raise UsageError(f"log_likelihood: {len(contexts)} contexts but {len(continuations)} continuations")
         pairs = [self._encode_pair(*pair) for pair in zip(contexts, continuations, strict=True)]
-        if not pairs:
-            return []
-        width = decode.row_length(self.model, max(len(tokens) for tokens, _ in pairs))
-        self._check_length(max(len(tokens) for tokens, _ in pairs))
-        tokens = np.zeros((len(pairs), width + 1), np.int32)
-        scored = np.zeros((len(pairs), width), bool)
-        for row, (ids, start) in enumerate(pairs):
-            tokens[row, : len(ids)] = ids
-            scored[row, start - 1 : max(len(ids) - 1, 0)] = True
-        logp, greedy = _score(self.model, self.params, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
-        sums = np.where(scored, np.asarray(logp, np.float64), 0).sum(axis=1)
-        matches = np.all(np.asarray(greedy) | ~scored, axis=1).tolist()
-        return [(float(total), bool(match)) for total, match in zip(sums, matches, strict=True)]
+        found = score(self.model, self.params, pairs, truncate=truncate, tokens_per_batch=tokens_per_batch)
+        return [(likelihood.logp, likelihood.greedy) for likelihood in found]
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a prompt: begins as a document does; an empty prompt starts after the end of the last one."""
@@ -115,7 +119,8 @@ class LanguageModel:
         if not stripped:
             begin = self._encode("")
             _check_text(continuation)
-            return begin + self.vocabulary.encode(context + continuation), max(len(begin), 1)
+            whole = begin + self.vocabulary.encode(context + continuation)
+            return whole, min(max(len(begin), 1), len(whole))
         whole = self._encode(context + continuation)
         return whole, max(1, min(len(self._encode(stripped)), len(whole)))
 
@@ -128,10 +133,16 @@ class LanguageModel:
             found = f"{tokens_BT.min()} to {tokens_BT.max()}"
             raise UsageError(f"token ids should be from 0 to {self.vocabulary.size - 1}, found {found}")
 
-    def _check_length(self, length: int) -> None:
-        limit = self.model.config.max_length
-        if self.model.config.position == "learned" and length > limit:
-            raise UsageError(f"{length} tokens are more than the {limit} positions of this model; shorten the text")
+    def _check_length(self, prompt: int, new: int, beyond: bool) -> None:
+        limit, learned = self.model.config.max_length, self.model.config.position == "learned"
+        if prompt > limit:
+            raise UsageError(f"a prompt of {prompt} tokens is longer than this model's max_length={limit}; shorten it")
+        if prompt + new - 1 > limit and (learned or not beyond):  # the last token is not fed
+            remedy = "" if learned else ", or let rotary positions go on with beyond_max_length"
+            raise UsageError(
+                f"{prompt} tokens of a prompt and {new} new ones are more than this model's max_length={limit}; "
+                f"ask for at most {limit + 1 - prompt} new ones, shorten the prompt{remedy}"
+            )
 
 
 def _check_text(text: str) -> None:
@@ -150,13 +161,6 @@ def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array,
 def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
     hidden_BTD, head = _apply(model, params, tokens_BT)
     return logits(hidden_BTD, head)[:, :, : head.vocab_size]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden_BTD, head = _apply(model, params, inputs_BT)
-    scores = token_scores(hidden_BTD, head, targets_BT, want=("logp", "best"))
-    return scores.logp, scores.best == targets_BT
 
 
 def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> LanguageModel:

@@ -16,6 +16,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens; 0 is off (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set of this probability; 1 is off")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument(
+        "--beyond_max_length", action="store_true", help="let rotary positions go on past the model's max_length"
+    )
     parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to read (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="read the averaged parameters")
     options = parser.parse_args(arguments)
@@ -36,6 +39,7 @@ def run(arguments: list[str]) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        beyond_max_length=options.beyond_max_length,
     )
     for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         if index:

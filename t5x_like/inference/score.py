@@ -1,0 +1,223 @@
+"""Log-likelihoods of any number of texts, in a few shapes of batches: for harnesses, rescoring and `log_likelihood`.
+
+A text's numbers do not depend on the texts beside it: its batch has the shape that its own length asks for, filled up
+with empty rows where texts are missing, so that one program computes it whatever the company. Texts that are to be
+generated are decode.py's.
+
+Names: B batch (rows), T length, D model.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from t5x_like.core.errors import UsageError
+from t5x_like.core.types import Tree
+from t5x_like.layers.scoring.head import Head
+from t5x_like.layers.scoring.token_scores import token_scores
+from t5x_like.models.model import Model
+from t5x_like.parallel.sharding import constrain, named, use_rules
+
+# Tokens that one batch holds. A single short text costs as much as a whole batch, so a CPU wants few; a harness on an
+# accelerator wants more.
+TOKENS_PER_BATCH = 1024
+SHORTEST = 64
+TRUNCATE = ("error", "left")
+
+Row = tuple[Sequence[int], int]  # tokens, the index of the first that is scored
+Texts = list[tuple[int, Sequence[int], int]]  # of one batch; each beside its index in the input
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """logp: sum of the natural log-probabilities of the scored tokens. greedy: whether each is the most probable one.
+    tokens: how many are scored."""
+
+    logp: float
+    greedy: bool
+    tokens: int
+
+
+def score(
+    model: Model,
+    params: Tree,
+    rows: Iterable[Row],
+    *,
+    mesh: Mesh | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    truncate: str = "error",
+) -> list[Likelihood]:
+    """For each (ids, first): the likelihood of ids[first:] after ids[:first], in the order of the input.
+
+    first is at least 1: the first token has nothing before it. The last token is not fed, so a text may have one token
+    more than the model's max_length. Of a longer one truncate="left" drops the beginning, but nothing that is scored;
+    "error" refuses it. mesh: params lie on it; rows are divided over its batch axes.
+    """
+    if truncate not in TRUNCATE:
+        raise UsageError(f"truncate={truncate!r} should be one of {', '.join(TRUNCATE)}")
+    if tokens_per_batch < 1:
+        raise UsageError(f"tokens_per_batch={tokens_per_batch} should be at least 1")
+    found: dict[int, Likelihood] = {}
+    waiting: dict[int, Texts] = {}  # by length of their rows
+    in_flight: list[tuple[Texts, tuple[jax.Array, jax.Array]]] = []
+    count = 0
+
+    def send(length: int) -> None:
+        texts = waiting.pop(length)
+        in_flight.append((texts, _start(model, params, texts, _shape(model, length, tokens_per_batch, mesh), mesh)))
+        if len(in_flight) == 2:  # the host reads one batch while the device computes the next
+            found.update(_results(*in_flight.pop(0)))
+
+    for index, row in enumerate(rows):
+        count += 1
+        ids, first = _fitted(row, index, model.config.max_length, truncate)
+        if first == len(ids):
+            found[index] = Likelihood(0.0, True, 0)
+            continue
+        length = row_length(len(ids) - 1, model.config.max_length)
+        texts = waiting.setdefault(length, [])
+        texts.append((index, ids, first))
+        if len(texts) == _shape(model, length, tokens_per_batch, mesh)[0]:
+            send(length)
+    for length in sorted(waiting):
+        send(length)
+    for batch in in_flight:
+        found.update(_results(*batch))
+    return [found[index] for index in range(count)]
+
+
+def score_rolling(
+    model: Model,
+    params: Tree,
+    texts: Iterable[Sequence[int]],
+    *,
+    context: int = 1,
+    mesh: Mesh | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> list[Likelihood]:
+    """The likelihood of all tokens of each text but its first, of any length, each scored once: `rolling_windows`."""
+    counts = []
+
+    def rows() -> Iterator[Row]:
+        for ids in texts:
+            windows = rolling_windows(ids, max_length=model.config.max_length, context=context)
+            counts.append(len(windows))
+            yield from windows
+
+    parts = iter(score(model, params, rows(), mesh=mesh, tokens_per_batch=tokens_per_batch))
+    return [_sum(list(itertools.islice(parts, count))) for count in counts]
+
+
+def _sum(parts: Sequence[Likelihood]) -> Likelihood:
+    return Likelihood(
+        math.fsum(part.logp for part in parts), all(part.greedy for part in parts), sum(part.tokens for part in parts)
+    )
+
+
+def rolling_windows(ids: Sequence[int], *, max_length: int, context: int = 1) -> list[Row]:
+    """(ids, first) rows in which each token but the first is scored once, as lm-evaluation-harness has them.
+
+    Every window feeds max_length tokens as far as there are so many: the first scores all of them, a later one those
+    that are new, with at least `context` tokens before them and the last window with as many as fit.
+
+    >>> rolling_windows([0, 1, 2, 3, 4, 5], max_length=4)
+    [([0, 1, 2, 3, 4], 1), ([1, 2, 3, 4, 5], 4)]
+    """
+    if not 1 <= context <= max_length:
+        raise UsageError(f"context={context} should be from 1 to max_length={max_length}")
+    rows: list[Row] = []
+    scored = 1
+    while scored < len(ids):
+        step = max_length if not rows else max_length - context + 1
+        end = min(scored + step, len(ids))
+        start = max(0, end - max_length - 1)
+        rows.append((ids[start:end], scored - start))
+        scored = end
+    return rows
+
+
+def row_length(length: int, max_length: int) -> int:
+    """The length of the padded row that holds `length` <= max_length tokens: a power of 2, or 3/4 of one from 384 on.
+
+    From 128 on all but max_length are multiples of 128, which flash kernels need.
+
+    >>> [row_length(length, 2000) for length in (1, 64, 65, 129, 257, 385, 1025, 1600)]
+    [64, 64, 128, 256, 384, 512, 1536, 2000]
+    """
+    power = max(SHORTEST, 1 << max(length - 1, 1).bit_length())
+    shorter = power // 4 * 3
+    return min(shorter if shorter % 128 == 0 and length <= shorter else power, max_length)
+
+
+def _fitted(row: Row, index: int, max_length: int, truncate: str) -> Row:
+    """The row with at most max_length + 1 tokens."""
+    ids, first = row
+    if not min(1, len(ids)) <= first <= len(ids):
+        raise UsageError(f"score: row {index}: first={first} should be from 1 to its {len(ids)} tokens")
+    cut = len(ids) - (max_length + 1)
+    if cut <= 0:
+        return ids, first
+    if truncate == "error":
+        raise UsageError(
+            f"score: row {index} has {len(ids)} tokens, more than max_length + 1 = {max_length + 1} of this model; "
+            "shorten the text, or drop its beginning with truncate='left'"
+        )
+    if cut >= first:
+        raise UsageError(
+            f"score: row {index} has {len(ids) - first} tokens to score, more than max_length={max_length} of this "
+            "model; score a long text in rolling windows"
+        )
+    return ids[cut:], first - cut
+
+
+def _shape(model: Model, length: int, tokens_per_batch: int, mesh: Mesh | None) -> tuple[int, int]:
+    """(rows, length) of the batches of a length: rows that the batch axes of the mesh divide."""
+    sizes = {} if mesh is None else dict(mesh.shape)
+    shards = math.prod(sizes.get(name, 1) for name in model.rules.mesh_axes("batch"))
+    return max(1, tokens_per_batch // (length * shards)) * shards, length
+
+
+def _start(model: Model, params: Tree, texts: Texts, shape: tuple[int, int], mesh: Mesh | None):
+    """Begins to compute a batch: (log-probabilities, whether the target is the most probable token), both [B, T]."""
+    inputs_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row, (_, ids, _) in enumerate(texts):
+        inputs_BT[row, : len(ids) - 1] = ids[:-1]
+        targets_BT[row, : len(ids) - 1] = ids[1:]
+    if mesh is None:
+        return _scores(model, params, jnp.asarray(inputs_BT), jnp.asarray(targets_BT))
+    sharding = named(mesh, model.rules, ("batch", "length"), shape)
+    placed = [
+        jax.make_array_from_callback(shape, sharding, array_BT.__getitem__) for array_BT in (inputs_BT, targets_BT)
+    ]
+    with jax.set_mesh(mesh):
+        return _scores(model, params, *placed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hidden_BTD, head = _hidden_and_head(model, params, inputs_BT)
+    scores = token_scores(hidden_BTD, head, targets_BT, want=("logp", "best"))
+    with use_rules(model.rules):  # every process reads all results
+        return constrain(scores.logp, None, None), constrain(scores.best == targets_BT, None, None)
+
+
+def _hidden_and_head(model: Model, params: Tree, inputs_BT: jax.Array) -> tuple[jax.Array, Head]:
+    return model.apply(params, {"inputs": inputs_BT}).hidden_BTD, model.head(params)
+
+
+def _results(texts: Texts, scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:
+    """Sums in float64 over the scored tokens of each text, by its place in the input."""
+    logp_BT, greedy_BT = map(np.asarray, scores)
+    found = {}
+    for row, (index, ids, first) in enumerate(texts):
+        scored = slice(first - 1, len(ids) - 1)
+        logp = float(np.sum(logp_BT[row, scored], dtype=np.float64))
+        found[index] = Likelihood(logp, bool(greedy_BT[row, scored].all()), len(ids) - first)
+    return found
