@@ -24,6 +24,11 @@ def built(case):
     return model, cases.random_params(model)
 
 
+def source(model, rows):
+    """What `apply` reads besides the tokens of the decoder: tokens of an encoder that the decoder has not."""
+    return {"encoder_inputs": jnp.tile(jnp.arange(50, 56, dtype=jnp.int32), (rows, 1))} if model.config.encoder else {}
+
+
 def hidden(model, params, batch, **rest):
     function = jax.jit(lambda params, batch: model.apply(params, batch, **rest).hidden_BTD, compiler_options=FAST)
     return function(params, batch)
@@ -51,7 +56,8 @@ def influence(model, params, length):
     ids = jnp.arange(length, dtype=jnp.int32)[None, :]  # all different, so that each row of the table is one position
 
     def run(table):
-        return model.apply({**params, "embed": {**params["embed"], "tokens": table}}, {"inputs": ids}).hidden_BTD[0]
+        embed = {**params["embed"], "tokens": table}
+        return model.apply({**params, "embed": embed}, {"inputs": ids, **source(model, 1)}).hidden_BTD[0]
 
     def of_all(table):
         out, back = jax.vjp(run, table)
@@ -62,7 +68,7 @@ def influence(model, params, length):
     return np.abs(np.asarray(gradients)).max(axis=-1)[:, :length]
 
 
-@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global"])
+@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global", "t5"])
 def test_future_tokens_do_not_change_hidden_states_and_past_tokens_do(case):
     model, params = built(case)
     strength = influence(model, params, 12)
@@ -80,10 +86,10 @@ def test_window_limits_how_far_each_layer_sees():
     assert (strength[seen] > 1e-7).all()
 
 
-@pytest.mark.parametrize("case", ["llama_grouped_tied", "local_and_global"])
+@pytest.mark.parametrize("case", ["llama_grouped_tied", "local_and_global", "t5"])
 def test_scan_and_unrolled_layers_give_the_same_loss_and_gradients(case):
     model, params = built(case)
-    batch = {"inputs": cases.tokens(model, 2, 12)}
+    batch = cases.batch(model, 2, 12)
     unrolled = dataclasses.replace(model, config=dataclasses.replace(model.config, scan=False))
     programs = [loss_and_gradients(m, params, batch) for m in (model, unrolled)]
     assert [" while(" in program.as_text() for program in programs] == [True, False]
@@ -115,6 +121,37 @@ def test_remat_changes_memory_and_nothing_else(without_remat, remat, scan):
         assert sizes[0] < sizes[1], "nothing was computed again"
 
 
+@pytest.mark.parametrize("remat", ["minimal", "full"])
+def test_remat_changes_no_gradient_of_an_encoder_decoder(remat):
+    model, params = built("t5_gated")
+    batch = cases.batch(model, 2, 12)
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=remat))
+    (value, gradients), (again, others) = (loss_and_gradients(m, params, batch)(params) for m in (model, other))
+    np.testing.assert_allclose(value, again, rtol=1e-6)
+    assert_equal_trees(gradients, others)
+
+
+@pytest.mark.parametrize("case", ["t5", "t5_gated"])
+def test_packed_sources_and_targets_give_what_each_pair_gives_alone(case):
+    """Three pairs in one row of the encoder and one of the decoder, whose shares of the row differ; both padded."""
+    model, params = built(case)
+    sources, targets = (4, 7, 3), (5, 2, 6)
+    batch = cases.batch(model, 1, 15, source=16)
+    for name, lengths, padding in (("encoder_", sources, 2), ("", targets, 2)):
+        segments = np.repeat([1, 2, 3, 0], [*lengths, padding])[None, :]
+        positions = np.concatenate([np.arange(n) for n in (*lengths, padding)])[None, :]
+        batch[f"{name}segment_ids"], batch[f"{name}positions"] = jnp.asarray(segments), jnp.asarray(positions)
+    packed = hidden(model, params, batch)
+    mixed = hidden(model, params, {name: batch[name] for name in ("inputs", "encoder_inputs")})
+    starts = [np.cumsum([0, *lengths]) for lengths in (sources, targets)]
+    for number in range(3):
+        source_part, part = (slice(start[number], start[number + 1]) for start in starts)
+        one = {"inputs": batch["inputs"][:, part], "encoder_inputs": batch["encoder_inputs"][:, source_part]}
+        alone = hidden(model, params, one)
+        assert cases.largest_difference(packed[:, part], alone) <= 1e-5
+        assert cases.largest_difference(mixed[:, part], alone) > 1e-2
+
+
 def test_packed_documents_give_what_each_gives_alone():
     model, params = built("local_and_global")
     lengths = (5, 9, 4)
@@ -131,20 +168,24 @@ def test_packed_documents_give_what_each_gives_alone():
         assert start == 0 or cases.largest_difference(across[:, start:end], alone) > 1e-2
 
 
-@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global"])
+@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global", "t5", "t5_gated"])
 def test_cached_decoding_gives_what_the_full_forward_gives(case):
     """Two rows of different length, a prompt in two parts (one longer than a window's ring), then single steps."""
     model, params = built(case)
     total, lengths = 16, np.array([7, 4])  # tokens of the first part; row 1 is padded to 7
     ids = cases.tokens(model, 2, total + 3)
-    whole = np.asarray(hidden(model, params, {"inputs": ids}))
+    whole = np.asarray(hidden(model, params, {"inputs": ids, **source(model, 2)}))
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def start(params):
+        return model.start(params, source(model, 2), rows=2, length=total + 3)
 
     @functools.partial(jax.jit, compiler_options=FAST)
     def step(params, cache, batch):
         out = model.apply(params, batch, cache=cache)
         return out.hidden_BTD, out.cache
 
-    cache, done = model.init_cache(2, total + 3), np.zeros(2, int)
+    cache, done = start(params), np.zeros(2, int)
     for width in (7, 5, 1, 1, 1, 1):
         real = np.minimum(lengths, width) if width == 7 else np.full(2, width)
         columns = done[:, None] + np.arange(width)[None, :]
@@ -161,17 +202,17 @@ def test_cached_decoding_gives_what_the_full_forward_gives(case):
     assert done.tolist() == [16, 13]
 
 
-@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global"])
+@pytest.mark.parametrize("case", ["llama_grouped_tied", "gpt2", "local_and_global", "t5"])
 def test_a_prompt_is_prefilled_into_chosen_rows_and_decoding_goes_on_from_it(case):
     """Rows 3 and 1 of 5 held longer texts; the others stay, bit for bit."""
     model, params = built(case)
     ids = cases.tokens(model, 5, 10)
-    whole = np.asarray(hidden(model, params, {"inputs": ids}))
+    whole = np.asarray(hidden(model, params, {"inputs": ids, **source(model, 5)}))
     batch = {"inputs": ids, "positions": jnp.tile(jnp.arange(10), (5, 1))}
 
     @functools.partial(jax.jit, compiler_options=FAST)
     def run(params):
-        held = model.apply(params, batch, cache=model.init_cache(5, 12)).cache
+        held = model.apply(params, batch, cache=model.start(params, source(model, 5), rows=5, length=12)).cache
         segments = jnp.asarray([[1] * 7, [1] * 4 + [0] * 3])
         new = model.prefill(params, held, {"inputs": ids[:2, :7], "segment_ids": segments}, jnp.asarray([3, 1]))
         tokens, positions = jnp.stack([ids[1, 4], ids[0, 7]])[:, None], jnp.asarray([[4], [7]])
@@ -214,7 +255,7 @@ def test_a_decode_step_copies_neither_cache_nor_weights_whatever_the_pattern(win
 
 
 def test_a_long_prefill_needs_no_more_memory_than_the_forward_pass_of_training():
-    model = cases.model("llama", embed=64, head=16, max_length=2048)
+    model = cases.model("llama", width=64, head_size=16, max_length=2048)
     row = jax.ShapeDtypeStruct((1, 2048), "int32")
     batch = {"inputs": row, "segment_ids": row}
     params, cache = abstract(model.specs()), abstract(model.cache_specs(1, 2048))
