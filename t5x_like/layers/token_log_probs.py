@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from t5x_like.layers import weights
 from t5x_like.layers.head_place import Place, place
 from t5x_like.layers.masks import MASKED
+from t5x_like.layers.platform import matmul_precision
 from t5x_like.parallel.rules import Rules
 
 
@@ -44,8 +45,8 @@ class Head:
 
 def logits(x_BTD: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
     """Float32 logits, -inf in the padding of the vocabulary. Materialises [B, T, V]: for few positions only."""
-    weight_VD, bias_V = _dense(head.weight), _dense(head.bias)
-    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    weight_VD, bias_V = _dense(x_BTD, head)
+    logits_BTV = _einsum("BTD,VD->BTV", x_BTD, weight_VD.astype(x_BTD.dtype))
     logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V.astype(jnp.float32)[None, None, :]
     real_V = jnp.arange(logits_BTV.shape[-1]) < head.vocab_size
     return jnp.where(real_V[None, None, :], _capped(logits_BTV, head.softcap), -jnp.inf)
@@ -59,13 +60,13 @@ def token_log_probs(
     chunk: tokens of one device scored at a time; None chooses by size, 0 keeps all logits for the backward pass. A
     target outside the vocabulary gives a meaningless finite number, no error.
     """
-    weight_VD, bias_V = _dense(head.weight), _dense(head.bias)
+    weight_VD, bias_V = _dense(x_BTD, head)
     return _score(_place(x_BTD, weight_VD, head, chunk), x_BTD, weight_VD, bias_V, targets_BT)
 
 
 def token_predictions(x_BTD: Float[Array, "B T D"], head: Head) -> Int[Array, "B T"]:
     """The most probable token at each position (the lowest id among equals)."""
-    weight_VD, bias_V = _dense(head.weight), _dense(head.bias)
+    weight_VD, bias_V = _dense(x_BTD, head)
     run = _place(x_BTD, weight_VD, head, None).on_mesh(_local_predictions, "tokens weight bias", "tokens")
     return run(x_BTD, weight_VD, bias_V)
 
@@ -73,15 +74,15 @@ def token_predictions(x_BTD: Float[Array, "B T D"], head: Head) -> Int[Array, "B
 def mean_logits(x_BTD: Float[Array, "B T D"], head: Head) -> Float[Array, "B T"]:
     """Mean over the vocabulary of the logits, float32, by linearity: none is formed. Not for a head with a softcap."""
     assert head.softcap is None, "the mean of capped logits is not linear"
-    weight_VD, bias_V = _dense(head.weight), _dense(head.bias)
+    weight_VD, bias_V = _dense(x_BTD, head)
     mean_D = jnp.mean(weight_VD[: head.vocab_size].astype(jnp.float32), axis=0)
     mean_BT = x_BTD.astype(jnp.float32) @ mean_D
     return mean_BT if bias_V is None else mean_BT + jnp.mean(bias_V[: head.vocab_size].astype(jnp.float32))
 
 
-def _dense(leaf: Any) -> Any:
-    """The array of a head's weight or bias: the one place where a leaf that is no array will be dealt with."""
-    return None if leaf is None else weights.value(leaf)
+def _dense(x_BTD: jax.Array, head: Head) -> tuple[jax.Array, jax.Array | None]:
+    """The head's weight and bias as arrays: a weight that is no array is written out in the compute type."""
+    return weights.dense(head.weight, x_BTD.dtype), None if head.bias is None else weights.value(head.bias)
 
 
 def _place(x_BTD: jax.Array, weight_VD: jax.Array, head: Head, chunk: int | None) -> Place:
@@ -209,7 +210,7 @@ def _local_predictions(here: Place, x_BTD, weight_VD, bias_V):
 
 
 def _einsum(equation: str, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _products(here: Place, x_CD, weight_DW, bias_W) -> list[jax.Array]:

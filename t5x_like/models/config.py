@@ -140,8 +140,10 @@ def _check(c: ModelConfig) -> None:
     for field, value in (("norm_epsilon", c.norm_epsilon), ("init_deviation", c.init_deviation)):
         if not value > 0:
             raise UsageError(f"{where}.{field}={value:g} should be above 0")
-    if c.position == "rope" and not min(c.rope.theta, default=0) > 0:
-        raise UsageError(f"{where}.rope.theta={c.rope.theta} should be numbers above 0")
+    if c.position == "rope" and not (min(c.rope.theta, default=-1) >= 0 < max(c.rope.theta)):
+        raise UsageError(
+            f"{where}.rope.theta={c.rope.theta} should be numbers above 0, or 0 for layers without positions"
+        )
     if c.heads % c.kv_heads:
         raise UsageError(
             f"{where}.kv_heads={c.kv_heads} does not divide {where}.heads={c.heads}; each key-value head serves the "

@@ -135,7 +135,7 @@ def _shared(
         positions_BT = batch.get("positions")
         if positions_BT is None:
             positions_BT = jnp.arange(batch["inputs"].shape[1], dtype=jnp.int32)[None, :]
-        for theta in sorted({kind.rope_theta for kind in config.kinds}):
-            ropes[theta] = rope_table(positions_BT, config.head, theta=theta, scaling=config.rope.scaling)
+        for theta in sorted({kind.rope_theta for kind in config.kinds} - {0.0}):  # 0: a layer without positions
+            ropes[theta] = rope_table(positions_BT, config.head, theta=theta, scaling=config.rope.scaling.scaling)
     layers_key = None if key is None else fold(key, "layers")
     return Shared(ropes=ropes, segments_BT=batch.get("segment_ids"), positions_BT=slot_positions_BT, key=layers_key)

@@ -21,6 +21,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
 from t5x_like.layers import kv_cache
 from t5x_like.layers.param import initialize
+from t5x_like.layers.platform import float32_products
 from t5x_like.layers.token_log_probs import Head
 from t5x_like.models import decoder, flops
 from t5x_like.models.config import ModelConfig
@@ -81,7 +82,7 @@ class Model:
                 f"a row of {length} tokens is longer than config.model.max_length={self.config.max_length}; "
                 "shorten config.data.length or the text"
             )
-        with use_rules(self.rules):
+        with use_rules(self.rules), float32_products(self.dtypes.compute):
             hidden_BTD, cache = decoder.apply(
                 self.config, self._parts, params, batch, dtype=self.dtypes.compute, cache=cache, key=key
             )
