@@ -8,12 +8,15 @@ import dataclasses
 
 from t5x_like.core.errors import UsageError
 
-_NAMES = ("float32", "bfloat16", "float16")
+_NAMES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class DtypePolicy:
-    """`params`: storage of weights; `compute`: operands of matrix products. Both are numpy dtype names."""
+    """`params`: storage of weights; `compute`: operands of matrix products. Both are numpy dtype names.
+
+    float32 means float32 products on every platform (layers/platform.py).
+    """
 
     params: str
     compute: str
@@ -28,6 +31,11 @@ def policy(*, params: str, compute: str, platform: str) -> DtypePolicy:
     if compute == "auto":
         compute = "float32" if platform == "cpu" else "bfloat16"
     for field, name in (("params", params), ("compute", compute)):
+        if name == "float16":
+            raise UsageError(
+                f"config.model.dtype.{field}='float16' needs loss scaling, which does not exist here; use bfloat16, "
+                "whose range is that of float32"
+            )
         if name not in _NAMES:
             raise UsageError(f"config.model.dtype.{field}={name!r} is unknown; use one of {', '.join(_NAMES)}")
     return DtypePolicy(params, compute)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
 from t5x_like.layers.masks import MASKED, NOTHING_SEEN, MaskSpec, allowed, at_least_something
+from t5x_like.layers.platform import matmul_precision
 from t5x_like.parallel.sharding import shards
 
 # Queries of one block. Of a causal row of n blocks (n + 1) / 2n is computed: 62% of 512 tokens in blocks of 128.
@@ -219,4 +220,4 @@ def _sum_over_keys(blocks: Blocks, parts):
 
 
 def _product(equation: str, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)

@@ -20,9 +20,18 @@ class RmsNorm(nnx.Module):
         self.scale = param((size,), axes=("norm",), init=ONES)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * _row(self.scale, x.ndim)).astype(x.dtype)
+        return _rms(x, _row(self.scale, x.ndim), self.epsilon)
+
+
+class RmsNormPlusOne(nnx.Module):
+    """x / rms(x) * (1 + scale): Gemma's (arXiv 2403.08295), whose stored scales are around zero."""
+
+    def __init__(self, size: int, *, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = param((size,), axes=("norm",), init=ZEROS)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return _rms(x, 1.0 + _row(self.scale, x.ndim), self.epsilon)
 
 
 class LayerNorm(nnx.Module):
@@ -40,7 +49,17 @@ class LayerNorm(nnx.Module):
         return (centred * inverse * _row(self.scale, x.ndim) + _row(self.bias, x.ndim)).astype(x.dtype)
 
 
-NORMS: dict[str, type[RmsNorm] | type[LayerNorm]] = {"rms": RmsNorm, "layer": LayerNorm}
+NORMS: dict[str, type[RmsNorm] | type[RmsNormPlusOne] | type[LayerNorm]] = {
+    "rms": RmsNorm,  # also T5's
+    "rms_plus_one": RmsNormPlusOne,
+    "layer": LayerNorm,
+}
+
+
+def _rms(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse * scale).astype(x.dtype)
 
 
 def _row(w: nnx.Param, ndim: int) -> jax.Array:

@@ -1,6 +1,10 @@
 """What a program is being compiled for, which decides between kernels and forms that compute the same."""
 
+import contextlib
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
 
@@ -8,6 +12,21 @@ def platform() -> str:
     """ "cpu", "gpu" or "tpu": of the mesh in context (a planner lowers for a TPU on a CPU), else jax's default."""
     device = get_abstract_mesh().abstract_device
     return jax.devices()[0].platform if device is None else device.platform
+
+
+def matmul_precision(dtype: Any) -> jax.lax.Precision | None:
+    """What products of this type need so that float32 means float32: TPUs round operands to bfloat16 otherwise, GPUs to
+    TF32. None on a CPU, whose products are exact to the type.
+
+    For products whose gradient is written out; `Model.apply` sets the same for all others (`float32_products`).
+    """
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 and platform() != "cpu" else None
+
+
+def float32_products(dtype: Any) -> contextlib.AbstractContextManager[None]:
+    """Within it every product is as `matmul_precision` says. Gradients of products keep it, outside of it too; those
+    that a custom rule multiplies do not."""
+    return contextlib.nullcontext() if matmul_precision(dtype) is None else jax.default_matmul_precision("highest")
 
 
 def compute_capability() -> float | None:

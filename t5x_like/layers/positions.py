@@ -8,6 +8,8 @@ Legend: B batch, T length, N heads (query or kv), H head size.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,49 @@ from t5x_like.layers.platform import platform
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Stretches low frequencies for longer texts. name: "none" or "llama3" (Llama 3.1; the other fields are its own).
+class Linear:
+    """All frequencies divided by factor, which is position interpolation (arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3:
+    """Llama 3.1's: low frequencies divided, high ones kept, those between mixed.
 
     factor: of the wavelengths longer than original_length / low_frequency; those shorter than original_length /
     high_frequency stay; between them the two are mixed. original_length: tokens.
     """
+
+    factor: float
+    low_frequency: float
+    high_frequency: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071, sections 3.2 to 3.4): by the number of turns that a pair makes in original_length tokens.
+
+    Pairs of more than beta_fast turns are kept, those of fewer than beta_slow divided by factor, between them it goes
+    linearly with the pair's number. attention_factor multiplies cosines and sines, so logits grow by its square; the
+    paper's is 0.1 ln(factor) + 1.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+
+
+Scaling: TypeAlias = Linear | Llama3 | Yarn | None  # None: as trained
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """The section `rope.scaling` of a config. name: "none", "linear" or "llama3"; fields that it does not name are
+    unused (those of Llama3, of which Linear has the factor)."""
 
     name: str
     factor: float
@@ -31,30 +70,51 @@ class RopeScaling:
     high_frequency: float
     original_length: int
 
+    @property
+    def scaling(self) -> Scaling:
+        return SCALINGS[self.name](self)
 
-SCALINGS = ("none", "llama3")
+
+SCALINGS: dict[str, Callable[[RopeScaling], Scaling]] = {
+    "none": lambda section: None,
+    "linear": lambda section: Linear(section.factor),
+    "llama3": lambda section: Llama3(
+        section.factor, section.low_frequency, section.high_frequency, section.original_length
+    ),
+}
 
 
-def frequencies(head: int, *, theta: float, scaling: RopeScaling) -> np.ndarray:
+def frequencies(head: int, *, theta: float, scaling: Scaling) -> np.ndarray:
     """Radians per position of each of the H/2 pairs, float64: theta ** (-2i / H) (arXiv 2104.09864, section 3.2.2)."""
     plain = theta ** (-np.arange(0, head, 2, dtype=np.float64) / head)
-    if scaling.name == "none":
-        return plain
-    wavelengths = 2 * math.pi / plain
-    share = (scaling.original_length / wavelengths - scaling.low_frequency) / (
-        scaling.high_frequency - scaling.low_frequency
-    )
+    match scaling:
+        case None:
+            return plain
+        case Linear():
+            return plain / scaling.factor
+        case Llama3():
+            turns = scaling.original_length / (2 * math.pi / plain)
+            share = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+        case Yarn():
+            first, last = (
+                head * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                for turns in (scaling.beta_fast, scaling.beta_slow)
+            )  # numbers of the pairs that make so many turns
+            first, last = max(math.floor(first), 0), min(math.ceil(last), head - 1)
+            share = 1 - (np.arange(head // 2) - first) / max(last - first, 1e-3)
     share = np.clip(share, 0.0, 1.0)  # 1: a short wavelength, kept; 0: a long one, stretched
     return plain * (share + (1 - share) / scaling.factor)
 
 
 def rope_table(
-    positions_BT: Int[Array, "B T"], head: int, *, theta: float, scaling: RopeScaling
+    positions_BT: Int[Array, "B T"], head: int, *, theta: float, scaling: Scaling
 ) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
     """(cosines, signed sines) for both halves of a head, float32. Computed once, shared by all layers of one theta."""
     per_position = jnp.asarray(frequencies(head, theta=theta, scaling=scaling), jnp.float32)
     angles = positions_BT.astype(jnp.float32)[:, :, None, None] * per_position[None, None, None, :]
     cosines, sines = jnp.cos(angles), jnp.sin(angles)
+    if isinstance(scaling, Yarn):
+        cosines, sines = cosines * scaling.attention_factor, sines * scaling.attention_factor
     return jnp.concatenate([cosines, cosines], axis=-1), jnp.concatenate([-sines, sines], axis=-1)
 
 

@@ -1,13 +1,14 @@
 """The three contractions of layers with weights: `einsum`, `take`, `ragged`.
 
-A weight is a leaf of the parameter tree: an array now, later also quantized and low-rank values, which contractions
-tell apart here. Elsewhere a layer meets only vectors, as plain arrays by `value` (scales of norms, biases), and the
-scorer meets the head (scoring/head.py). It is NOT the place of activations' products (attention, gates) nor of
-shardings.
+A weight is a leaf of the parameter tree: an array, or a value that knows its own contractions (core.types.Leaf), such
+as a quantized or a low-rank weight; this is the one place that tells them apart. Elsewhere a layer meets only vectors,
+as plain arrays by `value` (scales of norms, biases), and the scorer meets the head by `dense`. It is NOT the place of
+activations' products (attention, gates) nor of shardings.
 """
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int
+
+from t5x_like.core.types import Leaf
 
 
 def value(w: Any) -> Any:
@@ -28,19 +31,33 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]
     Equations read "kept contracted, contracted new -> kept new", such as "BTNH,NHD->BTD". The product has the type of x
     (the hardware accumulates in float32).
     """
-    w = _array(w).astype(x.dtype)
+    kept, new = _parse(equation)
+    leaf = value(w)
+    if isinstance(leaf, Leaf):
+        return leaf.contract(equation, x)
+    w = _array(leaf).astype(x.dtype)
     if get_abstract_mesh().size > 1:  # merged dims could not be sharded one by one
         return jnp.einsum(equation, x, w, preferred_element_type=x.dtype)
     # On one device as a plain matrix product: XLA's CPU compiler writes out a transposed copy of the cotangent when the
     # gradient of w contracts two dims (a quarter of the time of a training step).
-    inputs, output = equation.split("->")
-    letters_x, letters_w = inputs.split(",")
-    contracted = sum(letter in letters_x for letter in letters_w)
-    kept_shape, new_shape = x.shape[: len(letters_x) - contracted], w.shape[contracted:]
-    assert output == letters_x[: len(kept_shape)] + letters_w[contracted:], equation
+    contracted = w.ndim - new
+    kept_shape, new_shape = x.shape[:kept], w.shape[contracted:]
     size = math.prod(w.shape[:contracted])
     product = jnp.matmul(x.reshape(-1, size), w.reshape(size, -1), preferred_element_type=x.dtype)
     return product.reshape(kept_shape + new_shape)
+
+
+def _parse(equation: str) -> tuple[int, int]:
+    """(dims of x that are kept, dims of w that are new). Raises ValueError for an equation of another form."""
+    match = re.fullmatch(r"([A-Z]*),([A-Z]+)->([A-Z]*)", equation)
+    if match:
+        letters_x, letters_w, output = match.groups()
+        contracted = sum(letter in letters_x for letter in letters_w)
+        kept, new = letters_x[: len(letters_x) - contracted], letters_w[contracted:]
+        fits = letters_x == kept + letters_w[:contracted] and output == kept + new
+        if fits and contracted and len({*output, *letters_x}) == len(output) + contracted:
+            return len(kept), len(new)
+    raise ValueError(f'equation {equation!r}: expected "kept contracted, contracted new -> kept new", as "BTD,DF->BTF"')
 
 
 def take(w: Any, ids: Int[Array, "..."], *, dtype: str) -> Float[Array, "..."]:
@@ -49,7 +66,10 @@ def take(w: Any, ids: Int[Array, "..."], *, dtype: str) -> Float[Array, "..."]:
     The gradient of a row is the sum over all its uses, always added up in float32: in bfloat16 a sum stops growing at
     256 times what is added to it, so a frequent token would lose most of its gradient.
     """
-    table = _array(w)
+    leaf = value(w)
+    if isinstance(leaf, Leaf):
+        return leaf.rows(ids, dtype)
+    table = _array(leaf)
     if table.dtype == jnp.dtype(dtype) == jnp.float32:
         return _rows(table, ids)
     return _rounded_rows((table.shape, table.dtype), dtype, table, ids)
@@ -80,11 +100,20 @@ _rounded_rows.defvjp(_rounded_rows_forward, _rounded_rows_backward)
 
 def ragged(x_MD: Float[Array, "M D"], w_EDF: Any, sizes_E: Int[Array, " E"]) -> Float[Array, "M F"]:
     """Rows of x in groups, the first sizes[0] of them times w[0], and so on (experts), in the type of x."""
-    return jax.lax.ragged_dot(x_MD, _array(w_EDF).astype(x_MD.dtype), sizes_E)
+    leaf = value(w_EDF)
+    if isinstance(leaf, Leaf):
+        return leaf.ragged(x_MD, sizes_E)
+    return jax.lax.ragged_dot(x_MD, _array(leaf).astype(x_MD.dtype), sizes_E)
 
 
-def _array(w: Any) -> jax.Array:
+def dense(w: Any, dtype: Any) -> Any:
+    """The weight as one array: an array as it is stored, any other leaf written out in `dtype`. For the head alone,
+    whose scorer cuts and gathers it."""
     leaf = value(w)
+    return leaf.dense(dtype) if isinstance(leaf, Leaf) else leaf
+
+
+def _array(leaf: Any) -> jax.Array:
     if not isinstance(leaf, jax.Array):
         raise TypeError(f"a weight of type {type(leaf).__name__} is no leaf that contractions know")
     return leaf

@@ -16,7 +16,7 @@ from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.layers.block import BlockConfig, LayerKind
 from t5x_like.layers.initialization import INITIALIZATIONS, InitConfig
-from t5x_like.layers.positions import RopeScaling
+from t5x_like.layers.positions import SCALINGS, RopeScaling
 from t5x_like.layers.stack import REMAT
 from t5x_like.models.families import FAMILIES
 from t5x_like.models.families.plain import merged
@@ -96,6 +96,9 @@ class StackConfig(BlockConfig):
             )
 
     def _check_rope(self, path: str) -> None:
+        name = self.rope.scaling.name
+        if name not in SCALINGS:
+            raise UsageError(f"{path}.rope.scaling.name={name!r} is unknown; {nearest(name, SCALINGS)}")
         if not all(0 <= theta < math.inf for theta in self.rope.theta) or not any(self.rope.theta):
             raise UsageError(f"{path}.rope.theta={self.rope.theta} should be numbers above 0 (0: a layer without)")
         if len(self.rope.theta) not in (1, len(self.windows)):

@@ -28,7 +28,7 @@ class Encoder:
     rules: Rules
     dtypes: DtypePolicy
 
-    inputs = ("inputs", "positions", "segment_ids")
+    inputs = ("inputs", "positions", "segment_ids", "token_types")
 
     @functools.cached_property
     def _ends(self) -> Ends:
@@ -52,7 +52,9 @@ class Encoder:
     ) -> Output:
         if cache is not None:
             raise _no_cache()
-        x_BTD = self._ends.embed(params, batch["inputs"], batch.get("positions"), key=key)
+        x_BTD = self._ends.embed(
+            params, batch["inputs"], batch.get("positions"), types_BT=batch.get("token_types"), key=key
+        )
         tokens = Tokens(
             length=x_BTD.shape[1], positions_BT=batch.get("positions"), segments_BT=batch.get("segment_ids")
         )

@@ -7,6 +7,7 @@ Legend: B batch, T length, D model, V vocab (padded).
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -63,6 +64,11 @@ class EndModules(nnx.Module):
             embed=config.width,
             positions=config.max_length if stack.position == "learned" else 0,
             init=init.embedding(),
+            offset=config.embedding.offset,
+            types=config.embedding.types,
+            scale=config.embedding.scale or math.sqrt(config.width),
+            norm=stack.norm if config.embedding.norm else "",
+            norm_epsilon=stack.norm_epsilon,
         )
         if not config.head.tied or config.head.bias or config.head.transform:
             self.head = HeadWeights(config, stack, init)
@@ -91,11 +97,12 @@ class Ends:
         ids_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"] | None,
         *,
+        types_BT: Int[Array, "B T"] | None = None,
         key: jax.Array | None,
     ) -> Float[Array, "B T D"]:
-        """What the first layer reads. key: dropout."""
+        """What the first layer reads. types_BT: token types, None for type 0. key: dropout."""
         with jax.named_scope("embed"):
-            x_BTD = self._modules(params).embed(ids_BT, positions_BT, dtype=self.dtypes.compute)
+            x_BTD = self._modules(params).embed(ids_BT, positions_BT, dtype=self.dtypes.compute, types_BT=types_BT)
             return constrain(dropout(x_BTD, self.config.dropout, key, "embed"), "batch", "length", "act_embed")
 
     def score_input(self, params: Tree, hidden_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Head]:

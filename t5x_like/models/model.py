@@ -20,6 +20,7 @@ from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
 from t5x_like.layers.param import empty, initialize
+from t5x_like.layers.platform import float32_products
 from t5x_like.layers.scoring.head import Head
 from t5x_like.models import flops
 from t5x_like.models.architecture import Architecture, Output
@@ -95,19 +96,19 @@ class Model:
     ) -> Output:
         _check_tree(params, self._specs)
         self._check_lengths(batch)
-        with use_rules(self.rules):
+        with use_rules(self.rules), float32_products(self.dtypes.compute):
             return self._architecture.apply(params, batch, cache=cache, fresh_rows_R=fresh_rows_R, key=key)
 
     def score_input(self, params: Tree, output: Output) -> tuple[Float[Array, "B T D"], Head]:
         """(hidden states, head): what the scorer multiplies with what to get logits."""
-        with use_rules(self.rules):
+        with use_rules(self.rules), float32_products(self.dtypes.compute):
             return self._architecture.score_input(params, output)
 
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         """The cache of `rows` texts of up to `length` tokens before the first of them. An encoder-decoder runs its
         encoder on `encoder_inputs` of the batch."""
         self._check_lengths(batch)
-        with use_rules(self.rules):
+        with use_rules(self.rules), float32_products(self.dtypes.compute):
             return self._architecture.start(params, batch, rows=rows, length=length)
 
     def cache_specs(self, rows: int, length: int, source_length: int = 0) -> dict[str, Any]:

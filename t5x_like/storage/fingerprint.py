@@ -46,7 +46,9 @@ def _words(array: jax.Array) -> jax.Array:
         return array.astype(jnp.uint32)
     bits = jax.dtypes.itemsize_bits(array.dtype)
     if bits < 8:
-        # Storage of 4-bit and 2-bit numbers is packed; their values say the same.
+        # Storage of 4-bit and 2-bit numbers is packed. The values of whole numbers say what their bits say.
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            array = jax.lax.bitcast_convert_type(array, {4: jnp.uint4, 2: jnp.uint2}[bits])
         return array.astype(jnp.int8).astype(jnp.uint32)
     if bits >= 32:
         return jax.lax.bitcast_convert_type(array, jnp.uint32)

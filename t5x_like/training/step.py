@@ -111,7 +111,8 @@ def make_step(
 def _accumulate(
     part: Callable[[Batch, jax.Array], tuple[Tree, Sums]], batch: Batch, axes: Mapping[str, Axes], parts: int
 ) -> tuple[Tree, Sums]:
-    """Sums over micro-batches. Each takes every `parts`-th row, so that no row leaves its data shard."""
+    """Sums over micro-batches, in float32 at least. Each takes every `parts`-th row, so that no row leaves its data
+    shard."""
 
     def divide(name: str, x: jax.Array) -> jax.Array:
         x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
@@ -123,7 +124,10 @@ def _accumulate(
         return jax.tree.map(jnp.add, total, part(*xs)), None
 
     first = {name: x[0] for name, x in micro_batches.items()}
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, first, 0))
+    # In bfloat16, the type of gradients of bfloat16 parameters, later parts would be rounded away.
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), jax.eval_shape(part, first, 0)
+    )
     total, _ = jax.lax.scan(add, zeros, (micro_batches, jnp.arange(parts)))
     return total
 

@@ -1,5 +1,7 @@
 """Norms and rotary positions against their formulas, and what they promise in every number format."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from flax import nnx
 
 from t5x_like.layers import norms, param, positions
+from t5x_like.layers.embedding import Embedding
 
-PLAIN = positions.RopeScaling(name="none", factor=1.0, low_frequency=1.0, high_frequency=4.0, original_length=8192)
-LLAMA3 = positions.RopeScaling(name="llama3", factor=8.0, low_frequency=1.0, high_frequency=4.0, original_length=8192)
+PLAIN = None
+LLAMA3 = positions.Llama3(factor=8.0, low_frequency=1.0, high_frequency=4.0, original_length=8192)
 
 
 def module(kind, **params):
@@ -24,6 +27,7 @@ def test_norms_are_their_formulas():
     layer = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
     x = jnp.asarray(x, jnp.float32)
     np.testing.assert_allclose(module("rms", scale=scale)(x), rms, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(module("rms_plus_one", scale=scale - 1)(x), rms, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(module("layer", scale=scale, bias=bias)(x), layer, rtol=1e-5, atol=1e-6)
 
 
@@ -77,3 +81,76 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
     np.testing.assert_allclose(scaled[waves > 8192], plain[waves > 8192] / 8)
     between = (waves > 8192 / 4) & (waves < 8192)
     assert between.any() and ((scaled < plain) & (scaled > plain / 8))[between].all()
+
+
+SCALINGS = {
+    "linear": (positions.Linear(4.0), {"factor": 4.0}),
+    "llama3": (
+        LLAMA3,
+        {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "yarn": (
+        positions.Yarn(16.0, 4096, 32.0, 1.0, 0.1 * math.log(16.0) + 1.0),
+        {"factor": 16.0, "original_max_position_embeddings": 4096},
+    ),
+}
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_frequencies_are_those_of_transformers(name, theta):
+    pytest.importorskip("torch")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    scaling, parameters = SCALINGS[name]
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=1,
+        head_dim=128,
+        max_position_embeddings=65_536,
+        rope_parameters={"rope_type": name, "rope_theta": theta} | parameters,
+    )
+    expected, factor = rope_utils.ROPE_INIT_FUNCTIONS[name](config, "cpu")
+    found = positions.frequencies(128, theta=theta, scaling=scaling)
+    assert not np.allclose(found, positions.frequencies(128, theta=theta, scaling=None))
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    cosines, sines = positions.rope_table(jnp.array([[0, 3]]), 128, theta=theta, scaling=scaling)
+    np.testing.assert_allclose(cosines[0, 0], factor, rtol=1e-6)
+    np.testing.assert_allclose(np.hypot(cosines, sines), factor, rtol=1e-5)
+
+
+def embedded(ids, places=None, token_types=None, *, dtype="float32", **settings):
+    """(result, parameters) of an embedding of 8 numbers a token."""
+    sizes = {"vocab": 16, "embed": 8, "init": "normal(1)"}
+    graphdef, specs = param.declare(lambda: Embedding(**sizes, **settings), dtype="float32")
+    params = param.initialize(specs, jax.random.key(0))
+    return nnx.merge(graphdef, params)(ids, places, dtype=dtype, types_BT=token_types), params
+
+
+IDS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], jnp.int32)
+
+
+def test_an_embedding_is_the_norm_of_scaled_tokens_types_and_positions():
+    types = jnp.array([[0, 0, 1, 1, 1]] * 2, jnp.int32)
+    settings = {"positions": 6, "offset": 2, "types": 2, "scale": 3.0, "norm": "layer", "norm_epsilon": 1e-5}
+    out, p = embedded(IDS, None, types, **settings)
+    assert p["positions"].shape == (8, 8) and p["types"].shape == (2, 8)
+    x = 3 * p["tokens"][IDS] + p["types"][types] + p["positions"][None, 2:7]
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(out, x, rtol=1e-4, atol=1e-5)
+    placed, _ = embedded(IDS, jnp.array([[1, 0, 2, 3, 4]] * 2, jnp.int32), types, **settings)
+    assert np.abs(placed[:, :2] - out[:, :2]).max() > 0.1
+    np.testing.assert_array_equal(placed[:, 2:], out[:, 2:])
+    np.testing.assert_array_equal(embedded(IDS, None, None, **settings)[0][:, :2], out[:, :2])
+
+
+def test_the_scale_of_an_embedding_is_rounded_to_the_compute_type():
+    out, p = embedded(IDS, positions=0, scale=math.sqrt(3072), dtype="bfloat16")
+    expected = p["tokens"][IDS].astype(jnp.bfloat16) * jnp.bfloat16(55.5)
+    assert out.dtype == jnp.bfloat16 and jnp.bfloat16(math.sqrt(3072)) == 55.5
+    np.testing.assert_array_equal(out, expected)

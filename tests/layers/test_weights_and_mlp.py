@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from t5x_like.core.types import Leaf
 from t5x_like.layers import param, weights
 from t5x_like.layers.mlp import ACTIVATIONS, Mlp, add_bias
+from tests.layers.leaves import LowRank, Scaled
 
 EQUATIONS = {
     "BTD,DF->BTF": ((2, 3, 4), (4, 5)),
@@ -123,6 +125,57 @@ def test_ragged_multiplies_each_group_with_its_own_weight():
 def test_a_leaf_of_unknown_kind_is_refused():
     with pytest.raises(TypeError, match="ndarray is no leaf that contractions know"):
         weights.einsum("BD,DF->BF", jnp.ones((1, 2)), np.ones((2, 2)))
+
+
+def low_rank(seed, first, *rest):
+    generator = np.random.default_rng(seed)
+    base, a, b = (generator.standard_normal(shape) for shape in ((first, *rest), (first, 2), (2, *rest)))
+    return LowRank(*(jnp.asarray(part, jnp.float32) for part in (base, a, b)))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_leaf_multiplies_by_its_own_rules(devices):
+    w, table = low_rank(0, 4, 2, 3), low_rank(1, 16, 4)
+    ids, x = jnp.array([[3, 1], [4, 15]], jnp.int32), random(2, 2, 3, 4)
+    assert isinstance(w, Leaf)
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))):
+        product = jax.jit(lambda x, w: weights.einsum("BTD,DNH->BTNH", x, w))(x, w)
+        rows = jax.jit(lambda ids, w: weights.take(w, ids, dtype="float32"))(ids, table)
+    assert np.abs(product - np.einsum("BTD,DNH->BTNH", x, w.base)).max() > 0.1
+    np.testing.assert_allclose(product, np.einsum("BTD,DNH->BTNH", x, w.dense("float32")), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows, np.asarray(table.dense("float32"))[ids], rtol=1e-4, atol=1e-5)
+    scaled = Scaled(jnp.arange(24, dtype=jnp.int8).reshape(2, 3, 4) - 9, jnp.full((2, 1, 4), 0.5))
+    grouped = weights.ragged(random(3, 5, 3), scaled, jnp.array([2, 3], jnp.int32))
+    dense = np.asarray(scaled.dense("float32"))
+    x = random(3, 5, 3)
+    np.testing.assert_allclose(grouped, np.concatenate([x[:2] @ dense[0], x[2:] @ dense[1]]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_quantized_weight_serves_a_layer_that_is_not_told():
+    settings = {"embed": 4, "mlp": 6, "activation": "silu", "gated": True, "bias": False}
+    graphdef, specs = param.declare(lambda: Mlp(**settings, init="normal(1)", init_down="normal(1)"), dtype="float32")
+    generator = np.random.default_rng(0)
+    leaves = {
+        name: Scaled(
+            jnp.asarray(generator.integers(-127, 128, spec.shape), jnp.int8),
+            jnp.asarray(generator.random((1, spec.shape[1])) / 127, jnp.float32),
+        )
+        for name, spec in specs.items()
+    }
+    x = random(0, 2, 3, 4)
+    run = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x))
+    dense = run({name: leaf.dense("float32") for name, leaf in leaves.items()}, x)
+    assert np.abs(dense).max() > 0.1
+    np.testing.assert_allclose(run(leaves, x), dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("equation", ["BTD,DF->BFT", "BTD,FD->BTF", "BTD,DF->BT", "BTD,EF->BTDEF", "BTD,DF"])
+def test_an_equation_of_another_form_is_refused_on_every_mesh(equation, devices):
+    x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 4))
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))):
+        with pytest.raises(ValueError, match="kept contracted, contracted new"):
+            jax.jit(lambda x, w: weights.einsum(equation, x, w)).lower(x, w)
 
 
 FORMULAS = {

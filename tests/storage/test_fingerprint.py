@@ -38,6 +38,13 @@ def test_layout_does_not_change_it(dtype):
     assert len(set(found.values())) == 1
 
 
+def test_each_number_of_four_bits_has_its_own():
+    """0 and 0.5 of float4, too: a cast to whole numbers would make them one."""
+    every = jax.lax.bitcast_convert_type(jnp.arange(16).astype(jnp.uint4), jnp.float4_e2m1fn)
+    found = fingerprints({str(index): every[index : index + 1] for index in range(16)})
+    assert len(set(found.values())) == 16
+
+
 def test_any_flipped_bit_changes_it():
     values = _values("float32")
     arrays = {"original": jnp.asarray(values)}

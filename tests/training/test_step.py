@@ -14,6 +14,7 @@ from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as tables
 from t5x_like.parallel import sharding
 from t5x_like.training import state as train_state
+from t5x_like.training import step as step_module
 from t5x_like.training.step import StepConfig, make_step
 
 RULES = tables.rules()
@@ -220,6 +221,18 @@ def test_micro_batches_draw_different_keys_and_repeat_for_the_same_seed_and_step
     two = _run(_config(dropout=True, micro_batches=2), _batch(), objective=objective)[1]["loss"]
     other = _run(_config(dropout=True, seed=1), _batch(), objective=objective)[1]["loss"]
     assert one == same and one != other and one != two
+
+
+def test_gradients_of_bfloat16_parameters_add_up_in_float32():
+    """A large part and 255 small ones, each lost if added in bfloat16."""
+    rows = jnp.asarray([1.0] + [1 / 512] * 255)[:, None]
+
+    def part(micro, index):
+        return {"w": micro["inputs"].sum(axis=0).astype(jnp.bfloat16)}, {"loss": micro["inputs"].sum()}
+
+    grads, sums = jax.jit(lambda batch: step_module._accumulate(part, batch, 256))({"inputs": rows})
+    assert grads["w"].dtype == jnp.float32 and float(grads["w"][0]) == 1 + 255 / 512
+    assert float(sums["loss"]) == 1 + 255 / 512
 
 
 def test_parameters_keep_their_type_from_step_to_step():

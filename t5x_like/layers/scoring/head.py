@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_like.layers import weights
+from t5x_like.layers.platform import matmul_precision
 from t5x_like.parallel.rules import Rules
 
 
@@ -30,15 +31,21 @@ class Head:
     rules: Rules | None = dataclasses.field(metadata={"static": True}, default=None)
     scale: float | None = dataclasses.field(metadata={"static": True}, default=None)
 
-    def arrays(self) -> tuple[Any, Any]:
-        """Weight and bias as arrays: the one place where a leaf that is no array will be dealt with."""
-        return weights.value(self.weight), None if self.bias is None else weights.value(self.bias)
+    def arrays(self, dtype: Any) -> tuple[Any, Any]:
+        """Weight and bias as arrays: a weight that is no array is written out in `dtype`."""
+        return weights.dense(self.weight, dtype), None if self.bias is None else weights.value(self.bias)
 
 
 def logits(x_BTD: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
     """Float32 logits, -inf in the padding of the vocabulary. Materialises [B, T, V]: for few positions only."""
-    weight_VD, bias_V = head.arrays()
-    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    weight_VD, bias_V = head.arrays(x_BTD.dtype)
+    logits_BTV = jnp.einsum(
+        "BTD,VD->BTV",
+        x_BTD,
+        weight_VD.astype(x_BTD.dtype),
+        precision=matmul_precision(x_BTD.dtype),
+        preferred_element_type=jnp.float32,
+    )
     logits_BTV = logits_BTV if head.scale is None else head.scale * logits_BTV
     logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V.astype(jnp.float32)[None, None, :]
     real_V = jnp.arange(logits_BTV.shape[-1]) < head.vocab_size

@@ -110,7 +110,7 @@ def flat(array):
 
 
 def _einsum(equation: str, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _is_cut(rows: int, tokens: int) -> bool:

@@ -83,7 +83,7 @@ def token_scores(
         found["mean"] = _mean_of_linear(x_BTD, head, temperature)
     passed = tuple(name for name in WANTED if name in want and not (linear and name == "mean"))
     if passed:
-        weight_VD, bias_V = head.arrays()
+        weight_VD, bias_V = head.arrays(x_BTD.dtype)
         layout = head_layout(x_BTD.shape[:2], weight_VD.shape, head, temperature=temperature, chunk=chunk)
         inputs = (x_BTD, weight_VD, bias_V)
         if passed == ("best",):
@@ -93,7 +93,7 @@ def token_scores(
 
 
 def _mean_of_linear(x_BTD: jax.Array, head: Head, temperature: float | None) -> jax.Array:
-    weight_VD, bias_V = head.arrays()
+    weight_VD, bias_V = head.arrays(x_BTD.dtype)
     mean_D = jnp.mean(weight_VD[: head.vocab_size].astype(jnp.float32), axis=0)
     mean_BT = x_BTD.astype(jnp.float32) @ mean_D
     mean_BT = mean_BT if head.scale is None else head.scale * mean_BT
