@@ -121,7 +121,8 @@ def attention_over_parts(
     top_BKGT = functools.reduce(jnp.maximum, [part.max(axis=-1) for part in logits])
     top_BKGT = jax.lax.stop_gradient(jnp.maximum(top_BKGT, NOTHING_SEEN))
     weights = [jnp.exp(part - top_BKGT[..., None]) for part in logits]
-    total_BKGT = at_least_something(sum(part.sum(axis=-1) for part in weights))
+    total_BKGT: Any = sum(part.sum(axis=-1) for part in weights)
+    total_BKGT = at_least_something(total_BKGT)
     out_BTKGH = sum(
         jnp.einsum("BKGTS,BSKH->BTKGH", part.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
         for part, (_, v_BSKH, _) in zip(weights, parts, strict=True)

@@ -339,3 +339,19 @@ def test_rows_longer_than_max_length_are_refused():
 def test_model_is_a_value():
     assert cases.model("llama") == cases.model("llama") and hash(cases.model("llama")) == hash(cases.model("llama"))
     assert cases.model("llama") != cases.model("llama", windows=(3,))
+
+
+def test_a_layer_of_theta_0_knows_no_positions():
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 8)), jnp.int32)
+    stretched = jnp.asarray(3 * np.arange(8)[None].repeat(2, 0), jnp.int32)
+
+    def both(thetas):
+        rope = {"theta": thetas, "scaling": cases.LLAMA3 | {"name": "none"}}
+        model = cases.model("llama", layers=1, windows=(0, 0), rope=rope)
+        params = cases.random_params(model)
+        run = jax.jit(lambda **batch: model.apply(params, batch).hidden_BTD)
+        return run(inputs=ids), run(inputs=ids, positions=stretched)
+
+    plain, other = both((100.0, 0.0))
+    assert np.abs(plain - other).max() > 0.01
+    np.testing.assert_array_equal(*both((0.0, 100.0)))
