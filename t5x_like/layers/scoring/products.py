@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.layers.masks import MASKED
+from t5x_like.layers.platform import matmul_precision
 from t5x_like.layers.scoring.head import capped
 from t5x_like.layers.scoring.head_layout import HeadLayout
 
