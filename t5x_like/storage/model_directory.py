@@ -7,6 +7,7 @@ or not, with the `tokenizer/` beside its items.
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
 
 CHECKPOINTS, TOKENIZER, METADATA = "checkpoints", "tokenizer", "metadata"
+FORMAT = 1
 COMMITTED = "commit_success.txt"  # in a bucket, where nothing can be renamed, Orbax's sign that a checkpoint is whole
 
 
@@ -77,6 +79,35 @@ def read_metadata(checkpoint: str) -> dict[str, Any]:
     if not sound:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: its metadata is not what was saved")
     return content
+
+
+def note(
+    *,
+    step: int,
+    arrays: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    kinds: Mapping[str, Any],
+    fingerprints: Mapping[str, Mapping[str, int]],
+    metrics: Mapping[str, float],
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The JSON object of a checkpoint: `metadata` of whoever saves it, and what is known of its arrays.
+
+    arrays: item -> path -> {shape, dtype}; kinds: item -> path -> record of a leaf that is no plain array;
+    fingerprints: item -> path -> number.
+    """
+    content = {
+        **metadata,
+        "format": FORMAT,
+        "step": step,
+        "time": round(time.time(), 3),
+        "arrays": arrays,
+        "kinds": kinds,
+        "fingerprints": fingerprints,
+        "metrics": metrics,
+    }
+    # Through JSON once, so that what is hashed is what will be read.
+    content = json.loads(json.dumps(content, allow_nan=False))
+    return {**content, "sha256": digest(content)}
 
 
 def digest(content: Mapping[str, Any]) -> str:
