@@ -60,6 +60,7 @@ class Program:
     model: Model
     objective: Objective
     optimizer: optimizers.Optimizer
+    parts: train_state.Parts
     layout: train_state.Layout
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Any  # jitted (state, frozen, batch) -> (state, metrics); the state is donated
@@ -135,14 +136,8 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     steps = experiment.optim.schedule.steps
     assert steps is not None, "from_config has filled it in"
     optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)
-    layout = train_state.layout(
-        optimizer,
-        trainable=trainable,
-        frozen=frozen,
-        ema=experiment.loop.ema_decay is not None,
-        mesh=mesh,
-        rules=rules,
-    )
+    parts = train_state.Parts(trainable, rules, {"base": train_state.Frozen(frozen, rules, source=None)})
+    layout = train_state.layout(optimizer, parts, ema=experiment.loop.ema_decay is not None, mesh=mesh)
     step = make_step(
         objective, optimizer, rules=rules, param_axes=layout.axes["params"], config=_step_config(experiment)
     )
@@ -152,6 +147,7 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
         model=model,
         objective=objective,
         optimizer=optimizer,
+        parts=parts,
         layout=layout,
         batch=abstract_batch(mesh, rules, objective.inputs),
         step=jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings(), None), compiler_options=options),
@@ -159,9 +155,12 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     )
 
 
-def initialize(program: Program, *, seed: int) -> tuple[train_state.State, dict[str, Any]]:
-    """The first state and the frozen parameters of a run, each leaf made where it lies."""
-    return train_state.initialize(program.model, program.optimizer, jax.random.key(seed), program.layout)
+def initialize(
+    program: Program, *, seed: int, taken: Mapping[str, jax.Array] | None = None
+) -> tuple[train_state.State, dict[str, Any]]:
+    """The first state and the frozen parameters of a run, each leaf made where it lies; `taken` were read elsewhere."""
+    key = jax.random.key(seed)
+    return train_state.initialize(program.parts, program.optimizer, key, program.layout, taken=taken or {})
 
 
 def batch_arrays(config: DataConfig) -> dict[str, ArraySpec]:

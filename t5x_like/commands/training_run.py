@@ -32,7 +32,7 @@ from t5x_like.storage.workdir import Workdir
 from t5x_like.training import loop as loops
 from t5x_like.training.faults import PREEMPTED, Faults
 from t5x_like.training.keep import steps_to_keep
-from t5x_like.training.saver import Saver, warm_start
+from t5x_like.training.saver import Saver, take
 from t5x_like.training.telemetry import Telemetry, screen
 
 
@@ -222,18 +222,15 @@ def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any
     restored = saver.restore()
     if restored is not None:
         return *restored, f"checkpoint of step {restored[0]}"
-    state, frozen = experiments.initialize(built.program, seed=built.experiment.seed)
-    source = built.experiment.checkpoint.init_from
-    if source is None:
-        return 0, state, frozen, {}, "random parameters"
-    state, frozen, origin = warm_start(
-        state,
-        frozen,
-        source,
-        select=built.experiment.checkpoint.init_select,
-        layout=built.program.layout,
-        tokenizer=built.data.vocabulary.fingerprint,
-    )
+    source, taken, origin = built.experiment.checkpoint.init_from, {}, "random parameters"
+    if source is not None:
+        taken, origin = take(
+            source,
+            select=built.experiment.checkpoint.init_select,
+            layout=built.program.layout,
+            tokenizer=built.data.vocabulary.fingerprint,
+        )
+    state, frozen = experiments.initialize(built.program, seed=built.experiment.seed, taken=taken)
     return 0, state, frozen, {}, origin
 
 

@@ -111,23 +111,22 @@ class Checkpoints:
             raise ValueError("these checkpoints were opened to be read only")
         self.wait()
         self._remove_failed()
-        latest = self.latest()
-        if latest is not None and step <= latest:
-            raise ValueError(f"step {step} is due after {latest}, which {self.directory} already holds")
+        steps = self.steps()
+        if steps and step <= steps[-1]:
+            raise ValueError(f"step {step} is due after {steps[-1]}, which {self.directory} already holds")
         flat = {name: leaves.array_paths(item) for name, item in items.items()}
         # A metric that is no number can be no best one, and JSON has no NaN.
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-        content = self._note(step, items, flat, metadata)
         parts: dict[str, Any] = {
             name: ocp.args.PyTreeSave(tree.unflatten(arrays)) for name, arrays in flat.items() if arrays
         }
-        parts[METADATA] = ocp.args.JsonSave(content)
+        parts[METADATA] = ocp.args.JsonSave(self._note(step, items, flat, metadata))
         try:
             self._writer.save(epath.Path(self._path(step)), args=ocp.args.Composite(**parts))
         except (OSError, ValueError, RuntimeError) as error:
             self._fail(step, error)
             return False
-        self._thread = threading.Thread(target=self._finish, args=(step,), name=f"save-{step}")
+        self._thread = threading.Thread(target=self._finish, args=(step, steps), name=f"save-{step}")
         self._thread.start()
         return True if self._asynchronous else self.wait()
 
@@ -206,7 +205,7 @@ class Checkpoints:
                 if not plain or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
                     raise TypeError(f"{name}/{path} is no array that can be saved but {type(array).__name__}")
         return note(
-            step,
+            step=step,
             arrays={
                 name: {path: {"shape": list(a.shape), "dtype": np.dtype(a.dtype).name} for path, a in arrays.items()}
                 for name, arrays in flat.items()
@@ -217,8 +216,11 @@ class Checkpoints:
             metadata=metadata,
         )
 
-    def _finish(self, step: int) -> None:
-        """In the background: waits for the commit, then deletes what is not kept."""
+    def _finish(self, step: int, before: Sequence[int]) -> None:
+        """In the background: waits for the commit, then deletes what is not kept of it and the steps `before` it.
+
+        Nothing is listed again: in a bucket that takes a request for each checkpoint.
+        """
         assert self._writer is not None
         try:
             self._writer.wait_until_finished()
@@ -229,7 +231,7 @@ class Checkpoints:
         if self._keep is None or not _is_main():
             return
         try:
-            steps = self.steps()
+            steps = [*before, step]
             for old in sorted(set(steps) - set(self._keep(steps, {known: self._metrics_of(known) for known in steps}))):
                 self._delete(old)
         except (OSError, UserError) as error:
@@ -288,7 +290,7 @@ class Checkpoints:
     def _metrics_of(self, step: int) -> dict[str, float]:
         if step not in self._metrics:
             try:
-                self._metrics[step] = self.metadata(step)["metrics"]
+                self._metrics[step] = read_metadata(self._path(step))["metrics"]
             except UserError:
                 self._metrics[step] = {}
         return self._metrics[step]

@@ -82,17 +82,18 @@ def read_metadata(checkpoint: str) -> dict[str, Any]:
 
 
 def note(
-    step: int,
     *,
+    step: int,
     arrays: Mapping[str, Mapping[str, Mapping[str, Any]]],
     kinds: Mapping[str, Any],
     fingerprints: Mapping[str, Mapping[str, int]],
     metrics: Mapping[str, float],
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The JSON object of a checkpoint: `metadata` of the caller, and what is known of its items by name.
+    """The JSON object of a checkpoint: `metadata` of whoever saves it, and what is known of its arrays.
 
-    arrays: path -> {shape, dtype}; kinds: path -> record (storage/leaves.py); fingerprints: path -> number.
+    arrays: item -> path -> {shape, dtype}; kinds: item -> path -> record of a leaf that is no plain array;
+    fingerprints: item -> path -> number.
     """
     content = {
         **metadata,

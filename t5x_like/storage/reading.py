@@ -4,7 +4,8 @@ Works on the path of the checkpoint alone, so that a model directory needs no ma
 functions together.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,27 +25,89 @@ from t5x_like.storage.quiet import quiet_orbax
 _NOT_DAMAGE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
-def restore(checkpoint: str, templates: Mapping[str, Any]) -> dict[str, Any]:
+GROUP_BYTES = 2**30  # read at once, over all devices: fewer are slower only for many small arrays
+
+Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+
+
+def restore(
+    checkpoint: str,
+    templates: Mapping[str, Any],
+    *,
+    kinds: Mapping[str, leaves.Constructor] | None = None,
+    place: Place | None = None,
+    group_bytes: int = GROUP_BYTES,
+) -> dict[str, Any]:
     """The items named in `templates`: trees of jax.ShapeDtypeStruct, each leaf with the sharding it shall have.
 
     A template may hold part of an item. A leaf without a sharding goes to the first device; one of another dtype
-    than saved is converted after it was verified. Raises UserError for an item, path or shape that the checkpoint
-    does not have, DamagedCheckpoint if it cannot be read or a fingerprint differs.
+    than saved is converted after it was verified. At most `group_bytes` (or one array) are read before they are
+    verified and converted, so that in all there is little more than the result.
+
+    Where the checkpoint recorded a leaf of another kind (quantized, low-rank) for a plain template, the leaf is built
+    of its parts by the constructors `kinds`, in the dtypes that were saved; `place(path, shape)` says where each part
+    lies. Raises UserError for an item, path, shape or kind that is not there or not known, DamagedCheckpoint if it
+    cannot be read or a fingerprint differs.
     """
     note = read_metadata(checkpoint)
     result = {}
     for name, template in templates.items():
-        wanted = leaves.array_paths(template)
         recorded = note["arrays"].get(name)
         if recorded is None:
             raise UserError(f"{checkpoint} holds no {name!r}; it has {', '.join(sorted(note['arrays']))}")
-        check_templates(wanted, recorded, where=f"{checkpoint}/{name}")
-        arrays = _read(checkpoint, name, wanted, recorded) if wanted else {}
-        _verify(checkpoint, name, arrays, note["fingerprints"][name])
-        result[name] = leaves.rebuild(
-            template, {path: _as_dtype(array, wanted[path].dtype) for path, array in arrays.items()}
+        where = f"{checkpoint}/{name}"
+        template = _with_kinds(
+            template, recorded, note["kinds"].get(name, {}), kinds or {}, place or _anywhere, where=where
         )
+        wanted = leaves.array_paths(template)
+        check_templates(wanted, recorded, where=where)
+        arrays: dict[str, jax.Array] = {}
+        for group in _groups(recorded, wanted, group_bytes):
+            read = _read(checkpoint, name, {path: wanted[path] for path in group}, recorded)
+            _verify(checkpoint, name, read, note["fingerprints"][name])
+            converted = {path: _as_dtype(array, wanted[path].dtype) for path, array in read.items()}
+            del read
+            arrays |= jax.block_until_ready(converted)  # what was read is freed before the next group comes
+        result[name] = leaves.rebuild(template, arrays)
     return result
+
+
+def _anywhere(path: str, shape: tuple[int, ...]) -> None:
+    return None
+
+
+def _groups(recorded: Mapping[str, Mapping[str, Any]], wanted: Iterable[str], limit: int) -> Iterator[list[str]]:
+    """The paths in order, in groups of at most `limit` bytes as saved; a larger array is a group of its own."""
+    group: list[str] = []
+    total = 0
+    for path in wanted:
+        size = math.prod(recorded[path]["shape"]) * np.dtype(recorded[path]["dtype"]).itemsize
+        if group and total + size > limit:
+            yield group
+            group, total = [], 0
+        group.append(path)
+        total += size
+    if group:
+        yield group
+
+
+def _with_kinds(
+    template: Any,
+    recorded: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Mapping[str, Any]],
+    constructors: Mapping[str, leaves.Constructor],
+    place: Place,
+    *,
+    where: str,
+) -> Any:
+    """`template` with those of its plain leaves that were saved as another kind replaced by abstract ones of it."""
+    found = {path: leaf for path, leaf in leaves.array_paths(template).items() if path in records}
+    if not found:
+        return template
+    check_templates(found, records, where=where)
+    parts = {path: record for path, record in recorded.items() if path.startswith(tuple(f"{name}/" for name in found))}
+    built = leaves.templates(parts, {path: records[path] for path in found}, constructors, sharding=place, where=where)
+    return tree.map_with_path(lambda path, leaf: tree.flatten(built).get(path, leaf), template)
 
 
 def _read(

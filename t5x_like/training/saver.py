@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UserError
@@ -57,16 +56,8 @@ class Saver:
         return step, state, {"base": base}, self._checkpoints.metadata(step)["metrics"]
 
 
-def warm_start(
-    state: State,
-    frozen: dict[str, Any],
-    source: str,
-    *,
-    select: Sequence[str],
-    layout: Layout,
-    tokenizer: str,
-) -> tuple[State, dict[str, Any], str]:
-    """(state, frozen, what happened): parameters whose path matches a regex of `select` come from another run.
+def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) -> tuple[dict[str, jax.Array], str]:
+    """(parameters by path, what happened): those whose path matches a regex of `select`, read from another run.
 
     Raises UserError where a chosen parameter is missing there or has another shape, or when it was trained with
     another tokenizer (`tokenizer` is our fingerprint).
@@ -84,11 +75,7 @@ def warm_start(
     chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
     taken, _ = tree.split(templates, lambda path: chosen[path])
     new = tree.flatten(restore(place.checkpoint, {"params": taken})["params"])
-    params = tree.map_with_path(lambda path, leaf: new.get(path, leaf), state["params"])
-    base = tree.map_with_path(lambda path, leaf: new.get(path, leaf), frozen["base"])
-    started = state | {"params": params} | ({"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {})
-    origin = f"{len(new)} of {len(chosen)} parameters of {source} at step {metadata['step']}"
-    return started, {**frozen, "base": base}, origin
+    return new, f"{len(new)} of {len(chosen)} parameters of {source} at step {metadata['step']}"
 
 
 def _items(state: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

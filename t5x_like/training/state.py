@@ -5,10 +5,12 @@
     ema        running average of `params`, present only if on
     progress   step (updates tried), skipped (updates refused) and the running statistics of the loss
 
-Parameters that are not trained are no part of it: they are the step's argument `frozen`.
+Parameters that are not trained are no part of it: they are the step's argument `frozen`, trees by role. All of it
+holds plain arrays by path.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,12 +19,37 @@ from jax.sharding import Mesh, NamedSharding
 
 from t5x_like.core import tree
 from t5x_like.core.types import Tree
-from t5x_like.models.model import Model
+from t5x_like.layers import param
 from t5x_like.optim.optimizers import Optimizer
 from t5x_like.parallel.rules import Rules
 from t5x_like.parallel.sharding import named, replicated, tree_shardings
+from t5x_like.storage.reading import restore
 
 State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Parameters that a run reads and does not train.
+
+    `source`: the checkpoint that they are read from; None for what is drawn, taken or restored with the trained ones.
+    """
+
+    specs: Tree
+    rules: Rules
+    source: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The parameters of a run before they exist: specs of the trained ones, and the frozen ones by role.
+
+    "base" are those of the trained model that are not trained.
+    """
+
+    trained: Tree
+    rules: Rules
+    frozen: Mapping[str, Frozen]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +82,9 @@ def fresh_progress() -> dict[str, jax.Array]:
     }
 
 
-def layout(optimizer: Optimizer, *, trainable: Tree, frozen: Tree, ema: bool, mesh: Mesh, rules: Rules) -> Layout:
-    """Shapes, dtypes and shardings of the state for trees of specs; allocates nothing."""
+def layout(optimizer: Optimizer, parts: Parts, *, ema: bool, mesh: Mesh) -> Layout:
+    """Shapes, dtypes and shardings of all that a run holds; allocates nothing."""
+    trainable = parts.trained
     abstract_params = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), trainable)
     shapes = jax.eval_shape(lambda params: fresh(params, optimizer, ema=ema), abstract_params)
     param_axes = tree.map_with_path(lambda _, spec: spec.axes, trainable)
@@ -69,25 +97,61 @@ def layout(optimizer: Optimizer, *, trainable: Tree, frozen: Tree, ema: bool, me
         axes["ema"] = param_axes
 
     def placed(leaf: jax.ShapeDtypeStruct, leaf_axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-        sharding = named(mesh, rules, leaf_axes, leaf.shape) if leaf_axes else replicated(mesh)
+        sharding = named(mesh, parts.rules, leaf_axes, leaf.shape) if leaf_axes else replicated(mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = jax.tree.map(placed, shapes, axes)
-    base = _abstract(frozen, tree_shardings(mesh, rules, frozen))
-    base_axes = tree.map_with_path(lambda _, spec: spec.axes, frozen)
-    return Layout(state, {"base": base}, axes, {"base": base_axes})
+    frozen = {
+        role: _abstract(part.specs, tree_shardings(mesh, part.rules, part.specs)) for role, part in parts.frozen.items()
+    }
+    frozen_axes = {
+        role: tree.map_with_path(lambda _, spec: spec.axes, part.specs) for role, part in parts.frozen.items()
+    }
+    return Layout(state, frozen, axes, frozen_axes)
 
 
-def initialize(model: Model, optimizer: Optimizer, key: jax.Array, layout: Layout) -> tuple[State, dict[str, Any]]:
-    """A fresh state and the frozen parameters, each leaf made where it will lie."""
-    base_paths = tree.flatten(layout.frozen["base"]).keys()
-    frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, layout.frozen)
+def initialize(
+    parts: Parts, optimizer: Optimizer, key: jax.Array, layout: Layout, *, taken: Mapping[str, jax.Array]
+) -> tuple[State, dict[str, Any]]:
+    """A fresh state and the frozen parameters, each leaf made where it will lie.
 
-    def make(key: jax.Array) -> tuple[State, dict[str, Any]]:
-        base, params = tree.split(model.init(key), lambda path: path in base_paths)
-        return fresh(params, optimizer, ema="ema" in layout.state), {"base": base}
+    `taken` are parameters of the trained model, by path, that were read from another run; roles with a source are
+    read here. Neither is ever drawn, so that no parameter is held twice.
+    """
+    base = parts.frozen["base"]
+    specs = tree.flatten(parts.trained) | (tree.flatten(base.specs) if base.source is None else {})
+    missing = {path: spec for path, spec in specs.items() if path not in taken}
+    abstract = tree.flatten(layout.state["params"]) | tree.flatten(layout.frozen["base"])
+    drawn = jax.jit(
+        lambda key: param.initialize(tree.unflatten(missing), key),
+        out_shardings=tree.unflatten({path: abstract[path].sharding for path in missing}),
+    )(key)
+    made = tree.flatten(drawn) | dict(taken)
+    params = tree.map_with_path(lambda path, _: made[path], parts.trained)
+    frozen = read_sources(parts, layout)
+    if base.source is None:
+        frozen["base"] = tree.map_with_path(lambda path, _: made[path], base.specs)
+    return start(params, optimizer, layout), frozen
 
-    return jax.jit(make, out_shardings=(layout.shardings(), frozen_shardings))(key)
+
+def start(params: Tree, optimizer: Optimizer, layout: Layout) -> State:
+    """The state before the first update of parameters that lie where they shall."""
+    shardings = {name: part for name, part in layout.shardings().items() if name != "params"}
+
+    def rest(params: Tree) -> State:
+        state = fresh(params, optimizer, ema="ema" in layout.state)
+        return {name: state[name] for name in shardings}
+
+    return {"params": params} | jax.jit(rest, out_shardings=shardings)(params)
+
+
+def read_sources(parts: Parts, layout: Layout) -> dict[str, Any]:
+    """The frozen parameters of every role that has a source, read where they shall lie."""
+    return {
+        role: restore(part.source, {"params": layout.frozen[role]})["params"]
+        for role, part in parts.frozen.items()
+        if part.source is not None
+    }
 
 
 def _abstract(specs: Tree, shardings: dict[str, NamedSharding]) -> dict[str, Any]:

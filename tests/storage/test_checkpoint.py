@@ -200,3 +200,30 @@ def test_an_item_without_arrays_is_saved_and_restored(tmp_path):
 def test_the_metadata_is_a_file_that_people_can_read(saved):
     with open(f"{saved[0]}/3/metadata/metadata", encoding="utf-8") as file:
         assert json.load(file)["config"] == {"seed": 7}
+
+
+def test_a_save_lists_the_checkpoints_once_and_reads_each_metadata_at_most_once(tmp_path, monkeypatch):
+    """In a bucket each of these is a request: with n checkpoints kept, a listing for each of them made it n^2."""
+    from t5x_like.storage import checkpoint as module
+
+    directory = str(tmp_path)
+    with Checkpoints(directory) as checkpoints:
+        for step in range(1, 6):
+            assert checkpoints.save(step, {"params": {"w": jnp.ones(2)}}, {}) and checkpoints.wait()
+    counts = {"listings": 0, "metadata": 0}
+
+    def counted(name, function):
+        def count(*arguments):
+            counts[name] += 1
+            return function(*arguments)
+
+        return count
+
+    with Checkpoints(directory, keep=lambda steps, metrics: steps[-6:]) as checkpoints:
+        monkeypatch.setattr(module, "committed_steps", counted("listings", module.committed_steps))
+        monkeypatch.setattr(module, "read_metadata", counted("metadata", module.read_metadata))
+        assert checkpoints.save(6, {"params": {"w": jnp.ones(2)}}, {}) and checkpoints.wait()
+        assert counts == {"listings": 1, "metadata": 5}
+        assert checkpoints.save(7, {"params": {"w": jnp.ones(2)}}, {}) and checkpoints.wait()
+        assert counts == {"listings": 2, "metadata": 5}
+        assert checkpoints.steps() == [2, 3, 4, 5, 6, 7]

@@ -45,13 +45,16 @@ INPUTS = {name: ArraySpec((16, 4), "float32", ("batch", "length")) for name in (
 OBJECTIVE = Objective(_weights, _loss, _nothing, INPUTS)
 
 
-def _sgd(rate: float = 0.1) -> optimizers.Optimizer:
+SPECS = {"w": ParamSpec((8, 8), "float32", AXES["w"], "zeros")}
+
+
+def sgd(rate: float = 0.1, specs=SPECS) -> optimizers.Optimizer:
     config = common.config().optim.unlock()
     config.update({"name": "sgd", "learning_rate": rate, "weight_decay": 0.0, "decay": ((".*", 0.0),)})
     config.schedule.update({"name": "constant", "warmup_steps": 0, "steps": 10})
     config.sgd.momentum = 0.0
     built = bridge.build(optimizers.OptimConfig, config, path="config.optim")
-    return optimizers.build(built, specs={"w": ParamSpec((8, 8), "float32", AXES["w"], "zeros")}, total_steps=10)
+    return optimizers.build(built, specs=specs, total_steps=10)
 
 
 def _batch(rows: int = 16, length: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
@@ -81,11 +84,11 @@ def _config(**changes) -> StepConfig:
 
 def _fresh(ema: bool = False):
     w = jax.random.normal(jax.random.key(0), (8, 8))
-    return train_state.fresh({"w": w}, _sgd(), ema=ema)
+    return train_state.fresh({"w": w}, sgd(), ema=ema)
 
 
 def _run(config: StepConfig, batch, state=None, mesh=None, objective=OBJECTIVE):
-    step = jax.jit(make_step(objective, _sgd(), rules=RULES, param_axes=AXES, config=config))
+    step = jax.jit(make_step(objective, sgd(), rules=RULES, param_axes=AXES, config=config))
     state = _fresh(config.ema_decay is not None) if state is None else state
     if mesh is None:
         return step(state, {"base": {}}, batch)
@@ -178,7 +181,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_but_the_step_advances():
 
 def test_a_spike_is_refused_only_after_the_warmup_and_does_not_enter_the_statistics():
     config = _config(spike_deviations=4.0)
-    step = jax.jit(make_step(OBJECTIVE, _sgd(0.0), rules=RULES, param_axes=AXES, config=config))
+    step = jax.jit(make_step(OBJECTIVE, sgd(0.0), rules=RULES, param_axes=AXES, config=config))
     spiky = _batch()
     spiky["targets"] = spiky["targets"] + 30
     state, metrics = step(_fresh(), {"base": {}}, spiky)
