@@ -3,6 +3,7 @@
 No command of `t5x_like`: `config.data.tokenizer="train:bpe:8192"` trains one as a part of `prepare`.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -45,12 +46,13 @@ def _check_writable(output: str) -> None:
 
 
 def _texts(names: Sequence[str], field: str, limit: int) -> Iterator[str]:
-    from t5x_like.data.config import FieldsConfig
+    from t5x_like.data.config import PLAIN
     from t5x_like.data.write import encoding, sources
 
     for name in names:
         source = sources.parse(name, where="source")
         files = sources.files(source, where="source")
         pieces = sources.pieces(source.kind, files, 0, sum(file.measure for file in files))
-        documents = encoding.read_pieces(source, files, pieces, FieldsConfig(field, "", ""), ())
+        fields = dataclasses.replace(PLAIN, text=field)
+        documents = encoding.read_pieces(source, files, pieces, fields, ())
         yield from encoding.first_texts(documents, limit)

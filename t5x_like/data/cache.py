@@ -42,7 +42,7 @@ def key(config: DataConfig) -> str:
     """16 hexadecimal digits of everything in the config that decides which tokens there are."""
     named = ("source", "fields", "preprocessors", "tokenizer", "validation")
     chosen: dict[str, Any] = {name: getattr(config, name) for name in named}
-    chosen["fields"] = dataclasses.astuple(config.fields)
+    chosen["fields"] = config.fields.given
     if config.extra_ids:
         chosen["extra_ids"] = config.extra_ids
     chosen["sources"] = sorted(config.mixture.sources.items())

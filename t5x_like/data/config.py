@@ -12,11 +12,31 @@ class FieldsConfig:
 
     text: the field of plain documents. When `inputs` and `targets` are given they are used instead, and a record is
     an example: inputs followed by targets, with the loss on targets only. Both empty: plain documents.
+    prompt, chosen, rejected: all three, or none. A record is a pair: two answers to a prompt, the chosen one better
+    label: the class of `text`, a whole number from 0; or none
     """
 
     text: str
     inputs: str
     targets: str
+    prompt: str
+    chosen: str
+    rejected: str
+    label: str
+
+    @property
+    def given(self) -> list[str]:
+        """The names as fingerprints of caches hold them: the later ones only where there are any."""
+        names = list(dataclasses.astuple(self))
+        return names if any(names[3:]) else names[:3]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a token set stores of each document besides its tokens (data/token_set.py)."""
+        return ("rejected",) * bool(self.rejected) + ("labels",) * bool(self.label)
+
+
+PLAIN = FieldsConfig(text="text", inputs="", targets="", prompt="", chosen="", rejected="", label="")
 
 
 @dataclasses.dataclass(frozen=True)

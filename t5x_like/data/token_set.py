@@ -16,7 +16,7 @@ import os
 import pathlib
 import resource
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from jaxtyping import Int
 from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
 
-VERSION = 1
+VERSION = 1  # of sets without columns, 2 of sets with them
 INDEX = "index.json"
 _READ_AT_ONCE = 1 << 20  # tokens, where many are only counted
 _MANY_FILES = 4096  # where a process may open any number
@@ -41,6 +41,7 @@ _SECTIONS = (  # (name, numpy type or None for the tokens' own, entries per)
     ("large_positions", "<i8", "large"),
     ("large_values", "<i8", "large"),
 )
+_COLUMN_TYPE = "<i4"  # of sections that some sets have besides, one entry per document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Encoded:
     """Documents one after the other. All arrays but the first two have one entry per document.
 
     ids, byte_counts: all tokens, with BOS and EOS; inputs: tokens at its begin without loss; files, offsets: its place
+    columns: what some kinds of documents have besides: {"rejected": the token in it with which the second answer
+    begins} of a pair (prompt, chosen answer, rejected answer), {"labels": its class}
     """
 
     ids: Int[np.ndarray, "tokens"]
@@ -57,6 +60,7 @@ class Encoded:
     files: Int[np.ndarray, "documents"]
     offsets: Int[np.ndarray, "documents"]
     skipped: int  # documents without a token
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def token_type(vocabulary_size: int) -> str:
@@ -67,39 +71,47 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-def write_shard(folder: pathlib.Path, index: int, batches: Iterable[Encoded], kind: str) -> dict[str, Any]:
+def _sections(columns: Sequence[str]) -> tuple[tuple[str, str | None, str], ...]:
+    return (*_SECTIONS, *((name, _COLUMN_TYPE, "documents") for name in columns))
+
+
+def write_shard(
+    folder: pathlib.Path, index: int, batches: Iterable[Encoded], kind: str, *, columns: Sequence[str] = ()
+) -> dict[str, Any]:
     """Writes shard number `index`, tokens of numpy type `kind`; returns and stores what its JSON says."""
     data = folder / f"{shard_name(index)}.bin"
     digest, written = hashlib.sha256(), 0
-    columns: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _SECTIONS[1:]}
+    sections: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _sections(columns)[1:]}
     tokens = skipped = text_bytes = 0
     with _whole(data) as file:
         for batch in batches:
             written += _append(file, digest, batch.ids.astype(kind))
             large = np.flatnonzero(batch.byte_counts >= _LARGE)
-            columns["bytes"].append(np.minimum(batch.byte_counts, _LARGE).astype("<u1"))
-            columns["ends"].append(tokens + np.cumsum(batch.lengths))
-            columns["large_positions"].append(tokens + large)
-            columns["large_values"].append(batch.byte_counts[large])
+            sections["bytes"].append(np.minimum(batch.byte_counts, _LARGE).astype("<u1"))
+            sections["ends"].append(tokens + np.cumsum(batch.lengths))
+            sections["large_positions"].append(tokens + large)
+            sections["large_values"].append(batch.byte_counts[large])
             for name in ("files", "offsets", "inputs"):
-                columns[name].append(getattr(batch, name))
+                sections[name].append(getattr(batch, name))
+            for name in columns:
+                sections[name].append(batch.columns[name])
             tokens += len(batch.ids)
             skipped += batch.skipped
             text_bytes += int(batch.byte_counts.sum())
-        for name, section_type, _ in _SECTIONS[1:]:
-            column = np.concatenate([np.zeros(0, section_type), *columns[name]]).astype(section_type)
-            columns[name] = [column]
+        for name, section_type, _ in _sections(columns)[1:]:
+            column = np.concatenate([np.zeros(0, section_type), *sections[name]]).astype(section_type)
+            sections[name] = [column]
             written += _append(file, digest, column)
     facts = {
         "file": data.name,
         "tokens": tokens,
-        "documents": len(columns["ends"][0]),
-        "large": len(columns["large_values"][0]),
+        "documents": len(sections["ends"][0]),
+        "large": len(sections["large_values"][0]),
         "text_bytes": text_bytes,
         "skipped": skipped,
         "size": written,
         "sha256": digest.hexdigest(),
-    }
+    } | ({"columns": list(columns)} if columns else {})
     with _whole(folder / f"{shard_name(index)}.json") as file:
         file.write(paths.json_text(facts).encode())
     return facts
@@ -139,7 +151,9 @@ def shard_facts(folder: pathlib.Path, index: int) -> dict[str, Any] | None:
 def write_index(folder: pathlib.Path, *, fingerprint: str, kind: str, unit: str, shards: list[dict[str, Any]]) -> None:
     """Declares a token set complete. `unit`: what document offsets count, "byte" or "record"."""
     total = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes", "skipped")}
-    index = {"version": VERSION, "fingerprint": fingerprint, "token_type": kind, "unit": unit, **total}
+    columns = {"columns": shards[0]["columns"]} if shards and "columns" in shards[0] else {}
+    version = VERSION + 1 if columns else VERSION
+    index = {"version": version, **columns, "fingerprint": fingerprint, "token_type": kind, "unit": unit, **total}
     paths.write_json_atomic(str(folder / INDEX), index | {"shards": shards})
 
 
@@ -206,6 +220,8 @@ def open_files() -> OpenFiles:
 class TokenSet:
     """A complete token set, open for reading. `documents`, `tokens`, `text_bytes`, `skipped`: totals.
 
+    `ends`, `inputs` and `columns` have one entry per document.
+
     Sizes are checked when it is opened, checksums too with `verify`. Reading is safe from several threads. `files`
     may be those of several sets.
     """
@@ -232,6 +248,10 @@ class TokenSet:
         joined = {name: np.concatenate([empty, *(column[name] for column in columns)]) for name in _READ_AT_OPENING}
         self.ends: np.ndarray = joined["ends"]  # the token behind each document
         self.inputs: np.ndarray | None = joined["inputs"].astype(np.int32) if joined["inputs"].any() else None
+        self.columns = {
+            name: np.concatenate([empty, *(shard.column(name, 0, None) for shard in self._shards)])
+            for name in index.get("columns", ())
+        }
         self._large_positions, self._large_values = joined["large_positions"], joined["large_values"]
 
     def read(
@@ -302,7 +322,7 @@ class _Shard:
         self.tokens, self.documents = facts["tokens"], facts["documents"]
         self._sections: dict[str, tuple[int, np.dtype, int]] = {}
         position = 0
-        for name, section_type, per in _SECTIONS:
+        for name, section_type, per in _sections(facts.get("columns", ())):
             entry = np.dtype(section_type or kind)
             self._sections[name] = (position, entry, facts[per])
             position += entry.itemsize * facts[per]
@@ -366,7 +386,7 @@ def read_index(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: not the index of a token set ({error}); delete {folder} and prepare again") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if index.get("version") != VERSION:
+    if index.get("version") not in (VERSION, VERSION + 1):
         raise UserError(
             f"{path}: version {index.get('version')} instead of {VERSION}; delete {folder} and prepare again"
         )

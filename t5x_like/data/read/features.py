@@ -5,6 +5,8 @@
 | causal | documents, concatenated or packed | decoders |
 | source_target | packed examples, inputs beside targets | encoder-decoders |
 | span_corruption | chunks of text with spans replaced by sentinels | pretraining of encoder-decoders |
+| pairs | a prompt with a chosen and a rejected answer | preferences |
+| labels | a text with its class | classifiers |
 """
 
 from t5x_like.core.config import nearest
@@ -13,6 +15,7 @@ from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.causal import CAUSAL
 from t5x_like.data.read.interface import Feature
+from t5x_like.data.read.sequences import LABELS, PAIRS
 from t5x_like.data.read.source_target import SOURCE_TARGET
 from t5x_like.data.read.span_corruption import SPAN_CORRUPTION
 
@@ -20,6 +23,8 @@ FEATURES: dict[str, Feature] = {
     "causal": CAUSAL,
     "source_target": SOURCE_TARGET,
     "span_corruption": SPAN_CORRUPTION,
+    "pairs": PAIRS,
+    "labels": LABELS,
 }
 
 

@@ -273,6 +273,8 @@ def _open(
     tokens = TokenSet(folder / entry.folder, verify=config.verify, files=files)
     if tokens.tokens < 2:
         raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
+    if "rejected" in tokens.columns and config.features != "pairs":
+        raise UsageError(f"config.data.features={config.features!r} reads no pairs (config.data.fields); use 'pairs'")
     return _Component(name, entry, tokens, FEATURES[config.features].open(tokens, config, vocabulary, stride))
 
 

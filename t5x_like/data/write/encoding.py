@@ -15,7 +15,7 @@ import numpy as np
 
 from t5x_like.core.errors import UserError
 from t5x_like.data import token_set
-from t5x_like.data.config import FieldsConfig
+from t5x_like.data.config import PLAIN, FieldsConfig
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.write import preprocessors, sources
 from t5x_like.data.write.preprocessors import Document
@@ -34,9 +34,12 @@ Report = Callable[[int], None]  # called with characters or records done since t
 def encode_shard(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Writes the shard a job of data/write/prepare.py describes; returns its facts."""
     vocabulary = load_vocabulary(job["tokenizer"])
-    batches = encode(_documents(job, report), vocabulary)
+    plain = job["kind"] in ("text", "lines")
+    columns = PLAIN.columns if plain else FieldsConfig(**job["fields"]).columns
+    batches = encode(_documents(job, report), vocabulary, columns=columns)
+    folder = pathlib.Path(job["folder"])
     with _rare_collections():
-        return token_set.write_shard(pathlib.Path(job["folder"]), job["index"], batches, job["token_type"])
+        return token_set.write_shard(folder, job["index"], batches, job["token_type"], columns=columns)
 
 
 @contextlib.contextmanager
@@ -98,7 +101,7 @@ def _read_piece(
 ) -> Iterator[Placed]:
     """`report` gets the offsets passed."""
     done = piece.begin
-    reading = FieldsConfig("text", "", "") if kind in ("text", "lines") else fields
+    reading = PLAIN if kind in ("text", "lines") else fields
     for record in sources.read(kind, path, piece.begin, piece.end, name=name):
         if record.offset - done > _REPORT_EVERY:
             report(record.offset - done)
@@ -111,28 +114,38 @@ def _read_piece(
     report(piece.end - done)
 
 
-def encode(documents: Iterable[Placed], vocabulary: vocabularies.Vocabulary) -> Iterator[token_set.Encoded]:
-    """Batches of encoded documents; those without a token are left out and counted."""
+def encode(
+    documents: Iterable[Placed], vocabulary: vocabularies.Vocabulary, *, columns: Sequence[str] = ()
+) -> Iterator[token_set.Encoded]:
+    """Batches of encoded documents with these columns; those without a token are left out and counted."""
     batch: list[Placed] = []
     size = 0
     for placed in documents:
         batch.append(placed)
-        size += len(placed[2].inputs) + len(placed[2].text) + 16
+        size += len(placed[2].inputs) + len(placed[2].text) + len(placed[2].rejected) + 16
         if size >= _BATCH_CHARACTERS:
-            yield _encode_batch(batch, vocabulary)
+            yield _encode_batch(batch, vocabulary, columns)
             batch, size = [], 0
     if batch:
-        yield _encode_batch(batch, vocabulary)
+        yield _encode_batch(batch, vocabulary, columns)
 
 
-def _encode_batch(batch: list[Placed], vocabulary: vocabularies.Vocabulary) -> token_set.Encoded:
-    examples = any(document.inputs for _, _, document in batch)
-    texts = [
-        t for _, _, document in batch for t in ((document.inputs, document.text) if examples else (document.text,))
-    ]
-    ids, counts, lengths = _encode_texts(texts, vocabulary)
-    pairs = lengths.reshape(-1, 2) if examples else np.stack([np.zeros_like(lengths), lengths], axis=1)
-    return assemble(ids, counts, pairs, [(file, offset) for file, offset, _ in batch], vocabulary)
+def _encode_batch(
+    batch: list[Placed], vocabulary: vocabularies.Vocabulary, columns: Sequence[str]
+) -> token_set.Encoded:
+    documents = [document for _, _, document in batch]
+    if "rejected" in columns:
+        parts = [part for d in documents for part in (d.inputs, d.text, d.rejected)]
+    elif any(document.inputs for document in documents):
+        parts = [part for d in documents for part in (d.inputs, d.text)]
+    else:
+        parts = [document.text for document in documents]
+    ids, counts, lengths = _encode_texts(parts, vocabulary)
+    lengths = lengths.reshape(len(documents), -1)
+    if lengths.shape[1] == 1:
+        lengths = np.concatenate([np.zeros_like(lengths), lengths], axis=1)
+    labels = np.array([document.label for document in documents]) if "labels" in columns else None
+    return assemble(ids, counts, lengths, [(file, offset) for file, offset, _ in batch], vocabulary, labels)
 
 
 def _encode_texts(texts: list[str], vocabulary: vocabularies.Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -168,22 +181,32 @@ def _parts(text: str) -> Iterator[str]:
 def assemble(
     ids: np.ndarray,
     counts: np.ndarray,
-    pairs: np.ndarray,
+    parts: np.ndarray,
     places: list[tuple[int, int]],
     vocabulary: vocabularies.Vocabulary,
+    labels: np.ndarray | None = None,
 ) -> token_set.Encoded:
-    """Puts BOS (where there is one) before and EOS behind each document of pairs[i] = (input tokens, text tokens)."""
-    lengths = pairs.sum(axis=1)
+    """Puts BOS (where there is one) before and EOS behind each document of parts[i] = (input tokens, text tokens).
+
+    Of pairs, parts[i] = (prompt, chosen, rejected tokens), with EOS behind each answer.
+    """
+    lengths = parts.sum(axis=1)
     kept = lengths > 0
-    lengths, inputs = lengths[kept], pairs[kept, 0]
+    lengths, parts = lengths[kept], parts[kept]
     where = np.array(places, np.int64).reshape(-1, 2)[kept]
     if vocabulary.eos_id is None:
         raise UserError("the tokenizer names no end-of-text token; name one in a tokenizer_config.json beside it")
     before = 0 if vocabulary.bos_id is None else 1
-    wholes = lengths + before + 1
+    wholes = lengths + before + parts.shape[1] - 1
     begins = np.cumsum(wholes) - wholes
     content = np.ones(wholes.sum(), bool)
     content[begins + wholes - 1] = False
+    without_loss = np.where(parts[:, 0] > 0, parts[:, 0] + before, 0)
+    columns = {} if labels is None else {"labels": labels[kept]}
+    if parts.shape[1] == 3:
+        without_loss = parts[:, 0] + before
+        columns = {"rejected": without_loss + parts[:, 1] + 1}
+        content[begins + columns["rejected"] - 1] = False
     if before:
         content[begins] = False
     out_ids = np.full(len(content), vocabulary.eos_id, np.int32)
@@ -191,7 +214,5 @@ def assemble(
     out_ids[content], out_counts[content] = ids, counts
     if vocabulary.bos_id is not None:
         out_ids[begins] = vocabulary.bos_id
-    without_loss = np.where(inputs > 0, inputs + before, 0)
-    return token_set.Encoded(
-        out_ids, out_counts, wholes, without_loss, where[:, 0], where[:, 1], int(len(kept) - kept.sum())
-    )
+    skipped = int(len(kept) - kept.sum())
+    return token_set.Encoded(out_ids, out_counts, wholes, without_loss, where[:, 0], where[:, 1], skipped, columns)

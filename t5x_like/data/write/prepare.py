@@ -191,7 +191,7 @@ def _most_text(part: Part, limit: int) -> int:
 def _reading(config: DataConfig, part: Part) -> list[Any]:
     """What decides the text of a document besides the file."""
     plain = part.source.kind in ("text", "lines", "seqio")
-    return [part.source.kind, None if plain else dataclasses.astuple(config.fields), list(config.preprocessors)]
+    return [part.source.kind, None if plain else config.fields.given, list(config.preprocessors)]
 
 
 # Token sets.

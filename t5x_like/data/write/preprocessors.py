@@ -13,10 +13,15 @@ from t5x_like.data.config import FieldsConfig
 
 
 class Document(NamedTuple):
-    """Text to train on; `inputs` comes before it and is only read (empty for plain documents)."""
+    """Text to train on; `inputs` comes before it and is only read (empty for plain documents).
+
+    rejected: of a pair, the answer to `inputs` that is worse than `text`; label: the class of `text`
+    """
 
     inputs: str
     text: str
+    rejected: str = ""
+    label: int = 0
 
 
 PREPROCESSORS: dict[str, Callable[[str], str]] = {
@@ -34,19 +39,43 @@ def check(names: Sequence[str], fields: FieldsConfig) -> None:
             raise UsageError(f"config.data.preprocessors: {name!r} is unknown; {nearest(name, PREPROCESSORS)}")
     if bool(fields.inputs) != bool(fields.targets):
         raise UsageError("config.data.fields: give both inputs and targets, or neither (then text is used)")
+    pair = [bool(name) for name in (fields.prompt, fields.chosen, fields.rejected)]
+    if any(pair) and not all(pair):
+        raise UsageError("config.data.fields: give all of prompt, chosen and rejected, or none")
+    if any(pair) + bool(fields.inputs) + bool(fields.label) > 1:
+        raise UsageError("config.data.fields: give inputs and targets, or prompt, chosen and rejected, or label")
 
 
 def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str]) -> Document:
     """The document of a record; a UserError does not say where the record lies."""
-    kind = "targets" if fields.targets else "text"
-    inputs, text = "", _field(record, fields.targets or fields.text, kind)
-    if fields.inputs:
-        inputs = _field(record, fields.inputs, "inputs")
-    for name in names:
-        inputs, text = PREPROCESSORS[name](inputs), PREPROCESSORS[name](text)
-    _check_unicode(inputs, fields.inputs)
-    _check_unicode(text, fields.targets or fields.text)
-    return Document(inputs, text)
+    kinds = ("text",)
+    if fields.rejected:
+        kinds = ("prompt", "chosen", "rejected")
+    elif fields.targets:
+        kinds = ("targets", "inputs")
+    texts = {}
+    for kind in kinds:
+        text = _field(record, getattr(fields, kind), kind)
+        for name in names:
+            text = PREPROCESSORS[name](text)
+        texts[kind] = text
+    for kind in reversed(kinds):
+        _check_unicode(texts[kind], getattr(fields, kind))
+    if fields.rejected:
+        return Document(texts["prompt"], texts["chosen"], rejected=texts["rejected"])
+    if fields.targets:
+        return Document(texts["inputs"], texts["targets"])
+    return Document("", texts["text"], label=_label(record, fields.label) if fields.label else 0)
+
+
+def _label(record: dict[str, Any], name: str) -> int:
+    value = record.get(name)
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if type(number) is int and 0 <= number < 1 << 31:
+        return number
+    if name not in record:
+        raise UserError(f"no field {name!r} among {', '.join(record)}; set config.data.fields.label")
+    raise UserError(f"field {name!r} should be a class, a whole number from 0, is {value!r:.60}")
 
 
 def _check_unicode(text: str, name: str) -> None:

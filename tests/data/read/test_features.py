@@ -1,5 +1,7 @@
 """What all kinds of features have in common."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -12,17 +14,28 @@ CASES = {
     "causal": {},
     "causal across documents": {"attend_across_documents": True},
     "source_target": {"packing": "examples", "encoder_length": 24, "length": 16},
+    "pairs": {"packing": "single", "length": 20},
+    "labels": {"packing": "single", "length": 20},
     "span_corruption": {"encoder_length": 24, "length": 9, "extra_ids": 9},
 }
-EXAMPLES = {"source_target": {"inputs": "q", "targets": "a"}}
+FIELDS = {
+    "source_target": {"inputs": "q", "targets": "a"},
+    "pairs": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "labels": {"text": "a", "label": "c"},
+}
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("features")
-    source = test_source_target.write(root / "examples.jsonl", test_source_target.EXAMPLES)
+    records = [
+        {"q": source, "a": target, "b": target[::2], "c": number % 3}
+        for number, (source, target) in enumerate(test_source_target.EXAMPLES)
+    ]
+    (root / "examples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = f"jsonl:{root}/examples.jsonl"
     given = CASES[request.param] | {"features": request.param.split()[0]}
-    given["fields"] = EXAMPLES.get(request.param, {"text": "a"})
+    given["fields"] = FIELDS.get(request.param, {"text": "a"})
     chosen = corpus.config(source=source, batch_size=3, validation=source, **given)
     return chosen, corpus.opened(chosen, root / "cache")
 
@@ -48,7 +61,8 @@ def test_rows_are_the_same_however_they_are_asked_for(case):
 def test_all_rows_of_a_batch_have_documents_and_all_their_tokens_count(case):
     chosen, data = case
     assert {place.row for place in data.documents(0)} == {0, 1, 2}
-    assert data.tokens_per_step == 3 * (chosen.length + chosen.encoder_length)
+    lengths = {"pairs": 2 * chosen.length}.get(chosen.features, chosen.length + chosen.encoder_length)
+    assert data.tokens_per_step == 3 * lengths
 
 
 def test_features_are_part_of_the_fingerprint_and_those_of_decoders_are_not(tmp_path):
