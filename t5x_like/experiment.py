@@ -18,6 +18,7 @@ from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
+from t5x_like.data.read import features
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.objectives import table as objectives
@@ -132,7 +133,7 @@ def build_program(experiment: Experiment, mesh: Mesh) -> Program:
     frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
     if not trainable:
         raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
-    objective = objectives.build(experiment.objective, {"policy": policy(model)}, batch_arrays(experiment.data))
+    objective = objectives.build(experiment.objective, {"policy": policy(model)}, features.arrays(experiment.data))
     steps = experiment.optim.schedule.steps
     assert steps is not None, "from_config has filled it in"
     optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)
@@ -161,22 +162,6 @@ def initialize(
     """The first state and the frozen parameters of a run, each leaf made where it lies; `taken` were read elsewhere."""
     key = jax.random.key(seed)
     return train_state.initialize(program.parts, program.optimizer, key, program.layout, taken=taken or {})
-
-
-def batch_arrays(config: DataConfig) -> dict[str, ArraySpec]:
-    """What the data offers, all [B, T]. Without `segment_ids` documents of a row attend to each other."""
-    names = {
-        "inputs": "int32",
-        "targets": "int32",
-        "loss_weights": "float32",
-        "segment_ids": "int32",
-        "positions": "int32",
-        "target_bytes": "int32",
-    }
-    if config.attend_across_documents:
-        del names["segment_ids"]
-    shape = (config.batch_size, config.length)
-    return {name: ArraySpec(shape, dtype, ("batch", "length")) for name, dtype in names.items()}
 
 
 def _step_config(experiment: Experiment) -> StepConfig:
