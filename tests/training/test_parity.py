@@ -25,14 +25,22 @@ MESHES = {
     "tensor=8, kv heads replicated": {"preset": "fsdp_tensor", "fsdp": 1, "tensor": 8},
 }
 FAMILIES = {
-    "llama": {"family": "llama", "windows": (8, 0), "tie_embeddings": False},
-    "gpt2": {"family": "gpt2"},
+    "llama": {"kv_heads": 2, "windows": (8, 0)},
+    "gpt2": {"kv_heads": 8},
+    "t5": {"kv_heads": 8},
 }
 
 
 def _config(family: str) -> ConfigDict:
     config = test_config.get_config()
-    config.model.update(FAMILIES[family] | {"heads": 8, "head": 8, "kv_heads": 8 if family == "gpt2" else 2})
+    config.model.family = family
+    stack = {"layers": 2, "heads": 8, "head_size": 8, "mlp": 64, **FAMILIES[family]}
+    config.model.decoder.update(stack)
+    config.model.head.tied = family != "llama"
+    if family == "t5":
+        config.model.encoder.update(stack)
+        config.data.update({"features": "source_target", "encoder_length": 16, "packing": "examples"})
+        config.data.fields.update({"inputs": "inputs", "targets": "targets"})
     config.optim.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 0})
     config.optim.sgd.momentum = 0.9
@@ -51,7 +59,13 @@ def _batch() -> dict[str, np.ndarray]:
     segments[:, 12:] = 2
     segments[::2, 28:] = 0
     positions = np.tile(np.concatenate([np.arange(12), np.arange(20)]), (rows, 1)).astype(np.int32)
+    sources = np.ones((rows, 16), np.int32)  # of the two documents, and padding in every other row
+    sources[:, 9:] = 2
+    sources[::2, 14:] = 0
     return {
+        "encoder_inputs": rng.integers(0, 256, (rows, 16)).astype(np.int32),
+        "encoder_segment_ids": sources,
+        "encoder_positions": np.tile(np.concatenate([np.arange(9), np.arange(7)]), (rows, 1)).astype(np.int32),
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "loss_weights": (segments > 0).astype(np.float32),
@@ -78,7 +92,7 @@ def _step(family: str, mesh_section: dict, devices: int) -> Result:
         program = experiments.build_program(experiment, mesh)
         state, frozen = experiments.initialize(program, seed=0)
         host = _batch()
-        batch = {name: jax.device_put(value, program.batch[name].sharding) for name, value in host.items()}
+        batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
     gradients = tree.flatten(jax.device_get(state["optimizer"]["momentum"]))
@@ -94,6 +108,9 @@ def single():
 CASES = [("llama", name) for name in MESHES] + [
     ("gpt2", "data=2 fsdp=2 tensor=2"),
     ("gpt2", "fsdp=2 sequence=2 tensor=2"),
+    ("t5", "fsdp=8"),
+    ("t5", "data=2 fsdp=2 tensor=2"),
+    ("t5", "fsdp=2 sequence=2 tensor=2"),
 ]
 
 
