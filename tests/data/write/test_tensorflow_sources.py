@@ -15,6 +15,7 @@ import sentencepiece
 from t5x_like.commands.prepare import summary
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache
+from t5x_like.data.read import packing
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.write import prepare, sources, workers
@@ -206,7 +207,8 @@ def test_a_mixture_is_cached_and_read_as_its_tasks(mixture, module):
     assert {name: component["documents"] for name, component in facts.items()} == {"long": 60, "short": 10}
     read = []
     for number, component in enumerate(data._components):
-        rows = component.packing.read(np.arange(component.packing.size.rows))
+        packed = packing.PACKINGS[config.packing](component.tokens, config.length, config.length)
+        rows = packed.read(np.arange(packed.size.rows))
         assert (number, component.name) in ((0, "long"), (1, "short"))
         read += [data.vocabulary.decode(rows.tokens[row, : rows.valid[row]]) for row in range(len(rows.tokens))]
     text = "".join(read)
