@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from t5x_like import experiment as experiments
-from t5x_like.core import tree
+from t5x_like.core import dtypes, tree
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.types import Tree
+from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.data import vocabularies
 from t5x_like.data.vocabularies import Vocabulary
 from t5x_like.inference import decode
@@ -24,8 +25,9 @@ from t5x_like.inference.sampling import Sampling
 from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
+from t5x_like.parallel.sharding import named
 from t5x_like.storage import model_directory, paths
-from t5x_like.storage.reading import restore
+from t5x_like.storage.base import restore_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +158,25 @@ def _score(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Arr
     return logp_BT, token_predictions(hidden_BTD, head) == targets_BT
 
 
-def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> LanguageModel:
-    """The model of a workdir or model directory, from its newest checkpoint or that of `step`, on the first device.
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    mesh: Mesh | None = None,
+    rules: str = "",
+    dtype: str = "compute",
+) -> LanguageModel:
+    """The model of a workdir or model directory, from its newest checkpoint or that of `step`.
 
-    `ema` takes the averaged parameters. Raises UserError where something is missing or damaged.
+    `ema` takes the averaged parameters. They lie on the first device, or on `mesh` as `rules` (as in
+    `config.mesh.rules`) say; then call it under `jax.set_mesh(mesh)`. `dtype`: "compute" holds matrices once in the
+    type that they are multiplied in (bfloat16 on an accelerator), "stored" all as saved, a name such as "bfloat16"
+    matrices in that type; vectors (norms, biases) stay as saved, for they enter in float32. Raises UserError where
+    something is missing or damaged.
     """
+    if dtype not in ("compute", "stored", *dtypes.NAMES):
+        raise UsageError(f"dtype={dtype!r} should be 'compute', 'stored' or one of {', '.join(dtypes.NAMES)}")
     place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.
@@ -171,7 +187,14 @@ def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: boo
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
-    model = experiments.build_model(config, rules="", platform=jax.local_devices()[0].platform)
-    item = "ema" if ema else "params"
-    template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
-    return LanguageModel(model, restore(place.checkpoint, {item: template})[item], vocabulary)
+    devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
+    model = experiments.build_model(config, rules=rules, platform=devices[0].platform)
+    held = model.dtypes.compute if dtype == "compute" else dtype
+
+    def template(path: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        matrix = len([axis for axis in spec.axes if axis != "layers"]) > 1
+        sharding = None if mesh is None else named(mesh, model.rules, spec.axes, spec.shape)
+        return jax.ShapeDtypeStruct(spec.shape, held if matrix and held != "stored" else spec.dtype, sharding=sharding)
+
+    wanted = tree.map_with_path(template, model.specs())
+    return LanguageModel(model, restore_whole(place.checkpoint, "ema" if ema else "params", wanted), vocabulary)

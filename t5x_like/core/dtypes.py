@@ -8,7 +8,7 @@ import dataclasses
 
 from t5x_like.core.errors import UsageError
 
-_NAMES = ("float32", "bfloat16", "float16")
+NAMES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,6 @@ def policy(*, params: str, compute: str, platform: str) -> DtypePolicy:
     if compute == "auto":
         compute = "float32" if platform == "cpu" else "bfloat16"
     for field, name in (("params", params), ("compute", compute)):
-        if name not in _NAMES:
-            raise UsageError(f"config.model.dtype.{field}={name!r} is unknown; use one of {', '.join(_NAMES)}")
+        if name not in NAMES:
+            raise UsageError(f"config.model.dtype.{field}={name!r} is unknown; use one of {', '.join(NAMES)}")
     return DtypePolicy(params, compute)
