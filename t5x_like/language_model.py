@@ -172,7 +172,7 @@ def load(
     `ema` takes the averaged parameters. They lie on the first device, or on `mesh` as `rules` (as in
     `config.mesh.rules`) say; then call it under `jax.set_mesh(mesh)`. `dtype`: "compute" holds matrices once in the
     type that they are multiplied in (bfloat16 on an accelerator), "stored" all as saved, a name such as "bfloat16"
-    matrices in that type; vectors (norms, biases) stay as saved, for they enter in float32. Raises UserError where
+    matrices in that type; norms and biases stay as saved. Raises UserError where
     something is missing or damaged.
     """
     if dtype not in ("compute", "stored", *dtypes.NAMES):
@@ -192,7 +192,7 @@ def load(
     held = model.dtypes.compute if dtype == "compute" else dtype
 
     def template(path: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        matrix = len([axis for axis in spec.axes if axis != "layers"]) > 1
+        matrix = "embed" in spec.axes  # what is multiplied has it; scales and biases do not, and enter in float32
         sharding = None if mesh is None else named(mesh, model.rules, spec.axes, spec.shape)
         return jax.ShapeDtypeStruct(spec.shape, held if matrix and held != "stored" else spec.dtype, sharding=sharding)
 
