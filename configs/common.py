@@ -220,6 +220,7 @@ def checkpoint() -> dict:
         "keep_best": 1,
         "init_from": placeholder(str),
         "init_select": (".*",),
+        "holds": "model",
     }
 
 

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from t5x_like import experiment as experiments
 from t5x_like.convert import huggingface as hf
 from t5x_like.convert.convert import load_params
-from t5x_like.core import tree
+from t5x_like.core import dtypes, tree
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.types import Tree
+from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
@@ -27,8 +28,9 @@ from t5x_like.inference.score import TOKENS_PER_BATCH, score
 from t5x_like.layers.scoring.head import Head, logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
+from t5x_like.parallel.sharding import named
 from t5x_like.storage import model_directory, paths
-from t5x_like.storage.reading import restore
+from t5x_like.storage.base import restore_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +165,31 @@ def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
     return logits(hidden_BTD, head)[:, :, : head.vocab_size]
 
 
-def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> LanguageModel:
-    """The model of a workdir, model directory or Hugging Face folder, on the first device.
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    mesh: Mesh | None = None,
+    rules: str = "",
+    dtype: str = "compute",
+) -> LanguageModel:
+    """The model of a workdir, model directory or Hugging Face folder.
 
-    Of a workdir from its newest checkpoint or that of `step`; `ema` takes the averaged parameters. Raises UserError
-    where something is missing or damaged.
+    step: of a workdir, its newest checkpoint if None; `ema` takes the averaged parameters. They lie on the first
+    device, or on `mesh` as `rules` (as in `config.mesh.rules`) say; then call it under `jax.set_mesh(mesh)`. `dtype`:
+    "compute" holds matrices once in the type that they are multiplied in (bfloat16 on an accelerator), "stored" all as
+    saved, a name such as "bfloat16" matrices in that type; norms and biases stay as saved. Raises UserError where
+    something is missing or damaged.
     """
+    if dtype not in ("compute", "stored", *dtypes.NAMES):
+        raise UsageError(f"dtype={dtype!r} should be 'compute', 'stored' or one of {', '.join(dtypes.NAMES)}")
+    devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
+    platform = devices[0].platform
     if hf.is_folder(os.fspath(directory)):
         if step is not None or ema:
             raise UsageError(f"{directory} is a Hugging Face folder, which holds no steps and no averaged parameters")
-        return _load_hugging_face(os.fspath(directory))
+        return _load_hugging_face(os.fspath(directory), mesh=mesh, rules=rules, dtype=dtype, platform=platform)
     place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.
@@ -187,19 +204,36 @@ def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: boo
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
-    model = experiments.build_model(config, rules="", platform=jax.local_devices()[0].platform)
-    item = "ema" if ema else "params"
-    template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
-    return LanguageModel(model, restore(place.checkpoint, {item: template})[item], vocabulary)
+    model = experiments.build_model(config, rules=rules, platform=platform)
+    wanted = _templates(model, mesh, dtype)
+    return LanguageModel(model, restore_whole(place.checkpoint, "ema" if ema else "params", wanted), vocabulary)
 
 
-def _load_hugging_face(directory: str) -> LanguageModel:
+def _templates(model: Model, mesh: Mesh | None, dtype: str) -> dict[str, Any]:
+    """Where each parameter shall lie, and in which type."""
+    held = {"compute": model.dtypes.compute, "stored": None}.get(dtype, dtype)
+    specs = model.specs() if held is None else in_dtype(model.specs(), held)
+
+    def template(path: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else named(mesh, model.rules, spec.axes, spec.shape)
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+    return tree.map_with_path(template, specs)
+
+
+def _load_hugging_face(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, platform: str) -> LanguageModel:
     folder = hf.Folder(directory)
     if not folder.tokenizer_files():
         raise UserError(f"{directory} holds no tokenizer; copy its tokenizer.json there")
     vocabulary = vocabularies.load(folder.path)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    model = experiments.build_model(folder_config(folder), rules=rules, platform=platform)
+    wanted = tree.flatten(_templates(model, mesh, dtype))
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with folder.tensors() as tensors:
-        config, params = load_params(folder, tensors, place=lambda path: device)
-    model = experiments.build_model(config, rules="", platform=jax.local_devices()[0].platform)
+        params = load_params(
+            folder,
+            tensors,
+            place=lambda path: wanted[path].sharding or first,
+            dtype=None if dtype == "stored" else lambda path: wanted[path].dtype.name,
+        )
     return LanguageModel(model, params, vocabulary)

@@ -176,7 +176,13 @@ def _train(built: Run) -> int:
 def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> loops.Outcome:
     """Restores or makes the state, compiles, and trains; what is to be closed at the end goes onto `stack`."""
     experiment, program = built.experiment, built.program
-    saver = Saver(checkpoints, layout=program.layout, metadata=_metadata(built))
+    saver = Saver(
+        checkpoints,
+        parts=program.parts,
+        layout=program.layout,
+        holds=experiment.checkpoint.holds,
+        metadata=_metadata(built),
+    )
     start, state, frozen, evaluation, origin = _start(built, saver)
     if start > experiment.loop.steps:
         raise UsageError(
@@ -230,6 +236,7 @@ def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any
             layout=built.program.layout,
             tokenizer=built.data.vocabulary.fingerprint,
         )
+    saver.begin(source, taken.keys())
     state, frozen = experiments.initialize(built.program, seed=built.experiment.seed, taken=taken)
     return 0, state, frozen, {}, origin
 

@@ -8,7 +8,7 @@ import dataclasses
 
 from t5x_like.core.errors import UsageError
 
-_NAMES = ("float32", "bfloat16")
+NAMES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,6 @@ def policy(*, params: str, compute: str, platform: str) -> DtypePolicy:
                 f"config.model.dtype.{field}='float16' needs loss scaling, which does not exist here; use bfloat16, "
                 "whose range is that of float32"
             )
-        if name not in _NAMES:
-            raise UsageError(f"config.model.dtype.{field}={name!r} is unknown; use one of {', '.join(_NAMES)}")
+        if name not in NAMES:
+            raise UsageError(f"config.model.dtype.{field}={name!r} is unknown; use one of {', '.join(NAMES)}")
     return DtypePolicy(params, compute)

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from t5x_like.core import tree
 from t5x_like.core.errors import UserError
 from t5x_like.storage import leaves, paths
+from t5x_like.storage.base import restore_items
 from t5x_like.storage.fingerprint import fingerprints
 from t5x_like.storage.model_directory import (
     COMMITTED,
@@ -36,7 +37,7 @@ from t5x_like.storage.model_directory import (
     read_metadata,
 )
 from t5x_like.storage.quiet import quiet_orbax
-from t5x_like.storage.reading import one_line, restore
+from t5x_like.storage.reading import one_line
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _CORRUPT = ".corrupt"
@@ -138,11 +139,11 @@ class Checkpoints:
         return self._saved
 
     def restore(self, step: int, templates: Mapping[str, Any]) -> dict[str, Any]:
-        """The items of a step, as `reading.restore` gives them, after the save in progress."""
+        """The items of a step, as `base.restore_items` gives them, after the save in progress."""
         self.wait()
         if step not in self.steps():
             raise no_step(self.directory, step, self.steps())
-        return restore(self._path(step), templates)
+        return restore_items(self._path(step), templates)
 
     def restore_latest(self, templates: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """(step, items) of the newest sound checkpoint, None if there is none at all; damaged newer ones are put aside.

@@ -28,6 +28,7 @@ class CheckpointConfig:
     keep_best: int  # how many of the best
     init_from: str | None  # a model or work directory whose parameters a new run begins with
     init_select: tuple[str, ...]  # regexes over parameter paths: which of them are taken
+    holds: str  # "model", or "trained": without frozen parameters, which stay in the model of init_from
 
 
 def check(config: CheckpointConfig, *, evaluate_every_steps: int | None) -> None:
@@ -41,6 +42,8 @@ def check(config: CheckpointConfig, *, evaluate_every_steps: int | None) -> None
         )
     if config.keep_every is not None and config.keep_every < 1:
         raise UsageError(f"config.checkpoint.keep_every={config.keep_every} should be at least 1, or None")
+    if config.holds not in ("model", "trained"):
+        raise UsageError(f"config.checkpoint.holds={config.holds!r} should be 'model' or 'trained'")
     if config.best_mode not in ("min", "max"):
         raise UsageError(f"config.checkpoint.best_mode={config.best_mode!r} should be 'min' or 'max'")
     if config.best_metric is None:
@@ -66,7 +69,7 @@ def steps_to_keep(
 ) -> set[int]:
     """The steps to keep out of those that are there; `metrics` by step, where they are known.
 
-    >>> config = CheckpointConfig(10, True, 60, 2, 50, "loss", "min", 1, None, (".*",))
+    >>> config = CheckpointConfig(10, True, 60, 2, 50, "loss", "min", 1, None, (".*",), "model")
     >>> sorted(steps_to_keep([40, 50, 60, 70, 80], {60: {"loss": 1.0}, 70: {"loss": 2.0}}, config=config))
     [50, 60, 70, 80]
     """

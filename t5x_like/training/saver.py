@@ -1,20 +1,21 @@
 """Between the train state and checkpoints on disk: which trees become which items, and back. Writes no bytes itself.
 
-A checkpoint holds whole models: `params` (and `ema`) join trained and frozen parameters, so that reading a model
-reads one item and needs no optimizer.
+A checkpoint holds whole models: `params` (and `ema`) join trained parameters and those of the base, so that reading a
+model reads one item and needs no optimizer. Or it holds the trained part alone (`config.checkpoint.holds`) and names
+the checkpoint that the base came from. Frozen roles with a source of their own are never written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from t5x_like.core import tree
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
+from t5x_like.storage import base as bases
 from t5x_like.storage import model_directory
 from t5x_like.storage.checkpoint import Checkpoints
-from t5x_like.storage.reading import restore
-from t5x_like.training.state import Layout, State
+from t5x_like.training.state import Layout, Parts, State, read_sources
 
 # Item of a checkpoint -> part of the train state.
 ITEMS = {"params": "params", "optimizer": "optimizer", "ema": "ema", "state": "progress"}
@@ -24,14 +25,36 @@ _MODELS = ("params", "ema")
 class Saver:
     """Saves and restores one run; `metadata` (config, provenance) goes into every checkpoint."""
 
-    def __init__(self, checkpoints: Checkpoints, *, layout: Layout, metadata: Mapping[str, Any]):
-        self._checkpoints, self._layout = checkpoints, layout
-        axes = _items(layout.axes, layout.frozen_axes["base"])
+    def __init__(
+        self, checkpoints: Checkpoints, *, parts: Parts, layout: Layout, holds: str, metadata: Mapping[str, Any]
+    ):
+        self._checkpoints, self._parts, self._layout = checkpoints, parts, layout
+        self._apart = holds == "trained" and bool(layout.frozen["base"])
+        axes = _items(layout.axes, {} if self._apart else layout.frozen_axes["base"])
         self._metadata = {**metadata, "axes": {name: _listed(item) for name, item in axes.items()}}
 
     def save(self, step: int, state: State, frozen: Mapping[str, Any], evaluation: Mapping[str, float]) -> None:
         """Begins to save; returns when the state may be donated. A failure is logged by Checkpoints, and survived."""
-        self._checkpoints.save(step, _items(state, frozen["base"]), self._metadata, metrics=evaluation)
+        if self._apart and "base" not in self._metadata:
+            raise ValueError("the base of these checkpoints was not named")
+        items = _items(state, {} if self._apart else frozen["base"])
+        self._checkpoints.save(step, items, self._metadata, metrics=evaluation)
+
+    def begin(self, source: str | None, taken: Collection[str]) -> None:
+        """Told once at a fresh start: the parameters `taken` (paths) are those of the model in `source`.
+
+        Raises UsageError where checkpoints of the trained part would have no base to name.
+        """
+        if not self._apart:
+            return
+        base = tree.flatten(self._layout.frozen["base"])
+        missing = sorted(base.keys() - set(taken))
+        if source is None or missing:
+            raise UsageError(
+                "config.checkpoint.holds='trained' needs config.checkpoint.init_from and an init_select that takes all "
+                f"frozen parameters; {missing[0]!r} would be drawn at random and never saved"
+            )
+        self._metadata["base"] = bases.record(model_directory.locate(source).checkpoint, base)
 
     def wait(self) -> None:
         """Waits for the last save. Raises UserError if it failed: a run must not end well without its result."""
@@ -43,17 +66,25 @@ class Saver:
 
     def restore(self) -> tuple[int, State, dict[str, Any], dict[str, float]] | None:
         """(updates done, state, frozen, evaluation) of the newest sound checkpoint, placed as the layout says."""
-        found = self._checkpoints.restore_latest(_items(self._layout.state, self._layout.frozen["base"]))
+        templates = _items(self._layout.state, self._layout.frozen["base"])
+        if "ema" in templates:
+            templates["ema"] = self._layout.state["ema"]  # its frozen parameters are those of `params`
+        found = self._checkpoints.restore_latest(templates)
         if found is None:
             return None
         step, items = found
+        note = self._checkpoints.metadata(step)
+        if self._apart and "base" not in note:
+            raise UsageError(
+                f"config.checkpoint.holds='trained', but step {step} in {self._checkpoints.directory} holds the whole "
+                "model and names no base; go on with 'model'"
+            )
+        self._metadata |= {"base": note["base"]} if self._apart else {}
         trained = tree.flatten(self._layout.state["params"]).keys()
         state: State = {ITEMS[name]: item for name, item in items.items()}
         base: dict[str, Any] = {}
-        for name in _MODELS:
-            if name in state:
-                state[name], base = tree.split(state[name], lambda path: path in trained)
-        return step, state, {"base": base}, self._checkpoints.metadata(step)["metrics"]
+        state["params"], base = tree.split(state["params"], lambda path: path in trained)
+        return step, state, {"base": base} | read_sources(self._parts, self._layout), note["metrics"]
 
 
 def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) -> tuple[dict[str, jax.Array], str]:
@@ -74,7 +105,7 @@ def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) 
     rules = [(pattern, True) for pattern in select]
     chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
     taken, _ = tree.split(templates, lambda path: chosen[path])
-    new = tree.flatten(restore(place.checkpoint, {"params": taken})["params"])
+    new = tree.flatten(bases.restore_whole(place.checkpoint, "params", taken))
     return new, f"{len(new)} of {len(chosen)} parameters of {source} at step {metadata['step']}"
 
 

@@ -20,6 +20,7 @@ CONFIG = CheckpointConfig(
     keep_best=1,
     init_from=None,
     init_select=(".*",),
+    holds="model",
 )
 
 

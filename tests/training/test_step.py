@@ -68,7 +68,7 @@ def _batch(rows: int = 16, length: int = 4, seed: int = 0) -> dict[str, np.ndarr
     }
 
 
-def _config(**changes) -> StepConfig:
+def config(**changes) -> StepConfig:
     values = dict(
         micro_batches=1,
         clip_norm=None,
@@ -102,12 +102,12 @@ def _run(config: StepConfig, batch, state=None, mesh=None, objective=OBJECTIVE):
 
 @pytest.fixture(scope="module")
 def reference():
-    return _run(_config(), _batch())
+    return _run(config(), _batch())
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_micro_batches_change_nothing_though_terms_have_different_weights(reference, micro_batches):
-    state, metrics = _run(_config(micro_batches=micro_batches), _batch())
+    state, metrics = _run(config(micro_batches=micro_batches), _batch())
     assert float(jnp.abs(reference[0]["params"]["w"] - _fresh()["params"]["w"]).max()) > 1e-3
     np.testing.assert_allclose(state["params"]["w"], reference[0]["params"]["w"], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=1e-6)
@@ -141,10 +141,10 @@ def _candidates():
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_arrays_of_any_rank_lie_as_declared_and_train_alike_on_every_mesh(preset, micro_batches):
     objective, batch = _candidates()
-    expected, _ = _run(_config(), batch, objective=objective)
+    expected, _ = _run(config(), batch, objective=objective)
     assert float(jnp.abs(expected["params"]["w"] - _fresh()["params"]["w"]).max()) > 1e-4
     mesh = meshes.make(meshes.MeshConfig(preset, "", *(None,) * 7))
-    state, metrics = _run(_config(micro_batches=micro_batches), batch, mesh=mesh, objective=objective)
+    state, metrics = _run(config(micro_batches=micro_batches), batch, mesh=mesh, objective=objective)
     np.testing.assert_allclose(state["params"]["w"], expected["params"]["w"], rtol=1e-5, atol=1e-6)
     # The margin is judged: a metric "loss" that is not finite refuses nothing.
     assert float(metrics["finite"]) == 1 and float(metrics["skipped"]) == 0
@@ -154,7 +154,7 @@ def test_arrays_of_any_rank_lie_as_declared_and_train_alike_on_every_mesh(preset
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_sharding_changes_nothing_though_terms_have_different_weights(reference, preset, micro_batches):
     mesh = meshes.make(meshes.MeshConfig(preset, "", *(None,) * 7))
-    state, metrics = _run(_config(micro_batches=micro_batches), _batch(), mesh=mesh)
+    state, metrics = _run(config(micro_batches=micro_batches), _batch(), mesh=mesh)
     np.testing.assert_allclose(state["params"]["w"], reference[0]["params"]["w"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=1e-6)
 
@@ -162,7 +162,7 @@ def test_sharding_changes_nothing_though_terms_have_different_weights(reference,
 def test_a_batch_without_weights_skips_the_update_and_records_it():
     batch = _batch()
     batch["loss_weights"] = np.zeros_like(batch["loss_weights"])
-    state, metrics = _run(_config(), batch)
+    state, metrics = _run(config(), batch)
     np.testing.assert_array_equal(state["params"]["w"], _fresh()["params"]["w"])
     assert float(metrics["skipped"]) == 1 and int(state["progress"]["skipped"]) == 1
     assert int(state["progress"]["step"]) == 1
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_but_the_step_advances():
     batch = _batch()
     batch["inputs"] = batch["inputs"].copy()
     batch["inputs"][15, 3] = np.nan
-    state, metrics = _run(_config(ema_decay=0.5), batch)
+    state, metrics = _run(config(ema_decay=0.5), batch)
     np.testing.assert_array_equal(state["params"]["w"], _fresh()["params"]["w"])
     np.testing.assert_array_equal(state["ema"]["w"], _fresh()["params"]["w"])
     assert float(metrics["finite"]) == 0 and float(metrics["skipped"]) == 1
@@ -180,8 +180,8 @@ def test_a_loss_that_is_not_finite_skips_the_update_but_the_step_advances():
 
 
 def test_a_spike_is_refused_only_after_the_warmup_and_does_not_enter_the_statistics():
-    config = _config(spike_deviations=4.0)
-    step = jax.jit(make_step(OBJECTIVE, sgd(0.0), rules=RULES, param_axes=AXES, config=config))
+    limited = config(spike_deviations=4.0)
+    step = jax.jit(make_step(OBJECTIVE, sgd(0.0), rules=RULES, param_axes=AXES, config=limited))
     spiky = _batch()
     spiky["targets"] = spiky["targets"] + 30
     state, metrics = step(_fresh(), {"base": {}}, spiky)
@@ -199,14 +199,14 @@ def test_a_spike_is_refused_only_after_the_warmup_and_does_not_enter_the_statist
 
 
 def test_the_running_average_follows_its_definition():
-    state, _ = _run(_config(ema_decay=0.75), _batch())
+    state, _ = _run(config(ema_decay=0.75), _batch())
     expected = 0.75 * _fresh()["params"]["w"] + 0.25 * state["params"]["w"]
     np.testing.assert_allclose(state["ema"]["w"], expected, rtol=1e-6)
 
 
 def test_clipping_limits_the_gradient_and_reports_its_norm_before():
-    free, metrics_free = _run(_config(), _batch())
-    clipped, metrics = _run(_config(clip_norm=0.01), _batch())
+    free, metrics_free = _run(config(), _batch())
+    clipped, metrics = _run(config(clip_norm=0.01), _batch())
     assert float(metrics_free["grad_norm"]) > 0.01
     np.testing.assert_allclose(metrics["grad_norm"], metrics_free["grad_norm"], rtol=1e-6)
     change = jnp.linalg.norm(clipped["params"]["w"] - _fresh()["params"]["w"])
@@ -219,10 +219,10 @@ def test_micro_batches_draw_different_keys_and_repeat_for_the_same_seed_and_step
         return params["w"][0, 0] * noise, {"loss": (noise, jnp.float32(1))}
 
     objective = Objective(lambda batch: {"tokens": jnp.float32(1)}, noisy, _nothing, INPUTS)
-    one = _run(_config(dropout=True), _batch(), objective=objective)[1]["loss"]
-    same = _run(_config(dropout=True), _batch(), objective=objective)[1]["loss"]
-    two = _run(_config(dropout=True, micro_batches=2), _batch(), objective=objective)[1]["loss"]
-    other = _run(_config(dropout=True, seed=1), _batch(), objective=objective)[1]["loss"]
+    one = _run(config(dropout=True), _batch(), objective=objective)[1]["loss"]
+    same = _run(config(dropout=True), _batch(), objective=objective)[1]["loss"]
+    two = _run(config(dropout=True, micro_batches=2), _batch(), objective=objective)[1]["loss"]
+    other = _run(config(dropout=True, seed=1), _batch(), objective=objective)[1]["loss"]
     assert one == same and one != other and one != two
 
 
@@ -242,5 +242,5 @@ def test_parameters_keep_their_type_from_step_to_step():
     """Bfloat16 parameters with float32 updates: the compiled step must take what it has returned."""
     state = _fresh()
     state["params"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state["params"])
-    changed, _ = _run(_config(), _batch(), state)
+    changed, _ = _run(config(), _batch(), state)
     assert changed["params"]["w"].dtype == jnp.bfloat16 and (changed["params"]["w"] != state["params"]["w"]).any()
