@@ -7,7 +7,8 @@ lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ import numpy as np
 
 from t5x_like import experiment as experiments
 from t5x_like.core import tree
+from t5x_like.core.environment import READING
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Tree
 from t5x_like.data import vocabularies
 from t5x_like.data.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
+from t5x_like.inference.weights import serving_specs
 from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
@@ -36,13 +39,19 @@ class LanguageModel:
     params: Tree
     vocabulary: Vocabulary
 
+    @property
+    def platform(self) -> str:
+        """Of the devices that hold the parameters."""
+        return next(iter(jax.tree.leaves(self.params)[0].devices())).platform
+
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Float32 logits [B, T, V] for rows of tokens, V without padding of the vocabulary."""
         tokens_BT = np.asarray(tokens_BT)
         if tokens_BT.ndim != 2 or tokens_BT.size == 0:
             raise UsageError(f"logits: tokens of shape {tokens_BT.shape}, expected [rows, length]")
         self._check_tokens(tokens_BT)
-        return np.asarray(_logits(self.model, self.params, jnp.asarray(tokens_BT, jnp.int32)))
+        program = _compiled(_logits, self.platform)
+        return np.asarray(program(self.model, self.params, jnp.asarray(tokens_BT, jnp.int32)))
 
     def generate(
         self,
@@ -70,6 +79,7 @@ class LanguageModel:
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
             stop_id=self.vocabulary.eos_id,
+            compiler_options=READING.compiler_options.get(self.platform),
         )
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 
@@ -89,7 +99,8 @@ class LanguageModel:
         for row, (ids, start) in enumerate(pairs):
             tokens[row, : len(ids)] = ids
             scored[row, start - 1 : max(len(ids) - 1, 0)] = True
-        logp, greedy = _score(self.model, self.params, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
+        program = _compiled(_score, self.platform)
+        logp, greedy = program(self.model, self.params, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
         sums = np.where(scored, np.asarray(logp, np.float64), 0).sum(axis=1)
         matches = np.all(np.asarray(greedy) | ~scored, axis=1).tolist()
         return [(float(total), bool(match)) for total, match in zip(sums, matches, strict=True)]
@@ -143,24 +154,34 @@ def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array,
     return model.apply(params, {"inputs": tokens_BT}).hidden_BTD, model.head(params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _compiled(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
+    """`function(model, ...)` with the compiler options that reading a model has."""
+    return jax.jit(function, static_argnums=0, compiler_options=READING.compiler_options.get(platform))
+
+
 def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
     hidden_BTD, head = _apply(model, params, tokens_BT)
     return logits(hidden_BTD, head)[:, :, : head.vocab_size]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _score(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     hidden_BTD, head = _apply(model, params, inputs_BT)
     logp_BT, _ = token_log_probs(hidden_BTD, head, targets_BT)
     return logp_BT, token_predictions(hidden_BTD, head) == targets_BT
 
 
-def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> LanguageModel:
+def load(
+    directory: str | os.PathLike[str], *, step: int | None = None, ema: bool = False, dtype: str = "compute"
+) -> LanguageModel:
     """The model of a workdir or model directory, from its newest checkpoint or that of `step`, on the first device.
 
-    `ema` takes the averaged parameters. Raises UserError where something is missing or damaged.
+    `ema` takes the averaged parameters. dtype "compute" holds matrices in the type that computes with them, with the
+    same results as "stored", which keeps the checkpoint's (to train or convert). Raises UserError where something is
+    missing or damaged.
     """
+    if dtype not in ("compute", "stored"):
+        raise UsageError(f"load: dtype={dtype!r} should be 'compute' or 'stored'")
     place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.
@@ -173,5 +194,6 @@ def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: boo
         )
     model = experiments.build_model(config, rules="", platform=jax.local_devices()[0].platform)
     item = "ema" if ema else "params"
-    template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
+    specs = serving_specs(model) if dtype == "compute" else model.specs()
+    template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
     return LanguageModel(model, restore(place.checkpoint, {item: template})[item], vocabulary)
