@@ -7,7 +7,8 @@ lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from jax.sharding import Mesh
 
 from t5x_like import experiment as experiments
 from t5x_like.convert import huggingface as hf
-from t5x_like.convert.convert import load_params
+from t5x_like.convert.convert import folder_config, load_params
 from t5x_like.core import dtypes, tree
+from t5x_like.core.environment import READING
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.data.tokenizers import vocabularies
@@ -25,6 +27,7 @@ from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
 from t5x_like.inference.score import TOKENS_PER_BATCH, score
+from t5x_like.inference.weights import in_dtype
 from t5x_like.layers.scoring.head import Head, logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
@@ -41,13 +44,19 @@ class LanguageModel:
     params: Tree
     vocabulary: Vocabulary
 
+    @property
+    def platform(self) -> str:
+        """Of the devices that hold the parameters."""
+        return next(iter(jax.tree.leaves(self.params)[0].devices())).platform
+
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Float32 logits [B, T, V] for rows of tokens, V without padding of the vocabulary."""
         tokens_BT = np.asarray(tokens_BT)
         if tokens_BT.ndim != 2 or tokens_BT.size == 0:
             raise UsageError(f"logits: tokens of shape {tokens_BT.shape}, expected [rows, length]")
         self._check_tokens(tokens_BT)
-        return np.asarray(_logits(self.model, self.params, jnp.asarray(tokens_BT, jnp.int32)))
+        program = _compiled(_logits, self.platform)
+        return np.asarray(program(self.model, self.params, jnp.asarray(tokens_BT, jnp.int32)))
 
     def generate(
         self,
@@ -79,6 +88,7 @@ class LanguageModel:
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
             stop_id=self.vocabulary.eos_id,
+            compiler_options=READING.compiler_options.get(self.platform),
         )
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 
@@ -159,7 +169,12 @@ def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array,
     return model.score_input(params, model.apply(params, {"inputs": tokens_BT}))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _compiled(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
+    """`function(model, ...)` with the compiler options that reading a model has."""
+    return jax.jit(function, static_argnums=0, compiler_options=READING.compiler_options.get(platform))
+
+
 def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
     hidden_BTD, head = _apply(model, params, tokens_BT)
     return logits(hidden_BTD, head)[:, :, : head.vocab_size]

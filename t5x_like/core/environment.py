@@ -72,12 +72,13 @@ class Environment:
     notes: tuple[str, ...]
 
 
-# Commands that only read a model: the machine as it is, compiled programs kept.
+# Commands that only read a model: the machine as it is, compiled programs kept. The options are those of
+# configs/common.py, and what uses a model from Python (language_model.py) compiles with them too.
 READING = RuntimeConfig(
     platform="",
     threads=0,
     fake_devices=0,
-    compiler_options={},
+    compiler_options={"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}},
     heartbeat_seconds=100,
     shutdown_seconds=300,
     phase_seconds=PhaseSeconds(start=0, compile=0, step=0, evaluate=0, save=0),

@@ -7,7 +7,7 @@ Names: B batch (rows), T prompt length (padded), V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +46,12 @@ def prefill(
     return logits(*model.score_input(params, last))[:, 0], output.cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "sampling", "stop_id"))
+@functools.cache
+def _compiled(options: tuple[tuple[str, Any], ...]) -> Callable[..., jax.Array]:
+    static = ("model", "steps", "sampling", "stop_id")
+    return jax.jit(_continue, static_argnames=static, compiler_options=dict(options) or None)
+
+
 def _continue(
     params: Tree,
     tokens_BT: Int[Array, "B T"],
@@ -93,6 +98,7 @@ def generate(
     sampling: Sampling,
     seed: int,
     stop_id: int | None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, without its stop token. Prompts must hold at least one token each.
 
@@ -106,7 +112,7 @@ def generate(
         tokens[row, : len(prompt)] = prompt
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     stop = -1 if stop_id is None else stop_id
-    new = _continue(
+    new = _compiled(tuple(sorted((compiler_options or {}).items())))(
         params,
         jnp.asarray(tokens),
         jnp.asarray(lengths),

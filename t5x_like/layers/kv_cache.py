@@ -1,4 +1,4 @@
-"""Keys and values of other tokens, kept for decoding. A cache is a value: layers attend through it, and what they return
+"""Keys and values of other tokens, kept for decoding. A cache is a value: layers attend through it, and what they give
 (the keys and values of their own tokens) is written once for all layers, after the stack has run.
 
 `Slots` is self-attention's: rows of slots that know the position of their token, so that rows of different lengths,

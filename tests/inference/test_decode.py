@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from configs.pretrain import test as test_config
-from t5x_like.core import dtypes
+from t5x_like.core import dtypes, tree
 from t5x_like.core.errors import UserError
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import GREEDY, Sampling
 from t5x_like.layers.scoring.head import logits
+from t5x_like.inference.weights import serving_params
+from t5x_like.layers.token_log_probs import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel import rules as tables
@@ -98,3 +100,14 @@ def test_padding_of_the_vocabulary_is_never_drawn(model, params):
     new = decode.generate(model, params, [[1]] * 8, max_new_tokens=40, sampling=sampling, seed=0, stop_id=None)
     assert model.config.padded_vocab > model.config.vocab_size
     assert max(max(row) for row in new) < model.config.vocab_size
+
+
+def test_serving_weights_are_read_in_the_compute_type_and_compute_the_same(model, params):
+    half = dataclasses.replace(model, dtypes=dataclasses.replace(model.dtypes, compute="bfloat16"))
+    serving = serving_params(half, params)
+    types = {path: leaf.dtype.name for path, leaf in tree.leaves(serving)}
+    assert {types[path] for path in ("embed/tokens", "layers/attention/o", "layers/mlp/down")} == {"bfloat16"}
+    assert {types[path] for path in types if "norm" in path} == {"float32"}
+    batch = {"inputs": jnp.asarray([PROMPTS[2]])}
+    run = jax.jit(lambda params: logits(half.apply(params, batch).hidden_BTD, half.head(params)))
+    np.testing.assert_array_equal(run(serving), run(params))
