@@ -57,7 +57,7 @@ def open_reading(
     folder: huggingface.Folder, tensors: Source, *, dtype: str | None
 ) -> tuple[ModelConfig, ModelMap, Reading]:
     """The config of the model in a Hugging Face folder, and its leaves ready to be read. Reads no tensor but copies."""
-    fields = folder.section()
+    fields = folder.section(tensors.described().keys())
     config = native.model_config(folder.name, fields, dtype="float32", where=folder.where)
     mapping = native.model_map(folder.family, config)
     reading = Reading(mapping, tensors)

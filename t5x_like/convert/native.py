@@ -6,6 +6,7 @@ The one place where a section of a config is made whole from the fields that a f
 import dataclasses
 import os
 import shutil
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,12 +102,14 @@ def _write_tokenizer(folder: str, files: Sequence[str], config: ModelConfig) -> 
     return {"tokenizer": vocabulary.fingerprint}
 
 
-def _empty(cls: Any) -> dict[str, Any]:
-    """A section with every field of a config class, all None."""
-    return {
-        field.name: _empty(field.type) if dataclasses.is_dataclass(field.type) else None
-        for field in dataclasses.fields(cls)
-    }
+def _empty(hint: Any) -> Any:
+    """A section with every field of a config class, all None; the class may be one of several types (a stack or None)."""
+    parts = (hint, *typing.get_args(hint))
+    cls = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+    if cls is None:
+        return None
+    hints = typing.get_type_hints(cls)
+    return {field.name: _empty(hints[field.name]) for field in dataclasses.fields(cls)}
 
 
 def _over(section: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
