@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_like import experiment as experiments
-from t5x_like.convert import huggingface as hf
 from t5x_like.convert.convert import load_params
+from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Tree
@@ -165,10 +165,10 @@ def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: boo
     Of a workdir from its newest checkpoint or that of `step`; `ema` takes the averaged parameters. Raises UserError
     where something is missing or damaged.
     """
-    if hf.is_folder(os.fspath(directory)):
+    if is_foreign(os.fspath(directory)):
         if step is not None or ema:
-            raise UsageError(f"{directory} is a Hugging Face folder, which holds no steps and no averaged parameters")
-        return _load_hugging_face(os.fspath(directory))
+            raise UsageError(f"{directory} is no workdir: it holds no steps and no averaged parameters")
+        return _load_foreign(os.fspath(directory))
     place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.
@@ -189,13 +189,12 @@ def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: boo
     return LanguageModel(model, restore(place.checkpoint, {item: template})[item], vocabulary)
 
 
-def _load_hugging_face(directory: str) -> LanguageModel:
-    folder = hf.Folder(directory)
-    if not folder.tokenizer_files():
-        raise UserError(f"{directory} holds no tokenizer; copy its tokenizer.json there")
-    vocabulary = vocabularies.load(folder.path)
+def _load_foreign(directory: str) -> LanguageModel:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with folder.tensors() as tensors:
-        config, params = load_params(folder, tensors, place=lambda path: device)
+    with open_foreign(directory) as foreign:
+        if not foreign.tokenizer:
+            raise UserError(f"{directory} holds no tokenizer; copy its tokenizer.json there")
+        vocabulary = vocabularies.load(os.path.dirname(foreign.tokenizer[0]))
+        config, params = load_params(foreign, place=lambda path: device)
     model = experiments.build_model(config, rules="", platform=jax.local_devices()[0].platform)
     return LanguageModel(model, params, vocabulary)

@@ -7,11 +7,10 @@ import dataclasses
 import os
 import shutil
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from t5x_like.convert.families import Family
-from t5x_like.convert.mapping import ModelMap, Reading
+from t5x_like.convert.mapping import ModelMap, Reading, Table
 from t5x_like.convert.transfer import to_native
 from t5x_like.core import tree
 from t5x_like.core.dtypes import DtypePolicy
@@ -49,8 +48,8 @@ def model_specs(config: ModelConfig) -> dict[str, Any]:
     return tree.flatten(Model(config, rules(), DtypePolicy(config.dtype.params, config.dtype.params)).specs())
 
 
-def model_map(family: Family, config: ModelConfig) -> ModelMap:
-    return ModelMap(family.table(config), model_specs(config), vocab_size=config.vocab_size)
+def model_map(table: Callable[[ModelConfig], Table], config: ModelConfig) -> ModelMap:
+    return ModelMap(table(config), model_specs(config), vocab_size=config.vocab_size)
 
 
 def write(

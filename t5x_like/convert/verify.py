@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_like.convert import convert, huggingface
+from t5x_like.convert import convert
+from t5x_like.convert.foreign import open_foreign
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
@@ -45,7 +46,9 @@ def their_logits(folder: str, ids: np.ndarray, lengths: np.ndarray, sources: np.
             result = model(input_ids=torch.from_numpy(ids), attention_mask=mask)
         else:
             result = model(
-                input_ids=torch.from_numpy(sources), decoder_input_ids=torch.from_numpy(ids), decoder_attention_mask=mask
+                input_ids=torch.from_numpy(sources),
+                decoder_input_ids=torch.from_numpy(ids),
+                decoder_attention_mask=mask,
             )
     return result.logits.float().numpy()
 
@@ -75,10 +78,9 @@ def verify(folder: str) -> float:
 
     Rows of 160 tokens or the longest that the model takes; the second one is padded on the right.
     """
-    opened = huggingface.Folder(folder)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with opened.tensors() as tensors:
-        config, params = convert.load_params(opened, tensors, place=lambda path: device, dtype="float32")
+    with open_foreign(folder) as foreign:
+        config, params = convert.load_params(foreign, place=lambda path: device, dtype="float32")
     model = Model(config, rules(), DtypePolicy("float32", "float32"))
     ids, lengths = tokens(config.vocab_size, config.max_length)
     sources = None if config.encoder is None else ids[:, ::-1].copy()

@@ -93,10 +93,10 @@ def settings(config: ModelConfig) -> dict[str, Any]:
                 f"config.model: encoder.{field}={getattr(encoder, field)} and decoder.{field}={getattr(decoder, field)} "
                 f"have no place in a Hugging Face t5; expected equal ones, and as many kv_heads as heads"
             )
-    if head.scale != (_SCALED if head.tied else _PLAIN):
+    if head.scale not in (_SCALED, _PLAIN) or (head.scale == _SCALED and not head.tied):
         raise UserError(
-            f"config.model.head: tied={head.tied} with scale={head.scale} has no place in a Hugging Face t5; expected "
-            f"scale={_SCALED if head.tied else _PLAIN}"
+            f"config.model.head: tied={head.tied} with scale={head.scale} has no place in a Hugging Face t5; expected a "
+            f"tied head with scale {_SCALED}, or scale {_PLAIN}"
         )
     name = activation_name(decoder.activation)
     return {
@@ -116,5 +116,5 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "initializer_factor": config.init.std,
         "feed_forward_proj": ("gated-gelu" if name == "gelu_new" else f"gated-{name}") if decoder.gated else name,
         "tie_word_embeddings": head.tied,
-        "scale_decoder_outputs": head.tied,
+        "scale_decoder_outputs": head.scale == _SCALED,
     }
