@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5x_like import experiment as experiments
-from t5x_like.convert import huggingface as hf
-from t5x_like.convert.convert import folder_config, load_params
+from t5x_like.convert.convert import load_params
+from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import dtypes, tree
 from t5x_like.core.environment import READING
 from t5x_like.core.errors import UsageError, UserError
@@ -201,10 +201,10 @@ def load(
         raise UsageError(f"dtype={dtype!r} should be 'compute', 'stored' or one of {', '.join(dtypes.NAMES)}")
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     platform = devices[0].platform
-    if hf.is_folder(os.fspath(directory)):
+    if is_foreign(os.fspath(directory)):
         if step is not None or ema:
-            raise UsageError(f"{directory} is a Hugging Face folder, which holds no steps and no averaged parameters")
-        return _load_hugging_face(os.fspath(directory), mesh=mesh, rules=rules, dtype=dtype, platform=platform)
+            raise UsageError(f"{directory} is no workdir: it holds no steps and no averaged parameters")
+        return _load_foreign(os.fspath(directory), mesh=mesh, rules=rules, dtype=dtype, platform=platform)
     place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.
@@ -236,19 +236,16 @@ def _templates(model: Model, mesh: Mesh | None, dtype: str) -> dict[str, Any]:
     return tree.map_with_path(template, specs)
 
 
-def _load_hugging_face(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, platform: str) -> LanguageModel:
-    folder = hf.Folder(directory)
-    if not folder.tokenizer_files():
-        raise UserError(f"{directory} holds no tokenizer; copy its tokenizer.json there")
-    vocabulary = vocabularies.load(folder.path)
-    model = experiments.build_model(folder_config(folder), rules=rules, platform=platform)
-    wanted = tree.flatten(_templates(model, mesh, dtype))
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with folder.tensors() as tensors:
-        params = load_params(
-            folder,
-            tensors,
-            place=lambda path: wanted[path].sharding or first,
-            dtype=None if dtype == "stored" else lambda path: wanted[path].dtype.name,
-        )
-    return LanguageModel(model, params, vocabulary)
+def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, platform: str) -> LanguageModel:
+    with open_foreign(directory) as foreign:
+        if not foreign.tokenizer:
+            raise UserError(f"{directory} holds no tokenizer; copy its tokenizer.json there")
+        vocabulary = vocabularies.load(os.path.dirname(foreign.tokenizer[0]))
+        models: list[Model] = []
+
+        def templates(config: model_config.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+            models.append(experiments.build_model(config, rules=rules, platform=platform))
+            return tree.flatten(_templates(models[0], mesh, dtype))
+
+        params = load_params(foreign, templates)
+    return LanguageModel(models[0], params, vocabulary)

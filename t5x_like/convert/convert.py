@@ -5,9 +5,10 @@ The result is staged beside its place and renamed when it is whole.
 
 import contextlib
 import functools
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 
 from t5x_like.convert import huggingface, native, tokenizers
 from t5x_like.convert.families import FAMILIES
-from t5x_like.convert.mapping import FLOATS, ModelMap, Reading, Source
+from t5x_like.convert.foreign import Foreign, open_foreign
+from t5x_like.convert.mapping import FLOATS, ModelMap, Reading
 from t5x_like.convert.transfer import from_native, in_threads
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
@@ -24,65 +26,52 @@ from t5x_like.models.config import ModelConfig
 from t5x_like.storage import model_directory, paths, streams
 
 
-def is_foreign(source: str) -> bool:
-    """Whether a path is a model of another program, not a model directory of ours."""
-    return huggingface.is_folder(source)
-
-
 def to_native(source: str, target: str, *, dtype: str | None = None) -> ModelConfig:
-    """Converts a Hugging Face folder into a model directory. dtype None: as stored. Returns the model's config."""
+    """Converts a model of another program into a model directory. dtype None: as stored. Returns the model's config."""
     _check_dtype(dtype)
-    folder = huggingface.Folder(source)
-    with folder.tensors() as tensors, staged(target) as staging:
-        config, mapping, reading = open_reading(folder, tensors, dtype=dtype)
+    with open_foreign(source) as foreign, staged(target) as staging:
+        config, mapping, reading = open_reading(foreign, dtype=dtype)
         itemsize = np.dtype(config.dtype.params).itemsize
-        streams.require_space(staging, itemsize * sum(int(np.prod(leaf.shape)) for leaf in mapping.leaves.values()))
+        streams.require_space(staging, itemsize * sum(math.prod(leaf.shape) for leaf in mapping.leaves.values()))
         native.write(
             staging,
             config,
             reading,
             mapping,
             dtype=dtype,
-            tokenizer=folder.tokenizer_files(),
-            provenance={"source": folder.path, "form": f"huggingface {folder.name}"},
-            extra={
-                "generation_config": folder.generation(),
-                "token_ids": {name: folder.settings[name] for name in huggingface.TOKEN_IDS if name in folder.settings},
-            },
+            tokenizer=foreign.tokenizer,
+            provenance={"source": foreign.path, "form": foreign.form},
+            extra=foreign.extra,
         )
     return config
 
 
-def open_reading(
-    folder: huggingface.Folder, tensors: Source, *, dtype: str | None
-) -> tuple[ModelConfig, ModelMap, Reading]:
-    """The config of the model in a Hugging Face folder, and its leaves ready to be read. Reads no tensor but copies."""
-    fields = folder.section()
-    config = native.model_config(folder.name, fields, dtype="float32", where=folder.where)
-    mapping = native.model_map(folder.family, config)
-    reading = Reading(mapping, tensors)
+def open_reading(foreign: Foreign, *, dtype: str | None) -> tuple[ModelConfig, ModelMap, Reading]:
+    """The config of a foreign model, and its leaves ready to be read. Reads no tensor but those that may be copies."""
+    config = native.model_config(foreign.family, foreign.fields, dtype="float32", where=foreign.path)
+    mapping = native.model_map(foreign.table, config)
+    reading = Reading(mapping, foreign.tensors)
     stored = dtype or reading.dtypes["embed/tokens"].name
-    return native.model_config(folder.name, fields, dtype=stored, where=folder.where), mapping, reading
+    return native.model_config(foreign.family, foreign.fields, dtype=stored, where=foreign.path), mapping, reading
 
 
 def load_params(
-    folder: huggingface.Folder,
-    tensors: Source,
-    *,
-    place: Callable[[str], jax.sharding.Sharding],
-    dtype: str | None = None,
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, parameters) of the model in a Hugging Face folder, each leaf placed by `place(path)`.
+    foreign: Foreign, templates: Callable[[ModelConfig], Mapping[str, jax.ShapeDtypeStruct]]
+) -> dict[str, Any]:
+    """The parameters of a model of another program. templates(config): the type and place of each leaf, by path.
 
-    A device's share of a leaf is read when it is placed; the host holds one share at a time.
+    A device's share of a leaf is read when it is placed; the host holds one share at a time. A leaf without a sharding
+    goes to the first device.
     """
-    _check_dtype(dtype)
-    config, mapping, reading = open_reading(folder, tensors, dtype=dtype)
+    config, mapping, reading = open_reading(foreign, dtype=None)
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
-    for path, leaf in mapping.leaves.items():
-        read = functools.partial(_read_share, mapping, reading, path, dtype or reading.dtypes[path].name)
-        arrays[path] = jax.block_until_ready(jax.make_array_from_callback(leaf.shape, place(path), read))
-    return config, tree.unflatten(arrays)
+    for path, wanted in templates(config).items():
+        read = functools.partial(_read_share, mapping, reading, path, np.dtype(wanted.dtype).name)
+        arrays[path] = jax.block_until_ready(
+            jax.make_array_from_callback(wanted.shape, wanted.sharding or first, read)
+        )
+    return tree.unflatten(arrays)
 
 
 def _read_share(mapping: ModelMap, reading: Reading, path: str, dtype: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -118,7 +107,7 @@ def to_huggingface(
     if config.family not in FAMILIES:
         raise UserError(f"{source} is a model of the family {config.family}, which Hugging Face does not have")
     family = FAMILIES[config.family]
-    mapping = native.model_map(family, config)
+    mapping = native.model_map(family.table, config)
     leaves = streams.read_item(place.checkpoint, item)
     _check_leaves(leaves, mapping, where=place.checkpoint)
     dtypes = {path: np.dtype(dtype) if dtype else leaf.dtype for path, leaf in leaves.items()}
@@ -128,7 +117,7 @@ def to_huggingface(
     )
     described = {name: (shape, dtypes[path]) for name, (shape, path) in mapping.described().items()}
     with staged(target) as staging:
-        streams.require_space(staging, sum(int(np.prod(s, dtype=object)) * d.itemsize for s, d in described.values()))
+        streams.require_space(staging, sum(math.prod(s) * d.itemsize for s, d in described.values()))
         tokenizers.write(place.tokenizer, staging, name=config.family)
         paths.write_json_atomic(os.path.join(staging, huggingface.CONFIG), settings)
         generation = note.get("generation_config") or {n: i for n, i in token_ids.items() if i is not None}

@@ -7,7 +7,7 @@ is opened.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,9 +52,9 @@ class Folder:
         if self.settings.get("quantization_config") is not None:
             raise UserError(f"{self.where}: quantization_config is set; convert the model that was not quantized")
 
-    def section(self) -> dict[str, Any]:
-        """The fields of our model's section that config.json gives."""
-        return self.family.section(Settings(self.settings, self.where))
+    def section(self, tensors: Collection[str]) -> dict[str, Any]:
+        """The fields of our model's section that config.json gives; `tensors`: the names beside it."""
+        return self.family.section(Settings(self.settings, self.where, tensors))
 
     def generation(self) -> dict[str, Any]:
         place = os.path.join(self.path, GENERATION)

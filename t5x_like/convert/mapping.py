@@ -19,7 +19,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.storage.streams import Region
 
 FLOATS = ("float32", "bfloat16", "float16")
-BLOCK_BYTES = 32 << 20  # of one piece; a conversion holds about four for each of its threads
+BLOCK_BYTES = 16 << 20  # of one piece; a conversion holds about four for each of its threads
 _LAYER = "{layer}"
 _STRIP = 16  # elements of a row that are copied at a time where dims change places
 

@@ -6,11 +6,11 @@ The one place where a section of a config is made whole from the fields that a f
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from t5x_like.convert.families import Family
-from t5x_like.convert.mapping import ModelMap, Reading
+from t5x_like.convert.mapping import ModelMap, Reading, Table
 from t5x_like.convert.transfer import to_native
 from t5x_like.core import tree
 from t5x_like.core.dtypes import DtypePolicy
@@ -48,8 +48,8 @@ def model_specs(config: ModelConfig) -> dict[str, Any]:
     return tree.flatten(Model(config, rules(), DtypePolicy(config.dtype.params, config.dtype.params)).specs())
 
 
-def model_map(family: Family, config: ModelConfig) -> ModelMap:
-    return ModelMap(family.table(config), model_specs(config), vocab_size=config.vocab_size)
+def model_map(table: Callable[[ModelConfig], Table], config: ModelConfig) -> ModelMap:
+    return ModelMap(table(config), model_specs(config), vocab_size=config.vocab_size)
 
 
 def write(
@@ -101,12 +101,14 @@ def _write_tokenizer(folder: str, files: Sequence[str], config: ModelConfig) -> 
     return {"tokenizer": vocabulary.fingerprint}
 
 
-def _empty(cls: Any) -> dict[str, Any]:
-    """A section with every field of a config class, all None."""
-    return {
-        field.name: _empty(field.type) if dataclasses.is_dataclass(field.type) else None
-        for field in dataclasses.fields(cls)
-    }
+def _empty(hint: Any) -> Any:
+    """A section with every field of a config class, all None; the class may be one of several types (a stack or None)."""
+    parts = (hint, *typing.get_args(hint))
+    cls = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+    if cls is None:
+        return None
+    hints = typing.get_type_hints(cls)
+    return {field.name: _empty(hints[field.name]) for field in dataclasses.fields(cls)}
 
 
 def _over(section: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Fields of a Hugging Face `config.json`, read strictly and written so that transformers 4 and 5 read them alike."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.errors import UserError
+from t5x_like.models.config import ModelConfig
+from t5x_like.models.families import FAMILIES
 
 # Their names of activations and ours.
 _ACTIVATIONS = {
@@ -24,10 +27,10 @@ _LLAMA3 = {
 
 
 class Settings:
-    """The fields of a config.json; `where` is its path in messages."""
+    """The fields of a config.json; `where` is its path in messages, `tensors` the names beside it."""
 
-    def __init__(self, fields: Mapping[str, Any], where: str):
-        self._fields, self.where = fields, where
+    def __init__(self, fields: Mapping[str, Any], where: str, tensors: Collection[str]):
+        self._fields, self.where, self.tensors = fields, where, tensors
 
     def get(self, name: str, default: Any) -> Any:
         """A field, or what transformers assumes where the file does not give it or gives null."""
@@ -48,7 +51,10 @@ class Settings:
         return value
 
     def activation(self, name: str, default: str) -> str:
-        value = self.get(name, default)
+        return self.activation_of(name, self.get(name, default))
+
+    def activation_of(self, name: str, value: str) -> str:
+        """Our name of an activation that the field `name` gives."""
         if value not in _ACTIVATIONS:
             raise UserError(f"{self.where}: {name}={value!r} is unknown; known: {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[value]
@@ -84,8 +90,11 @@ class Settings:
         return {"theta": (float(theta),), "scaling": {"name": "llama3", **scaling}}
 
 
-def rope_settings(theta: float, scaling: Any) -> dict[str, Any]:
+def rope_settings(thetas: Sequence[float], scaling: Any) -> dict[str, Any]:
     """The fields that say it to both: transformers 4 takes its defaults where it finds `rope_parameters` alone."""
+    if len(set(thetas)) != 1:
+        raise UserError(f"rope.theta={thetas} has no place in a Hugging Face model of this family; expected one number")
+    theta = thetas[0]
     kind: dict[str, Any] = {"rope_type": "default"}
     if scaling.name == "llama3":
         kind = {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for ours, theirs in _LLAMA3.items()}
@@ -98,11 +107,24 @@ def activation_name(ours: str) -> str:
     return next(theirs for theirs, name in _ACTIVATIONS.items() if name == ours)
 
 
-def only(family: str, **fields: tuple[Any, Any]) -> None:
-    """Raises UserError for the first field (found, expected) of our config that the family's files cannot say."""
-    for name, (found, expected) in fields.items():
-        if found != expected:
+def require_usual(config: ModelConfig, *, free: Collection[str]) -> None:
+    """Raises UserError for the first field that is not as in our family of that name and that its files cannot say.
+
+    free: paths of fields, or of sections, that they can say.
+    """
+    usual = _flat(FAMILIES[config.family][0], "")
+    found = _flat(dataclasses.asdict(config), "")
+    for path, value in usual.items():
+        said = any(f"{path}.".startswith(f"{name}.") for name in free)
+        if path in found and found[path] != value and not said:
             raise UserError(
-                f"config.model: {name}={found!r} has no place in a Hugging Face model of the family {family}; expected "
-                f"{expected!r}"
+                f"config.model.{path}={found[path]!r} has no place in a Hugging Face model of the family "
+                f"{config.family}; expected {value!r}"
             )
+
+
+def _flat(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        found.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    return found

@@ -39,14 +39,26 @@ def write(folder: str, target: str, *, name: str) -> None:
         if name == "t5" and "tokenizer.model" in found and "spiece.model" not in found:
             os.rename(os.path.join(target, "tokenizer.model"), os.path.join(target, "spiece.model"))
         if _SETTINGS not in found:
-            paths.write_json_atomic(os.path.join(target, _SETTINGS), _settings(vocabularies.load(local), name))
+            paths.write_json_atomic(os.path.join(target, _SETTINGS), _settings(local, vocabularies.load(local), name))
 
 
-def _settings(vocabulary: Vocabulary, name: str) -> dict[str, Any]:
+def _settings(folder: str, vocabulary: Vocabulary, name: str) -> dict[str, Any]:
     if vocabulary.kind == "bytes":
         return {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "unk_token": "<unk>"}
     classes = {"t5": "T5Tokenizer"} if vocabulary.kind == "sentencepiece" else {}
     usual = "LlamaTokenizer" if vocabulary.kind == "sentencepiece" else "PreTrainedTokenizerFast"
     special = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
-    named = {field: vocabulary.piece(token) for field, token in special.items() if token is not None}
+    named = {field: _piece(folder, vocabulary, token) for field, token in special.items() if token is not None}
     return {"tokenizer_class": classes.get(name, usual), **named}
+
+
+def _piece(folder: str, vocabulary: Vocabulary, token: int) -> str:
+    """What a token is called in its file."""
+    if vocabulary.kind == "sentencepiece":
+        import sentencepiece
+
+        model = paths.read_bytes(os.path.join(folder, "tokenizer.model"))
+        return sentencepiece.SentencePieceProcessor(model_proto=model).id_to_piece(token)
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(os.path.join(folder, "tokenizer.json")).id_to_token(token)

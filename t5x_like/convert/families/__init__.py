@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from t5x_like.convert.families import gpt2, llama
+from t5x_like.convert.families import gpt2, llama, t5
 from t5x_like.convert.mapping import Table
 from t5x_like.convert.settings import Settings
 from t5x_like.models.config import ModelConfig
@@ -32,4 +32,5 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("GPT2LMHeadModel", gpt2.section, gpt2.settings, gpt2.table),
     "llama": Family("LlamaForCausalLM", llama.section, llama.settings, llama.table),
+    "t5": Family("T5ForConditionalGeneration", t5.section, t5.settings, t5.table),
 }

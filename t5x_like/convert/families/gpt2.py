@@ -6,7 +6,8 @@ Its matrices are Conv1D weights, stored [in, out]; queries, keys and values are 
 from typing import Any
 
 from t5x_like.convert.mapping import Row, Table
-from t5x_like.convert.settings import Settings, activation_name, only
+from t5x_like.convert.settings import Settings, activation_name, require_usual
+from t5x_like.core.errors import UserError
 from t5x_like.models.config import ModelConfig
 
 _LAYER = "transformer.h.{layer}."
@@ -34,9 +35,9 @@ def table(config: ModelConfig) -> Table:
         Row("transformer.ln_f.weight", "final_norm/scale"),
         Row("transformer.ln_f.bias", "final_norm/bias"),
     ]
-    if not config.tie_embeddings:
+    if not config.head.tied:
         rows += [Row("lm_head.weight", "head/weight")]
-    copies = {"lm_head.weight": "transformer.wte.weight"} if config.tie_embeddings else {}
+    copies = {"lm_head.weight": "transformer.wte.weight"} if config.head.tied else {}
     # Buffers of old files: the triangle of the causal mask, and the number that stands for minus infinity.
     ignored = (r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",)
     return Table(rows, ignored, copies, prefix="transformer.")
@@ -48,48 +49,43 @@ def section(s: Settings) -> dict[str, Any]:
     return {
         "vocab_size": s.number("vocab_size", 50_257),
         "max_length": s.number("n_positions", 1024),
-        "layers": s.number("n_layer", 12),
-        "embed": width,
-        "heads": heads,
-        "kv_heads": heads,
-        "head": width // heads,
-        "mlp": s.number("n_inner", 4 * width),
-        "norm_epsilon": s.get("layer_norm_epsilon", 1e-5),
-        "activation": s.activation("activation_function", "gelu_new"),
-        "tie_embeddings": s.get("tie_word_embeddings", True),
-        "init_deviation": s.get("initializer_range", 0.02),
+        "width": width,
+        "decoder": {
+            "layers": s.number("n_layer", 12),
+            "heads": heads,
+            "kv_heads": heads,
+            "head_size": width // heads,
+            "mlp": s.number("n_inner", 4 * width),
+            "norm_epsilon": s.get("layer_norm_epsilon", 1e-5),
+            "activation": s.activation("activation_function", "gelu_new"),
+        },
+        "head": {"tied": s.get("tie_word_embeddings", True)},
+        "init": {"std": s.get("initializer_range", 0.02)},
     }
 
 
 def settings(config: ModelConfig) -> dict[str, Any]:
-    c = config
-    only(
-        "gpt2",
-        norm=(c.norm, "layer"),
-        position=(c.position, "learned"),
-        gated=(c.gated, False),
-        biases=((c.qkv_bias, c.out_bias, c.mlp_bias), (True, True, True)),
-        windows=(set(c.windows), {0}),
-        qk_norm=(c.qk_norm, False),
-        kv_heads=(c.kv_heads, c.heads),
-        head=(c.head * c.heads, c.embed),
-        attention_softcap=(c.attention_softcap, 0),
-        final_softcap=(c.final_softcap, 0),
-    )
+    d = config.decoder
+    require_usual(config, free=("head.tied", "init", "decoder.norm_epsilon", "decoder.activation", "decoder.rope"))
+    if d.kv_heads != d.heads or d.heads * d.head_size != config.width:
+        raise UserError(
+            f"config.model.decoder: {d.heads} heads of {d.head_size} and {d.kv_heads} kv_heads have no place in a "
+            f"Hugging Face gpt2 of width {config.width}; expected as many kv_heads, and heads * head_size = width"
+        )
     return {
-        "vocab_size": c.vocab_size,
-        "n_positions": c.max_length,
-        "n_ctx": c.max_length,  # what llama.cpp reads
-        "n_layer": c.layers,
-        "n_embd": c.embed,
-        "n_head": c.heads,
-        "n_inner": c.mlp,
-        "layer_norm_epsilon": c.norm_epsilon,
-        "activation_function": activation_name(c.activation),
-        "tie_word_embeddings": c.tie_embeddings,
-        "initializer_range": c.init_deviation,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_length,
+        "n_ctx": config.max_length,  # what llama.cpp reads
+        "n_layer": d.layers,
+        "n_embd": config.width,
+        "n_head": d.heads,
+        "n_inner": d.mlp,
+        "layer_norm_epsilon": d.norm_epsilon,
+        "activation_function": activation_name(d.activation),
+        "tie_word_embeddings": config.head.tied,
+        "initializer_range": config.init.std,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
         "attn_pdrop": 0.0,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,

@@ -5,7 +5,7 @@ Matrices are stored [out, in] there. Queries and keys are turned in halves, as o
 
 from typing import Any
 
-from t5x_like.convert.settings import Settings, activation_name, only, rope_settings
+from t5x_like.convert.settings import Settings, activation_name, require_usual, rope_settings
 from t5x_like.convert.mapping import Row, Table
 from t5x_like.models.config import ModelConfig
 
@@ -26,18 +26,18 @@ def table(config: ModelConfig) -> Table:
         Row(_LAYER + "mlp.down_proj.weight", "layers/mlp/down", "D F -> F D"),
         Row("model.norm.weight", "final_norm/scale"),
     ]
-    if config.qkv_bias:
+    if config.decoder.qkv_bias:
         rows += [
             Row(_LAYER + f"self_attn.{name}_proj.bias", f"layers/attention/{name}_bias", "(N H) -> N H")
             for name in "qkv"
         ]
-    if config.out_bias:
+    if config.decoder.out_bias:
         rows += [Row(_LAYER + "self_attn.o_proj.bias", "layers/attention/o_bias")]
-    if config.mlp_bias:
+    if config.decoder.mlp_bias:
         rows += [Row(_LAYER + f"mlp.{name}_proj.bias", f"layers/mlp/{name}_bias") for name in ("gate", "up", "down")]
-    if not config.tie_embeddings:
+    if not config.head.tied:
         rows += [Row("lm_head.weight", "head/weight")]
-    copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
+    copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.head.tied else {}
     return Table(rows, (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",), copies, prefix="model.")
 
 
@@ -47,53 +47,51 @@ def section(s: Settings) -> dict[str, Any]:
     return {
         "vocab_size": s.number("vocab_size"),
         "max_length": s.number("max_position_embeddings"),
-        "layers": s.number("num_hidden_layers"),
-        "embed": width,
-        "heads": heads,
-        "kv_heads": s.number("num_key_value_heads", heads),
-        "head": s.number("head_dim", width // heads),
-        "mlp": s.number("intermediate_size"),
-        "norm_epsilon": s.get("rms_norm_eps", 1e-6),
-        "activation": s.activation("hidden_act", "silu"),
-        "qkv_bias": bias,
-        "out_bias": bias,
-        "mlp_bias": s.get("mlp_bias", False),
-        "tie_embeddings": s.get("tie_word_embeddings", False),
-        "init_deviation": s.get("initializer_range", 0.02),
-        "rope": s.rope(),
+        "width": width,
+        "decoder": {
+            "layers": s.number("num_hidden_layers"),
+            "heads": heads,
+            "kv_heads": s.number("num_key_value_heads", heads),
+            "head_size": s.number("head_dim", width // heads),
+            "mlp": s.number("intermediate_size"),
+            "norm_epsilon": s.get("rms_norm_eps", 1e-6),
+            "activation": s.activation("hidden_act", "silu"),
+            "qkv_bias": bias,
+            "out_bias": bias,
+            "mlp_bias": s.get("mlp_bias", False),
+            "rope": s.rope(),
+        },
+        "head": {"tied": s.get("tie_word_embeddings", False)},
+        "init": {"std": s.get("initializer_range", 0.02)},
     }
 
 
 def settings(config: ModelConfig) -> dict[str, Any]:
-    c = config
-    only(
-        "llama",
-        norm=(c.norm, "rms"),
-        position=(c.position, "rope"),
-        gated=(c.gated, True),
-        windows=(set(c.windows), {0}),
-        rope_theta=(len(c.rope.theta), 1),
-        qk_norm=(c.qk_norm, False),
-        attention_softcap=(c.attention_softcap, 0),
-        final_softcap=(c.final_softcap, 0),
-        out_bias=(c.out_bias, c.qkv_bias),
+    d = config.decoder
+    free = (
+        "norm_epsilon",
+        "activation",
+        "rope",
+        "mlp_bias",
+        *(("qkv_bias", "out_bias") if d.qkv_bias == d.out_bias else ()),
     )
+    require_usual(config, free=("head.tied", "init", *(f"decoder.{name}" for name in free)))
     return {
-        "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.max_length,
-        "num_hidden_layers": c.layers,
-        "hidden_size": c.embed,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head,
-        "intermediate_size": c.mlp,
-        "rms_norm_eps": c.norm_epsilon,
-        "hidden_act": activation_name(c.activation),
-        "attention_bias": c.qkv_bias,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_length,
+        "num_hidden_layers": d.layers,
+        "hidden_size": config.width,
+        "num_attention_heads": d.heads,
+        "num_key_value_heads": d.kv_heads,
+        "head_dim": d.head_size,
+        "intermediate_size": d.mlp,
+        "rms_norm_eps": d.norm_epsilon,
+        "hidden_act": activation_name(d.activation),
+        "attention_bias": d.qkv_bias,
         "attention_dropout": 0.0,
-        "mlp_bias": c.mlp_bias,
-        "tie_word_embeddings": c.tie_embeddings,
-        "initializer_range": c.init_deviation,
+        "mlp_bias": d.mlp_bias,
+        "tie_word_embeddings": config.head.tied,
+        "initializer_range": config.init.std,
         "pretraining_tp": 1,
-        **rope_settings(c.rope.theta[0], c.rope.scaling),
+        **rope_settings(d.rope.theta, d.rope.scaling),
     }
