@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_like import experiment as experiments
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Tree
@@ -24,6 +23,7 @@ from t5x_like.inference.sampling import Sampling
 from t5x_like.layers.token_log_probs import Head, logits, token_log_probs, token_predictions
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
+from t5x_like.runs import roles
 from t5x_like.storage import model_directory, paths
 from t5x_like.storage.reading import restore
 
@@ -61,6 +61,8 @@ class LanguageModel:
         if not prompts:
             return []
         tokens = [self._encode(prompt) for prompt in prompts]
+        if not all(tokens):
+            raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
         self._check_length(max(map(len, tokens)) + max_new_tokens)
         new = decode.generate(
             self.model,
@@ -167,11 +169,11 @@ def load(directory: str | os.PathLike[str], *, step: int | None = None, ema: boo
     config = model_config.resolve(metadata["config"]["model"])
     with paths.local_copy(place.tokenizer) as folder:
         vocabulary = vocabularies.load(folder)
-    if vocabulary.fingerprint != metadata["provenance"]["tokenizer"]:
+    if vocabulary.fingerprint != metadata.get("provenance", {}).get("tokenizer", vocabulary.fingerprint):
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
-    model = experiments.build_model(config, rules="", platform=jax.local_devices()[0].platform)
+    model = roles.build_model(config, rules="", platform=jax.local_devices()[0].platform)
     item = "ema" if ema else "params"
     template = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), model.specs())
     return LanguageModel(model, restore(place.checkpoint, {item: template})[item], vocabulary)

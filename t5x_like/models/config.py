@@ -62,8 +62,8 @@ class ModelConfig(BlockConfig):
     remat: str
     dtype: DtypeConfig
 
-    def __post_init__(self):
-        _check(self)
+    def check(self, path: str) -> None:
+        _check(self, path)
 
     @property
     def padded_vocab(self) -> int:
@@ -80,7 +80,12 @@ class ModelConfig(BlockConfig):
 
 
 def resolve(section: bridge.Values, *, path: str = "config.model") -> ModelConfig:
-    """The model of a config section, in which None means: what family and size say.
+    """The model of a config section, in which None means: what family and size say."""
+    return bridge.build(ModelConfig, filled(section, path=path), path=path)
+
+
+def filled(section: bridge.Values, *, path: str = "config.model") -> dict[str, Any]:
+    """The section with what family and size say in place of None.
 
     Raises UsageError for an unknown family, size, field or name, for a field that neither gives, and for numbers that
     do not fit together.
@@ -95,7 +100,7 @@ def resolve(section: bridge.Values, *, path: str = "config.model") -> ModelConfi
     if size not in sizes and size != CUSTOM:
         raise UsageError(f"{path}.size={size!r} is unknown for {name}; {nearest(size, [*sizes, CUSTOM])}")
     supplied = _merge(family, sizes[size] if size != CUSTOM else {})
-    return bridge.build(ModelConfig, _fill(section, supplied, path, f"size {size!r} of {name}"), path=path)
+    return _fill(section, supplied, path, f"size {size!r} of {name}")
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,9 +126,8 @@ def _fill(section: bridge.Values, supplied: Mapping[str, Any], path: str, source
     return filled
 
 
-def _check(c: ModelConfig) -> None:
+def _check(c: ModelConfig, where: str) -> None:
     """Raises UsageError for names that are in no table and numbers that do not fit together."""
-    where = "config.model"
     names = {
         "norm": (c.norm, NORMS),
         "activation": (c.activation, ACTIVATIONS),
@@ -149,6 +153,8 @@ def _check(c: ModelConfig) -> None:
         )
     if not c.windows or min(c.windows) < 0:
         raise UsageError(f"{where}.windows={c.windows} should be numbers of tokens, 0 for a layer that sees all")
+    if len(c.windows) > c.layers:
+        raise UsageError(f"{where}.windows={c.windows} has {len(c.windows)} entries for {c.layers} layers; shorten it")
     if len(c.rope.theta) not in (1, len(c.windows)):
         raise UsageError(
             f"{where}.rope.theta={c.rope.theta} should have one value, or one for each of the {len(c.windows)} entries "
@@ -158,3 +164,14 @@ def _check(c: ModelConfig) -> None:
         raise UsageError(f"{where}.head={c.head} is odd, but rotary positions turn pairs; use an even size")
     if not 0.0 <= c.dropout < 1.0:
         raise UsageError(f"{where}.dropout={c.dropout} should be at least 0 and below 1")
+    _check_scaling(c.rope.scaling, f"{where}.rope.scaling")
+
+
+def _check_scaling(c: RopeScaling, where: str) -> None:
+    for field in ("factor", "low_frequency", "high_frequency", "original_length"):
+        if not getattr(c, field) > 0:
+            raise UsageError(f"{where}.{field}={getattr(c, field)} should be above 0")
+    if c.name == "llama3" and not c.high_frequency > c.low_frequency:
+        raise UsageError(
+            f"{where}.high_frequency={c.high_frequency:g} should be above {where}.low_frequency={c.low_frequency:g}"
+        )

@@ -22,12 +22,14 @@ class LmConfig:
     z_loss: float
     label_smoothing: float
 
+    def check(self, path: str) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"{path}.label_smoothing={self.label_smoothing:g} should be in [0, 1)")
+        if not self.z_loss >= 0:
+            raise UsageError(f"{path}.z_loss={self.z_loss:g} should not be negative")
+
 
 def build(config: LmConfig, model: Model) -> Objective:
-    if not 0 <= config.label_smoothing < 1:
-        raise UsageError(f"config.objective.lm.label_smoothing={config.label_smoothing:g} should be in [0, 1)")
-    if config.z_loss < 0:
-        raise UsageError(f"config.objective.lm.z_loss={config.z_loss:g} should not be negative")
     if config.label_smoothing and model.config.final_softcap:
         raise UsageError("config.objective.lm.label_smoothing needs linear logits; set model.final_softcap=0")
 

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x_like.core import tree
+from t5x_like.core import formats, tree
 from t5x_like.core.errors import UserError
 from t5x_like.storage import leaves, paths
 from t5x_like.storage.fingerprint import fingerprints
@@ -40,7 +40,6 @@ from t5x_like.storage.model_directory import (
 from t5x_like.storage.quiet import quiet_orbax
 from t5x_like.storage.reading import one_line, restore
 
-_FORMAT = 1
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _CORRUPT = ".corrupt"
 _DELETING = ".deleting"
@@ -210,7 +209,7 @@ class Checkpoints:
                     raise TypeError(f"{name}/{path} is no array that can be saved but {type(array).__name__}")
         note = {
             **metadata,
-            "format": _FORMAT,
+            "format": formats.FORMAT,
             "step": step,
             "time": round(time.time(), 3),
             "arrays": {

@@ -12,10 +12,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.pretrain import test as test_config
-from t5x_like import experiment as experiments
 from t5x_like.core import tree
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.sharding import batch_shardings
+from t5x_like.runs import program as programs
+from t5x_like.runs import train as experiments
 
 MESHES = {
     "data=8": {"preset": "data"},
@@ -66,7 +67,7 @@ def _batch() -> dict[str, np.ndarray]:
 class Result:
     loss: float
     gradients: dict[str, np.ndarray]
-    program: experiments.Program
+    program: programs.Program
     text: str
 
 
@@ -76,8 +77,8 @@ def _step(family: str, mesh_section: dict, devices: int) -> Result:
     experiment = experiments.from_config(config)
     mesh = meshes.make(experiment.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        program = experiments.build_program(experiment, mesh)
-        state, frozen = experiments.initialize(program, seed=0)
+        program = programs.step_program(experiment, mesh)
+        state, frozen = programs.initialize(program, seed=0)
         host = _batch()
         shardings = batch_shardings(mesh, program.model.rules, {name: value.shape for name, value in host.items()})
         batch = {name: jax.device_put(value, shardings[name]) for name, value in host.items()}
@@ -134,7 +135,7 @@ def test_no_parameter_above_a_small_size_is_replicated(name, limit):
     experiment = experiments.from_config(config)
     mesh = meshes.make(experiment.mesh)
     with jax.set_mesh(mesh):
-        layout = experiments.build_program(experiment, mesh).layout
+        layout = programs.step_program(experiment, mesh).layout
     sizes = {path: leaf for path, leaf in tree.leaves(layout.state["params"]) if leaf.size > limit}
     assert len(sizes) >= 8
     for path, leaf in sizes.items():
