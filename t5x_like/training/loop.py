@@ -116,6 +116,8 @@ def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int, evalu
                 stopping = True
             else:
                 found, evaluated = results, step
+                if step == start:  # saved unevaluated, when the process was asked to stop
+                    loop.saver.judge(step, found)
         if saving or stopping and step > start:
             telemetry.flush(step)
             with faults.phase("save"), telemetry.timed("checkpoint"):

@@ -34,6 +34,10 @@ class Saver:
         """Begins to save; returns when the state may be donated. A failure is logged by Checkpoints, and survived."""
         self._checkpoints.save(step, _items(state, frozen["base"]), self._metadata, metrics=evaluation)
 
+    def judge(self, step: int, evaluation: Mapping[str, float]) -> None:
+        """Notes what a checkpoint that was saved before its evaluation, by a preemption, is worth."""
+        self._checkpoints.judge(step, evaluation)
+
     def wait(self) -> None:
         """Waits for the last save. Raises UserError if it failed: a run must not end well without its result."""
         if not self._checkpoints.wait():
@@ -54,7 +58,7 @@ class Saver:
         for name in _MODELS:
             if name in state:
                 state[name], base = tree.split(state[name], lambda path: path in trained)
-        return step, state, {"base": base}, self._checkpoints.metadata(step)["metrics"]
+        return step, state, {"base": base}, self._checkpoints.metrics(step)
 
 
 def warm_start(

@@ -16,7 +16,7 @@ from t5x_like.__main__ import main
 from t5x_like.core.errors import UsageError
 from t5x_like.data.loader import open_data
 from t5x_like.runs import train as experiments
-from t5x_like.storage import model_directory, paths
+from t5x_like.storage import model_directory, paths, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "configs/pretrain/test.py"
@@ -236,7 +236,7 @@ def test_inspect_says_where_in_the_text_each_row_of_a_step_lies(finished, capsys
     assert main(["inspect", str(finished), "--step=3"]) == 0
     title, header, *lines = capsys.readouterr().out.splitlines()
     assert title.endswith(": 8 documents in the batch of step 3") and "text from" in header
-    experiment = experiments.from_config(json.loads((finished / "config.json").read_text()))
+    experiment = experiments.from_config(workdir.read_config(str(finished)) or {})
     data = open_data(experiment.data, cache_dir=str(finished / "cache"), seed=experiment.seed)
     inputs = data.rows(2, np.arange(8))["inputs"]
     data.close()
