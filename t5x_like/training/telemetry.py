@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import jax
 
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.metrics import (
     JsonlWriter,
     StatusLine,
