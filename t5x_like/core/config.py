@@ -5,7 +5,7 @@ missing key, a wrong type and a number that is not finite are named with their p
 `check(path)`, which raises UsageError for values that cannot work; it is called as soon as the section is built.
 
 A section with variants has a field `name`, which picks one of the fields marked VARIANT. The others are checked if they
-are given, and are None in what is built, whatever their type says: nothing reads them, and no stored config holds them.
+are given, and are None in what is built: nothing reads them, and no stored config holds them.
 """
 
 import dataclasses
@@ -52,6 +52,8 @@ def build(cls: type[Section], section: Values, *, path: str) -> Section:
         if key not in section and not unnamed:
             raise UsageError(f"{path}.{key} is missing; every field is given by the config (see configs/common)")
         given = _convert(hints[key], section[key], f"{path}.{key}") if key in section else None
+        if "variant" in field.metadata and not unnamed and given is None:
+            raise UsageError(f"{path}.{key} is missing, and {path}.name={key!r} needs it; give that section")
         values[key] = None if unnamed else given
     built = cls(**values)
     check = getattr(built, "check", None)

@@ -15,7 +15,7 @@ OBJECTIVES = {"lm": lm.build}
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     name: str
-    lm: LmConfig = dataclasses.field(metadata=VARIANT)
+    lm: LmConfig | None = dataclasses.field(metadata=VARIANT)
 
     def check(self, path: str) -> None:
         if self.name not in OBJECTIVES:

@@ -78,10 +78,10 @@ class ScheduleConfig:
     name: str
     steps: int | None
     warmup_steps: int
-    cosine: CosineConfig = dataclasses.field(metadata=VARIANT)
-    linear: LinearConfig = dataclasses.field(metadata=VARIANT)
-    rsqrt: RsqrtConfig = dataclasses.field(metadata=VARIANT)
-    warmup_stable_decay: WarmupStableDecayConfig = dataclasses.field(metadata=VARIANT)
+    cosine: CosineConfig | None = dataclasses.field(metadata=VARIANT)
+    linear: LinearConfig | None = dataclasses.field(metadata=VARIANT)
+    rsqrt: RsqrtConfig | None = dataclasses.field(metadata=VARIANT)
+    warmup_stable_decay: WarmupStableDecayConfig | None = dataclasses.field(metadata=VARIANT)
 
     def check(self, path: str) -> None:
         one_of(self.name, SCHEDULES, f"{path}.name")
@@ -199,11 +199,11 @@ class OptimConfig:
     decay: NumberRules
     multiplier: NumberRules
     freeze: SwitchRules
-    adamw: AdamWConfig = dataclasses.field(metadata=VARIANT)
-    adafactor: AdafactorConfig = dataclasses.field(metadata=VARIANT)
-    lion: LionConfig = dataclasses.field(metadata=VARIANT)
-    muon: MuonConfig = dataclasses.field(metadata=VARIANT)
-    sgd: SGDConfig = dataclasses.field(metadata=VARIANT)
+    adamw: AdamWConfig | None = dataclasses.field(metadata=VARIANT)
+    adafactor: AdafactorConfig | None = dataclasses.field(metadata=VARIANT)
+    lion: LionConfig | None = dataclasses.field(metadata=VARIANT)
+    muon: MuonConfig | None = dataclasses.field(metadata=VARIANT)
+    sgd: SGDConfig | None = dataclasses.field(metadata=VARIANT)
 
     def check(self, path: str) -> None:
         if self.name not in OPTIMIZERS:
