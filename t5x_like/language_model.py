@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5x_like import experiment as experiments
 from t5x_like.convert.convert import load_params
 from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import dtypes, tree
@@ -32,6 +31,7 @@ from t5x_like.layers.scoring.head import Head, logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import named
+from t5x_like.runs import roles
 from t5x_like.storage import model_directory, paths
 from t5x_like.storage.base import restore_whole
 
@@ -79,6 +79,8 @@ class LanguageModel:
         if not prompts:
             return []
         tokens = [self._encode(prompt) for prompt in prompts]
+        if not all(tokens):
+            raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
         self._check_length(max(map(len, tokens)), max_new_tokens, beyond_max_length)
         new = decode.generate(
             self.model,
@@ -88,7 +90,7 @@ class LanguageModel:
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
             stop_id=self.vocabulary.eos_id,
-            compiler_options=READING.compiler_options.get(self.platform),
+            compiler_options=READING.compiler_options.of(self.platform),
         )
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 
@@ -172,7 +174,7 @@ def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array,
 @functools.cache
 def _compiled(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
     """`function(model, ...)` with the compiler options that reading a model has."""
-    return jax.jit(function, static_argnums=0, compiler_options=READING.compiler_options.get(platform))
+    return jax.jit(function, static_argnums=0, compiler_options=READING.compiler_options.of(platform))
 
 
 def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
@@ -219,7 +221,7 @@ def load(
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
-    model = experiments.build_model(config, rules=rules, platform=platform)
+    model = roles.build_model(config, rules=rules, platform=platform)
     wanted = _templates(model, mesh, dtype)
     return LanguageModel(model, restore_whole(place.checkpoint, "ema" if ema else "params", wanted), vocabulary)
 
@@ -244,7 +246,7 @@ def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, 
         models: list[Model] = []
 
         def templates(config: model_config.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-            models.append(experiments.build_model(config, rules=rules, platform=platform))
+            models.append(roles.build_model(config, rules=rules, platform=platform))
             return tree.flatten(_templates(models[0], mesh, dtype))
 
         params = load_params(foreign, templates)

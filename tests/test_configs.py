@@ -10,7 +10,7 @@ import pathlib
 import pytest
 
 from configs import common
-from t5x_like import experiment as experiments
+from t5x_like.runs import train as experiments
 from t5x_like.storage import paths
 from t5x_like.storage.workdir import differences
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("training",),
     ("rl", "evaluation", "serving"),
     ("planner",),
-    ("experiment", "language_model"),
+    ("runs", "language_model"),
     ("commands",),
     ("__main__", "__init__"),
 )

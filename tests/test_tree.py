@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-IGNORED = {".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "build"}
+IGNORED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "build"}
 # Written in two parts so that this file passes its own test.
 MACHINE_PATHS = re.compile(r"(?<![\w.~$}])/(?:" + "work|home|root|Users|" + r"mnt|opt)/[\w.-]+")
 INDEX_HOSTS = re.compile("pypi" + r"\.org|python" + r"hosted\.org|download\.py" + r"torch\.org")
@@ -25,6 +25,8 @@ def tree():
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [entry for entry in folders if entry not in IGNORED and not entry.endswith(".egg-info")]
+        if pathlib.Path(folder) == ROOT:
+            folders[:] = [entry for entry in folders if entry != "runs"]
         found += [pathlib.Path(folder, entry) for entry in names]
     return found
 

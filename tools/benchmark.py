@@ -109,9 +109,10 @@ def _time_ours(steps: int) -> dict:
     import numpy as np
 
     from configs import common
-    from t5x_like import experiment as experiments
     from t5x_like.core import config as bridge
     from t5x_like.parallel import mesh as meshes
+    from t5x_like.runs import program as programs
+    from t5x_like.runs import train as experiments
 
     config = common.config()
     environment.apply(bridge.build(environment.RuntimeConfig, config.runtime, path="config.runtime"))
@@ -122,8 +123,8 @@ def _time_ours(steps: int) -> dict:
     experiment = experiments.from_config(config)
     mesh = meshes.make(experiment.mesh)
     with jax.set_mesh(mesh):
-        program = experiments.build_program(experiment, mesh)
-        state, frozen = experiments.initialize(program, seed=0)
+        program = programs.step_program(experiment, mesh)
+        state, frozen = programs.initialize(program, seed=0)
         tokens = np.random.default_rng(0).integers(0, s["vocab"], (s["rows"], s["length"] + 1)).astype(np.int32)
         batch = {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in program.batch.items()}
         batch |= {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
@@ -240,8 +241,8 @@ def _time_prepare(steps: int) -> dict:
     """{"prepare": {row: seconds and bytes}, "read": rows per second}."""
     import numpy as np
 
-    from t5x_like import experiment as experiments
     from t5x_like.commands import arguments, prepare, training_run
+    from t5x_like.runs import train as experiments
 
     with tempfile.TemporaryDirectory() as name:
         folder, text, results = pathlib.Path(name), TEXT.read_text(), {}

@@ -17,16 +17,16 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import config_path
 
-from t5x_like.core.config import nearest
+from t5x_like.core.config import nearest, open_sections
+from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError
+from t5x_like.data.config import DataConfig
 
-# Sections whose keys a run names itself, and what their values are: the fields of type dict[str, T].
+# Sections whose keys a run names itself, and what their values are. No other section class has any, and these import
+# no array library, which must wait until the environment stands.
 _OPEN = {
-    "data.mixture.sources": str,
-    "data.mixture.rates": float,
-    "runtime.compiler_options.cpu": object,  # any literal
-    "runtime.compiler_options.gpu": object,
-    "runtime.compiler_options.tpu": object,
+    **dict(open_sections(DataConfig, prefix="data.")),
+    **dict(open_sections(RuntimeConfig, prefix="runtime.")),
 }
 
 

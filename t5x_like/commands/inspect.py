@@ -69,8 +69,8 @@ def documents(directory: str, step: int) -> Iterator[str]:
     if step < 1:
         raise UsageError(f"--step={step} should be at least 1: rows of metrics.jsonl are counted from 1")
     # Imported here: they need jax, the description of a checkpoint does not.
-    from t5x_like import experiment as experiments
     from t5x_like.data.read.loader import open_data
+    from t5x_like.runs import train as experiments
     from t5x_like.storage import manifest, workdir
 
     config = workdir.read_config(directory)
@@ -82,7 +82,10 @@ def documents(directory: str, step: int) -> Iterator[str]:
     cache = experiment.data.cache or paths.join(paths.normal(directory), "cache")
     data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
     try:
-        if manifest.read(paths.normal(directory))["starts"][-1].get("data") != data.fingerprint:
+        starts = manifest.read(paths.normal(directory))["starts"]
+        if not starts:
+            raise UserError(f"{directory} holds no start in {manifest.NAME}, which names its data; restore it")
+        if starts[-1].get("data") != data.fingerprint:
             raise UserError(f"{cache} holds other data than {directory} was trained on; restore the cache of the run")
         # Update N trains on batch N - 1 of the loader.
         places = data.documents(step - 1)

@@ -8,7 +8,6 @@ no file but the config. Needs the extra [tpu], on Linux x86-64.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -66,52 +65,23 @@ def _writable(path: str) -> pathlib.Path:
 
 
 def _plan(config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any) -> Any:
-    from t5x_like import experiment as experiments
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import compile_program
     from t5x_like.planner.cost import cost
     from t5x_like.planner.report import Plan
+    from t5x_like.runs import program as programs
+    from t5x_like.runs import train
 
-    experiment = experiments.from_config(config, overrides=overrides)
+    experiment = train.from_config(config, overrides=overrides)
     topology = topologies.topology(options.topology)
     mesh = meshes.make(experiment.mesh, topology.devices)
     if options.program == "train":
-        experiments.check_mesh(experiment, mesh.shape)
-        program = experiments.build_program(experiment, mesh)
+        programs.check_mesh(experiment, mesh.shape)
+        program = programs.step_program(experiment, mesh)
         step, step_arguments = program.step, (program.layout.state, program.layout.frozen, program.batch)
     else:
-        step, step_arguments = _decode_step(experiment, mesh, rows=options.rows, length=options.length)
+        step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
     compiled = compile_program(step, step_arguments, mesh=mesh)
     sizes = dict(mesh.shape)
     return Plan(options.program, topology.name, topology.chips, sizes, compiled, cost(compiled.text, sizes))
-
-
-def _decode_step(experiment: Any, mesh: Any, *, rows: int, length: int) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step that adds one token to each row, and its abstract arguments. The cache is donated."""
-    import jax
-
-    from t5x_like import experiment as experiments
-    from t5x_like.inference.decode import decode_step
-    from t5x_like.parallel.sharding import named
-
-    platform = mesh.devices.flat[0].platform
-    model = experiments.build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
-
-    def abstract(specs: Any) -> Any:
-        return jax.tree.map(
-            lambda spec: jax.ShapeDtypeStruct(
-                spec.shape, spec.dtype, sharding=named(mesh, model.rules, spec.axes, spec.shape)
-            ),
-            specs,
-        )
-
-    cache = abstract(model.cache_specs(rows, length))
-    row = jax.ShapeDtypeStruct((rows,), "int32", sharding=named(mesh, model.rules, ("batch",), (rows,)))
-    step = jax.jit(
-        functools.partial(decode_step, model),
-        donate_argnums=1,
-        out_shardings=(None, jax.tree.map(lambda leaf: leaf.sharding, cache)),
-        compiler_options=experiment.runtime.compiler_options.get(platform) or None,
-    )
-    return step, (abstract(model.specs()), cache, row, row)

@@ -9,7 +9,8 @@ import jax
 
 from t5x_like.core import tree
 from t5x_like.core.metrics import format_bytes, format_count
-from t5x_like.experiment import Experiment, Program
+from t5x_like.runs.program import Program
+from t5x_like.runs.train import Experiment
 from t5x_like.storage import paths
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_like import experiment as experiments
 from t5x_like.commands import summary
 from t5x_like.commands.prepare import show_progress
 from t5x_like.core.config import nearest
@@ -26,8 +25,11 @@ from t5x_like.optim.optimizers import describe
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import multihost
 from t5x_like.parallel.sharding import addressable_rows, global_batch
+from t5x_like.runs import program as programs
+from t5x_like.runs import train as experiments
 from t5x_like.storage import manifest, paths
 from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage.model_directory import DamagedCheckpoint
 from t5x_like.storage.workdir import Workdir
 from t5x_like.training import loop as loops
 from t5x_like.training.faults import PREEMPTED, Faults
@@ -57,7 +59,7 @@ class Run:
     workdir: Workdir
     faults: Faults
     data: TrainData
-    program: experiments.Program
+    program: programs.Program
     overrides: Mapping[str, Any]
     changes: list[str]  # what the config changes of the stored one
 
@@ -81,23 +83,45 @@ def run(
     with contextlib.ExitStack() as stack:
         # Before anything that may fail: an exception on one process must reach the others, not wait for them.
         faults = stack.enter_context(Faults(experiment.runtime, log_path=None, processes=processes))
-        experiments.check_mesh(experiment, meshes.axis_sizes(experiment.mesh, jax.device_count()))
+        programs.check_mesh(experiment, meshes.axis_sizes(experiment.mesh, jax.device_count()))
         workdir = stack.enter_context(Workdir.open(request.workdir, processes=processes, write=not request.check))
-        changes = [str(change) for change in workdir.check_config(experiments.to_dict(experiment))]
-        done = workdir.finished_step()
-        if done is not None and experiment.loop.steps <= done and not request.check:
-            print(f"{workdir.root} is finished: {done} of {done} steps are done")
-            return 0
+        changes = [
+            str(change)
+            for change in workdir.check_config(experiments.to_dict(experiment), may_change=experiments.MAY_CHANGE)
+        ]
         # Built before the data is prepared, which may take long: what is wrong with the config shows first.
         mesh = meshes.make(experiment.mesh)
         stack.enter_context(jax.set_mesh(mesh))
-        program = experiments.build_program(experiment, mesh)
+        program = programs.step_program(experiment, mesh)
+        if not request.check and _is_finished(experiment, workdir, program):
+            return 0
         with faults.phase("prepare"):
             data = _open_data(experiment, workdir, processes)
         stack.callback(data.close)
         _check_best_metric(experiment.checkpoint.best_metric, program, data)
         built = Run(experiment, environment, processes, workdir, faults, data, program, overrides, changes)
         return _check(built) if request.check else _train(built)
+
+
+def _is_finished(experiment: experiments.Experiment, workdir: Workdir, program: programs.Program) -> bool:
+    """Whether all steps are done and their checkpoint is there and whole; says what it found."""
+    done = workdir.finished_step()
+    if done is None or experiment.loop.steps > done:
+        return False
+    checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
+    try:
+        restored = Saver(checkpoints, layout=program.layout, metadata={}).restore()
+        found = "is missing" if restored is None or restored[0] < done else ""
+    except DamagedCheckpoint:
+        found = "is damaged"
+    if found:
+        summary.warn(
+            f"{workdir.root} was finished at step {done}, but the checkpoint of that step {found}; the lost steps are "
+            "trained again from the newest that is whole"
+        )
+        return False
+    print(f"{workdir.root} is finished: {done} of {done} steps are done")
+    return True
 
 
 def _open_data(experiment: experiments.Experiment, workdir: Workdir, processes: multihost.Processes) -> TrainData:
@@ -117,7 +141,7 @@ def _open_data(experiment: experiments.Experiment, workdir: Workdir, processes: 
     return data
 
 
-def _check_best_metric(wanted: str | None, program: experiments.Program, data: TrainData) -> None:
+def _check_best_metric(wanted: str | None, program: programs.Program, data: TrainData) -> None:
     """Checkpoints can be judged only by what an evaluation gives."""
     if wanted is None:
         return
@@ -162,11 +186,11 @@ def _train(built: Run) -> int:
         )
         with built.faults.guard():
             outcome = _loop(built, checkpoints, stack)
-        if outcome.finished:
-            workdir.record_finished(experiment.loop.steps)
     if not outcome.finished:
         summary.warn(f"{workdir.root} is saved; start the same command again to go on")
         return PREEMPTED
+    # Only now: the last rows and the checkpoint are where they belong.
+    workdir.record_finished(experiment.loop.steps)
     if built.processes.primary:
         for line in summary.closing(workdir.root, outcome.evaluation, plot=experiment.telemetry.plot):
             print(line)
@@ -197,7 +221,7 @@ def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> 
             flops_per_token=program.model.flops_per_token(experiment.data.length).train,
             tokens_per_step=built.data.tokens_per_step,
             devices=list(program.mesh.devices.flat),
-            compiler_options=experiment.runtime.compiler_options.get(jax.default_backend()),
+            compiler_options=experiment.runtime.compiler_options.of(jax.default_backend()),
             total_steps=experiment.loop.steps,
             start_step=start,
         )
@@ -237,7 +261,7 @@ def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any
             tokenizer=built.data.vocabulary.fingerprint,
         )
     saver.begin(source, taken.keys())
-    state, frozen = experiments.initialize(built.program, seed=built.experiment.seed, taken=taken)
+    state, frozen = programs.initialize(built.program, seed=built.experiment.seed, taken=taken)
     return 0, state, frozen, {}, origin
 
 
@@ -252,7 +276,6 @@ def _record(built: Run, start: int) -> None:
         staged.close()
     config = experiments.to_dict(experiment)
     entry = manifest.start_entry(
-        config=config,
         data=built.data.fingerprint,
         tokenizer=built.data.vocabulary.fingerprint,
         mesh=dict(built.program.mesh.shape),

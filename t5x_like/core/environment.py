@@ -38,13 +38,26 @@ class PhaseSeconds:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompilerOptions:
+    """For each platform the options given to `jax.jit(compiler_options=...)`; their names are XLA's."""
+
+    cpu: dict[str, bool | int | float | str]
+    gpu: dict[str, bool | int | float | str]
+    tpu: dict[str, bool | int | float | str]
+
+    def of(self, platform: str) -> dict[str, bool | int | float | str] | None:
+        """Those of a platform as jax names it, None if there are none."""
+        return getattr(self, platform, None) or None
+
+
+@dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
     """What a run asks of its process; none of it changes the mathematics, though `threads` changes the last bits.
 
     platform: "cpu", "gpu", "tpu", or "" for what jax finds
     threads: threads of XLA on the CPU, 0 for one per core
     fake_devices: CPU devices to pretend, 0 for what is there
-    compiler_options: for each platform the options given to `jax.jit(compiler_options=...)`
+    compiler_options: see CompilerOptions
     heartbeat_seconds: jax's own limit for a silent process; ours is a third of it, and speaks first
     shutdown_seconds: how long the first process to finish waits for the others
     phase_seconds: limits of the watchdog
@@ -55,12 +68,34 @@ class RuntimeConfig:
     platform: str
     threads: int
     fake_devices: int
-    compiler_options: dict[str, dict[str, bool | int | float | str]]
+    compiler_options: CompilerOptions
     heartbeat_seconds: int
     shutdown_seconds: int
     phase_seconds: PhaseSeconds
     compilation_cache: str
     compilation_cache_bytes: int
+
+    def check(self, path: str) -> None:
+        if self.platform not in ("", "cpu", "gpu", "tpu"):
+            raise UsageError(f"{path}.platform={self.platform!r} should be 'cpu', 'gpu', 'tpu' or ''")
+        for name in ("threads", "fake_devices", "compilation_cache_bytes"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{path}.{name}={getattr(self, name)} should not be negative")
+        if self.heartbeat_seconds < 10:
+            raise UsageError(
+                f"{path}.heartbeat_seconds={self.heartbeat_seconds} should be at least 10; processes write a "
+                "sign of life every second and are missed after a third of this"
+            )
+        if self.shutdown_seconds < 1:
+            raise UsageError(f"{path}.shutdown_seconds={self.shutdown_seconds} should be at least 1")
+        for field in dataclasses.fields(PhaseSeconds):
+            seconds = getattr(self.phase_seconds, field.name)
+            if seconds < 0:
+                raise UsageError(f"{path}.phase_seconds.{field.name}={seconds:g} should not be negative; 0 is none")
+        if self.fake_devices and self.platform not in ("", "cpu"):
+            raise UsageError(
+                f"{path}.fake_devices={self.fake_devices} needs {path}.platform='cpu', not {self.platform!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +113,9 @@ READING = RuntimeConfig(
     platform="",
     threads=0,
     fake_devices=0,
-    compiler_options={"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}},
+    compiler_options=CompilerOptions(
+        cpu={"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}, gpu={}, tpu={}
+    ),
     heartbeat_seconds=100,
     shutdown_seconds=300,
     phase_seconds=PhaseSeconds(start=0, compile=0, step=0, evaluate=0, save=0),
@@ -98,7 +135,7 @@ def apply(config: RuntimeConfig, *, recorded_threads: int | None = None) -> Envi
     `recorded_threads` is the thread count in the manifest of the run that is resumed: it is used again unless the
     config names another one. Raises UsageError when jax has started already with other settings.
     """
-    _check(config)
+    config.check("config.runtime")
     notes: list[str] = []
     threads = _threads(config, recorded_threads, notes)
     _set_threads(threads)
@@ -113,30 +150,6 @@ def apply(config: RuntimeConfig, *, recorded_threads: int | None = None) -> Envi
     _quiet()
     cache = _set_cache(config, threads, notes)
     return Environment(threads=threads, compilation_cache=cache, notes=tuple(notes))
-
-
-def _check(config: RuntimeConfig) -> None:
-    if config.platform not in ("", "cpu", "gpu", "tpu"):
-        raise UsageError(f"config.runtime.platform={config.platform!r} should be 'cpu', 'gpu', 'tpu' or ''")
-    for name in ("threads", "fake_devices", "compilation_cache_bytes"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"config.runtime.{name}={getattr(config, name)} should not be negative")
-    if config.heartbeat_seconds < 10:
-        raise UsageError(
-            f"config.runtime.heartbeat_seconds={config.heartbeat_seconds} should be at least 10; processes write a "
-            "sign of life every second and are missed after a third of this"
-        )
-    if config.shutdown_seconds < 1:
-        raise UsageError(f"config.runtime.shutdown_seconds={config.shutdown_seconds} should be at least 1")
-    for field in dataclasses.fields(PhaseSeconds):
-        seconds = getattr(config.phase_seconds, field.name)
-        if seconds < 0:
-            raise UsageError(f"config.runtime.phase_seconds.{field.name}={seconds:g} should not be negative; 0 is none")
-    if config.fake_devices and config.platform not in ("", "cpu"):
-        raise UsageError(
-            f"config.runtime.fake_devices={config.fake_devices} needs config.runtime.platform='cpu', "
-            f"not {config.platform!r}"
-        )
 
 
 # Threads.

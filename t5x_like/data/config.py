@@ -5,6 +5,11 @@ Every field is given by the config (configs/common.py); there are no defaults in
 
 import dataclasses
 
+from t5x_like.core.config import RESUME_MAY_CHANGE, nearest
+from t5x_like.core.errors import UsageError
+
+PACKINGS = ("concatenate", "examples", "single")
+
 
 @dataclasses.dataclass(frozen=True)
 class FieldsConfig:
@@ -56,6 +61,18 @@ class MixtureConfig:
     scale: float
     temperature: float
     counts: str
+
+    def check(self, path: str) -> None:
+        if self.counts not in ("examples", "tokens"):
+            raise UsageError(f"{path}.counts={self.counts!r} should be examples or tokens")
+        for field in ("scale", "temperature"):
+            if not getattr(self, field) > 0:
+                raise UsageError(f"{path}.{field}={getattr(self, field)} should be above 0")
+        if self.maximum is not None and not self.maximum > 0:
+            raise UsageError(f"{path}.maximum={self.maximum} should be above 0, or None")
+        for name, rate in self.rates.items():
+            if not rate >= 0:
+                raise UsageError(f"{path}.rates.{name}={rate} should be a number of at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +133,20 @@ class DataConfig:
     span_corruption: SpanCorruptionConfig
     packing: str
     attend_across_documents: bool
-    prefetch: int
-    workers: int
-    cache: str
-    verify: bool
+    prefetch: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+    workers: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+    cache: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+    verify: bool = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+
+    def check(self, path: str) -> None:
+        ranges = {"batch_size": 1, "length": 1, "tokenizer_training_bytes": 1}
+        ranges |= {"validation_batches": 0, "validation_stride": 0, "prefetch": 0, "workers": 0}
+        for name, least in ranges.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{path}.{name}={getattr(self, name)} should be at least {least}")
+        if self.validation_stride > self.length:
+            raise UsageError(
+                f"{path}.validation_stride={self.validation_stride} should lie between 0 and length={self.length}"
+            )
+        if self.packing not in PACKINGS:
+            raise UsageError(f"{path}.packing={self.packing!r} is unknown; {nearest(self.packing, PACKINGS)}")

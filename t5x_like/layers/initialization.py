@@ -6,6 +6,8 @@ Not here: drawing them (param.py).
 import dataclasses
 import math
 
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UsageError
 from t5x_like.layers.param import normal
 
 INITIALIZATIONS = ("normal", "fan_in")
@@ -23,6 +25,12 @@ class InitConfig:
     name: str
     std: float
     depth_scaled: bool
+
+    def check(self, path: str) -> None:
+        if self.name not in INITIALIZATIONS:
+            raise UsageError(f"{path}.name={self.name!r} is unknown; {nearest(self.name, INITIALIZATIONS)}")
+        if not self.std > 0:
+            raise UsageError(f"{path}.std={self.std:g} should be above 0")
 
 
 @dataclasses.dataclass(frozen=True)

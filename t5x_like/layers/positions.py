@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UsageError
 from t5x_like.layers.platform import platform
 
 
@@ -69,6 +71,18 @@ class RopeScaling:
     low_frequency: float
     high_frequency: float
     original_length: int
+
+    def check(self, path: str) -> None:
+        if self.name not in SCALINGS:
+            raise UsageError(f"{path}.name={self.name!r} is unknown; {nearest(self.name, SCALINGS)}")
+        for field in ("factor", "low_frequency", "high_frequency", "original_length"):
+            if not getattr(self, field) > 0:
+                raise UsageError(f"{path}.{field}={getattr(self, field)} should be above 0")
+        if self.name == "llama3" and not self.high_frequency > self.low_frequency:
+            raise UsageError(
+                f"{path}.high_frequency={self.high_frequency:g} should be above {path}.low_frequency="
+                f"{self.low_frequency:g}"
+            )
 
     @property
     def scaling(self) -> Scaling:

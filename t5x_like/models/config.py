@@ -15,8 +15,8 @@ from t5x_like.core import config as bridge
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.layers.block import BlockConfig, LayerKind
-from t5x_like.layers.initialization import INITIALIZATIONS, InitConfig
-from t5x_like.layers.positions import SCALINGS, RopeScaling
+from t5x_like.layers.initialization import InitConfig
+from t5x_like.layers.positions import RopeScaling
 from t5x_like.layers.stack import REMAT
 from t5x_like.models.families import FAMILIES
 from t5x_like.models.families.plain import merged
@@ -96,9 +96,6 @@ class StackConfig(BlockConfig):
             )
 
     def _check_rope(self, path: str) -> None:
-        name = self.rope.scaling.name
-        if name not in SCALINGS:
-            raise UsageError(f"{path}.rope.scaling.name={name!r} is unknown; {nearest(name, SCALINGS)}")
         if not all(0 <= theta < math.inf for theta in self.rope.theta) or not any(self.rope.theta):
             raise UsageError(f"{path}.rope.theta={self.rope.theta} should be numbers above 0 (0: a layer without)")
         if len(self.rope.theta) not in (1, len(self.windows)):
@@ -192,9 +189,6 @@ class ModelConfig:
     remat: str
     dtype: DtypeConfig
 
-    def __post_init__(self):
-        self.check("config.model")
-
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
@@ -214,20 +208,17 @@ class ModelConfig:
         for field in ("vocab_size", "vocab_multiple", "max_length", "width"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least 1")
-        if self.init.name not in INITIALIZATIONS:
-            raise UsageError(f"{path}.init.name={self.init.name!r} is unknown; {nearest(self.init.name, INITIALIZATIONS)}")
-        if not 0 < self.init.std < math.inf:
-            raise UsageError(f"{path}.init.std={self.init.std:g} should be above 0")
         if not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"{path}.dropout={self.dropout} should be at least 0 and below 1")
-        self.embedding.check(f"{path}.embedding")
-        self.head.check(f"{path}.head")
-        for name, stack in self.stacks.items():
-            stack.check(f"{path}.{name}")
 
 
 def resolve(section: bridge.Values, *, path: str = "config.model") -> ModelConfig:
-    """The model of a config section, in which None means: what family and size say.
+    """The model of a config section, in which None means: what family and size say."""
+    return bridge.build(ModelConfig, filled(section, path=path), path=path)
+
+
+def filled(section: bridge.Values, *, path: str = "config.model") -> dict[str, Any]:
+    """The section with what family and size say in place of None.
 
     Raises UsageError for an unknown family, size, field or name, for a field that neither gives, and for numbers that
     do not fit together.
@@ -243,7 +234,7 @@ def resolve(section: bridge.Values, *, path: str = "config.model") -> ModelConfi
         raise UsageError(f"{path}.size={size!r} is unknown for {name}; {nearest(size, [*sizes, CUSTOM])}")
     supplied = merged(family, sizes[size] if size != CUSTOM else {})
     chosen = _without_absent_stacks(section, supplied, path)
-    return bridge.build(ModelConfig, _fill(chosen, supplied, path, f"size {size!r} of {name}"), path=path)
+    return _fill(chosen, supplied, path, f"size {size!r} of {name}")
 
 
 def _without_absent_stacks(section: bridge.Values, supplied: Mapping[str, Any], path: str) -> dict[str, Any]:

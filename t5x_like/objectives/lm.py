@@ -22,13 +22,15 @@ class LmConfig:
     z_loss: float
     label_smoothing: float
 
+    def check(self, path: str) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"{path}.label_smoothing={self.label_smoothing:g} should be in [0, 1)")
+        if not self.z_loss >= 0:
+            raise UsageError(f"{path}.z_loss={self.z_loss:g} should not be negative")
+
 
 def build(config: LmConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
     model, whole = roles["policy"].model, roles["policy"].whole
-    if not 0 <= config.label_smoothing < 1:
-        raise UsageError(f"config.objective.lm.label_smoothing={config.label_smoothing:g} should be in [0, 1)")
-    if config.z_loss < 0:
-        raise UsageError(f"config.objective.lm.z_loss={config.z_loss:g} should not be negative")
     if config.label_smoothing and model.config.head.softcap:
         raise UsageError("config.objective.lm.label_smoothing needs linear logits; set config.model.head.softcap=0")
 

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from t5x_like.core.config import nearest
+from t5x_like.core.config import VARIANT, nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.objectives import lm
 from t5x_like.objectives.interface import Objective, Role
+from t5x_like.objectives.lm import LmConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,24 +24,26 @@ class Entry:
     build: Callable[..., Objective]
 
 
-OBJECTIVES = {"lm": Entry(lm.LmConfig, roles=("policy",), features=("causal", "source_target"), build=lm.build)}
+OBJECTIVES = {
+    "lm": Entry(
+        LmConfig, roles=("policy",), features=("causal", "source_target", "span_corruption"), build=lm.build
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     name: str
-    lm: lm.LmConfig
+    lm: LmConfig | None = dataclasses.field(metadata=VARIANT)
 
-
-def entry(config: ObjectiveConfig) -> Entry:
-    if config.name not in OBJECTIVES:
-        raise UsageError(f"config.objective.name={config.name!r} is unknown; {nearest(config.name, OBJECTIVES)}")
-    return OBJECTIVES[config.name]
+    def check(self, path: str) -> None:
+        if self.name not in OBJECTIVES:
+            raise UsageError(f"{path}.name={self.name!r} is unknown; {nearest(self.name, OBJECTIVES)}")
 
 
 def build(config: ObjectiveConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
     """The objective that the config names. Raises UsageError for a role or an array that it wants and does not get."""
-    chosen = entry(config)
+    chosen = OBJECTIVES[config.name]
     for role in chosen.roles:
         if role not in roles:
             raise UsageError(

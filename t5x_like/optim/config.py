@@ -11,9 +11,13 @@ On a command line: --config.optim.decay='(("embed/.*", 0.0), (".*", 1.0))'.
 import dataclasses
 from typing import TypeAlias
 
+from t5x_like.core.config import VARIANT, nearest
 from t5x_like.core.errors import UsageError
 
 NumberRules: TypeAlias = tuple[tuple[str, float | tuple[float, ...]], ...]
+SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "warmup_stable_decay")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+
 SwitchRules: TypeAlias = tuple[tuple[str, bool | tuple[bool, ...]], ...]
 
 
@@ -23,6 +27,9 @@ class CosineConfig:
 
     final_fraction: float
 
+    def check(self, path: str) -> None:
+        fraction(self.final_fraction, f"{path}.final_fraction")
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
@@ -30,12 +37,18 @@ class LinearConfig:
 
     final_fraction: float
 
+    def check(self, path: str) -> None:
+        fraction(self.final_fraction, f"{path}.final_fraction")
+
 
 @dataclasses.dataclass(frozen=True)
 class RsqrtConfig:
     """The inverse square root of T5: constant for `timescale` steps, then sqrt(timescale / t); None: warmup_steps."""
 
     timescale: int | None
+
+    def check(self, path: str) -> None:
+        _within(self, path, "timescale", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +62,11 @@ class WarmupStableDecayConfig:
     final_fraction: float
     shape: str
 
+    def check(self, path: str) -> None:
+        fraction(self.decay_fraction, f"{path}.decay_fraction")
+        fraction(self.final_fraction, f"{path}.final_fraction")
+        one_of(self.shape, ("linear", "cosine", "sqrt"), f"{path}.shape")
+
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
@@ -60,10 +78,15 @@ class ScheduleConfig:
     name: str
     steps: int | None
     warmup_steps: int
-    cosine: CosineConfig
-    linear: LinearConfig
-    rsqrt: RsqrtConfig
-    warmup_stable_decay: WarmupStableDecayConfig
+    cosine: CosineConfig | None = dataclasses.field(metadata=VARIANT)
+    linear: LinearConfig | None = dataclasses.field(metadata=VARIANT)
+    rsqrt: RsqrtConfig | None = dataclasses.field(metadata=VARIANT)
+    warmup_stable_decay: WarmupStableDecayConfig | None = dataclasses.field(metadata=VARIANT)
+
+    def check(self, path: str) -> None:
+        one_of(self.name, SCHEDULES, f"{path}.name")
+        _within(self, path, "steps", low=1)
+        _within(self, path, "warmup_steps", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +96,10 @@ class AdamWConfig:
     b1: float
     b2: float
     eps: float
+
+    def check(self, path: str) -> None:
+        _within(self, path, "b1", "b2", low=0, high=1)
+        _within(self, path, "eps", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +121,12 @@ class AdafactorConfig:
     momentum: float | None
     min_dim_size_to_factor: int
 
+    def check(self, path: str) -> None:
+        _within(self, path, "decay_rate", "eps", "min_scale", low=0)
+        _within(self, path, "clip_threshold", low=0, low_open=True)
+        _within(self, path, "momentum", low=0, high=1)
+        _within(self, path, "min_dim_size_to_factor", low=2)
+
 
 @dataclasses.dataclass(frozen=True)
 class LionConfig:
@@ -101,6 +134,9 @@ class LionConfig:
 
     b1: float
     b2: float
+
+    def check(self, path: str) -> None:
+        _within(self, path, "b1", "b2", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +160,12 @@ class MuonConfig:
     adam_multiplier: float
     adam: AdamWConfig
 
+    def check(self, path: str) -> None:
+        _within(self, path, "momentum", low=0, high=1)
+        _within(self, path, "steps", low=1)
+        _within(self, path, "rms", "adam_multiplier", low=0)
+        one_of(self.scale, ("keller", "rms"), f"{path}.scale")
+
 
 @dataclasses.dataclass(frozen=True)
 class SGDConfig:
@@ -131,6 +173,9 @@ class SGDConfig:
 
     momentum: float
     nesterov: bool
+
+    def check(self, path: str) -> None:
+        _within(self, path, "momentum", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,35 +199,16 @@ class OptimConfig:
     decay: NumberRules
     multiplier: NumberRules
     freeze: SwitchRules
-    adamw: AdamWConfig
-    adafactor: AdafactorConfig
-    lion: LionConfig
-    muon: MuonConfig
-    sgd: SGDConfig
+    adamw: AdamWConfig | None = dataclasses.field(metadata=VARIANT)
+    adafactor: AdafactorConfig | None = dataclasses.field(metadata=VARIANT)
+    lion: LionConfig | None = dataclasses.field(metadata=VARIANT)
+    muon: MuonConfig | None = dataclasses.field(metadata=VARIANT)
+    sgd: SGDConfig | None = dataclasses.field(metadata=VARIANT)
 
-
-def check(config: OptimConfig, *, path: str = "config.optim") -> None:
-    """Raises UsageError for the first value out of bounds, among shared fields and the variant that is named."""
-    _within(config, path, "learning_rate", "weight_decay", "clip_norm", low=0)
-    variant = getattr(config, config.name)
-    path = f"{path}.{config.name}"
-    if isinstance(variant, AdafactorConfig):
-        _within(variant, path, "decay_rate", "eps", "min_scale", low=0)
-        _within(variant, path, "clip_threshold", low=0, low_open=True)
-        _within(variant, path, "momentum", low=0, high=1)
-        _within(variant, path, "min_dim_size_to_factor", low=2)
-    elif isinstance(variant, MuonConfig):
-        _within(variant, path, "momentum", low=0, high=1)
-        _within(variant, path, "steps", low=1)
-        _within(variant, path, "rms", "adam_multiplier", low=0)
-        one_of(variant.scale, ("keller", "rms"), f"{path}.scale")
-        _check_adam(variant.adam, f"{path}.adam")
-    elif isinstance(variant, AdamWConfig):
-        _check_adam(variant, path)
-    elif isinstance(variant, LionConfig):
-        _within(variant, path, "b1", "b2", low=0, high=1)
-    else:
-        _within(variant, path, "momentum", low=0, high=1)
+    def check(self, path: str) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UsageError(f"{path}.name={self.name!r} is unknown; {nearest(self.name, OPTIMIZERS)}")
+        _within(self, path, "learning_rate", "weight_decay", "clip_norm", low=0)
 
 
 def one_of(value: str, known: tuple[str, ...], path: str) -> None:
@@ -193,11 +219,6 @@ def one_of(value: str, known: tuple[str, ...], path: str) -> None:
 def fraction(value: float, path: str) -> None:
     if not 0 <= value <= 1:
         raise UsageError(f"{path}={value} should be a fraction from 0 to 1")
-
-
-def _check_adam(config: AdamWConfig, path: str) -> None:
-    _within(config, path, "b1", "b2", low=0, high=1)
-    _within(config, path, "eps", low=0)
 
 
 def _within(section: object, path: str, *fields: str, low: float, high: float | None = None, low_open: bool = False):

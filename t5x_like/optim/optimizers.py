@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core import tree
-from t5x_like.core.config import nearest
-from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.optim.adafactor import Adafactor
-from t5x_like.optim.config import OptimConfig, check
+from t5x_like.optim.config import OptimConfig
 from t5x_like.optim.dims import matrix, single
 from t5x_like.optim.method import SGD, AdamW, Lion, Method
 from t5x_like.optim.muon import Muon
@@ -140,9 +138,6 @@ def build(config: OptimConfig, *, specs: Tree, total_steps: int, frozen: Iterabl
     >>> optimizer.state_axes(specs)["mu"]
     {'layers': {'up': ('layers', 'embed', 'mlp')}, 'norm': ('norm',)}
     """
-    if config.name not in OPTIMIZERS:
-        raise UsageError(f"config.optim.name={config.name!r} is unknown; {nearest(config.name, OPTIMIZERS)}")
-    check(config)
     leaves = tree.flatten(specs)
     methods = {path: OPTIMIZERS[config.name](config, spec) for path, spec in leaves.items()}
     rules = resolve(config, specs, frozen=frozen)

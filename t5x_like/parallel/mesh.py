@@ -31,6 +31,15 @@ class MeshConfig:
     sequence: int | None
     tensor: int | None
 
+    def check(self, path: str) -> None:
+        if self.preset not in PRESETS:
+            raise UsageError(f"{path}.preset={self.preset!r} is unknown; {nearest(self.preset, PRESETS)}")
+        for axis in MESH_AXES:
+            size = getattr(self, axis)
+            if size is not None and size < 1 and size != -1:
+                raise UsageError(f"{path}.{axis}={size} should be a positive number, or -1 for what is left")
+        rules(self.rules)  # which refuses unknown names
+
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     """The size of every mesh axis for this number of devices. An axis on which no rule places anything must be 1.

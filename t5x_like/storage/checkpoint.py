@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x_like.core import tree
+from t5x_like.core import formats, tree
 from t5x_like.core.errors import UserError
 from t5x_like.storage import leaves, paths
 from t5x_like.storage.base import restore_items
@@ -42,6 +42,7 @@ from t5x_like.storage.reading import one_line
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _CORRUPT = ".corrupt"
 _DELETING = ".deleting"
+_EVALUATION = "evaluation.json"
 _MOST_PARTS = 100  # of one save; each may have failed on its own
 
 Keep = Callable[[Sequence[int], Mapping[int, Mapping[str, float]]], Collection[int]]
@@ -130,6 +131,19 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._finish, args=(step, steps), name=f"save-{step}")
         self._thread.start()
         return True if self._asynchronous else self.wait()
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What a step is judged by: saved with it, or given to `judge` later. {} if it was not evaluated."""
+        return dict(self._metrics_of(step))
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Gives a step that is there already the metrics that `keep` judges it by, for this and every later start."""
+        self._metrics[step] = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        if _is_main():
+            try:
+                paths.write_json_atomic(self._path(step, _EVALUATION), self._metrics[step])
+            except (OSError, UserError) as error:
+                self._on_fault(f"{self._path(step)}: its evaluation could not be noted ({one_line(error)})")
 
     def wait(self) -> bool:
         """Waits for the save in progress. True if the last save that was begun is committed, or none was begun."""
@@ -291,10 +305,14 @@ class Checkpoints:
     def _metrics_of(self, step: int) -> dict[str, float]:
         if step not in self._metrics:
             try:
-                self._metrics[step] = read_metadata(self._path(step))["metrics"]
+                self._metrics[step] = self._read_metrics(step)
             except UserError:
                 self._metrics[step] = {}
         return self._metrics[step]
+
+    def _read_metrics(self, step: int) -> dict[str, float]:
+        later = self._path(step, _EVALUATION)
+        return paths.read_json(later) if paths.exists(later) else read_metadata(self._path(step))["metrics"]
 
 
 def _is_main() -> bool:

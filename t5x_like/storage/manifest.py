@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from t5x_like.core import formats
 from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
 
 NAME = "manifest.json"
-_FORMAT = 1
 _PACKAGES = ("t5x_like", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
@@ -25,13 +25,14 @@ def read(workdir: str) -> dict[str, Any]:
     """The manifest of a workdir; an empty one if it has none. Raises UserError, in one line, if it is damaged."""
     path = paths.join(workdir, NAME)
     if not paths.exists(path):
-        return {"format": _FORMAT, "starts": []}
+        return {"format": formats.FORMAT, "starts": []}
     content = paths.read_json(path)
     starts = content.get("starts") if isinstance(content, dict) else None
     if not isinstance(starts, list) or not all(isinstance(entry, dict) for entry in starts):
         raise UserError(
             f"{path} is damaged: it has no list of starts; restore the file from a copy, or use a new workdir"
         )
+    formats.version(content, where=path)
     return content
 
 
@@ -41,7 +42,6 @@ def write(workdir: str, content: Mapping[str, Any]) -> None:
 
 def start_entry(
     *,
-    config: Mapping[str, Any],
     data: str,
     tokenizer: str,
     mesh: Mapping[str, int],
@@ -52,12 +52,14 @@ def start_entry(
     resumed_from: int | None,
     changes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The entry of a start. `data` and `tokenizer` are their fingerprints; `resumed_from` the step restored, if any."""
+    """The entry of a start, to which `Workdir.record_start` adds the digests of what it writes.
+
+    `data` and `tokenizer` are their fingerprints; `resumed_from` the step restored, if any.
+    """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "revision": revision(),
         "versions": versions(),
-        "config_sha256": config_digest(config),
         "data": data,
         "tokenizer": tokenizer,
         "mesh": dict(mesh),

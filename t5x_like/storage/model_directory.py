@@ -11,11 +11,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from t5x_like.core import formats
 from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
 
 CHECKPOINTS, TOKENIZER, METADATA = "checkpoints", "tokenizer", "metadata"
-FORMAT = 1
 COMMITTED = "commit_success.txt"  # in a bucket, where nothing can be renamed, Orbax's sign that a checkpoint is whole
 
 
@@ -67,7 +67,10 @@ def no_step(checkpoints: str, step: int, steps: list[int]) -> UserError:
 
 
 def read_metadata(checkpoint: str) -> dict[str, Any]:
-    """The JSON object that was saved with a checkpoint. Raises DamagedCheckpoint if it is not there or not sound."""
+    """The JSON object that was saved with a checkpoint, its config in the present format.
+
+    Raises DamagedCheckpoint if it is not there or not sound, UserError if it is of a newer format.
+    """
     where = paths.join(checkpoint, METADATA, METADATA)
     if not paths.exists(where):
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: it has no metadata")
@@ -78,7 +81,9 @@ def read_metadata(checkpoint: str) -> dict[str, Any]:
         sound = False
     if not sound:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: its metadata is not what was saved")
-    return content
+    formats.version(content, where=checkpoint)
+    config = {"format": content.get("format", 1), **content.get("config", {})}
+    return {**content, "config": formats.upgrade(config, where=f"the config of {checkpoint}")}
 
 
 def note(
@@ -97,7 +102,7 @@ def note(
     """
     content = {
         **metadata,
-        "format": FORMAT,
+        "format": formats.FORMAT,
         "step": step,
         "time": round(time.time(), 3),
         "arrays": arrays,

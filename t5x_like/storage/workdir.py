@@ -8,9 +8,10 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from t5x_like.core import formats
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.storage import lock, manifest, paths
 from t5x_like.storage.model_directory import CHECKPOINTS, TOKENIZER
@@ -31,12 +32,6 @@ _BEFORE_CONFIG = (
     "profile",
     "tensorboard",
 )
-# Sections and fields that do not change what is computed, or change it as asked.
-RESUME_MAY_CHANGE = (
-    *("mesh", "runtime", "telemetry", "checkpoint", "evaluate"),
-    *("loop.steps", "loop.log_every_steps", "loop.on_nonfinite", "loop.on_spike"),
-    *("data.cache", "data.workers", "data.prefetch", "data.verify"),
-)
 _SHOWN = 6
 
 
@@ -51,13 +46,22 @@ class Change:
     def __str__(self) -> str:
         return f"{self.path}: {_shown(self.before)} -> {_shown(self.after)}"
 
-    @property
-    def allowed(self) -> bool:
-        return any(f"{self.path}.".startswith(f"config.{field}.") for field in RESUME_MAY_CHANGE)
+    def within(self, fields: Collection[str]) -> bool:
+        """Whether it is a change of one of these fields or sections."""
+        return any(f"{self.path}.".startswith(f"config.{field}.") for field in fields)
 
 
 def read_config(root: str) -> dict[str, Any] | None:
-    """The config that a workdir was started with; None if it holds no run. Raises UserError if it is damaged."""
+    """The config that a workdir was started with, in the present format; None if it holds no run.
+
+    Raises UserError if it is damaged, or of a newer format.
+    """
+    stored = _read_stored(root)
+    return None if stored is None else formats.upgrade(stored, where=paths.join(paths.normal(root), CONFIG))
+
+
+def _read_stored(root: str) -> dict[str, Any] | None:
+    """config.json as it is."""
     path = paths.join(paths.normal(root), CONFIG)
     if not paths.exists(path):
         return None
@@ -149,8 +153,8 @@ class Workdir:
     def manifest(self) -> dict[str, Any]:
         return manifest.read(self.root)
 
-    def check_config(self, new: Mapping[str, Any]) -> list[Change]:
-        """What the new config changes of the stored one, all of it allowed; [] for a new workdir.
+    def check_config(self, new: Mapping[str, Any], *, may_change: Collection[str]) -> list[Change]:
+        """What the new config changes of the stored one, all of it below `may_change`; [] for a new workdir.
 
         Raises UsageError with the differences where it changes what the run is.
         """
@@ -158,13 +162,13 @@ class Workdir:
         if stored is None:
             return []
         changes = differences(stored, paths.as_json(new))
-        refused = [change for change in changes if not change.allowed]
+        refused = [change for change in changes if not change.within(may_change)]
         if refused:
             shown = "; ".join(str(change) for change in refused[:_SHOWN])
             more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
             raise UsageError(
                 f"{self.root} holds a run of another config ({shown}{more}); a resume may change "
-                f"{', '.join(RESUME_MAY_CHANGE)}. For a new run from these parameters, use a new --workdir with "
+                f"{', '.join(may_change)}. For a new run from these parameters, use a new --workdir with "
                 f"--config.checkpoint.init_from={self.root}"
             )
         return changes
@@ -172,7 +176,7 @@ class Workdir:
     def record_start(
         self, *, config: Mapping[str, Any], overrides: Mapping[str, Any], entry: Mapping[str, Any]
     ) -> None:
-        """Writes overrides.json, the entry of this start and config.json. Only process 0 does.
+        """Writes overrides.json, the entry of this start and config.json, its format included. Only process 0 does.
 
         In this order, so that whenever the process is killed the config that stands there is one of the manifest.
         """
@@ -181,7 +185,9 @@ class Workdir:
         content = self.manifest()
         content.pop("finished", None)
         files = manifest.file_digests(self.tokenizer) if paths.exists(self.tokenizer) else {}
-        content["starts"] = [*content["starts"], {**entry, "tokenizer_sha256": files}]
+        config = formats.stored(config)
+        entry = {**entry, "config_sha256": manifest.config_digest(config), "tokenizer_sha256": files}
+        content["starts"] = [*content["starts"], entry]
         manifest.write(self.root, content)
         paths.write_json_atomic(self.path(OVERRIDES), dict(overrides))
         paths.write_text_atomic(self.path(CONFIG), paths.json_text(config))
@@ -222,7 +228,7 @@ class Workdir:
 
     def _verify_files(self) -> None:
         """config.json and the tokenizer must be what some start, and the latest start, wrote."""
-        starts, config = self.manifest()["starts"], self.config()
+        starts, config = self.manifest()["starts"], _read_stored(self.root)
         if config is None:
             return
         if not starts:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
 from t5x_like.objectives.interface import Batch, Sums
 
@@ -22,6 +23,10 @@ class EvaluateConfig:
 
     every_steps: int
     ema: bool
+
+    def check(self, path: str) -> None:
+        if self.every_steps < 0:
+            raise UsageError(f"{path}.every_steps={self.every_steps} should be at least 0")
 
 
 def evaluate(

@@ -30,22 +30,23 @@ class CheckpointConfig:
     init_select: tuple[str, ...]  # regexes over parameter paths: which of them are taken
     holds: str  # "model", or "trained": without frozen parameters, which stay in the model of init_from
 
+    def check(self, path: str) -> None:
+        for field in ("every_steps", "timeout_seconds", "keep_best"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least 1")
+        if self.keep_last < _ALWAYS:
+            raise UsageError(
+                f"{path}.keep_last={self.keep_last} should be at least {_ALWAYS}: the newest may be damaged"
+            )
+        if self.keep_every is not None and self.keep_every < 1:
+            raise UsageError(f"{path}.keep_every={self.keep_every} should be at least 1, or None")
+        if self.best_mode not in ("min", "max"):
+            raise UsageError(f"{path}.best_mode={self.best_mode!r} should be 'min' or 'max'")
+        if self.holds not in ("model", "trained"):
+            raise UsageError(f"{path}.holds={self.holds!r} should be 'model' or 'trained'")
 
-def check(config: CheckpointConfig, *, evaluate_every_steps: int | None) -> None:
-    """Raises UsageError for what could not work; called before anything is built."""
-    for field in ("every_steps", "timeout_seconds", "keep_best"):
-        if getattr(config, field) < 1:
-            raise UsageError(f"config.checkpoint.{field}={getattr(config, field)} should be at least 1")
-    if config.keep_last < _ALWAYS:
-        raise UsageError(
-            f"config.checkpoint.keep_last={config.keep_last} should be at least {_ALWAYS}: the newest may be damaged"
-        )
-    if config.keep_every is not None and config.keep_every < 1:
-        raise UsageError(f"config.checkpoint.keep_every={config.keep_every} should be at least 1, or None")
-    if config.holds not in ("model", "trained"):
-        raise UsageError(f"config.checkpoint.holds={config.holds!r} should be 'model' or 'trained'")
-    if config.best_mode not in ("min", "max"):
-        raise UsageError(f"config.checkpoint.best_mode={config.best_mode!r} should be 'min' or 'max'")
+def check_best_metric(config: CheckpointConfig, *, evaluate_every_steps: int) -> None:
+    """Raises UsageError where checkpoints are judged by a metric that is not known at each of them."""
     if config.best_metric is None:
         return
     if not evaluate_every_steps:

@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 
-from t5x_like.core.errors import UserError
+from t5x_like.core.config import RESUME_MAY_CHANGE, nearest
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.objectives.interface import Batch
 from t5x_like.training.evaluate import EvaluateConfig, EvaluateFunction, evaluate
 from t5x_like.training.faults import Faults
@@ -39,15 +40,31 @@ class LoopConfig:
     spike_memory: decay of the running mean and variance; `spike_warmup`: losses before the test begins
     """
 
-    steps: int
-    log_every_steps: int
+    steps: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+    log_every_steps: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     micro_batches: int
     ema_decay: float | None
-    on_nonfinite: str
-    on_spike: str
+    on_nonfinite: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+    on_spike: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     spike_deviations: float
     spike_memory: float
     spike_warmup: int
+
+    def check(self, path: str) -> None:
+        # A standard deviation needs two losses.
+        for field, least in (("steps", 1), ("log_every_steps", 1), ("micro_batches", 1), ("spike_warmup", 2)):
+            if getattr(self, field) < least:
+                raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least {least}")
+        for field, value in (("ema_decay", self.ema_decay), ("spike_memory", self.spike_memory)):
+            if value is not None and not 0 < value < 1:
+                raise UsageError(f"{path}.{field}={value:g} should lie between 0 and 1")
+        if not self.spike_deviations > 0:
+            raise UsageError(f"{path}.spike_deviations={self.spike_deviations:g} should be above 0")
+        for field, choices in (("on_nonfinite", ("stop", "skip")), ("on_spike", ("off", "stop", "skip"))):
+            if getattr(self, field) not in choices:
+                raise UsageError(
+                    f"{path}.{field}={getattr(self, field)!r} is unknown; {nearest(getattr(self, field), choices)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +116,8 @@ def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int, evalu
                 stopping = True
             else:
                 found, evaluated = results, step
+                if step == start:  # saved unevaluated, when the process was asked to stop
+                    loop.saver.judge(step, found)
         if saving or stopping and step > start:
             telemetry.flush(step)
             with faults.phase("save"), telemetry.timed("checkpoint"):

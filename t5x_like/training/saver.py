@@ -56,6 +56,10 @@ class Saver:
             )
         self._metadata["base"] = bases.record(model_directory.locate(source).checkpoint, base)
 
+    def judge(self, step: int, evaluation: Mapping[str, float]) -> None:
+        """Notes what a checkpoint that was saved before its evaluation, by a preemption, is worth."""
+        self._checkpoints.judge(step, evaluation)
+
     def wait(self) -> None:
         """Waits for the last save. Raises UserError if it failed: a run must not end well without its result."""
         if not self._checkpoints.wait():
@@ -84,7 +88,7 @@ class Saver:
         state: State = {ITEMS[name]: item for name, item in items.items()}
         base: dict[str, Any] = {}
         state["params"], base = tree.split(state["params"], lambda path: path in trained)
-        return step, state, {"base": base} | read_sources(self._parts, self._layout), note["metrics"]
+        return step, state, {"base": base} | read_sources(self._parts, self._layout), self._checkpoints.metrics(step)
 
 
 def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) -> tuple[dict[str, jax.Array], str]:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import jax
 
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.metrics import (
     JsonlWriter,
     StatusLine,
@@ -48,6 +48,11 @@ class ProfileConfig:
     start_step: int
     steps: int
 
+    def check(self, path: str) -> None:
+        for field in ("start_step", "steps"):
+            if getattr(self, field) < 0:
+                raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class TelemetryConfig:
@@ -63,6 +68,10 @@ class TelemetryConfig:
     plot_every_seconds: float
     measure_cpu_peak: bool
     profile: ProfileConfig
+
+    def check(self, path: str) -> None:
+        if self.plot_every_seconds < 0:
+            raise UsageError(f"{path}.plot_every_seconds={self.plot_every_seconds:g} should not be negative")
 
 
 class Telemetry:

@@ -3,6 +3,7 @@
 All runs are on 8 fake devices with the smallest config; one workdir with a finished run is shared and only read.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 
 import t5x_like
-from t5x_like import experiment as experiments
 from t5x_like.__main__ import main
+from t5x_like.core.errors import UsageError
 from t5x_like.data.read.loader import open_data
-from t5x_like.storage import model_directory, paths
+from t5x_like.runs import train as experiments
+from t5x_like.storage import model_directory, paths, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "configs/pretrain/test.py"
@@ -86,6 +88,55 @@ def test_a_finished_run_says_so_and_exits_0(finished, capsys):
     assert _train(finished, config=None) == 0
     assert "is finished: 12 of 12 steps" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["is missing", "is damaged"])
+def test_a_finished_run_whose_last_checkpoint_is_lost_trains_the_lost_steps_again(finished, tmp_path, capsys, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    last = workdir / "checkpoints" / "12"
+    if damage == "is missing":
+        shutil.rmtree(last)
+    else:
+        for path in (last / "params").rglob("*"):
+            if path.is_file() and path.stat().st_size > 1000 and path.parent.name == "d":
+                path.write_bytes(bytes(path.stat().st_size))
+    assert _train(workdir, config=None) == 0
+    captured = capsys.readouterr()
+    assert f"was finished at step 12, but the checkpoint of that step {damage}" in captured.err
+    assert "is finished" not in captured.out
+    assert _values(workdir) == _values(finished) and last.is_dir()
+    assert _train(workdir, config=None) == 0
+    assert "is finished: 12 of 12 steps" in capsys.readouterr().out
+
+
+def test_a_config_of_no_sections_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert _train(tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds config.json but no start in manifest.json" in line
+
+
+def test_inspect_of_a_step_without_the_manifest_is_one_line(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "manifest.json").unlink()
+    assert main(["inspect", str(workdir), "--step=1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds no start in manifest.json" in line
+
+
+def test_an_empty_prompt_of_a_tokenizer_without_special_tokens_is_one_line(finished):
+    lm = t5x_like.load(str(finished))
+
+    class Bare:
+        eos_id = None
+
+        def encode(self, text, bos=False):
+            return []
+
+    with pytest.raises(UsageError, match="an empty prompt needs"):
+        dataclasses.replace(lm, vocabulary=Bare()).generate("", max_new_tokens=2)
 
 
 def test_a_stopped_and_resumed_run_has_the_rows_of_an_undisturbed_one(finished, tmp_path):
@@ -173,6 +224,7 @@ def test_a_model_is_read_whatever_trained_it(finished, tmp_path):
     path = tmp_path / "model" / "metadata" / "metadata"
     content = json.loads(path.read_text())
     content["config"] = {"model": content["config"]["model"]}
+    del content["provenance"]
     path.write_text(json.dumps(content | {"sha256": model_directory.digest(content)}))
     tokens = np.array([[1, 2, 3]])
     models = [t5x_like.load(str(folder)) for folder in (tmp_path / "model", finished)]
@@ -184,7 +236,7 @@ def test_inspect_says_where_in_the_text_each_row_of_a_step_lies(finished, capsys
     assert main(["inspect", str(finished), "--step=3"]) == 0
     title, header, *lines = capsys.readouterr().out.splitlines()
     assert title.endswith(": 8 documents in the batch of step 3") and "text from" in header
-    experiment = experiments.from_config(json.loads((finished / "config.json").read_text()))
+    experiment = experiments.from_config(workdir.read_config(str(finished)) or {})
     data = open_data(experiment.data, cache_dir=str(finished / "cache"), seed=experiment.seed)
     inputs = data.rows(2, np.arange(8))["inputs"]
     data.close()
@@ -240,6 +292,13 @@ BAD_CONFIG = {
     "a kind of source that is none": (["--config.data.source=txt:a"], 2, "did you mean 'text'"),
     "a missing file": (["--config.data.source=text:no/such/file.txt"], 1, "no/such/file.txt"),
     "a wrong vocabulary size": (["--config.model.vocab_size=300"], 2, "set config.model.vocab_size=259"),
+    "a spike test that is silent for ever": (["--config.loop.spike_deviations=nan"], 2, "should be a finite number"),
+    "a loss of no number": (["--config.objective.lm.z_loss=nan"], 2, "z_loss=nan should be a finite number"),
+    "a norm of nothing": (["--config.model.norm_epsilon=inf"], 2, "norm_epsilon=inf should be a finite number"),
+    "angles of no factor": (["--config.model.rope.scaling.factor=0.0"], 2, "factor=0.0 should be above 0"),
+    "windows that no layer has": (["--config.model.windows=(4, 4, 0)"], 2, "has 3 entries for 2 layers"),
+    "an objective that is none": (["--config.objective.name=lmm"], 2, "did you mean 'lm'"),
+    "a packing that is none": (["--config.data.packing=concat"], 2, "did you mean 'concatenate'"),
     "a negative seed": (["--config.seed=-1"], 2, "config.seed=-1"),
     "rows longer than the model's": (["--config.data.length=256"], 2, "config.model.max_length=128"),
     "a decay of 1": (["--config.loop.ema_decay=1.0"], 2, "config.loop.ema_decay=1 should lie between 0 and 1"),

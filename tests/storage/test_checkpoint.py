@@ -179,6 +179,24 @@ def test_old_steps_are_deleted_after_the_commit_and_metrics_are_remembered_over_
     assert Checkpoints(str(tmp_path), read_only=True).steps() == [2, 4, 5]
 
 
+def test_a_step_that_is_evaluated_after_its_save_is_judged_at_every_later_start(tmp_path):
+    """A preemption saves at once and leaves the evaluation to the resume."""
+    directory, items = str(tmp_path / "checkpoints"), {"params": {"a": jnp.ones(4)}}
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, items, {}, metrics={})
+    with Checkpoints(directory) as checkpoints:
+        assert checkpoints.metrics(1) == {}
+        checkpoints.judge(1, {"eval/loss": 0.5, "eval/perplexity": float("inf")})
+    best = []
+    keep = lambda steps, metrics: best.append(dict(metrics)) or list(steps)  # noqa: E731
+    with Checkpoints(directory, keep=keep) as checkpoints:
+        assert checkpoints.metrics(1) == {"eval/loss": 0.5}
+        checkpoints.save(2, items, {}, metrics={"eval/loss": 0.7})
+    assert best == [{1: {"eval/loss": 0.5}, 2: {"eval/loss": 0.7}}]
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        assert_equal_bits(checkpoints.restore(1, items)["params"], items["params"])
+
+
 def test_a_save_that_is_not_due_is_a_defect_and_never_silently_skipped(tmp_path):
     with Checkpoints(str(tmp_path), asynchronous=False) as checkpoints:
         assert checkpoints.save(2, {"params": {"w": jnp.ones(4)}}, {})

@@ -12,6 +12,7 @@ import pytest
 
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.parallel.multihost import ALONE
+from t5x_like.runs.train import MAY_CHANGE
 from t5x_like.storage import lock, manifest
 from t5x_like.storage.workdir import Workdir, differences, read_config, recorded_threads
 
@@ -31,9 +32,8 @@ CONFIG = {
 }
 
 
-def _entry(config, threads=2):
+def _entry(threads=2):
     return manifest.start_entry(
-        config=config,
         data="d41d",
         tokenizer="8cd9",
         mesh={"data": 1, "fsdp": 8},
@@ -47,10 +47,10 @@ def _entry(config, threads=2):
 
 def _start(root, config=CONFIG, threads=2):
     with Workdir.open(str(root), processes=ALONE) as workdir:
-        workdir.check_config(config)
+        workdir.check_config(config, may_change=MAY_CHANGE)
         os.makedirs(workdir.tokenizer, exist_ok=True)
         pathlib.Path(workdir.tokenizer, "tokenizer.json").write_text("{}")
-        workdir.record_start(config=config, overrides={"loop.steps": 100}, entry=_entry(config, threads))
+        workdir.record_start(config=config, overrides={"loop.steps": 100}, entry=_entry(threads))
     return root
 
 
@@ -93,7 +93,7 @@ def test_a_start_is_recorded_and_read_back(tmp_path):
 def test_a_resume_may_change_where_and_how_long_it_runs(tmp_path, changes):
     root = _start(tmp_path / "run")
     with Workdir.open(str(root), processes=ALONE) as workdir:
-        found = workdir.check_config(_changed(**changes))
+        found = workdir.check_config(_changed(**changes), may_change=MAY_CHANGE)
     ((path, value),) = changes.items()
     assert [(change.path, change.after) for change in found] == [(f"config.{path.replace('__', '.')}", value)]
 
@@ -115,7 +115,7 @@ def test_a_resume_may_not_change_what_the_run_is(tmp_path, changes, shown):
     root = _start(tmp_path / "run")
     before = {path.name: path.read_bytes() for path in root.iterdir() if path.is_file()}
     with Workdir.open(str(root), processes=ALONE) as workdir, pytest.raises(UsageError, match=shown) as caught:
-        workdir.check_config(_changed(**changes))
+        workdir.check_config(_changed(**changes), may_change=MAY_CHANGE)
     assert "--config.checkpoint.init_from=" in str(caught.value) and "\n" not in str(caught.value)
     assert "mesh.preset" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in root.iterdir() if path.is_file()} == before
@@ -124,7 +124,7 @@ def test_a_resume_may_not_change_what_the_run_is(tmp_path, changes, shown):
 def test_tuples_of_a_config_equal_the_lists_they_are_stored_as(tmp_path):
     root = _start(tmp_path / "run")
     with Workdir.open(str(root), processes=ALONE) as workdir:
-        assert workdir.check_config(_changed(model__windows=(None, 8))) == []
+        assert workdir.check_config(_changed(model__windows=(None, 8)), may_change=MAY_CHANGE) == []
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):

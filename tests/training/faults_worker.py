@@ -15,7 +15,7 @@ CONFIG = environment.RuntimeConfig(
     platform="cpu",
     threads=1,
     fake_devices=2,
-    compiler_options={},
+    compiler_options=environment.CompilerOptions(cpu={}, gpu={}, tpu={}),
     heartbeat_seconds=12,
     shutdown_seconds=10,
     phase_seconds=environment.PhaseSeconds(start=60, compile=60, step=60, evaluate=60, save=60),

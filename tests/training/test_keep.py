@@ -7,7 +7,7 @@ import random
 import pytest
 
 from t5x_like.core.errors import UsageError
-from t5x_like.training.keep import CheckpointConfig, best_steps, check, is_due, steps_to_keep
+from t5x_like.training.keep import CheckpointConfig, best_steps, check_best_metric, is_due, steps_to_keep
 
 CONFIG = CheckpointConfig(
     every_steps=10,
@@ -99,6 +99,11 @@ def test_a_checkpoint_is_due_at_its_interval_and_at_the_end():
     ],
 )
 def test_what_could_not_work_is_refused(changes, evaluate_every, message):
-    check(CONFIG, evaluate_every_steps=5)
+    _check(CONFIG, 5)
     with pytest.raises(UsageError, match=message):
-        check(_config(**changes), evaluate_every_steps=evaluate_every)
+        _check(_config(**changes), evaluate_every)
+
+
+def _check(config, evaluate_every):
+    config.check("config.checkpoint")
+    check_best_metric(config, evaluate_every_steps=evaluate_every)

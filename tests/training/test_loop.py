@@ -33,7 +33,9 @@ def run(*, start: int = 0, evaluation=None, stop_at: int | None = None, interrup
         enter=lambda name: None,
     )
     saver = types.SimpleNamespace(
-        save=lambda step, state, frozen, evaluation: seen.append(("save", step, evaluation)), wait=lambda: None
+        save=lambda step, state, frozen, evaluation: seen.append(("save", step, evaluation)),
+        judge=lambda step, evaluation: seen.append(("judge", step, evaluation)),
+        wait=lambda: None,
     )
 
     def batch_at(index):
@@ -84,7 +86,8 @@ def test_who_is_asked_to_stop_saves_at_once_and_evaluates_at_the_resume(step, in
     assert not outcome.finished and seen[-1] == ("save", step, {})
     assert ("evaluate", step) not in seen
     outcome, seen = run(start=step)
-    assert seen[0] == ("evaluate", step) and ("save", step) not in [(name, at) for name, at, *_ in seen]
+    assert seen[0] == ("evaluate", step) and seen[1] == ("judge", step, outcome.evaluation)
+    assert ("save", step) not in [(name, at) for name, at, *_ in seen]
     assert outcome.finished and outcome.evaluation["eval/validation/loss"] == 2.0
 
 

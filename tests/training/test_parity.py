@@ -12,9 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.pretrain import test as test_config
-from t5x_like import experiment as experiments
 from t5x_like.core import tree
 from t5x_like.parallel import mesh as meshes
+from t5x_like.runs import program as programs
+from t5x_like.runs import train as experiments
 
 MESHES = {
     "data=8": {"preset": "data"},
@@ -79,7 +80,7 @@ def _batch() -> dict[str, np.ndarray]:
 class Result:
     loss: float
     gradients: dict[str, np.ndarray]
-    program: experiments.Program
+    program: programs.Program
     text: str
 
 
@@ -89,8 +90,8 @@ def _step(family: str, mesh_section: dict, devices: int) -> Result:
     experiment = experiments.from_config(config)
     mesh = meshes.make(experiment.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        program = experiments.build_program(experiment, mesh)
-        state, frozen = experiments.initialize(program, seed=0)
+        program = programs.step_program(experiment, mesh)
+        state, frozen = programs.initialize(program, seed=0)
         host = _batch()
         batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
@@ -149,7 +150,7 @@ def test_no_parameter_above_a_small_size_is_replicated(name, limit):
     experiment = experiments.from_config(config)
     mesh = meshes.make(experiment.mesh)
     with jax.set_mesh(mesh):
-        layout = experiments.build_program(experiment, mesh).layout
+        layout = programs.step_program(experiment, mesh).layout
     sizes = {path: leaf for path, leaf in tree.leaves(layout.state["params"]) if leaf.size > limit}
     assert len(sizes) >= 8
     for path, leaf in sizes.items():

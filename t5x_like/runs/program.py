@@ -1,0 +1,156 @@
+"""The jitted programs of a run: the train step with all that it is called with, and the step that decodes a token.
+
+Everything is abstract: nothing is allocated, and the mesh may be one of devices that are not there.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from t5x_like.core import tree
+from t5x_like.core.errors import UsageError
+from t5x_like.data.read import features
+from t5x_like.inference.decode import decode_step
+from t5x_like.models.model import Model
+from t5x_like.objectives import table as objectives
+from t5x_like.objectives.interface import Objective, policy
+from t5x_like.optim import optimizers
+from t5x_like.optim import rules as path_rules
+from t5x_like.parallel import rules as sharding_rules
+from t5x_like.parallel.sharding import abstract_batch, named
+from t5x_like.runs.roles import build_model
+from t5x_like.runs.train import Experiment, multiples
+from t5x_like.training import state as train_state
+from t5x_like.training.step import StepConfig, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted train step of a run with all that it is called with, in the abstract: nothing is allocated."""
+
+    mesh: Mesh
+    model: Model
+    objective: Objective
+    optimizer: optimizers.Optimizer
+    parts: train_state.Parts
+    layout: train_state.Layout
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Any  # jitted (state, frozen, batch) -> (state, metrics); the state is donated
+    evaluate: Any  # jitted (params, frozen, batch) -> sums
+
+
+def step_program(experiment: Experiment, mesh: Mesh) -> Program:
+    """The train and the evaluation step on a mesh, which may be one of devices that are not there."""
+    platform = mesh.devices.flat[0].platform
+    model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
+    rules = model.rules
+    specs = model.specs()
+    _check_rules(rules, specs)
+    frozen_paths = path_rules.frozen_paths(experiment.optim, specs)
+    frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
+    if not trainable:
+        raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
+    objective = objectives.build(experiment.objective, {"policy": policy(model)}, features.arrays(experiment.data))
+    steps = experiment.optim.schedule.steps
+    assert steps is not None, "from_config has filled it in"
+    optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)
+    parts = train_state.Parts(trainable, rules, {"base": train_state.Frozen(frozen, rules, source=None)})
+    layout = train_state.layout(optimizer, parts, ema=experiment.loop.ema_decay is not None, mesh=mesh)
+    step = make_step(
+        objective, optimizer, rules=rules, param_axes=layout.axes["params"], config=_step_config(experiment)
+    )
+    options = experiment.runtime.compiler_options.of(platform)
+    return Program(
+        mesh=mesh,
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        parts=parts,
+        layout=layout,
+        batch=abstract_batch(mesh, rules, objective.inputs),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings(), None), compiler_options=options),
+        evaluate=jax.jit(objective.evaluate, compiler_options=options),
+    )
+
+
+def decode_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: int) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted step that adds one token to each row, and its abstract arguments. The cache is donated."""
+    platform = mesh.devices.flat[0].platform
+    model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
+    source_length = experiment.data.encoder_length
+
+    def abstract(specs: Any) -> Any:
+        return jax.tree.map(
+            lambda spec: jax.ShapeDtypeStruct(
+                spec.shape, spec.dtype, sharding=named(mesh, model.rules, spec.axes, spec.shape)
+            ),
+            specs,
+        )
+
+    cache = abstract(model.cache_specs(rows, length, source_length))
+    row = jax.ShapeDtypeStruct((rows,), "int32", sharding=named(mesh, model.rules, ("batch",), (rows,)))
+    step = jax.jit(
+        functools.partial(decode_step, model),
+        donate_argnums=1,
+        out_shardings=(None, jax.tree.map(lambda leaf: leaf.sharding, cache)),
+        compiler_options=experiment.runtime.compiler_options.of(platform),
+    )
+    return step, (abstract(model.specs()), cache, row, row)
+
+
+def initialize(
+    program: Program, *, seed: int, taken: Mapping[str, jax.Array] | None = None
+) -> tuple[train_state.State, dict[str, Any]]:
+    """The first state and the frozen parameters of a run, each leaf made where it lies; `taken` were read elsewhere."""
+    key = jax.random.key(seed)
+    return train_state.initialize(program.parts, program.optimizer, key, program.layout, taken=taken or {})
+
+
+def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
+    """The batch must divide over the data shards, micro-batch by micro-batch."""
+    rules = sharding_rules.rules(experiment.mesh.rules)
+    axes = [axis for axis in rules.mesh_axes("batch") if sizes[axis] > 1]
+    shards = math.prod(sizes[axis] for axis in axes)
+    parts = shards * experiment.loop.micro_batches
+    if experiment.data.batch_size % parts:
+        composed = " x ".join(f"{axis}={sizes[axis]}" for axis in axes) or "1"
+        micro = f" x {experiment.loop.micro_batches} micro-batches" if experiment.loop.micro_batches > 1 else ""
+        raise UsageError(
+            f"config.data.batch_size={experiment.data.batch_size} is not divisible by the {shards} data shards "
+            f"({composed}){micro}; use {multiples(experiment.data.batch_size, parts)}"
+        )
+    lengths = math.prod(sizes[axis] for axis in rules.mesh_axes("length"))
+    for field in ("length", "encoder_length"):
+        tokens = getattr(experiment.data, field)
+        if tokens % lengths:
+            raise UsageError(
+                f"config.data.{field}={tokens} is not divisible by the {lengths} shards of a row; "
+                f"use {multiples(tokens, lengths)}"
+            )
+
+
+def _step_config(experiment: Experiment) -> StepConfig:
+    loop = experiment.loop
+    return StepConfig(
+        micro_batches=loop.micro_batches,
+        clip_norm=experiment.optim.clip_norm,
+        ema_decay=loop.ema_decay,
+        spike_deviations=None if loop.on_spike == "off" else loop.spike_deviations,
+        spike_memory=loop.spike_memory,
+        spike_warmup=loop.spike_warmup,
+        dropout=experiment.model.dropout > 0,
+        seed=experiment.seed,
+    )
+
+
+def _check_rules(rules: sharding_rules.Rules, specs: Any) -> None:
+    activations = {name for name in sharding_rules.TABLE if name in ("batch", "length", "kv_length")}
+    activations |= {name for name in sharding_rules.TABLE if name.startswith("act_")}
+    used = {axis for _, spec in tree.leaves(specs) for axis in spec.axes}
+    for name in sharding_rules.unused(rules, used | activations):
+        raise UsageError(f"config.mesh.rules changes {name!r}, which no parameter of this model has; remove it")

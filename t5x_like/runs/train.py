@@ -1,0 +1,127 @@
+"""A training run: the configs of all components side by side, and what must hold between them.
+
+`from_config` is the boundary: past it everything is a frozen dataclass whose values were checked, those of one section
+by the section's own class. Nothing here builds a step (program.py), trains (training/) or talks to a terminal.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_like.core import config as bridge
+from t5x_like.core.environment import RuntimeConfig
+from t5x_like.core.errors import UsageError
+from t5x_like.data.config import DataConfig
+from t5x_like.models import config as model_config
+from t5x_like.objectives import table as objectives
+from t5x_like.optim import optimizers
+from t5x_like.parallel import mesh as meshes
+from t5x_like.runs import sections
+from t5x_like.training import keep
+from t5x_like.training.evaluate import EvaluateConfig
+from t5x_like.training.loop import LoopConfig
+from t5x_like.training.telemetry import TelemetryConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One resolved run. Field names are those of the config's sections."""
+
+    seed: int
+    model: model_config.ModelConfig
+    data: DataConfig
+    mesh: meshes.MeshConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
+    optim: optimizers.OptimConfig
+    objective: objectives.ObjectiveConfig
+    loop: LoopConfig
+    checkpoint: keep.CheckpointConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
+    evaluate: EvaluateConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
+    telemetry: TelemetryConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
+    runtime: RuntimeConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
+
+    def check(self, path: str) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"{path}.seed={self.seed} should be a whole number from 0 to 2^32 - 1")
+        _check_relations(self)
+
+
+MAY_CHANGE = sections.may_change(Experiment)
+
+
+def from_config(
+    config: bridge.Values,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """The experiment that a ConfigDict or the sections of a stored config describe; strict in both directions.
+
+    `overrides` are the dotted paths given on the command line: one that sets a field of a variant that is not named
+    is refused, because it would change nothing. `stored` is the config of the run that is resumed, if any.
+    """
+    given: dict[str, Any] = dict(config.items())
+    sections.refuse_unnamed_variants(Experiment, given, overrides or {})
+    if "model" in given:
+        given["model"] = model_config.filled(given["model"])
+    experiment = bridge.build(Experiment, given, path="config")
+    if experiment.optim.schedule.steps is None:
+        # The length of the schedule is that of the first start, whatever a resume does to loop.steps.
+        steps = sections.value(stored or {}, "optim.schedule.steps") or experiment.loop.steps
+        schedule = dataclasses.replace(experiment.optim.schedule, steps=steps)
+        experiment = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, schedule=schedule))
+    return experiment
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """What `config.json` holds; `from_config` reads it back to an equal experiment."""
+    return bridge.to_dict(experiment)
+
+
+def _check_relations(experiment: Experiment) -> None:
+    """What must hold between sections, each with its remedy."""
+    loop, data, model = experiment.loop, experiment.data, experiment.model
+    for field in ("length", "encoder_length"):
+        if getattr(data, field) > model.max_length:
+            raise UsageError(
+                f"config.data.{field}={getattr(data, field)} is longer than config.model.max_length="
+                f"{model.max_length}; shorten the rows or lengthen the model's"
+            )
+    _check_features(experiment)
+    if loop.ema_decay is not None and model.dtype.params != "float32":
+        raise UsageError(
+            f"config.loop.ema_decay={loop.ema_decay:g} needs config.model.dtype.params='float32': a change that small "
+            f"is lost in {model.dtype.params}"
+        )
+    if data.batch_size % loop.micro_batches:
+        raise UsageError(
+            f"config.data.batch_size={data.batch_size} is not divisible by config.loop.micro_batches="
+            f"{loop.micro_batches}; use {multiples(data.batch_size, loop.micro_batches)}"
+        )
+    keep.check_best_metric(experiment.checkpoint, evaluate_every_steps=experiment.evaluate.every_steps)
+    if experiment.evaluate.ema and loop.ema_decay is None:
+        raise UsageError("config.evaluate.ema=True needs config.loop.ema_decay (0.999, say)")
+
+
+def _check_features(experiment: Experiment) -> None:
+    """The data must give what the objective and the model read."""
+    name, features = experiment.objective.name, experiment.data.features
+    known = objectives.OBJECTIVES[name].features
+    if features not in known:
+        raise UsageError(
+            f"config.data.features={features!r} is nothing for config.objective.name={name!r}; use one of "
+            f"{', '.join(known)}"
+        )
+    two = experiment.model.architecture == "encoder_decoder"
+    if two != (experiment.data.encoder_length > 0):
+        what = "reads a source" if two else "has no encoder"
+        raise UsageError(
+            f"config.data.features={features!r} does not fit config.model.architecture="
+            f"{experiment.model.architecture!r}, which {what}; use "
+            f"{'source_target or span_corruption' if two else 'causal'}"
+        )
+
+
+def multiples(value: int, factor: int) -> str:
+    """The multiples of a factor on both sides of a value, for an error line."""
+    below = value // factor * factor
+    return f"{below} or {below + factor}" if below else str(factor)
