@@ -148,7 +148,8 @@ class LanguageModel:
             raise UsageError(f"token ids should be from 0 to {self.vocabulary.size - 1}, found {found}")
 
     def _check_length(self, prompt: int, new: int, beyond: bool) -> None:
-        limit, learned = self.model.config.max_length, self.model.config.position == "learned"
+        limit, config = self.model.config.max_length, self.model.config
+        learned = any(stack.position == "learned" for stack in config.stacks.values())
         if prompt > limit:
             raise UsageError(f"a prompt of {prompt} tokens is longer than this model's max_length={limit}; shorten it")
         if prompt + new - 1 > limit and (learned or not beyond):  # the last token is not fed

@@ -69,12 +69,16 @@ def closing(workdir: str, evaluation: Mapping[str, float], *, plot: bool) -> Ite
 def _model(experiment: Experiment, program: Program) -> dict[str, object]:
     c = experiment.model
     frozen = sum(leaf.size for _, leaf in tree.leaves(program.layout.frozen["base"]))
-    sizes = f"{c.layers} layers, embed {c.embed}, {c.heads} heads of {c.head}, {c.kv_heads} kv heads, mlp {c.mlp}"
+    stacks = {
+        name: f"{s.layers} layers, {s.heads} heads of {s.head_size}, {s.kv_heads} kv heads, mlp {s.mlp}"
+        for name, s in c.stacks.items()
+    }
     return {
         "family": f"{c.family} {c.size}",
         "parameters": format_count(program.model.parameter_count())
         + (f", of which {format_count(frozen)} are frozen" if frozen else ""),
-        "sizes": f"{sizes}, vocabulary {c.vocab_size} (stored {c.padded_vocab})",
+        **stacks,
+        "sizes": f"width {c.width}, vocabulary {c.vocab_size} (stored {c.padded_vocab})",
         "numbers": f"{program.model.dtypes.params} parameters, {program.model.dtypes.compute} compute, remat {c.remat}",
     }
 
@@ -110,8 +114,9 @@ def _mesh(program: Program) -> dict[str, object]:
         rows["rules"] = ", ".join(
             f"{name}={'+'.join(axis for axis in axes if axis in sizes)}" for name, axes in in_force.items()
         )
-    if rules.replicated_heads(program.model.config.kv_heads, program.mesh.shape):
-        rows["note"] = f"{program.model.config.kv_heads} kv heads do not divide over the tensor shards: replicated"
+    for name, stack in program.model.config.stacks.items():
+        if rules.replicated_heads(stack.kv_heads, program.mesh.shape):
+            rows[f"note on the {name}"] = f"{stack.kv_heads} kv heads do not divide over the tensor shards: replicated"
     return rows
 
 

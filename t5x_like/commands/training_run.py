@@ -110,7 +110,10 @@ def _is_finished(experiment: experiments.Experiment, workdir: Workdir, program: 
         return False
     checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
     try:
-        restored = Saver(checkpoints, layout=program.layout, metadata={}).restore()
+        holds = experiment.checkpoint.holds
+        restored = Saver(
+            checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata={}
+        ).restore()
         found = "is missing" if restored is None or restored[0] < done else ""
     except DamagedCheckpoint:
         found = "is damaged"
@@ -218,7 +221,7 @@ def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> 
         Telemetry(
             experiment.telemetry,
             built.workdir.root,
-            flops_per_token=program.model.flops_per_token(experiment.data.length).train,
+            flops_per_token=_flops_per_token(built),
             tokens_per_step=built.data.tokens_per_step,
             devices=list(program.mesh.devices.flat),
             compiler_options=experiment.runtime.compiler_options.of(jax.default_backend()),
@@ -245,6 +248,13 @@ def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> 
         faults=built.faults,
     )
     return loops.train(loop, state, frozen, start=start, evaluation=evaluation)
+
+
+def _flops_per_token(built: Run) -> float:
+    """Of training, for each of the tokens that `tokens_per_step` counts, those of an encoder among them."""
+    data = built.experiment.data
+    of_decoder = built.program.model.flops_per_token(data.length, data.encoder_length).train
+    return of_decoder * data.batch_size * data.length / built.data.tokens_per_step
 
 
 def _start(built: Run, saver: Saver) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, float], str]:

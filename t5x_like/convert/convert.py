@@ -68,9 +68,7 @@ def load_params(
     arrays = {}
     for path, wanted in templates(config).items():
         read = functools.partial(_read_share, mapping, reading, path, np.dtype(wanted.dtype).name)
-        arrays[path] = jax.block_until_ready(
-            jax.make_array_from_callback(wanted.shape, wanted.sharding or first, read)
-        )
+        arrays[path] = jax.block_until_ready(jax.make_array_from_callback(wanted.shape, wanted.sharding or first, read))
     return tree.unflatten(arrays)
 
 

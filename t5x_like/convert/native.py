@@ -75,7 +75,7 @@ def write(
         **extra,
     }
     note = model_directory.note(
-        0,
+        step=0,
         arrays={PARAMS: moved["arrays"]},
         kinds={PARAMS: {}},
         fingerprints={PARAMS: moved["fingerprints"]},

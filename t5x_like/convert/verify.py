@@ -8,9 +8,9 @@ import numpy as np
 
 from t5x_like.convert import convert
 from t5x_like.convert.foreign import open_foreign
+from t5x_like.core import tree
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UserError
-from t5x_like.core import tree
 from t5x_like.core.types import Tree
 from t5x_like.layers.scoring.head import logits
 from t5x_like.models.config import ModelConfig

@@ -209,7 +209,7 @@ def _scores(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Ar
 
 
 def _hidden_and_head(model: Model, params: Tree, inputs_BT: jax.Array) -> tuple[jax.Array, Head]:
-    return model.apply(params, {"inputs": inputs_BT}).hidden_BTD, model.head(params)
+    return model.score_input(params, model.apply(params, {"inputs": inputs_BT}))
 
 
 def _results(texts: Texts, scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:

@@ -166,7 +166,9 @@ class Projections(nnx.Module):
     def __init__(self, config: BlockConfig, place: BlockPlace):
         c, kv_heads, init = config, config.kv_heads, place.init
         wide, inner = place.width, c.heads * c.head_size
-        self.q = param((wide, c.heads, c.head_size), axes=("embed", "heads", "head"), init=init.query(wide, c.head_size))
+        self.q = param(
+            (wide, c.heads, c.head_size), axes=("embed", "heads", "head"), init=init.query(wide, c.head_size)
+        )
         self.k = param((wide, kv_heads, c.head_size), axes=("embed", "kv_heads", "head"), init=init.weight(wide))
         self.v = param((wide, kv_heads, c.head_size), axes=("embed", "kv_heads", "head"), init=init.weight(wide))
         self.o = param((c.heads, c.head_size, wide), axes=("heads", "head", "embed"), init=init.branch_end(inner))

@@ -193,6 +193,10 @@ class ModelConfig:
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    def stack(self, name: str) -> StackConfig:
+        """The encoder or the decoder of an architecture that has it."""
+        return self.stacks[name]
+
     @property
     def stacks(self) -> dict[str, StackConfig]:
         """The stacks that this architecture has, by name."""
@@ -239,7 +243,7 @@ def filled(section: bridge.Values, *, path: str = "config.model") -> dict[str, A
 
 def _without_absent_stacks(section: bridge.Values, supplied: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The section with None for each stack that its architecture does not have; refuses fields set there."""
-    architecture = section.get("architecture") or supplied["architecture"]
+    architecture = str(section.get("architecture") or supplied["architecture"])
     if architecture not in STACKS:
         raise UsageError(f"{path}.architecture={architecture!r} is unknown; {nearest(architecture, STACKS)}")
     chosen: dict[str, Any] = dict(section.items())

@@ -35,11 +35,11 @@ class Decoder:
 
     @functools.cached_property
     def _ends(self) -> Ends:
-        return Ends(self.config, self.config.decoder, self.rules, self.dtypes)
+        return Ends(self.config, self.config.stack("decoder"), self.rules, self.dtypes)
 
     @functools.cached_property
     def _tower(self) -> Tower:
-        return Tower(self.config, self.config.decoder, self.dtypes, causal=True, cross=False)
+        return Tower(self.config, self.config.stack("decoder"), self.dtypes, causal=True, cross=False)
 
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), **self._tower.specs()}

@@ -32,11 +32,11 @@ class Encoder:
 
     @functools.cached_property
     def _ends(self) -> Ends:
-        return Ends(self.config, self.config.encoder, self.rules, self.dtypes)
+        return Ends(self.config, self.config.stack("encoder"), self.rules, self.dtypes)
 
     @functools.cached_property
     def _tower(self) -> Tower:
-        return Tower(self.config, self.config.encoder, self.dtypes, causal=False, cross=False)
+        return Tower(self.config, self.config.stack("encoder"), self.dtypes, causal=False, cross=False)
 
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), **self._tower.specs()}

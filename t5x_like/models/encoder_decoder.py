@@ -39,15 +39,15 @@ class EncoderDecoder:
 
     @functools.cached_property
     def _ends(self) -> Ends:
-        return Ends(self.config, self.config.decoder, self.rules, self.dtypes)
+        return Ends(self.config, self.config.stack("decoder"), self.rules, self.dtypes)
 
     @functools.cached_property
     def _encoder(self) -> Tower:
-        return Tower(self.config, self.config.encoder, self.dtypes, causal=False, cross=False)
+        return Tower(self.config, self.config.stack("encoder"), self.dtypes, causal=False, cross=False)
 
     @functools.cached_property
     def _decoder(self) -> Tower:
-        return Tower(self.config, self.config.decoder, self.dtypes, causal=True, cross=True)
+        return Tower(self.config, self.config.stack("decoder"), self.dtypes, causal=True, cross=True)
 
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), "encoder": self._encoder.specs(), "decoder": self._decoder.specs()}

@@ -25,9 +25,7 @@ class Entry:
 
 
 OBJECTIVES = {
-    "lm": Entry(
-        LmConfig, roles=("policy",), features=("causal", "source_target", "span_corruption"), build=lm.build
-    ),
+    "lm": Entry(LmConfig, roles=("policy",), features=("causal", "source_target", "span_corruption"), build=lm.build),
 }
 
 

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x_like.core import formats, tree
+from t5x_like.core import tree
 from t5x_like.core.errors import UserError
 from t5x_like.storage import leaves, paths
 from t5x_like.storage.base import restore_items

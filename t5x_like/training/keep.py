@@ -45,6 +45,7 @@ class CheckpointConfig:
         if self.holds not in ("model", "trained"):
             raise UsageError(f"{path}.holds={self.holds!r} should be 'model' or 'trained'")
 
+
 def check_best_metric(config: CheckpointConfig, *, evaluate_every_steps: int) -> None:
     """Raises UsageError where checkpoints are judged by a metric that is not known at each of them."""
     if config.best_metric is None:

@@ -1,6 +1,5 @@
 """A conversion needs a few hundred MB whatever the size of the model, in both directions."""
 
-import filecmp
 import json
 import os
 import pathlib

@@ -12,8 +12,8 @@ from t5x_like.core import dtypes, tree
 from t5x_like.core.errors import UserError
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import GREEDY, Sampling
-from t5x_like.layers.scoring.head import logits
 from t5x_like.inference.weights import serving_params
+from t5x_like.layers.scoring.head import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel import rules as tables

@@ -4,9 +4,9 @@ import re
 
 import jax
 import pytest
+from t5x_like.layers.token_log_probs import logits, token_log_probs
 
 from t5x_like.core.dtypes import DtypePolicy
-from t5x_like.layers.token_log_probs import logits, token_log_probs
 from t5x_like.models.model import Model
 from t5x_like.parallel.rules import rules
 from tests.models import cases

@@ -5,8 +5,8 @@ Matrices are stored [out, in] there. Queries and keys are turned in halves, as o
 
 from typing import Any
 
-from t5x_like.convert.settings import Settings, activation_name, require_usual, rope_settings
 from t5x_like.convert.mapping import Row, Table
+from t5x_like.convert.settings import Settings, activation_name, require_usual, rope_settings
 from t5x_like.models.config import ModelConfig
 
 _LAYER = "model.layers.{layer}."

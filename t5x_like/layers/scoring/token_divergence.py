@@ -54,7 +54,10 @@ def token_divergence(
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} should be one of {', '.join(KINDS)}")
-    (weight_VD, bias_V), (weight_VE, bias_teacher_V) = head.arrays(x_BTD.dtype), head_teacher.arrays(x_teacher_BTE.dtype)
+    (weight_VD, bias_V), (weight_VE, bias_teacher_V) = (
+        head.arrays(x_BTD.dtype),
+        head_teacher.arrays(x_teacher_BTE.dtype),
+    )
     if head.vocab_size != head_teacher.vocab_size:
         raise UsageError(
             f"the vocabularies of student and teacher have {head.vocab_size} and {head_teacher.vocab_size} tokens; "
