@@ -18,8 +18,8 @@ class InitConfig:
     """The standard deviations of first weights.
 
     name "normal": `std` everywhere (GPT-2, Llama). "fan_in": `std` divided by the root of a weight's number of inputs,
-    that of queries also by the root of the head size, embeddings and an untied head as they are (T5, arXiv 1910.10683,
-    as its published code does). depth_scaled: divides by sqrt(2 layers) where a branch ends (GPT-2).
+    that of queries also by the root of the head size, embeddings as they are (T5, arXiv 1910.10683, as its published
+    code does). depth_scaled: divides by sqrt(2 layers) where a branch ends (GPT-2).
     """
 
     name: str
@@ -54,7 +54,7 @@ class Initialization:
         return normal(self._std(inputs) / depth)
 
     def embedding(self) -> str:
-        """Tables of tokens and positions, and an untied head."""
+        """Tables of tokens and positions."""
         return normal(self.config.std)
 
     def _std(self, inputs: int) -> float:

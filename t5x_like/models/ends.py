@@ -48,7 +48,8 @@ class HeadWeights(nnx.Module):
 
     def __init__(self, config: ModelConfig, stack: StackConfig, init: Initialization):
         if not config.head.tied:
-            self.weight = param((config.padded_vocab, config.width), axes=("vocab", "embed"), init=init.embedding())
+            shape = (config.padded_vocab, config.width)
+            self.weight = param(shape, axes=("vocab", "embed"), init=init.weight(config.width))
         if config.head.bias:
             self.bias = param((config.padded_vocab,), axes=("vocab",), init=ZEROS)
         if config.head.transform:
