@@ -1,6 +1,6 @@
 """A large random Llama in a folder, written in small pieces, and a conversion that reports its peak of memory.
 
-    python synthetic.py FUNCTION SRC DST      in a process of its own: prints {"before", "peak", "seconds"}, bytes
+python synthetic.py FUNCTION SRC DST      in a process of its own: prints {"before", "peak", "seconds"}, bytes
 """
 
 import json

@@ -154,4 +154,6 @@ def test_wrong_use_is_status_2(arguments, expected, tmp_path, capsys):
 def test_nothing_is_written_over(tmp_path, capsys):
     (tmp_path / "mine").write_text("kept")
     assert program.main(["convert", str(STORIES), str(tmp_path)]) == 2
-    assert (tmp_path / "mine").read_text() == "kept" and "exists; give the name of a new folder" in capsys.readouterr().err
+    assert (
+        tmp_path / "mine"
+    ).read_text() == "kept" and "exists; give the name of a new folder" in capsys.readouterr().err

@@ -1,15 +1,11 @@
 """Models of Hugging Face become ours and go back: the same bits, the same logits, the same text."""
 
-
 import pathlib
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import t5x_like
 from t5x_like.convert import convert, verify
-from t5x_like.convert.safetensors import open_file
 
 folders = pytest.importorskip("tests.convert.folders", reason="needs torch and transformers")
 
