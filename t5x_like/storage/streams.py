@@ -1,8 +1,8 @@
 """Leaves of a checkpoint a piece at a time, for models larger than memory: reading any, writing new ones.
 
 What is written is the layout that Orbax reads, without its OCDBT database: for each array a folder with a `.zarray` and
-a file for each chunk, uncompressed, beside `_METADATA`, which names the leaves. Orbax's own writer takes whole arrays. The note
-with config and fingerprints is the same as that of storage/checkpoint.py.
+a file for each chunk, uncompressed, beside `_METADATA`, which names the leaves. Orbax's own writer takes whole arrays.
+The note with config and fingerprints is the same as that of storage/checkpoint.py.
 """
 
 import itertools

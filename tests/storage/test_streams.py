@@ -47,7 +47,8 @@ def test_what_is_written_in_pieces_is_restored_and_verified(dtype, tmp_path):
     _write(str(tmp_path / "0"), arrays)
     templates = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in arrays.items()}
     found = tree.flatten(restore(str(tmp_path / "0"), {"params": tree.unflatten(templates)})["params"])
-    plain = tree.flatten(ocp.PyTreeCheckpointer().restore(tmp_path / "0" / "params"))
+    as_numpy = tree.unflatten({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in arrays})
+    plain = tree.flatten(ocp.PyTreeCheckpointer().restore(tmp_path / "0" / "params", restore_args=as_numpy))
     for path, array in arrays.items():
         assert np.asarray(found[path]).tobytes() == array.tobytes() == np.asarray(plain[path]).tobytes()
 
