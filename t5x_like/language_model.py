@@ -130,7 +130,8 @@ class LanguageModel:
 
     def _check_length(self, length: int) -> None:
         limit = self.model.config.max_length
-        if self.model.config.position == "learned" and length > limit:
+        learned = any(stack.position == "learned" for stack in self.model.config.stacks.values())
+        if learned and length > limit:
             raise UsageError(f"{length} tokens are more than the {limit} positions of this model; shorten the text")
 
 
