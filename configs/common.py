@@ -129,6 +129,7 @@ def data() -> dict:
         "span_corruption": {"noise_density": 0.15, "mean_span_length": 3.0},
         "packing": "concatenate",
         "attend_across_documents": False,
+        "prefix": False,
         "prefetch": 2,
         "workers": 0,
         "cache": "",

@@ -72,6 +72,7 @@ _FEATURES = Change(
         "data.encoder_length": 0,
         "data.start_token": "pad",
         "data.extra_ids": 0,
+        "data.prefix": False,
         "data.span_corruption": {"noise_density": 0.15, "mean_span_length": 3.0},
         **{f"data.fields.{name}": "" for name in ("prompt", "chosen", "rejected", "label")},
         "checkpoint.holds": "model",

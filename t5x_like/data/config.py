@@ -109,6 +109,8 @@ class DataConfig:
     packing: "concatenate" (one stream, cut into rows), "examples" (whole examples, best fit into rows) or "single"
         (one example a row)
     attend_across_documents: documents of one row see each other (then a batch has no segment_ids)
+    prefix: the inputs of an example are seen by all of its tokens, not by those after them alone (a prefix LM,
+        arXiv 1910.10683, section 3.2.1); for whole examples, features "causal"
     prefetch: batches read ahead of the step
     workers: processes of `prepare`, 0 for one per core
     cache: folder of the token cache, local or gs://; "" for `cache/` in the workdir
@@ -133,6 +135,7 @@ class DataConfig:
     span_corruption: SpanCorruptionConfig
     packing: str
     attend_across_documents: bool
+    prefix: bool
     prefetch: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     workers: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     cache: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)

@@ -8,6 +8,7 @@ data/read/packing.py.
 import numpy as np
 from jaxtyping import Int
 
+from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
@@ -26,8 +27,18 @@ _ARRAYS = {
 
 
 def arrays(config: DataConfig) -> dict[str, ArraySpec]:
-    left_out = {"segment_ids"} if config.attend_across_documents else set()
-    return per_token(config, {name: kind for name, kind in _ARRAYS.items() if name not in left_out}, config.length)
+    names = dict(_ARRAYS)
+    if config.attend_across_documents:
+        del names["segment_ids"]
+    return per_token(config, names | {"prefix": "int32"} if config.prefix else names, config.length)
+
+
+def check(config: DataConfig) -> None:
+    if config.prefix and (config.packing != "examples" or not config.fields.inputs):
+        raise UsageError(
+            "config.data.prefix=True needs examples with inputs, each whole in its row; set config.data.fields.inputs and "
+            "config.data.packing='examples'"
+        )
 
 
 class Causal:
@@ -35,7 +46,7 @@ class Causal:
 
     def __init__(self, token_set: TokenSet, config: DataConfig, stride: int):
         self._packing = PACKINGS[config.packing](token_set, config.length, stride)
-        self._attends = config.attend_across_documents
+        self._attends, self._prefix = config.attend_across_documents, config.prefix
         self.truncated = self._packing.truncated
 
     @property
@@ -44,7 +55,9 @@ class Causal:
 
     def batch(self, rows: Int[np.ndarray, "n"], draw: Draw) -> Batch:
         del draw
-        return batch(self._packing.read(rows), attend_across_documents=self._attends)
+        read = self._packing.read(rows)
+        arrays = batch(read, attend_across_documents=self._attends)
+        return arrays | {"prefix": _prefix(read)} if self._prefix else arrays
 
     def documents(self, row: int) -> list[Span]:
         return self._packing.documents(row)
@@ -76,10 +89,16 @@ def batch(rows: Rows, *, attend_across_documents: bool) -> Batch:
     return arrays | {"segment_ids": segment_ids.astype(np.int32), "positions": positions.astype(np.int32)}
 
 
+def _prefix(rows: Rows) -> Int[np.ndarray, "n T"]:
+    """1 at the inputs of whole examples, which are the tokens without loss (and at a first token, which all see)."""
+    columns = np.arange(rows.tokens.shape[1])
+    return (~rows.trained & (columns < rows.valid[:, None]))[:, :-1].astype(np.int32)
+
+
 CAUSAL = Feature(
     packings=tuple(PACKINGS),
     encoder=False,
     arrays=arrays,
     open=lambda token_set, config, vocabulary, stride: Causal(token_set, config, stride),
-    check=lambda config: None,
+    check=check,
 )

@@ -61,7 +61,7 @@ def _check_unused(config: DataConfig, feature: Feature) -> None:
         raise UsageError(f"config.data.encoder_length={config.encoder_length} should be at least 1: tokens of a source")
     neutral = {} if feature.encoder else {"encoder_length": 0}
     if feature is not CAUSAL:
-        neutral |= {"attend_across_documents": False, "validation_stride": 0}
+        neutral |= {"attend_across_documents": False, "validation_stride": 0, "prefix": False}
     for name, value in neutral.items():
         if getattr(config, name) != value:
             raise UsageError(

@@ -254,7 +254,7 @@ def _has_text(entry: cache.SetEntry, folder: pathlib.Path) -> bool:
 def _identity(config: DataConfig) -> dict[str, Any]:
     """What else decides the rows where they are not a decoder's."""
     if config.features == "causal":
-        return {}
+        return {"prefix": True} if config.prefix else {}
     named = ("features", "encoder_length", "start_token", "extra_ids")
     noise = dataclasses.astuple(config.span_corruption) if config.features == "span_corruption" else ()
     return {name: getattr(config, name) for name in named} | {"noise": noise}

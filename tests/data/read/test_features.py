@@ -13,12 +13,14 @@ from tests.data.read import test_source_target
 CASES = {
     "causal": {},
     "causal across documents": {"attend_across_documents": True},
+    "causal prefix": {"packing": "examples", "length": 32, "prefix": True},
     "source_target": {"packing": "examples", "encoder_length": 24, "length": 16},
     "pairs": {"packing": "single", "length": 20},
     "labels": {"packing": "single", "length": 20},
     "span_corruption": {"encoder_length": 24, "length": 9, "extra_ids": 9},
 }
 FIELDS = {
+    "causal prefix": {"inputs": "q", "targets": "a"},
     "source_target": {"inputs": "q", "targets": "a"},
     "pairs": {"prompt": "q", "chosen": "a", "rejected": "b"},
     "labels": {"text": "a", "label": "c"},
@@ -83,3 +85,22 @@ def test_unknown_features_are_an_error_with_the_nearest_name():
         features.arrays(corpus.config(features="span_corupt"))
     with pytest.raises(UsageError, match="encoder_length=9 has no effect with features='causal'; leave it at 0"):
         features.arrays(corpus.config(encoder_length=9))
+
+
+def test_a_prefix_is_the_inputs_of_each_example(tmp_path):
+    (tmp_path / "examples.jsonl").write_text('{"q": "ab", "a": "xyz"}\n{"q": "c", "a": "uv"}\n')
+    source = f"jsonl:{tmp_path}/examples.jsonl"
+    fields = {"inputs": "q", "targets": "a"}
+    chosen = corpus.config(source=source, fields=fields, packing="examples", prefix=True, length=12, batch_size=1)
+    batch = corpus.opened(chosen, tmp_path / "cache").rows(0, np.arange(1))
+    seen = {
+        bytes(np.asarray(batch["inputs"][0][(batch["segment_ids"][0] == n) & (batch["prefix"][0] == 1)] - 3, np.uint8))
+        for n in (1, 2)
+    }
+    assert seen == {b"ab", b"c"}
+    assert not (batch["prefix"][0] & (batch["segment_ids"][0] == 0)).any()
+
+
+def test_a_prefix_without_whole_examples_is_refused():
+    with pytest.raises(UsageError, match="config.data.prefix=True needs examples with inputs"):
+        features.arrays(corpus.config(source="text:x", prefix=True))
