@@ -36,8 +36,8 @@ def arrays(config: DataConfig) -> dict[str, ArraySpec]:
 def check(config: DataConfig) -> None:
     if config.prefix and (config.packing != "examples" or not config.fields.inputs):
         raise UsageError(
-            "config.data.prefix=True needs examples with inputs, each whole in its row; set config.data.fields.inputs and "
-            "config.data.packing='examples'"
+            "config.data.prefix=True needs examples with inputs, each whole in its row; set config.data.fields.inputs "
+            "and config.data.packing='examples'"
         )
 
 
