@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_like.core.errors import UsageError
-from t5x_like.data import vocabularies
+from t5x_like.data.tokenizers import vocabularies
 from t5x_like.inference import score as scoring
 from t5x_like.language_model import LanguageModel
 from tests.models import cases, stories

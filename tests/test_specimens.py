@@ -96,7 +96,7 @@ def test_a_config_file_goes_on_with_a_run_of_format_1(workdir):
 
 
 def test_a_new_run_begins_with_parameters_of_format_1(tmp_path, capsys):
-    arguments = ["embed=16", "heads=2", "kv_heads=1", "mlp=32", "vocab_multiple=8"]
+    arguments = ["width=16", "decoder.heads=2", "decoder.kv_heads=1", "decoder.mlp=32", "vocab_multiple=8"]
     command = ["train", "--config=configs/pretrain/test.py", f"--workdir={tmp_path / 'new'}"]
     command += [f"--config.model.{argument}" for argument in arguments]
     command += [f"--config.checkpoint.init_from={SPECIMEN / 'run'}", "--config.loop.steps=1"]

@@ -146,6 +146,8 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and type(None) in arguments:
         return None
     others = [argument for argument in arguments if argument is not type(None)]
+    if float in others and isinstance(value, float):
+        return _convert(float, value, path)
     for argument in others:
         try:
             return _convert(argument, value, path)

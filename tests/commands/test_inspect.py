@@ -8,6 +8,7 @@ import pytest
 from t5x_like.__main__ import main
 from t5x_like.commands.arguments import load_config
 from t5x_like.commands.inspect import describe
+from t5x_like.core import formats
 from t5x_like.storage.checkpoint import Checkpoints
 from tests.storage.quantized import Quantized
 
@@ -67,7 +68,7 @@ def test_wrong_use_is_one_line(workdir, capsys, arguments, status, message):
 @pytest.mark.parametrize("step", [41, 999999999999999999999])
 def test_a_step_that_the_run_does_not_have_is_one_line(tmp_path, capsys, step):
     config, _ = load_config(["--config=configs/pretrain/test.py"])
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(formats.stored(config)))
     assert main(["inspect", str(tmp_path), f"--step={step}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"t5x_like: --step={step}: the run in {tmp_path} has 40 steps (config.loop.steps)"

@@ -32,9 +32,9 @@ BASE = (
     "--config.optim.schedule.name=constant",
     "--config.optim.learning_rate=0.001",
     # 8 heads, so that they divide over a tensor axis that spans both processes.
-    "--config.model.heads=8",
-    "--config.model.kv_heads=8",
-    "--config.model.head=4",
+    "--config.model.decoder.heads=8",
+    "--config.model.decoder.kv_heads=8",
+    "--config.model.decoder.head_size=4",
 )
 LONG = ("--config.loop.steps=3000",)
 FSDP = ("--config.mesh.preset=fsdp",)

@@ -347,8 +347,10 @@ def test_a_layer_of_theta_0_knows_no_positions():
 
     def both(thetas):
         rope = {"theta": thetas, "scaling": cases.LLAMA3 | {"name": "none"}}
-        model = cases.model("llama", layers=1, windows=(0, 0), rope=rope)
+        model = cases.model("llama", windows=(0, 0), rope=rope)
         params = cases.random_params(model)
+        attention = params["layers"]["attention"]
+        attention["o"] = attention["o"].at[1].set(0.0)  # the second layer's attention says nothing
         run = jax.jit(lambda **batch: model.apply(params, batch).hidden_BTD)
         return run(inputs=ids), run(inputs=ids, positions=stretched)
 

@@ -4,9 +4,10 @@ import re
 
 import jax
 import pytest
-from t5x_like.layers.token_log_probs import logits, token_log_probs
 
 from t5x_like.core.dtypes import DtypePolicy
+from t5x_like.layers.scoring.head import logits
+from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.models.model import Model
 from t5x_like.parallel.rules import rules
 from tests.models import cases
@@ -19,9 +20,9 @@ def products(platform, compute):
     ids = jax.ShapeDtypeStruct((2, 8), "int32")
 
     def loss(params, ids):
-        hidden = model.apply(params, {"inputs": ids}).hidden_BTD
-        logp, logz = token_log_probs(hidden, model.head(params), ids)
-        return logp.sum() + logz.sum() + logits(hidden, model.head(params)).max()
+        hidden, head = model.score_input(params, model.apply(params, {"inputs": ids}))
+        scores = token_scores(hidden, head, ids, want=("logp", "logz"))
+        return scores.logp.sum() + scores.logz.sum() + logits(hidden, head).max()
 
     device = type(jax.sharding.Mesh(jax.devices()[:1], "x").abstract_mesh.abstract_device)
     device = device(device_kind="a device that is not here", num_cores=1, platform=platform)

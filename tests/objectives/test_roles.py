@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from t5x_like.layers.token_log_probs import logits
+from t5x_like.layers.scoring.head import logits
 
 from t5x_like.core import tree
 from t5x_like.core.types import ArraySpec
@@ -24,8 +24,8 @@ def distill(roles, arrays) -> Objective:
 
     def log_probs(role, params, frozen, batch):
         whole = role.whole(params, frozen)
-        head = role.model.head(whole)
-        logits_BTV = logits(role.model.apply(whole, batch).hidden_BTD, head)[..., : head.vocab_size]
+        hidden_BTD, head = role.model.score_input(whole, role.model.apply(whole, batch))
+        logits_BTV = logits(hidden_BTD, head)[..., : head.vocab_size]
         return jax.nn.log_softmax(logits_BTV)
 
     def sums(params, frozen, batch):

@@ -162,7 +162,7 @@ def test_rules_survive_json(config):
             {"decay": ((".*", -1.0),)},
             "config.optim.decay: 'embed/tokens' gets -1.0, which should be a number of at least 0",
         ),
-        ({"multiplier": ((".*", float("nan")),)}, "gets nan, which should be a number of at least 0"),
+        ({"multiplier": ((".*", float("nan")),)}, "multiplier[0][1]=nan should be a finite number"),
         ({"freeze": ((".*", 1),)}, "config.optim.freeze"),
         ({"freeze": (".*", True)}, "config.optim.freeze"),
     ],

@@ -52,7 +52,7 @@ def decoded(request, compiler, tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     tensor = int(request.param.partition("tensor=")[2][0])
     mesh = ["--config.mesh.preset=fsdp_tensor", f"--config.mesh.tensor={tensor}", f"--config.mesh.fsdp={4 // tensor}"]
-    model = {"layers": LAYERS, "kv_heads": KV_HEADS, "head": HEAD, "max_length": LENGTH}
+    model = {"decoder.layers": LAYERS, "decoder.kv_heads": KV_HEADS, "decoder.head_size": HEAD, "max_length": LENGTH}
     sizes = [f"--rows={ROWS}", f"--length={LENGTH}", *(f"--config.model.{k}={v}" for k, v in model.items())]
     assert main(["plan", CONFIG, "--topology=v5e:2x2", "--program=decode", *mesh, *sizes, f"--json={path}"]) == 0
     return json.loads(path.read_text())

@@ -233,7 +233,9 @@ def test_gradients_of_bfloat16_parameters_add_up_in_float32():
     def part(micro, index):
         return {"w": micro["inputs"].sum(axis=0).astype(jnp.bfloat16)}, {"loss": micro["inputs"].sum()}
 
-    grads, sums = jax.jit(lambda batch: step_module._accumulate(part, batch, 256))({"inputs": rows})
+    grads, sums = jax.jit(lambda batch: step_module._accumulate(part, batch, {"inputs": ("batch", None)}, 256))(
+        {"inputs": rows}
+    )
     assert grads["w"].dtype == jnp.float32 and float(grads["w"][0]) == 1 + 255 / 512
     assert float(sums["loss"]) == 1 + 255 / 512
 
