@@ -83,8 +83,9 @@ def test_a_run_of_format_1_is_resumed_to_the_same_bits(workdir):
 
 def test_a_config_file_goes_on_with_a_run_of_format_1(workdir):
     stored = json.loads((workdir / "config.json").read_text())
-    names = ("embed", "heads", "kv_heads", "head", "mlp", "vocab_multiple")
-    arguments = [f"--config.model.{name}={stored['model'][name]}" for name in names]
+    names = {"embed": "width", "vocab_multiple": "vocab_multiple", "head": "decoder.head_size"}
+    names |= {name: f"decoder.{name}" for name in ("heads", "kv_heads", "mlp")}
+    arguments = [f"--config.model.{new}={stored['model'][old]}" for old, new in names.items()]
     for section, fields in (("data", ("source", "validation", "batch_size")), ("loop", ("ema_decay",))):
         arguments += [f"--config.{section}.{name}={stored[section][name]}" for name in fields]
     command = ["train", "--config=configs/pretrain/test.py", f"--workdir={workdir}", "--check", *arguments]

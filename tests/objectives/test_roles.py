@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from t5x_like.layers.scoring.head import logits
 
 from t5x_like.core import tree
 from t5x_like.core.types import ArraySpec
+from t5x_like.layers.scoring.head import logits
 from t5x_like.objectives.interface import Objective, frozen_role, inputs, policy
 from t5x_like.training import state as train_state
 from t5x_like.training.step import make_step
