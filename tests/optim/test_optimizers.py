@@ -281,7 +281,7 @@ def test_a_leaf_that_the_optimizer_was_not_built_for_is_an_error(config):
         ({"name": "adam"}, "config.optim.name='adam' is unknown; did you mean 'adamw'?"),
         ({"adamw.b2": 1.0}, "config.optim.adamw.b2=1.0 should be at least 0 and below 1"),
         ({"learning_rate": -1.0}, "config.optim.learning_rate=-1.0 should be at least 0"),
-        ({"learning_rate": float("nan")}, "config.optim.learning_rate=nan should be at least 0"),
+        ({"learning_rate": float("nan")}, "config.optim.learning_rate=nan should be a finite number"),
         ({"name": "muon", "muon.scale": "rsm"}, "config.optim.muon.scale='rsm' is unknown; known: keller, rms"),
         ({"name": "muon", "muon.adam.b1": -0.1}, "config.optim.muon.adam.b1=-0.1 should be at least 0 and below 1"),
         ({"name": "adafactor", "adafactor.clip_threshold": 0.0}, "clip_threshold=0.0 should be above 0"),
