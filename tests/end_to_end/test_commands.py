@@ -253,7 +253,7 @@ BAD_CONFIG = {
     "a wrong type": (["--config.loop.steps=2.5"], 2, "steps"),
     "an unknown optimizer": (["--config.optim.name=adamx"], 2, "did you mean 'adamw'"),
     "a field of a variant that is not named": (["--config.optim.lion.b1=0.5"], 2, "config.optim.name='adamw'"),
-    "an unknown activation": (["--config.model.activation=sillu"], 2, "did you mean 'silu'"),
+    "an unknown activation": (["--config.model.decoder.activation=sillu"], 2, "did you mean 'silu'"),
     "an unknown remat policy": (["--config.model.remat=ful"], 2, "did you mean 'full'"),
     "a batch that does not divide": (["--config.data.batch_size=12"], 2, "config.data.batch_size=12 is not divisible"),
     "a mesh that does not fit": (["--config.mesh.tensor=3"], 2, "does not divide the 8 devices"),
@@ -294,9 +294,9 @@ BAD_CONFIG = {
     "a wrong vocabulary size": (["--config.model.vocab_size=300"], 2, "set config.model.vocab_size=259"),
     "a spike test that is silent for ever": (["--config.loop.spike_deviations=nan"], 2, "should be a finite number"),
     "a loss of no number": (["--config.objective.lm.z_loss=nan"], 2, "z_loss=nan should be a finite number"),
-    "a norm of nothing": (["--config.model.norm_epsilon=inf"], 2, "norm_epsilon=inf should be a finite number"),
-    "angles of no factor": (["--config.model.rope.scaling.factor=0.0"], 2, "factor=0.0 should be above 0"),
-    "windows that no layer has": (["--config.model.windows=(4, 4, 0)"], 2, "has 3 entries for 2 layers"),
+    "a norm of nothing": (["--config.model.decoder.norm_epsilon=inf"], 2, "norm_epsilon=inf should be a finite number"),
+    "angles of no factor": (["--config.model.decoder.rope.scaling.factor=0.0"], 2, "factor=0.0 should be above 0"),
+    "windows that no layer has": (["--config.model.decoder.windows=(4, 4, 0)"], 2, "has 3 entries for 2 layers"),
     "an objective that is none": (["--config.objective.name=lmm"], 2, "did you mean 'lm'"),
     "a packing that is none": (["--config.data.packing=concat"], 2, "did you mean 'concatenate'"),
     "a negative seed": (["--config.seed=-1"], 2, "config.seed=-1"),
@@ -314,8 +314,8 @@ BAD_CONFIG = {
         2,
         "did you mean 'eval/validation/loss'",
     ),
-    "a norm that divides by nothing": (["--config.model.norm_epsilon=-1.0"], 2, "norm_epsilon=-1 should be above 0"),
-    "no angles": (["--config.model.rope.theta=(0.0,)"], 2, "rope.theta=(0.0,) should be numbers above 0"),
+    "a norm that divides by nothing": (["--config.model.decoder.norm_epsilon=-1.0"], 2, "norm_epsilon=-1 should be above 0"),
+    "no angles": (["--config.model.decoder.rope.theta=(0.0,)"], 2, "rope.theta=(0.0,) should be numbers above 0"),
     "a schedule of no steps": (["--config.optim.schedule.steps=0"], 2, "config.optim.schedule.steps=0"),
     "all smoothed": (["--config.objective.lm.label_smoothing=1.0"], 2, "label_smoothing=1 should be in [0, 1)"),
     "best by a metric that checkpoints miss": (
@@ -441,5 +441,5 @@ def test_a_warm_start_takes_the_chosen_parameters(finished, tmp_path, capsys):
     assert first < 4.5 < _rows(finished)[0]["train/loss"]
     assert _train(tmp_path / "some", *arguments, "--config.checkpoint.init_select=('embed/.*',)") == 0
     assert "1 of 11 parameters" in capsys.readouterr().out
-    assert _train(tmp_path / "other", *arguments, "--config.model.mlp=96") == 1
+    assert _train(tmp_path / "other", *arguments, "--config.model.decoder.mlp=96") == 1
     assert "layers/mlp/" in capsys.readouterr().err
