@@ -31,8 +31,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OUTSIDE = {"configs": (), "launch": (9, 10, 11), "tools": (1, 9, 10, 11)}
 # Files that speak of this process and not of a mesh.
 PROCESS = {
-    f"t5x_like/{name}.py"
-    for name in ("core/environment", "parallel/multihost", "commands/training_run", "language_model")
+    f"t5x_like/{name}.py" for name in ("core/environment", "parallel/multihost", "training/session", "language_model")
 }
 TENSORFLOW = ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text")
 

@@ -3,6 +3,9 @@
     python tools/compare_losses.py RUN_A RUN_B                    two workdirs that exist
     python tools/compare_losses.py --base=HEAD [--steps=20]       trains the tiny config at a git revision and in
                                                                   the working tree, and compares these
+    ... --config=configs/pretrain/small.py:/FOLDER --override=optim.schedule.warmup_steps=5
+
+`--override=FIELD=VALUE` sets a field of the config in both; repeat it. FOLDER is absolute: both run in their own tree.
 
 It does not judge whether a difference is good; `--tolerance` (relative) is 0 unless given.
 """
@@ -27,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", help="git revision to train beside the working tree")
     parser.add_argument("--config", default="configs/pretrain/test.py", help="config to train (with --base)")
     parser.add_argument("--steps", type=int, default=20, help="updates to train (with --base)")
+    parser.add_argument("--override", action="append", default=[], help="FIELD=VALUE of the config (with --base)")
     parser.add_argument("--tolerance", type=float, default=0.0, help="largest relative difference that passes")
     options = parser.parse_args(arguments)
     if bool(options.base) == bool(options.runs) or len(options.runs) not in (0, 2):
@@ -38,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         subprocess.run(["git", "worktree", "add", "--detach", base, options.base], cwd=ROOT, check=True)
         try:
             rows = [
-                train(tree, pathlib.Path(folder, name), options.config, options.steps)
+                train(tree, pathlib.Path(folder, name), options.config, options.steps, options.override)
                 for tree, name in ((base, "run_base"), (ROOT, "run_here"))
             ]
         finally:
@@ -46,9 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     return compare(*rows, options.tolerance)
 
 
-def train(source: pathlib.Path, workdir: pathlib.Path, config: str, steps: int) -> dict[int, dict[str, float]]:
+def train(
+    source: pathlib.Path, workdir: pathlib.Path, config: str, steps: int, overrides: list[str]
+) -> dict[int, dict[str, float]]:
     command = [sys.executable, "-m", "t5x_like", "train", f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.loop.steps={steps}", "--config.loop.log_every_steps=1"]
+    command += [f"--config.{override}" for override in overrides]
     environment = os.environ | {"PYTHONPATH": str(source)}
     subprocess.run(command, cwd=source, env=environment, check=True, stdout=subprocess.DEVNULL)
     return read(workdir)

@@ -171,14 +171,14 @@ def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A section that a command needs before anything else is looked at."""
     found = config.get(name)
     if not isinstance(found, Mapping):
-        raise UsageError(f"config.{name} is missing; start the config from configs/common.py")
+        raise UsageError(f"config.{name} is missing; start the config from configs/common")
     return found
 
 
 def _make_importable(path: pathlib.Path) -> None:
     """Lets a config say `from configs import common`, from wherever the command is started."""
     for folder in path.resolve().parents:
-        if (folder / "configs" / "common.py").is_file():
+        if (folder / "configs" / "common").is_dir():
             if str(folder) not in sys.path:
                 sys.path.insert(0, str(folder))
             return

@@ -7,14 +7,13 @@
 started again it goes on with the shards that are missing.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.commands.arguments import Parser, load_config, split_config
 from t5x_like.core.config import build
 from t5x_like.core.errors import UsageError
-from t5x_like.core.metrics import Progress, StatusLine, format_bytes, format_count
+from t5x_like.core.metrics import format_bytes, format_count
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,6 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     config, _ = load_config(config_arguments)
 
     from t5x_like.data.config import DataConfig
+    from t5x_like.data.write.progress import show_progress
     from t5x_like.storage import paths
 
     data = build(DataConfig, config["data"], path="config.data")
@@ -33,32 +33,6 @@ def run(arguments: Sequence[str]) -> int:
     cache_dir = data.cache or paths.join(paths.normal(options.workdir), "cache")
     print(summary(show_progress(data, cache_dir), cache_dir))
     return 0
-
-
-def show_progress(data: Any, cache_dir: str) -> Any:
-    """Makes the token cache of a DataConfig complete, and shows how far it is."""
-    from t5x_like.data.write.prepare import Training, Writing, prepare
-
-    shown: dict[str, Progress] = {}
-
-    def report(state: Training | Writing) -> None:
-        if isinstance(state, Training):
-            text = f"a tokenizer of {state.size} tokens on up to {format_bytes(state.text_bytes)} of text"
-            StatusLine(sys.stderr).print(f"prepare: training {text} ...")
-            return
-        if state.unit not in shown:
-            end()
-            shown[state.unit] = Progress(state.total, label="prepare", unit=state.unit)
-        shown[state.unit].update(state.done)
-
-    def end() -> None:
-        while shown:
-            shown.popitem()[1].close()
-
-    try:
-        return prepare(data, cache_dir, report=report)
-    finally:
-        end()
 
 
 def summary(done: Any, cache_dir: str) -> str:

@@ -33,9 +33,10 @@ def run(arguments: Sequence[str]) -> int:
     threads = workdirs.recorded_threads(options.workdir)
     in_force = environment.apply(runtime, recorded_threads=threads)
 
-    from t5x_like.commands import training_run
+    from t5x_like.runs import training_run
+    from t5x_like.training.session import Request
 
-    request = training_run.Request(**vars(options))
+    request = Request(**vars(options))
     return training_run.run(request, config=config, overrides=overrides, stored=stored, environment=in_force)
 
 

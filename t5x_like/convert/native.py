@@ -21,7 +21,7 @@ from t5x_like.models.model import Model
 from t5x_like.parallel.rules import rules
 from t5x_like.storage import manifest, model_directory, paths, streams
 
-_VOCAB_MULTIPLE = 128  # as in configs/common.py
+_VOCAB_MULTIPLE = 128  # as in configs/common
 PARAMS = "params"
 
 

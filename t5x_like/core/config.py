@@ -62,6 +62,13 @@ def build(cls: type[Section], section: Values, *, path: str) -> Section:
     return built
 
 
+def named(section: Any) -> Any:
+    """The subsection of the variant that a section names; the name must be one of a VARIANT field."""
+    found = getattr(section, section.name)
+    assert found is not None, "build() gives the named variant"
+    return found
+
+
 def field_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 

@@ -108,7 +108,7 @@ class Environment:
 
 
 # Commands that only read a model: the machine as it is, compiled programs kept. The options are those of
-# configs/common.py, and what uses a model from Python (language_model.py) compiles with them too.
+# configs/common, and what uses a model from Python (language_model.py) compiles with them too.
 READING = RuntimeConfig(
     platform="",
     threads=0,

@@ -1,6 +1,6 @@
 """What the `data` section of a config holds. Values only: no file is opened here.
 
-Every field is given by the config (configs/common.py); there are no defaults in code.
+Every field is given by the config (configs/common); there are no defaults in code.
 """
 
 import dataclasses
@@ -84,6 +84,9 @@ class SpanCorruptionConfig:
 
     noise_density: float
     mean_span_length: float
+
+
+T5_NOISE = SpanCorruptionConfig(noise_density=0.15, mean_span_length=3.0)  # what a config says that has no noise
 
 
 @dataclasses.dataclass(frozen=True)

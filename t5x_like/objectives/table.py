@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from t5x_like.core.config import VARIANT, nearest
+from t5x_like.core.config import VARIANT, named, nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.objectives import lm
@@ -48,4 +48,4 @@ def build(config: ObjectiveConfig, roles: Mapping[str, Role], arrays: Mapping[st
                 f"config.objective.name={config.name!r} needs a model as {role!r}; "
                 f"the run has {', '.join(sorted(roles))}"
             )
-    return chosen.build(getattr(config, config.name), roles, arrays)
+    return chosen.build(named(config), roles, arrays)

@@ -1,6 +1,6 @@
 """The section `config.optim`: dataclasses of optimizers, schedules and rule lists, and the bounds of their values.
 
-No defaults (they stand in configs/common.py) and no mathematics.
+No defaults (they stand in configs/common) and no mathematics.
 
 A rule list is ((regex, value), ...): the first regex that matches a whole path such as `layers/mlp/up` gives the
 value, every parameter must be covered, and a rule that matches no parameter is an error. A value is one number, or

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core import tree
+from t5x_like.core.config import named
 from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.optim.adafactor import Adafactor
-from t5x_like.optim.config import OptimConfig
+from t5x_like.optim.config import MuonConfig, OptimConfig
 from t5x_like.optim.dims import matrix, single
 from t5x_like.optim.method import SGD, AdamW, Lion, Method
 from t5x_like.optim.muon import Muon
@@ -26,19 +27,19 @@ from t5x_like.optim.schedules import Schedule, build_schedule
 State = dict[str, Any]
 
 
-def _muon(config: OptimConfig, spec: ParamSpec) -> Method:
+def _muon(section: MuonConfig, spec: ParamSpec) -> Method:
     if matrix(single(spec.axes)) is None:
-        return AdamW(config.muon.adam)
-    return Muon(config.muon)
+        return AdamW(section.adam)
+    return Muon(section)
 
 
-# The method of a leaf by the optimizer's name.
-OPTIMIZERS: dict[str, Callable[[OptimConfig, ParamSpec], Method]] = {
-    "adamw": lambda config, spec: AdamW(config.adamw),
-    "adafactor": lambda config, spec: Adafactor(config.adafactor),
-    "lion": lambda config, spec: Lion(config.lion),
+# The method of a leaf by the optimizer's name, from the section of that name.
+OPTIMIZERS: dict[str, Callable[[Any, ParamSpec], Method]] = {
+    "adamw": lambda section, spec: AdamW(section),
+    "adafactor": lambda section, spec: Adafactor(section),
+    "lion": lambda section, spec: Lion(section),
     "muon": _muon,
-    "sgd": lambda config, spec: SGD(config.sgd),
+    "sgd": lambda section, spec: SGD(section),
 }
 
 
@@ -139,12 +140,13 @@ def build(config: OptimConfig, *, specs: Tree, total_steps: int, frozen: Iterabl
     {'layers': {'up': ('layers', 'embed', 'mlp')}, 'norm': ('norm',)}
     """
     leaves = tree.flatten(specs)
-    methods = {path: OPTIMIZERS[config.name](config, spec) for path, spec in leaves.items()}
+    section = named(config)
+    methods = {path: OPTIMIZERS[config.name](section, spec) for path, spec in leaves.items()}
     rules = resolve(config, specs, frozen=frozen)
     if config.name == "muon":
         for path, method in methods.items():
             if isinstance(method, AdamW):
-                multiplier = rules[path].multiplier * config.muon.adam_multiplier
+                multiplier = rules[path].multiplier * section.adam_multiplier
                 rules[path] = dataclasses.replace(rules[path], multiplier=multiplier)
     schedule = build_schedule(config.schedule, peak=config.learning_rate, total_steps=total_steps)
     return Optimizer(schedule, leaves, methods, rules)

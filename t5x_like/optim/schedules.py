@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from t5x_like.core.config import named
 from t5x_like.core.errors import UsageError
 from t5x_like.optim.config import ScheduleConfig, fraction, one_of
 
@@ -55,14 +56,14 @@ def _constant(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
 
 
 def _cosine(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
-    final = config.cosine.final_fraction
+    final = named(config).final_fraction
     fraction(final, f"{path}.cosine.final_fraction")
     _check_room(config, total_steps, path)
     return lambda t: _falling("cosine", final, _remaining(t, config.warmup_steps, total_steps))
 
 
 def _linear(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
-    final = config.linear.final_fraction
+    final = named(config).final_fraction
     fraction(final, f"{path}.linear.final_fraction")
     _check_room(config, total_steps, path)
     return lambda t: _falling("linear", final, _remaining(t, config.warmup_steps, total_steps))
@@ -70,14 +71,15 @@ def _linear(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
 
 def _rsqrt(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
     """1 / sqrt(max(t, k)) (Raffel et al., arXiv 1910.10683, section 3.1.2), times sqrt(k) so that it starts at 1."""
-    timescale = config.rsqrt.timescale if config.rsqrt.timescale is not None else config.warmup_steps
+    given = named(config).timescale
+    timescale = config.warmup_steps if given is None else given
     if timescale < 1:
         raise UsageError(f"{path}.rsqrt.timescale={timescale} should be at least 1 (None takes warmup_steps)")
     return lambda t: jnp.sqrt(timescale / jnp.maximum(t, timescale))
 
 
 def _warmup_stable_decay(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
-    section, path_of = config.warmup_stable_decay, f"{path}.warmup_stable_decay"
+    section, path_of = named(config), f"{path}.warmup_stable_decay"
     fraction(section.decay_fraction, f"{path_of}.decay_fraction")
     fraction(section.final_fraction, f"{path_of}.final_fraction")
     one_of(section.shape, ("linear", "cosine", "sqrt"), f"{path_of}.shape")

@@ -119,7 +119,7 @@ def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int, evalu
                 if step == start:  # saved unevaluated, when the process was asked to stop
                     loop.saver.judge(step, found)
         if saving or stopping and step > start:
-            telemetry.flush(step)
+            telemetry.flush(step, last=last)
             with faults.phase("save"), telemetry.timed("checkpoint"):
                 loop.saver.save(step, state, frozen, found if evaluated == step else {})
                 if last or stopping:

@@ -224,8 +224,12 @@ class Telemetry:
         if self._config.plot and self._clock() - self._plotted_at >= pause:
             self._plot()
 
-    def flush(self, step: int) -> None:
-        """Makes all rows up to `step` safe. To be called before the checkpoint of that step."""
+    def flush(self, step: int, *, last: bool) -> None:
+        """Makes all rows up to `step` safe. To be called before the checkpoint of that step.
+
+        A bucket that is away costs a warning, as the next flush uploads them too; after the last one nothing would, and
+        UserError keeps the checkpoint from being ahead of its rows for good.
+        """
         if self._rows is not None:
             self._rows.flush()
         if self._events is not None:
@@ -233,6 +237,8 @@ class Telemetry:
         try:
             self._staged.upload()
         except UserError as error:
+            if last:
+                raise UserError(f"{error}; the last metrics are not written: start again to resume") from None
             _log.warning("%s; metrics are uploaded again with the next checkpoint", error)
         _log.debug("metrics are flushed through step %d", step)
 

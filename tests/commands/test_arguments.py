@@ -94,7 +94,7 @@ def test_overrides_name_keys_of_open_sections_at_the_start_and_at_a_resume():
         rates = config["data"]["mixture"]["rates"]
         assert rates == {"a": 2.0} and type(rates["a"]) is float
         assert config["runtime"]["compiler_options"]["cpu"]["xla_a"] is True
-        assert len(config["runtime"]["compiler_options"]["cpu"]) == 2  # beside the one of configs/common.py
+        assert len(config["runtime"]["compiler_options"]["cpu"]) == 2  # beside the one of configs/common
         assert config["runtime"]["compiler_options"]["gpu"] == {"xla_b": 7}
         assert config["runtime"]["compiler_options"]["tpu"] == {"xla_c": "text"}
 

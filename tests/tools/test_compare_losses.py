@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 
@@ -49,3 +50,22 @@ def test_wrong_use_exits_2(tmp_path, capsys, other, message):
     captured = capsys.readouterr()
     assert ended.value.code == 2 and message in captured.err.splitlines()[-1] and captured.out == ""
     assert not other or captured.err.count("\n") == 1
+
+
+def test_overrides_reach_the_config_of_both_runs(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append(list(map(str, command)))
+        if "train" in command:
+            folder = next(word.partition("=")[2] for word in command if word.startswith("--workdir="))
+            workdir(pathlib.Path(folder))
+
+    monkeypatch.setattr(compare_losses.subprocess, "run", run)
+    overrides = ["--override=optim.schedule.warmup_steps=5", "--override=data.batch_size=4"]
+    assert compare_losses.main(["--base=HEAD", "--config=configs/pretrain/small.py:/texts", *overrides]) == 0
+    trained = [command for command in commands if "train" in command]
+    assert len(trained) == 2
+    for command in trained:
+        assert "--config=configs/pretrain/small.py:/texts" in command
+        assert command[-2:] == ["--config.optim.schedule.warmup_steps=5", "--config.data.batch_size=4"]

@@ -21,7 +21,7 @@ def run(*, start: int = 0, evaluation=None, stop_at: int | None = None, interrup
     here = contextlib.nullcontext()
     telemetry = types.SimpleNamespace(
         timed=lambda name: here,
-        flush=lambda step: seen.append(("flush", step)),
+        flush=lambda step, last: seen.append(("flush", step)),
         before_step=lambda step: None,
         log_step=lambda step, metrics, write: seen.append(("row", step)),
         log_evaluation=lambda step, name, values: seen.append(("evaluate", step)),

@@ -145,7 +145,7 @@ def test_another_process_writes_its_own_log_and_no_metrics(tmp_path, monkeypatch
     telemetry.summary({"model": {"family": "llama"}})
     telemetry.log_step(1, VALUES, write=True)
     telemetry.log_evaluation(1, "validation", {"loss": 1.0})
-    telemetry.flush(1)
+    telemetry.flush(1, last=False)
     telemetry.close()
     assert os.listdir(tmp_path) == ["log.3.txt"] and stream.getvalue() == ""
 
@@ -232,7 +232,7 @@ def test_a_workdir_in_a_bucket_gets_all_files_and_a_resume_goes_on_with_them(fak
         for step in range(first + 1, last + 1):
             telemetry.log_step(step, VALUES | {"loss": 1.0 / step}, write=True)
         assert not first or paths.read_text(f"{root}/metrics.jsonl").count("\n") == 4
-        telemetry.flush(last)
+        telemetry.flush(last, last=False)
         assert paths.read_text(f"{root}/metrics.jsonl").count("\n") == last
         telemetry.close()
         assert not os.path.exists(local) and telemetry.plot_path == f"{root}/loss.png"
@@ -253,7 +253,9 @@ def test_a_bucket_that_is_away_for_a_while_does_not_end_the_run(fake_gcs, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(paths, "copy_file", away)
-        telemetry.flush(1)
+        telemetry.flush(1, last=False)
+        with pytest.raises(UserError, match="cannot be reached; the last metrics are not written"):
+            telemetry.flush(1, last=True)
     assert "cannot be reached" in stream.getvalue() and not paths.exists(f"{root}/metrics.jsonl")
     telemetry.close()
     assert paths.exists(f"{root}/metrics.jsonl")

@@ -9,10 +9,14 @@
 | labels | a text with its class | classifiers |
 """
 
+import dataclasses
+import operator
+from typing import Any
+
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
-from t5x_like.data.config import DataConfig
+from t5x_like.data.config import T5_NOISE, DataConfig
 from t5x_like.data.read.causal import CAUSAL
 from t5x_like.data.read.interface import Feature
 from t5x_like.data.read.sequences import LABELS, PAIRS
@@ -35,14 +39,7 @@ def arrays(config: DataConfig) -> dict[str, ArraySpec]:
 
 
 def check(config: DataConfig) -> None:
-    """UsageError for fields that no batch can be made of."""
-    for name, least in (("batch_size", 1), ("length", 1), ("validation_batches", 0), ("prefetch", 0)):
-        if getattr(config, name) < least:
-            raise UsageError(f"config.data.{name}={getattr(config, name)} should be at least {least}")
-    if not 0 <= config.validation_stride <= config.length:
-        raise UsageError(
-            f"config.data.validation_stride={config.validation_stride} should lie between 0 and length={config.length}"
-        )
+    """UsageError for fields that do not fit `config.features`; the range of each is checked by DataConfig."""
     if config.features not in FEATURES:
         raise UsageError(f"config.data.features={config.features!r} is unknown; {nearest(config.features, FEATURES)}")
     feature = FEATURES[config.features]
@@ -59,12 +56,14 @@ def _check_unused(config: DataConfig, feature: Feature) -> None:
     """What belongs to some features alone has its neutral value elsewhere."""
     if feature.encoder and config.encoder_length < 1:
         raise UsageError(f"config.data.encoder_length={config.encoder_length} should be at least 1: tokens of a source")
-    neutral = {} if feature.encoder else {"encoder_length": 0}
+    neutral: dict[str, Any] = {} if feature.encoder else {"encoder_length": 0, "start_token": "pad"}
     if feature is not CAUSAL:
         neutral |= {"attend_across_documents": False, "validation_stride": 0, "prefix": False}
+    if feature is not SPAN_CORRUPTION:
+        neutral |= {f"span_corruption.{name}": value for name, value in dataclasses.asdict(T5_NOISE).items()}
     for name, value in neutral.items():
-        if getattr(config, name) != value:
+        given = operator.attrgetter(name)(config)
+        if given != value:
             raise UsageError(
-                f"config.data.{name}={getattr(config, name)} has no effect with features={config.features!r}; "
-                f"leave it at {value}"
+                f"config.data.{name}={given} has no effect with features={config.features!r}; leave it at {value}"
             )

@@ -1,7 +1,7 @@
 """The start-up screen: what will run, in facts a person checks before leaving it alone. Computes nothing else."""
 
+import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,39 +9,43 @@ import jax
 
 from t5x_like.core import tree
 from t5x_like.core.metrics import format_bytes, format_count
+from t5x_like.models.attention_paths import Path, attention_paths
 from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment
 from t5x_like.storage import paths
 
 
-def warn(text: str) -> None:
-    print(f"t5x_like: {text}", file=sys.stderr, flush=True)
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a start knows besides config and program.
+
+    origin: where the parameters come from. start: updates done. data: what TrainData.describe says of all steps.
+    """
+
+    workdir: str
+    _: dataclasses.KW_ONLY
+    origin: str
+    start: int
+    data: Mapping[str, Any]
+    notes: Sequence[str]
 
 
-def sections(
-    experiment: Experiment,
-    program: Program,
-    *,
-    workdir: str,
-    origin: str,
-    start: int,
-    data: Mapping[str, Any],
-    memory: Any,
-    notes: Sequence[str],
-) -> dict[str, dict[str, object]]:
+def sections(experiment: Experiment, program: Program, told: Told, *, memory: Any) -> dict[str, dict[str, object]]:
     """{title: {name: value}}; `memory` is the compiler's analysis of the train step."""
-    loop = experiment.loop
+    loop, taken = experiment.loop, attention(experiment, program)
+    notes = [*told.notes, *slow_paths(taken, program.mesh.devices.flat[0].platform)]
     shown = {
         "run": {
-            "workdir": workdir,
-            "begins with": origin,
-            "steps": f"{start} to {loop.steps}, {format_count(data['tokens_per_step'])} tokens each"
+            "workdir": told.workdir,
+            "begins with": told.origin,
+            "steps": f"{told.start} to {loop.steps}, {format_count(told.data['tokens_per_step'])} tokens each"
             + (f" in {loop.micro_batches} micro-batches" if loop.micro_batches > 1 else ""),
             "objective": experiment.objective.name,
         },
         "model": _model(experiment, program),
-        "data": _data(data),
+        "data": _data(told.data),
         "mesh": _mesh(program),
+        "attention": {path.where: f"{path.name}: {path.why}" for path in taken},
         "memory": _memory(program, memory),
         "optimizer": {
             "name": experiment.optim.name,
@@ -52,6 +56,38 @@ def sections(
     if notes:
         shown["notes"] = {str(index): note for index, note in enumerate(notes, 1)}
     return shown
+
+
+def attention(experiment: Experiment, program: Program) -> list[Path]:
+    """The attention paths of one micro-batch of the train step."""
+    parts = experiment.loop.micro_batches
+    batch = {
+        name: jax.ShapeDtypeStruct((array.shape[0] // parts, *array.shape[1:]), array.dtype)
+        for name, array in program.batch.items()
+    }
+    device = program.mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)
+    return attention_paths(
+        program.model,
+        batch,
+        platform=device.platform,
+        compute_capability=None if capability is None else float(capability),
+    )
+
+
+def slow_paths(taken: Iterable[Path], platform: str) -> Iterator[str]:
+    """A line for each stack that cannot use the flash attention kernel of its accelerator."""
+    for path in taken:
+        if platform == "cpu" or path.name not in ("materialised", "blockwise"):
+            continue
+        rows, heads, length, keys = path.shape
+        cost = (
+            f"every layer holds logits of {rows} x {heads} x {length} x {keys} in float32, "
+            f"{format_bytes(4 * math.prod(path.shape))} over all devices"
+            if path.name == "materialised"
+            else "a step takes longer than with the kernel"
+        )
+        yield f"attention of the {path.where} runs without a flash attention kernel ({path.why}): {cost}"
 
 
 def closing(workdir: str, evaluation: Mapping[str, float], *, plot: bool) -> Iterator[str]:

@@ -1,0 +1,36 @@
+"""Every field of a run with its usual value: the one place where defaults stand. A config starts from `config()`.
+
+One file a section. A field that is None is supplied later: those of `model` by family and size, those of `mesh` by the
+preset. Units and meanings are documented at the dataclass that each section becomes (`ModelConfig`, `DataConfig`, ...).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common.checkpoint import checkpoint
+from configs.common.data import data
+from configs.common.loop import loop
+from configs.common.mesh import mesh
+from configs.common.model import model, stack
+from configs.common.optim import optim
+from configs.common.runtime import runtime
+from configs.common.telemetry import telemetry
+
+__all__ = ["checkpoint", "config", "data", "loop", "mesh", "model", "optim", "runtime", "stack", "telemetry"]
+
+
+def config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": model(),
+            "data": data(),
+            "mesh": mesh(),
+            "optim": optim(),
+            "objective": {"name": "lm", "lm": {"z_loss": 0.0, "label_smoothing": 0.0}},
+            "loop": loop(),
+            "checkpoint": checkpoint(),
+            "evaluate": {"every_steps": 0, "ema": False},
+            "telemetry": telemetry(),
+            "runtime": runtime(),
+        }
+    )

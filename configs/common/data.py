@@ -1,0 +1,46 @@
+"""Of the data (t5x_like/data/config.py)."""
+
+from ml_collections.config_dict import placeholder
+
+
+def data() -> dict:
+    return {
+        "source": "",
+        "mixture": {
+            "sources": {},
+            "rates": {},
+            "maximum": placeholder(float),
+            "scale": 1.0,
+            "temperature": 1.0,
+            "counts": "examples",
+        },
+        "fields": {
+            "text": "text",
+            "inputs": "",
+            "targets": "",
+            "prompt": "",
+            "chosen": "",
+            "rejected": "",
+            "label": "",
+        },
+        "preprocessors": (),
+        "tokenizer": "bytes",
+        "extra_ids": 0,
+        "tokenizer_training_bytes": 100_000_000,
+        "validation": "",
+        "validation_stride": 0,
+        "validation_batches": 0,
+        "batch_size": 8,
+        "length": 256,
+        "features": "causal",
+        "encoder_length": 0,
+        "start_token": "pad",
+        "span_corruption": {"noise_density": 0.15, "mean_span_length": 3.0},
+        "packing": "concatenate",
+        "attend_across_documents": False,
+        "prefix": False,
+        "prefetch": 2,
+        "workers": 0,
+        "cache": "",
+        "verify": False,
+    }

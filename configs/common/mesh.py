@@ -1,0 +1,8 @@
+"""Of the mesh: what the preset decides is None here (t5x_like/parallel/mesh.py)."""
+
+from ml_collections.config_dict import placeholder
+
+
+def mesh() -> dict:
+    axes = ("slice", "stage", "data", "fsdp", "expert", "sequence", "tensor")
+    return {"preset": "fsdp", "rules": ""} | {axis: placeholder(int) for axis in axes}

@@ -1,0 +1,201 @@
+"""What stands around any loop: processes and their watch, the workdir, checkpoints, telemetry, the record of a start.
+
+A session knows no step, no batch and no objective, so that loops of other kinds run within it the same way:
+
+    with Session(request, runtime, environment) as session:
+        session.open_workdir(config, overrides=..., may_change=...)
+        session.run(loop, checkpoint=..., steps=...)     the loop calls record_start and telemetry before its first step
+
+The order is the contract: whatever fails reaches the other processes first, and a run is recorded as finished only
+after everything that it wrote is closed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import jax
+
+from t5x_like.core.environment import Environment, RuntimeConfig
+from t5x_like.data.tokenizers.vocabularies import SETTINGS, Vocabulary
+from t5x_like.parallel import multihost
+from t5x_like.storage import manifest, paths
+from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage.workdir import Workdir
+from t5x_like.training.faults import Faults
+from t5x_like.training.keep import CheckpointConfig, steps_to_keep
+from t5x_like.training.telemetry import Telemetry, TelemetryConfig
+
+
+class Outcome(Protocol):
+    """What a loop comes back with: whether all of its steps are done."""
+
+    @property
+    def finished(self) -> bool: ...
+
+
+Value = TypeVar("Value")
+Ended = TypeVar("Ended", bound=Outcome)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a command line asks for. check: build everything, write nothing and run nothing."""
+
+    workdir: str
+    check: bool
+    coordinator: str | None
+    process_id: int | None
+    num_processes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads besides its config, for its records: `data` is a fingerprint, `mesh` {axis: size}."""
+
+    data: str
+    vocabulary: Vocabulary
+    mesh: Mapping[str, int]
+
+
+class Session:
+    """Use as a context manager; `processes` and `faults` stand within it, `workdir` after `open_workdir`."""
+
+    processes: multihost.Processes
+    faults: Faults
+    workdir: Workdir
+    changes: list[str]  # what the config changes of the stored one
+
+    def __init__(self, request: Request, runtime: RuntimeConfig, environment: Environment):
+        self.request, self.environment, self._runtime = request, environment, runtime
+        self._stack = contextlib.ExitStack()
+        self._loop = contextlib.ExitStack()  # what is closed when the loop ends
+        self._config: Mapping[str, Any] = {}
+        self._overrides: Mapping[str, Any] = {}
+
+    def __enter__(self) -> "Session":
+        self.processes = multihost.start(
+            self._runtime,
+            coordinator=self.request.coordinator,
+            process_id=self.request.process_id,
+            num_processes=self.request.num_processes,
+        )
+        # Before anything that may fail: an exception on one process must reach the others, not wait for them.
+        self.faults = self.hold(Faults(self._runtime, log_path=None, processes=self.processes))
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def hold(self, context: contextlib.AbstractContextManager[Value]) -> Value:
+        """Enters a context that is left with the session, in reverse order."""
+        return self._stack.enter_context(context)
+
+    def open_workdir(
+        self, config: Mapping[str, Any], *, overrides: Mapping[str, Any], may_change: Collection[str]
+    ) -> None:
+        """Locks and checks the workdir; `config` is as it will be stored. Raises UsageError for one of another run."""
+        self._config, self._overrides = config, overrides
+        opened = Workdir.open(self.request.workdir, processes=self.processes, write=not self.request.check)
+        self.workdir = self.hold(opened)
+        self.changes = [str(change) for change in self.workdir.check_config(config, may_change=may_change)]
+
+    def run(self, loop: Callable[[Checkpoints], Ended], *, checkpoint: CheckpointConfig, steps: int) -> Ended:
+        """What the loop gives. If all its `steps` are done, that is recorded once everything it wrote is closed."""
+        with self._loop as stack:
+            checkpoints = Checkpoints(
+                self.workdir.checkpoints,
+                keep=functools.partial(steps_to_keep, config=checkpoint),
+                asynchronous=checkpoint.asynchronous,
+                timeout_seconds=checkpoint.timeout_seconds,
+                on_fault=warn,
+            )
+            stack.enter_context(checkpoints)
+            with self.faults.guard():
+                outcome = loop(checkpoints)
+        if outcome.finished:
+            self.workdir.record_finished(steps)
+        return outcome
+
+    def telemetry(
+        self,
+        config: TelemetryConfig,
+        *,
+        flops_per_token: float | None,
+        tokens_per_step: int,
+        devices: Sequence[jax.Device],
+        total_steps: int,
+        start_step: int,
+    ) -> Telemetry:
+        """The telemetry of the loop, closed when it ends."""
+        telemetry = Telemetry(
+            config,
+            self.workdir.root,
+            flops_per_token=flops_per_token,
+            tokens_per_step=tokens_per_step,
+            devices=devices,
+            compiler_options=self._runtime.compiler_options.of(jax.default_backend()),
+            total_steps=total_steps,
+            start_step=start_step,
+        )
+        self._loop.enter_context(telemetry)
+        self.faults.log_to(telemetry.log_path)
+        return telemetry
+
+    def closing(self, close: Callable[[], object]) -> None:
+        """Calls this when the loop ends, however it does."""
+        self._loop.callback(close)
+
+    def record_start(self, inputs: Inputs, *, resumed_from: int | None) -> None:
+        """Writes config, tokenizer and the manifest's entry of this start, before the first step."""
+        if not self.processes.primary:
+            return
+        vocabulary = inputs.vocabulary
+        if not _is_saved(vocabulary.fingerprint, self.workdir.tokenizer):
+            staged = paths.StagedDirectory(self.workdir.tokenizer)
+            vocabulary.save(staged.local_path)
+            staged.close()
+        entry = manifest.start_entry(
+            data=inputs.data,
+            tokenizer=vocabulary.fingerprint,
+            mesh=dict(inputs.mesh),
+            platform=jax.default_backend(),
+            devices=jax.device_count(),
+            processes=jax.process_count(),
+            threads=self.environment.threads,
+            resumed_from=resumed_from,
+            changes=self.changes,
+        )
+        self.workdir.record_start(config=self._config, overrides=self._overrides, entry=entry)
+
+    def metadata(self, inputs: Inputs) -> dict[str, Any]:
+        """What every checkpoint says of the run: its config, and where it comes from."""
+        return {
+            "config": self._config,
+            "provenance": {
+                "data": inputs.data,
+                "tokenizer": inputs.vocabulary.fingerprint,
+                "revision": manifest.revision(),
+                "versions": manifest.versions(),
+                "mesh": dict(inputs.mesh),
+                "threads": self.environment.threads,
+            },
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the start screen: what is unusual about this start."""
+        return [*self.environment.notes, *(f"changed at this start: {change}" for change in self.changes)]
+
+
+def warn(text: str) -> None:
+    print(f"t5x_like: {text}", file=sys.stderr, flush=True)
+
+
+def _is_saved(vocabulary: str, folder: str) -> bool:
+    """Whether the folder holds the vocabulary of this fingerprint, whole: its settings are written last."""
+    settings = paths.join(folder, SETTINGS)
+    return paths.exists(settings) and paths.read_json(settings).get("fingerprint") == vocabulary

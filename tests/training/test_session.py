@@ -1,0 +1,96 @@
+"""A session around a loop that only ends: what is closed when, and when a run counts as finished."""
+
+import contextlib
+import dataclasses
+
+import pytest
+
+from t5x_like.core.environment import READING, Environment
+from t5x_like.core.errors import UserError
+from t5x_like.parallel import multihost
+from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage.workdir import Workdir
+from t5x_like.training.keep import CheckpointConfig
+from t5x_like.training.session import Request, Session
+from t5x_like.training.telemetry import ProfileConfig, Telemetry, TelemetryConfig
+
+CHECKPOINT = CheckpointConfig(4, False, 60, 2, None, None, "min", 1, None, (".*",), "model")
+TELEMETRY = TelemetryConfig(False, False, 60.0, False, ProfileConfig(0, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """What a loop of some other kind comes back with."""
+
+    finished: bool
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """What happened, in order."""
+    seen: list[str] = []
+    monkeypatch.setattr(multihost, "start", lambda *_, **__: multihost.ALONE)
+    for cls, name in ((Telemetry, "close"), (Checkpoints, "close"), (Workdir, "record_finished")):
+
+        def noted(self, *arguments, done=getattr(cls, name), label=f"{cls.__name__}.{name}"):
+            done(self, *arguments)
+            seen.append(label)
+
+        monkeypatch.setattr(cls, name, noted)
+    return seen
+
+
+@contextlib.contextmanager
+def opened(folder):
+    request = Request(str(folder), check=False, coordinator=None, process_id=None, num_processes=None)
+    with Session(request, READING, Environment(threads=1, compilation_cache=None, notes=())) as session:
+        session.open_workdir({"seed": 0}, overrides={}, may_change=())
+        yield session
+
+
+def loop(session, seen, *, finished=True):
+    """A loop of no step, which opens telemetry as any loop does."""
+
+    def run(checkpoints):
+        session.closing(lambda: seen.append("prefetch.close"))
+        session.telemetry(
+            TELEMETRY, flops_per_token=None, tokens_per_step=1, devices=[Device()], total_steps=4, start_step=0
+        )
+        return Rollouts(finished)
+
+    return run
+
+
+class Device:
+    device_kind, platform, process_index = "none", "none", 0
+
+    def memory_stats(self):
+        return None
+
+
+def test_a_run_is_recorded_as_finished_after_all_that_it_wrote_is_closed(tmp_path, order):
+    with opened(tmp_path) as session:
+        assert session.run(loop(session, order), checkpoint=CHECKPOINT, steps=4).finished
+        assert session.workdir.finished_step() == 4
+    assert order == ["Telemetry.close", "prefetch.close", "Checkpoints.close", "Workdir.record_finished"]
+
+
+def test_a_loop_that_was_stopped_is_not_finished(tmp_path, order):
+    with opened(tmp_path) as session:
+        assert not session.run(loop(session, order, finished=False), checkpoint=CHECKPOINT, steps=4).finished
+        assert session.workdir.finished_step() is None
+    assert "Workdir.record_finished" not in order and "Checkpoints.close" in order
+
+
+@pytest.mark.parametrize("cls", [Telemetry, Checkpoints])
+def test_what_cannot_be_closed_fails_the_run_which_is_then_not_finished(tmp_path, order, monkeypatch, cls):
+    close = cls.close
+
+    def broken(self):
+        close(self)
+        raise UserError("the bucket cannot be reached")
+
+    monkeypatch.setattr(cls, "close", broken)
+    with pytest.raises(UserError, match="cannot be reached"), opened(tmp_path) as session:
+        session.run(loop(session, order), checkpoint=CHECKPOINT, steps=4)
+    assert "Workdir.record_finished" not in order and "Checkpoints.close" in order
