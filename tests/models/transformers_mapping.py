@@ -7,20 +7,27 @@ import numpy as np
 import torch
 import transformers
 
-from t5x_like.models.config import ModelConfig
+from t5x_like.layers.positions import Linear, Llama3, Yarn
+from t5x_like.models.config import ModelConfig, StackConfig
+
+
+def rope_parameters(stack: StackConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": stack.rope.theta[0], "rope_type": stack.rope.scaling.name}
+    match stack.rope.scaling.chosen:
+        case None:
+            return rope | {"rope_type": "default"}
+        case Linear(factor):
+            return rope | {"factor": factor}
+        case Llama3(factor, low, high, length):
+            numbers = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+            return rope | numbers | {"original_max_position_embeddings": length}
+        case Yarn(factor, length, fast, slow, _):
+            numbers = {"factor": factor, "beta_fast": fast, "beta_slow": slow}
+            return rope | numbers | {"original_max_position_embeddings": length}
 
 
 def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
-    c, d, scaling = config, config.decoder, config.decoder.rope.scaling
-    rope: dict[str, Any] = {"rope_theta": d.rope.theta[0], "rope_type": "default"}
-    if scaling.name == "llama3":
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency,
-            "high_freq_factor": scaling.high_frequency,
-            "original_max_position_embeddings": scaling.original_length,
-        }
+    c, d = config, config.decoder
     return transformers.LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.width,
@@ -33,7 +40,7 @@ def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
         max_position_embeddings=c.max_length,
         rms_norm_eps=d.norm_epsilon,
         tie_word_embeddings=c.head.tied,
-        rope_parameters=rope,
+        rope_parameters=rope_parameters(d),
         attn_implementation="eager",
     )
 
