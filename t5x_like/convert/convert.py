@@ -72,7 +72,7 @@ def load_params(
     return tree.unflatten(arrays)
 
 
-def _read_share(mapping: ModelMap, reading: Reading, path: str, dtype: str, index: tuple[slice, ...]) -> np.ndarray:
+def _read_share(mapping: ModelMap, reading: Reading, path: str, dtype: str, index: Any) -> np.ndarray:
     """A region of a leaf, read a piece at a time so that no more than the region itself is held in full."""
     shape = mapping.leaves[path].shape
     region = tuple(slice_.indices(size)[:2] for slice_, size in zip(index, shape, strict=True))

@@ -122,8 +122,8 @@ def _weight_files(folder: str) -> list[str]:
     found = sorted(name for name in os.listdir(folder) if name.endswith(_PICKLED))
     if found:
         raise UserError(
-            f"{folder}: {found[0]} is no safetensors file, and a pickled one may run code; load it with transformers where "
-            "you trust it, and save_pretrained() writes safetensors"
+            f"{folder}: {found[0]} is no safetensors file, and a pickled one may run code; load it with transformers "
+            "where you trust it, and save_pretrained() writes safetensors"
         )
     raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it is no whole model")
 

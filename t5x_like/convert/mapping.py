@@ -1,8 +1,8 @@
 """One table of a family, applied strictly: every tensor of theirs and every leaf of ours is covered exactly once.
 
-A table is a list of rows; the same rows read a foreign model (`read`) and write one (`write`). Our leaf holds all layers
-in one array, theirs is one tensor a layer: `{layer}` in a row's name counts them. Rows that the vocabulary pads are ours
-alone: zeros when read, dropped when written.
+A table is a list of rows; the same rows read a foreign model (`Reading`) and write one (`ModelMap.write`). Our leaf
+holds all layers in one array, theirs is one tensor a layer: `{layer}` in a row's name counts them. Rows that pad the
+vocabulary are ours alone: zeros when read, dropped when written.
 """
 
 import dataclasses
@@ -195,13 +195,14 @@ class Reading:
             found = given.get(self._names[name])
             if found is None:
                 raise UserError(f"{where}: {self._names[name]!r} is missing (our {path}); the model is not whole")
+            theirs = self._names[name]
             if found[0] != shape:
                 raise UserError(
-                    f"{where}: {self._names[name]!r} has the shape {list(found[0])}, expected {list(shape)} by its config"
+                    f"{where}: {theirs!r} has the shape {list(found[0])}, expected {list(shape)} by its config"
                 )
             if found[1].name not in FLOATS:
                 raise UserError(
-                    f"{where}: {self._names[name]!r} is stored as {found[1].name}; expected {', '.join(FLOATS)}: convert "
+                    f"{where}: {theirs!r} is stored as {found[1].name}; expected {', '.join(FLOATS)}: convert "
                     "the model that was not quantized"
                 )
         for name in sorted(given.keys() - {self._names[name] for name in wanted}):

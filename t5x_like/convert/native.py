@@ -102,7 +102,7 @@ def _write_tokenizer(folder: str, files: Sequence[str], config: ModelConfig) -> 
 
 
 def _empty(hint: Any) -> Any:
-    """A section with every field of a config class, all None; the class may be one of several types (a stack or None)."""
+    """A section with every field of a config class, all None; of a type like `X | None` those of X."""
     parts = (hint, *typing.get_args(hint))
     cls = next((part for part in parts if dataclasses.is_dataclass(part)), None)
     if cls is None:

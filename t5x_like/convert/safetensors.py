@@ -54,7 +54,7 @@ class FileTensors:
         _, dtype, offset = self._tensors[name]
         starts, length = span.runs()
         array = np.empty(span.shape, dtype)
-        rest = memoryview(array.reshape(-1).view(np.uint8))
+        rest = array.reshape(-1).view(np.uint8).data
         for start in starts:
             run, rest = rest[: length * dtype.itemsize], rest[length * dtype.itemsize :]
             self._fill(run, offset + int(start) * dtype.itemsize, name)
@@ -152,7 +152,7 @@ class Writer:
     def write(self, name: str, span: Span, array: np.ndarray) -> None:
         dtype, offset = self._tensors[name]
         starts, length = span.runs()
-        rest = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         with paths.writing(self._path):
             for start in starts:
                 run, rest = rest[: length * dtype.itemsize], rest[length * dtype.itemsize :]

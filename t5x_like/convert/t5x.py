@@ -1,4 +1,4 @@
-"""Checkpoints of T5X (github.com/google-research/t5x) before Orbax: one msgpack file, with large arrays as zarr beside it.
+"""Checkpoints of T5X (github.com/google-research/t5x) before Orbax: msgpack, with large arrays as zarr beside it.
 
 The msgpack, which flax wrote, holds small arrays itself (extension 1: shape, dtype, bytes) and names the others. Only
 layers by number (`layers_0`) are read, not the scanned form. Matrices are stored [in, out].

@@ -52,7 +52,7 @@ def _settings(folder: str, vocabulary: Vocabulary, name: str) -> dict[str, Any]:
     return {"tokenizer_class": classes.get(name, usual), **named}
 
 
-def _piece(folder: str, vocabulary: Vocabulary, token: int) -> str:
+def _piece(folder: str, vocabulary: Vocabulary, token: int) -> str | None:
     """What a token is called in its file."""
     if vocabulary.kind == "sentencepiece":
         import sentencepiece

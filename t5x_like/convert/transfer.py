@@ -1,11 +1,14 @@
 """Moves a model between a foreign source and a checkpoint of ours, one piece of one leaf at a time.
 
-A piece is at most BLOCK_BYTES (mapping.py) or, of a checkpoint that another program wrote, one of its chunks. Each of the
-few threads holds one piece about four times: as read, in the other order, in the other dtype, and on its way to the
-disk. That is the bound on memory, whatever the size of the model.
+A piece is at most BLOCK_BYTES (mapping.py), or one chunk of a checkpoint that a run has written. Each of the few
+threads holds one piece about four times: as read, in the other order, in the other dtype, and on its way to the disk.
+That is the bound on memory, whatever the size of the model.
 """
 
+import contextlib
+import ctypes
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -19,6 +22,7 @@ from t5x_like.storage.model_directory import DamagedCheckpoint
 from t5x_like.storage.streams import ItemWriter, LeafReader, Region, chunks
 
 THREADS = 2
+_MMAP_THRESHOLD = -3  # the parameter of mallopt(3)
 _ONE, _Result = TypeVar("_ONE"), TypeVar("_Result")
 
 
@@ -55,7 +59,7 @@ def from_native(
     recorded: Mapping[str, int],
     where: str,
 ) -> None:
-    """Reads every leaf once and puts it into their tensors; raises DamagedCheckpoint where bits are not as `recorded`."""
+    """Reads every leaf once and puts it into their tensors. Raises DamagedCheckpoint where bits are not `recorded`."""
 
     def move(job: tuple[str, Region]) -> tuple[str, int]:
         path, region = job
@@ -76,6 +80,7 @@ def from_native(
 
 def in_threads(function: Callable[[_ONE], _Result], jobs: Iterable[_ONE]) -> Iterator[_Result]:
     """The results in order, with at most THREADS calls begun and not yet given out, so that few pieces are held."""
+    _free_pieces_at_once()
     waiting: list[Any] = []
     jobs = iter(jobs)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -88,6 +93,17 @@ def in_threads(function: Callable[[_ONE], _Result], jobs: Iterable[_ONE]) -> Ite
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _free_pieces_at_once() -> None:
+    """Tells glibc to map every large array by itself, so that it is given back when it is freed.
+
+    Else its threshold grows to 32 MB with the first ones freed, and pieces leave holes in the heap of each thread:
+    430 MB instead of 85 after a gigabyte. The price is page faults, a third of the time of a conversion.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _add(parts: Iterable[tuple[str, int]], names: Iterable[str]) -> dict[str, int]:

@@ -244,7 +244,7 @@ class Attention(Projections):
         return self.output(context_BTNH), None if cache is None else (k_BTKH, v_BTKH)
 
     def _mask(self, rows: Rows, kind: LayerKind) -> MaskSpec:
-        """Among the tokens of this call: by position where a cache is read, else by index, which is what kernels want."""
+        """Among the tokens of this call: by position where a cache is read, else by index, as kernels want it."""
         return MaskSpec(
             causal=self.causal,
             window=kind.window or None,

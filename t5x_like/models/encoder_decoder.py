@@ -1,4 +1,4 @@
-"""An encoder-decoder: one embedding, an encoder that sees its whole segment, a causal decoder that attends to its output.
+"""An encoder-decoder: one embedding, an encoder that sees its whole segment, and a causal decoder that attends to it.
 
 While it decodes, the encoder's output is needed only as the keys and values of each decoder layer; `start` computes
 them once and the cache holds them.

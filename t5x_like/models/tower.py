@@ -1,7 +1,7 @@
 """One stack of layers with what belongs to it: position biases, the layers, the final norm; caches of its own tokens.
 
-Decoder, encoder and encoder-decoder are made of it. NOT here: embedding and head (ends.py), one layer (layers/block.py),
-how layers are repeated (layers/stack.py).
+Decoder, encoder and encoder-decoder are made of it. NOT here: embedding and head (ends.py), one layer
+(layers/block.py), how layers are repeated (layers/stack.py).
 
 Legend: B batch, T length, S keys, D model, L layers, N heads.
 """

@@ -67,7 +67,7 @@ def part(array: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:
     The fingerprint is the sum of the parts modulo 2^32, whatever the cut. In numpy, a block at a time, for arrays too
     large to hold. Elements of 8, 16 or 32 bits.
     """
-    words = np.ascontiguousarray(array).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+    words = np.asarray(array, order="C").view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
     # The index of an element times the odd factor, plus one more of it, is a sum over the dims; so it is for numbers
     # modulo 2^32.
     strides = [int(np.prod(shape[dim + 1 :], dtype=object)) for dim in range(len(shape))]

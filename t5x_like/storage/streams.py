@@ -1,8 +1,8 @@
-"""Leaves of a checkpoint a piece at a time, for models larger than memory: reading any, writing new ones. No jax here.
+"""Leaves of a checkpoint a piece at a time, for models larger than memory: reading any, writing new ones.
 
-What is written is the layout that Orbax reads, without its OCDBT database: a folder an array with a `.zarray` and a file
-for each chunk, uncompressed, beside `_METADATA`, which names the leaves. Orbax's own writer takes whole arrays. The
-note with config and fingerprints is the same as that of storage/checkpoint.py.
+What is written is the layout that Orbax reads, without its OCDBT database: for each array a folder with a `.zarray` and
+a file for each chunk, uncompressed, beside `_METADATA`, which names the leaves. Orbax's own writer takes whole arrays.
+The note with config and fingerprints is the same as that of storage/checkpoint.py.
 """
 
 import itertools
@@ -52,7 +52,7 @@ class LeafReader:
             raise self._damaged(error) from None
         if self._store.shape != self.shape or self._store.dtype.numpy_dtype != self.dtype:
             raise self._damaged(f"{self._store.shape} {self._store.dtype.name} differs from its metadata")
-        self.chunk = tuple(self._store.chunk_layout.read_chunk.shape or ())
+        self.chunk = tuple(int(size or 1) for size in self._store.chunk_layout.read_chunk.shape or ())
 
     def read(self, region: Region) -> np.ndarray:
         try:
@@ -131,7 +131,7 @@ class ItemWriter:
 
 
 def write_note(checkpoint: str, note: Mapping[str, Any]) -> None:
-    """Completes a checkpoint whose items are written: its metadata, and the file that tells Orbax what its items are."""
+    """Completes a checkpoint whose items are written: its metadata, and the file that tells Orbax what each item is."""
     if not paths.is_remote(checkpoint):
         _sync(checkpoint)
     folder = paths.join(checkpoint, METADATA)

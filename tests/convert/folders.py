@@ -1,11 +1,13 @@
 """Small random models of transformers, saved as folders, for the tests of conversion."""
 
+import json
 import pathlib
 import shutil
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 STORIES = pathlib.Path(__file__).parents[1] / "data" / "stories260K"
 _LLAMA = {
@@ -73,6 +75,18 @@ def save(name: str, folder: pathlib.Path, *, dtype: str = "float32", max_shard_s
     """Saves a model with the tokenizer of stories260K beside it, and returns it."""
     model = build(name).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if name == "t5_gated":
+        _with_own_head(folder, model)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(STORIES / file, folder / file)
     return model
+
+
+def _with_own_head(folder: pathlib.Path, model: torch.nn.Module) -> None:
+    """As T5 1.1 is published: transformers 5 ties every T5 that it makes, and reads a head of its own from a file."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["shared.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop("scale_decoder_outputs", None)
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))

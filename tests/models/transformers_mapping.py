@@ -1,4 +1,4 @@
-"""Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. Llama, GPT-2 and T5, for tests."""
+"""Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. For tests."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -17,7 +17,7 @@ from t5x_like.models.config import ModelConfig
 class Family:
     """architecture: the class of transformers whose files these are.
 
-    section(settings): the fields of our config's section `model` that a config.json gives, the others being those of our
+    section(settings): the fields of our config's section `model` that a config.json gives; the others are those of our
     family of that name. settings(config): the fields of a config.json. table(config): the tensors. The first two raise
     UserError for what the other side cannot say.
     """

@@ -66,6 +66,7 @@ def section(s: Settings) -> dict[str, Any]:
 
 def settings(config: ModelConfig) -> dict[str, Any]:
     d = config.decoder
+    assert d is not None
     require_usual(config, free=("head.tied", "init", "decoder.norm_epsilon", "decoder.activation", "decoder.rope"))
     if d.kv_heads != d.heads or d.heads * d.head_size != config.width:
         raise UserError(

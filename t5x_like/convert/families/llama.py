@@ -13,6 +13,8 @@ _LAYER = "model.layers.{layer}."
 
 
 def table(config: ModelConfig) -> Table:
+    stack = config.decoder
+    assert stack is not None
     rows = [
         Row("model.embed_tokens.weight", "embed/tokens"),
         Row(_LAYER + "input_layernorm.weight", "layers/attention_norm/scale"),
@@ -26,14 +28,14 @@ def table(config: ModelConfig) -> Table:
         Row(_LAYER + "mlp.down_proj.weight", "layers/mlp/down", "D F -> F D"),
         Row("model.norm.weight", "final_norm/scale"),
     ]
-    if config.decoder.qkv_bias:
+    if stack.qkv_bias:
         rows += [
             Row(_LAYER + f"self_attn.{name}_proj.bias", f"layers/attention/{name}_bias", "(N H) -> N H")
             for name in "qkv"
         ]
-    if config.decoder.out_bias:
+    if stack.out_bias:
         rows += [Row(_LAYER + "self_attn.o_proj.bias", "layers/attention/o_bias")]
-    if config.decoder.mlp_bias:
+    if stack.mlp_bias:
         rows += [Row(_LAYER + f"mlp.{name}_proj.bias", f"layers/mlp/{name}_bias") for name in ("gate", "up", "down")]
     if not config.head.tied:
         rows += [Row("lm_head.weight", "head/weight")]
@@ -68,6 +70,7 @@ def section(s: Settings) -> dict[str, Any]:
 
 def settings(config: ModelConfig) -> dict[str, Any]:
     d = config.decoder
+    assert d is not None
     free = (
         "norm_epsilon",
         "activation",

@@ -1,6 +1,6 @@
 """T5 1.0, 1.1, FLAN-T5 and mT5: `config.json` and tensors of transformers' T5ForConditionalGeneration, and ours.
 
-Matrices are stored [out, in] there. The table of position biases stands in the first block of each stack and serves all.
+Matrices are stored [out, in] there. The table of position biases stands in the first block of each stack, for all.
 What tells 1.0 from 1.1 is `feed_forward_proj` and, oddly, `tie_word_embeddings`: anything but false also means that
 logits are scaled by d_model ** -0.5, and transformers 5, which keeps that in `scale_decoder_outputs`, always says true.
 """
@@ -86,17 +86,18 @@ def settings(config: ModelConfig) -> dict[str, Any]:
     stacks = [f"{name}.{field}" for name in ("encoder", "decoder") for field in _FREE]
     require_usual(config, free=("head.tied", "head.scale", "init.std", *stacks))
     encoder, decoder, head = config.encoder, config.decoder, config.head
+    assert encoder is not None and decoder is not None  # else require_usual had refused the architecture
     fields = ("heads", "kv_heads", "head_size", "mlp", *_FREE)
     for field in fields:
         if getattr(encoder, field) != getattr(decoder, field) or decoder.kv_heads != decoder.heads:
             raise UserError(
-                f"config.model: encoder.{field}={getattr(encoder, field)} and decoder.{field}={getattr(decoder, field)} "
-                f"have no place in a Hugging Face t5; expected equal ones, and as many kv_heads as heads"
+                f"config.model: {field} of encoder ({getattr(encoder, field)}) and decoder ({getattr(decoder, field)}) "
+                "have no place in a Hugging Face t5; expected equal ones, and as many kv_heads as heads"
             )
     if head.scale not in (_SCALED, _PLAIN) or (head.scale == _SCALED and not head.tied):
         raise UserError(
-            f"config.model.head: tied={head.tied} with scale={head.scale} has no place in a Hugging Face t5; expected a "
-            f"tied head with scale {_SCALED}, or scale {_PLAIN}"
+            f"config.model.head: tied={head.tied} with scale={head.scale} has no place in a Hugging Face t5; expected "
+            f"a tied head with scale {_SCALED}, or scale {_PLAIN}"
         )
     name = activation_name(decoder.activation)
     return {

@@ -1,8 +1,8 @@
 """T5: encoder-decoder, RMS norm, relative position buckets, unscaled logits, no biases (arXiv 1910.10683).
 
 Numbers only. Plain names are T5 1.0 (ReLU, tied head scaled by width ** -0.5); `1_1_` is T5 1.1 (gated GELU, untied
-head), which FLAN-T5 shares; `mt5_` is the multilingual one (arXiv 2010.11934). Published vocabularies are padded already.
-`tiny` and `mini` are ours, for laptops.
+head), which FLAN-T5 shares; `mt5_` is the multilingual one (arXiv 2010.11934). Published vocabularies are padded
+already. `tiny` and `mini` are ours, for laptops.
 """
 
 from collections.abc import Mapping
