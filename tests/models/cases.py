@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama_grouped_tied": {"family": "llama", "kv_heads": 2, "tied": True},
     "llama_scaled_rope": {"family": "llama", "kv_heads": 1, "rope": {"theta": (100.0,), "scaling": LLAMA3}},
     "gpt2": {"family": "gpt2", "tied": True},
+    "qwen2": {"family": "qwen2", "kv_heads": 2},
     "local_and_global": {
         "family": "llama",
         "layers": 5,
@@ -63,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "t5_gated": {"family": "t5", "std": 1.0, "activation": "gelu_tanh", "gated": True, "scale": 1.0},
 }
 # Those that transformers has under the same name of a family.
-PUBLISHED = ("llama", "llama_grouped_tied", "llama_scaled_rope", "gpt2", "t5", "t5_gated")
+PUBLISHED = ("llama", "llama_grouped_tied", "llama_scaled_rope", "gpt2", "qwen2", "t5", "t5_gated")
 
 
 def empty(cls: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Models of transformers that are no family here: their config, composed of our fields, and our parameters by their names.
+"""Models of transformers that are no family here: a config composed of our fields, and our parameters by their names.
 
 Each is one entry of OTHERS. The mapping of names is linear in the values, so it serves weights and gradients alike.
 """

@@ -26,9 +26,11 @@ def rope_parameters(stack: StackConfig) -> dict[str, Any]:
             return rope | numbers | {"original_max_position_embeddings": length}
 
 
-def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
+def llama_config(
+    config: ModelConfig, kind: type[transformers.PreTrainedConfig] = transformers.LlamaConfig
+) -> transformers.PreTrainedConfig:
     c, d = config, config.decoder
-    return transformers.LlamaConfig(
+    return kind(
         vocab_size=c.vocab_size,
         hidden_size=c.width,
         intermediate_size=d.mlp,
@@ -88,6 +90,9 @@ def build(config: ModelConfig, params: dict[str, Any]) -> torch.nn.Module:
     """The transformers model with our weights, in float32 and without dropout."""
     if config.family == "llama":
         model, state = transformers.LlamaForCausalLM(llama_config(config)), llama_state(config, params)
+    elif config.family == "qwen2":
+        fields = llama_config(config, transformers.Qwen2Config)
+        model, state = transformers.Qwen2ForCausalLM(fields), llama_state(config, params)
     elif config.family == "t5":
         model, state = transformers.T5ForConditionalGeneration(t5_config(config)), t5_state(config, params)
         if not config.head.tied:  # transformers 5 always ties a fresh T5, though it loads untied ones as they are
@@ -114,6 +119,9 @@ def llama_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.nda
         state["lm_head.weight"] = params["head"]["weight"][: c.vocab_size]
     for i in range(d.layers):
         attention, mlp = layers["attention"], layers["mlp"]
+        if d.qkv_bias:
+            biases = {name: attention[f"{name}_bias"][i].reshape(-1) for name in "qkv"}
+            state |= {f"model.layers.{i}.self_attn.{name}_proj.bias": value for name, value in biases.items()}
         state |= {
             f"model.layers.{i}.{name}.weight": np.asarray(value)
             for name, value in {
