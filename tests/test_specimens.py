@@ -14,6 +14,7 @@ import pytest
 
 import t5x_like
 from t5x_like.__main__ import main
+from t5x_like.core import formats
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SPECIMEN = ROOT / "tests" / "specimens" / "format1"
@@ -82,10 +83,11 @@ def test_a_run_of_format_1_is_resumed_to_the_same_bits(workdir):
 
 
 def test_a_config_file_goes_on_with_a_run_of_format_1(workdir):
-    stored = json.loads((workdir / "config.json").read_text())
-    names = {"embed": "width", "vocab_multiple": "vocab_multiple", "head": "decoder.head_size"}
-    names |= {name: f"decoder.{name}" for name in ("heads", "kv_heads", "mlp")}
-    arguments = [f"--config.model.{new}={stored['model'][old]}" for old, new in names.items()]
+    stored = formats.upgrade(json.loads((workdir / "config.json").read_text()), where="")
+    model = stored["model"]
+    arguments = [f"--config.model.{name}={model[name]}" for name in ("width", "vocab_multiple")]
+    names = ("heads", "kv_heads", "head_size", "mlp")
+    arguments += [f"--config.model.decoder.{name}={model['decoder'][name]}" for name in names]
     for section, fields in (("data", ("source", "validation", "batch_size")), ("loop", ("ema_decay",))):
         arguments += [f"--config.{section}.{name}={stored[section][name]}" for name in fields]
     command = ["train", "--config=configs/pretrain/test.py", f"--workdir={workdir}", "--check", *arguments]

@@ -1,10 +1,12 @@
 """Fields of a Hugging Face `config.json`, read strictly and written so that transformers 4 and 5 read them alike."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.errors import UserError
+from t5x_like.layers.positions import RopeScaling
 from t5x_like.models.config import ModelConfig
 from t5x_like.models.families import FAMILIES
 
@@ -18,12 +20,24 @@ _ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
-_LLAMA3 = {
-    "factor": "factor",
-    "low_frequency": "low_freq_factor",
-    "high_frequency": "high_freq_factor",
-    "original_length": "original_max_position_embeddings",
+# The scalings of rotary positions: our fields and theirs, in the order of our classes.
+_SCALINGS: Mapping[str, Mapping[str, str]] = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_frequency": "low_freq_factor",
+        "high_frequency": "high_freq_factor",
+        "original_length": "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_length": "original_max_position_embeddings",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+    },
 }
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # where a file does not say
 
 
 class Settings:
@@ -75,29 +89,43 @@ class Settings:
             raise UserError(f"{self.where}: rope_parameters={given!r} should be a mapping")
         theta = given.get("rope_theta", self._fields.get("rope_theta", 10_000.0))
         kind = given.get("rope_type", given.get("type", "default"))
-        if not isinstance(theta, int | float) or kind not in ("default", "llama3"):
+        if not isinstance(theta, int | float) or kind not in ("default", *_SCALINGS):
             raise UserError(
-                f"{self.where}: rope_type={kind!r} with rope_theta={theta!r} is unknown; known: default, llama3"
+                f"{self.where}: rope_type={kind!r} with rope_theta={theta!r} is unknown; known: default, "
+                f"{', '.join(_SCALINGS)}"
             )
         self.require(partial_rotary_factor=1.0)
-        if kind == "default":
-            return {"theta": (float(theta),), "scaling": {"name": "none"}}
-        missing = [name for name in _LLAMA3.values() if not isinstance(given.get(name), int | float)]
+        scaling = {"name": "none"} if kind == "default" else {"name": kind, kind: self._scaling(kind, given)}
+        return {"theta": (float(theta),), "scaling": scaling}
+
+    def _scaling(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The variant `kind` of our section `rope.scaling`."""
+        said = {name: value for name, value in given.items() if value is not None}
+        if kind == "yarn":
+            said = _YARN | said
+            unusual = next((name for name in ("mscale", "mscale_all_dim", "truncate") if name in said), None)
+            if unusual is not None and said != said | {"truncate": True}:
+                raise UserError(f"{self.where}: {unusual} of rope_parameters is not supported; expected none")
+            if isinstance(said.get("factor"), int | float):
+                said = {"attention_factor": 0.1 * math.log(max(said["factor"], 1.0)) + 1.0} | said
+        missing = [name for name in _SCALINGS[kind].values() if not isinstance(said.get(name), int | float)]
         if missing:
-            raise UserError(f"{self.where}: rope_parameters of the type llama3 lack the number {missing[0]!r}")
-        scaling = {ours: float(given[theirs]) for ours, theirs in _LLAMA3.items()}
-        scaling["original_length"] = int(scaling["original_length"])
-        return {"theta": (float(theta),), "scaling": {"name": "llama3", **scaling}}
+            raise UserError(f"{self.where}: rope_parameters of the type {kind} lack the number {missing[0]!r}")
+        numbers: dict[str, Any] = {ours: float(said[theirs]) for ours, theirs in _SCALINGS[kind].items()}
+        if "original_length" in numbers:
+            numbers["original_length"] = int(numbers["original_length"])
+        return numbers
 
 
-def rope_settings(thetas: Sequence[float], scaling: Any) -> dict[str, Any]:
+def rope_settings(thetas: Sequence[float], scaling: RopeScaling) -> dict[str, Any]:
     """The fields that say it to both: transformers 4 takes its defaults where it finds `rope_parameters` alone."""
     if len(set(thetas)) != 1:
         raise UserError(f"rope.theta={thetas} has no place in a Hugging Face model of this family; expected one number")
     theta = thetas[0]
     kind: dict[str, Any] = {"rope_type": "default"}
-    if scaling.name == "llama3":
-        kind = {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for ours, theirs in _LLAMA3.items()}
+    if scaling.chosen is not None:
+        names = _SCALINGS[scaling.name]
+        kind = {"rope_type": scaling.name} | {theirs: getattr(scaling.chosen, ours) for ours, theirs in names.items()}
     old = None if scaling.name == "none" else kind
     return {"rope_theta": theta, "rope_scaling": old, "rope_parameters": {"rope_theta": theta, **kind}}
 

@@ -84,7 +84,7 @@ class RuntimeConfig:
         if self.heartbeat_seconds < 10:
             raise UsageError(
                 f"{path}.heartbeat_seconds={self.heartbeat_seconds} should be at least 10; processes write a "
-                "sign of life every second and are missed after a third of this"
+                "heartbeat every second and are missed after a third of this"
             )
         if self.shutdown_seconds < 1:
             raise UsageError(f"{path}.shutdown_seconds={self.shutdown_seconds} should be at least 1")

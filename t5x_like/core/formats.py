@@ -33,6 +33,15 @@ class Change:
     named: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
+# Of the scaling of rotary positions, whose fields stood flat, the named variant is kept.
+_SCALING = Change(
+    where={"model.rope.scaling.name": "llama3"},
+    moves={
+        f"model.rope.scaling.{name}": f"model.rope.scaling.llama3.{name}"
+        for name in ("factor", "low_frequency", "high_frequency", "original_length")
+    },
+)
+_NO_SCALING = Change(where={"model.rope.scaling.name": "none"}, drops=tuple(_SCALING.moves))
 # What a model of format 1 was: one decoder, whose fields stood flat in the section `model`.
 _STACKS = Change(
     moves={
@@ -88,6 +97,8 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
                 "objective": ("lm",),
             }
         ),
+        _SCALING,
+        _NO_SCALING,
         _STACKS,
         _FEATURES,
     ),

@@ -1,8 +1,8 @@
 """One layer: branches (attention, cross-attention, MLP), each added to what passes through, with norms around them.
 
-A block says the mathematics for one layer of plain weights. It knows nothing of scanning, remat and caches' layouts;
-of the depth it knows its own number (for dropout), and of the mesh the names of logical axes. What all layers share is
-computed once outside: what belongs to rows comes in `Rows`, the rest in `Shared`. What repeats it is stack.py.
+A block is the mathematics of one layer. stack.py repeats it over the layers, and does scanning and remat. A block is
+told its own number, which picks its part of the cache and its dropout mask. It names logical axes and never sees the
+mesh. What all layers share is computed once outside: what belongs to rows comes in `Rows`, the rest in `Shared`.
 
 Legend: B batch, T query length, S source length, D model, N heads, K kv heads, H head size.
 """
@@ -49,7 +49,8 @@ class BlockConfig:
     """The sizes and choices of one layer, equal for all layers of a stack.
 
     norm: a name in norms.NORMS; norm_order: a name in NORM_ORDERS. parallel: both branches read the same x (GPT-NeoX).
-    activation: a name in mlp.ACTIVATIONS. gated: activation(gate) * up. qkv_bias, out_bias, mlp_bias: additive vectors.
+    activation: a name in mlp.ACTIVATIONS. gated: activation(gate) * up. qkv_bias, out_bias, mlp_bias: additive vectors
+    (`attention_bias` of transformers is the first two).
     qk_norm: RMS norm of each query and key head. attention_scale: factor of the attention logits, 0 for
     head_size ** -0.5. attention_softcap c: they become c * tanh(logits / c); 0 for none.
     """

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 # The logit of what a softmax leaves out (keys that are not seen, padding of the vocabulary): far below every other, and
 # finite, so that inf - inf never arises.
 MASKED = -1e30
-# A floor for the highest logit of a query, which only one that sees no key needs: so far above MASKED that exp of their
-# difference is 0.
+# The least value of the maximum that a softmax subtracts. Only a query that sees no key reaches it: exp(MASKED -
+# NOTHING_SEEN) is 0, so that its weights are 0 instead of equal.
 NOTHING_SEEN = -1e29
 
 

@@ -35,7 +35,7 @@ class RmsNormPlusOne(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean(x)) / deviation(x) * scale + bias (arXiv 1607.06450)."""
+    """(x - mean(x)) / std(x) * scale + bias (arXiv 1607.06450)."""
 
     def __init__(self, size: int, *, epsilon: float):
         self.epsilon = epsilon

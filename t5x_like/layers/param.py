@@ -1,7 +1,8 @@
 """How a module declares a parameter, and how declared parameters get their first values.
 
-A declaration is shape, logical axes and the name of an initializer; no array is made until `initialize`. This is NOT a
-place for arrays, dtypes of computation or shardings, and modules draw no random numbers themselves.
+A declaration is shape, logical axes and the name of an initializer (normal with a stddev, or a constant); no array is
+made until `initialize`, and modules draw no random numbers themselves. Shardings and the dtype of computation are NOT
+here.
 """
 
 import re
@@ -18,9 +19,9 @@ from t5x_like.core.config import nearest
 from t5x_like.core.types import Axes, ParamSpec, Tree
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str, deviation: float) -> jax.Array:
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str, stddev: float) -> jax.Array:
     # Drawn in float32 whatever the storage type, so that the storage type only rounds.
-    return (deviation * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return (stddev * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def _constant(key: jax.Array, shape: tuple[int, ...], dtype: str, value: float) -> jax.Array:
@@ -37,13 +38,13 @@ INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], str, float], jax.A
 ZEROS, ONES = "constant(0)", "constant(1)"
 
 
-def normal(deviation: float) -> str:
+def normal(stddev: float) -> str:
     """The initializer's text for a standard deviation.
 
     >>> normal(0.02)
     'normal(0.02)'
     """
-    return f"normal({deviation:.6g})"
+    return f"normal({stddev:.6g})"
 
 
 def param(shape: tuple[int, ...], *, axes: Axes, init: str) -> nnx.Param:

@@ -1,4 +1,5 @@
-"""What a program is being compiled for, which decides between kernels and forms that compute the same."""
+"""The platform that a program is compiled for (cpu, gpu, tpu). Layers ask it where one result has several forms: which
+kernel, which precision of matrix products."""
 
 import contextlib
 from typing import Any

@@ -8,7 +8,6 @@ Legend: B batch, T length, N heads (query or kv), H head size.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_like.core.config import nearest
+from t5x_like.core.config import VARIANT, nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.layers.platform import platform
 
@@ -26,6 +25,9 @@ class Linear:
     """All frequencies divided by factor, which is position interpolation (arXiv 2306.15595)."""
 
     factor: float
+
+    def check(self, path: str) -> None:
+        _above_zero(self, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,14 @@ class Llama3:
     low_frequency: float
     high_frequency: float
     original_length: int
+
+    def check(self, path: str) -> None:
+        _above_zero(self, path)
+        if not self.high_frequency > self.low_frequency:
+            raise UsageError(
+                f"{path}.high_frequency={self.high_frequency:g} should be above {path}.low_frequency="
+                f"{self.low_frequency:g}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,45 +67,42 @@ class Yarn:
     beta_slow: float
     attention_factor: float
 
+    def check(self, path: str) -> None:
+        _above_zero(self, path)
+        if not self.beta_fast > self.beta_slow:
+            raise UsageError(f"{path}.beta_fast={self.beta_fast:g} should be above {path}.beta_slow={self.beta_slow:g}")
+
+
+def _above_zero(section: "Linear | Llama3 | Yarn", path: str) -> None:
+    for field in dataclasses.fields(section):
+        if not getattr(section, field.name) > 0:
+            raise UsageError(f"{path}.{field.name}={getattr(section, field.name)} should be above 0")
+
 
 Scaling: TypeAlias = Linear | Llama3 | Yarn | None  # None: as trained
+SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """The section `rope.scaling` of a config. name: "none", "linear" or "llama3"; fields that it does not name are
-    unused (those of Llama3, of which Linear has the factor)."""
+    """The section `rope.scaling` of a config: frequencies for texts longer than those of the first training.
+
+    name: a name in SCALINGS.
+    """
 
     name: str
-    factor: float
-    low_frequency: float
-    high_frequency: float
-    original_length: int
+    linear: Linear | None = dataclasses.field(metadata=VARIANT)
+    llama3: Llama3 | None = dataclasses.field(metadata=VARIANT)
+    yarn: Yarn | None = dataclasses.field(metadata=VARIANT)
 
     def check(self, path: str) -> None:
         if self.name not in SCALINGS:
             raise UsageError(f"{path}.name={self.name!r} is unknown; {nearest(self.name, SCALINGS)}")
-        for field in ("factor", "low_frequency", "high_frequency", "original_length"):
-            if not getattr(self, field) > 0:
-                raise UsageError(f"{path}.{field}={getattr(self, field)} should be above 0")
-        if self.name == "llama3" and not self.high_frequency > self.low_frequency:
-            raise UsageError(
-                f"{path}.high_frequency={self.high_frequency:g} should be above {path}.low_frequency="
-                f"{self.low_frequency:g}"
-            )
 
     @property
-    def scaling(self) -> Scaling:
-        return SCALINGS[self.name](self)
-
-
-SCALINGS: dict[str, Callable[[RopeScaling], Scaling]] = {
-    "none": lambda section: None,
-    "linear": lambda section: Linear(section.factor),
-    "llama3": lambda section: Llama3(
-        section.factor, section.low_frequency, section.high_frequency, section.original_length
-    ),
-}
+    def chosen(self) -> Scaling:
+        """The variant that is named."""
+        return self.linear or self.llama3 or self.yarn
 
 
 def frequencies(head: int, *, theta: float, scaling: Scaling) -> np.ndarray:

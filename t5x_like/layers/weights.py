@@ -2,8 +2,8 @@
 
 A weight is a leaf of the parameter tree: an array, or a value that knows its own contractions (core.types.Leaf), such
 as a quantized or a low-rank weight; this is the one place that tells them apart. Elsewhere a layer meets only vectors,
-as plain arrays by `value` (scales of norms, biases), and the scorer meets the head by `dense`. It is NOT the place of
-activations' products (attention, gates) nor of shardings.
+as plain arrays by `value` (scales of norms, biases), and the scorer meets the head by `dense`. Products of activations
+(attention, gates) and shardings are NOT here.
 """
 
 import functools

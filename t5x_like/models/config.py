@@ -271,7 +271,7 @@ def _fill(section: bridge.Values, supplied: Mapping[str, Any], path: str, source
         other = supplied.get(key)
         if isinstance(value, Mapping | ConfigDict):
             filled[key] = _fill(value, other if isinstance(other, Mapping) else {}, f"{path}.{key}", source)
-        elif value is None and other is None and key in ("encoder", "decoder"):
+        elif value is None and key in ("encoder", "decoder"):
             filled[key] = None  # a stack that this architecture does not have
         elif value is None and other is None:
             raise UsageError(f"{path}.{key} is not given, and {source} supplies none; set it")

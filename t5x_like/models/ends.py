@@ -44,7 +44,8 @@ class HeadTransform(nnx.Module):
 
 
 class HeadWeights(nnx.Module):
-    """The head's own parameters. `weight` is stored like the embedding, [V, D], so that there is one kind of head."""
+    """The own parameters of the LM head (`lm_head` in transformers). `weight` is stored like the embedding, [V, D], so
+    that there is one kind of head."""
 
     def __init__(self, config: ModelConfig, stack: StackConfig, init: Initialization):
         if not config.head.tied:

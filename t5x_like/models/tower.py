@@ -198,7 +198,7 @@ class Tower:
         if positions_BT is None:
             positions_BT = jnp.arange(tokens.length, dtype=jnp.int32)[None, :]
         thetas = sorted({kind.rope_theta for kind in self.stack.kinds} - {0.0})
-        scaling = self.stack.rope.scaling.scaling
+        scaling = self.stack.rope.scaling.chosen
         return {t: rope_table(positions_BT, self.stack.head_size, theta=t, scaling=scaling) for t in thetas}
 
 

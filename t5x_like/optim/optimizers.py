@@ -158,7 +158,7 @@ def describe(optimizer: Optimizer) -> str:
     for path, spec in optimizer.specs.items():
         rules, method = optimizer.rules[path], optimizer.methods[path]
         values = (rules.decay, rules.multiplier, rules.frozen)
-        cells = [f"{_text(value)} by {regex}" for value, regex in zip(values, rules.said_by, strict=True)]
+        cells = [f"{_text(value)} by {regex}" for value, regex in zip(values, rules.patterns, strict=True)]
         slots = " ".join(f"{name}{list(slot.shape)}" for name, slot in method.slots(spec).items())
         rows.append((path, method.name, *cells, slots))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -22,17 +22,18 @@ Factor = float | np.ndarray  # an array has the leaf's number of dims, all of si
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LeafRules:
-    """What the rule lists say of one leaf, and the regexes that said it.
+    """What the rule lists say of one leaf, and the regexes that matched.
 
     decay: coefficient of the decoupled weight decay (config.optim.weight_decay times its factor)
     multiplier: factor of the learning rate
     frozen: True or False for the whole leaf, or an array of booleans per layer
+    patterns: the regexes that matched in the lists decay, multiplier and freeze
     """
 
     decay: Factor
     multiplier: Factor
     frozen: bool | np.ndarray
-    said_by: tuple[str, str, str]
+    patterns: tuple[str, str, str]
 
 
 def resolve(config: OptimConfig, specs: Tree, *, frozen: Iterable[str] = ()) -> dict[str, LeafRules]:
@@ -51,7 +52,7 @@ def resolve(config: OptimConfig, specs: Tree, *, frozen: Iterable[str] = ()) -> 
             decay=config.weight_decay * decay[path][1],
             multiplier=multiplier[path][1],
             frozen=switches[path][1],
-            said_by=(decay[path][0], multiplier[path][0], switches[path][0]),
+            patterns=(decay[path][0], multiplier[path][0], switches[path][0]),
         )
         for path in leaves
     }

@@ -1,6 +1,6 @@
 """Joins the processes of a run: who is who, and the coordinator's key-value store for small messages.
 
-The store carries text of a few kilobytes (plans, faults, signs of life); arrays go through the mesh. Not here: the
+The store carries text of a few kilobytes (plans, faults, heartbeats); arrays go through the mesh. Not here: the
 mesh (mesh.py), the watchdog (training/faults.py). A run of one process has no store, and every call is the identity.
 """
 

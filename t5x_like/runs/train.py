@@ -60,9 +60,9 @@ def from_config(
     is refused, because it would change nothing. `stored` is the config of the run that is resumed, if any.
     """
     given: dict[str, Any] = dict(config.items())
-    sections.refuse_unnamed_variants(Experiment, given, overrides or {})
     if "model" in given:
         given["model"] = model_config.filled(given["model"])
+    sections.refuse_unnamed_variants(Experiment, given, overrides or {})
     experiment = bridge.build(Experiment, given, path="config")
     if experiment.optim.schedule.steps is None:
         # The length of the schedule is that of the first start, whatever a resume does to loop.steps.

@@ -1,4 +1,4 @@
-"""Nothing hangs: a watchdog with a limit per phase, signs of life between processes, and stops that save first.
+"""Nothing hangs: a watchdog with a limit per phase, heartbeats between processes, and stops that save first.
 
 Each process runs two threads. The monitor keeps the clock, reads signals and ends the process; the messenger does
 every key-value call, because a call to a dead coordinator can block for minutes. A process ends by one line on
@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import jax
@@ -31,10 +31,25 @@ PREEMPTED = 75  # exit status: saved (or nothing to save), start again
 
 _TICK = 0.25  # s between looks of the monitor
 _ROUND = 1.0  # s between rounds of the messenger
-_PARTING = 3.0  # s that the coordinator's process waits for the others to read why it ends
+_LEAVING = 3.0  # s that the coordinator's process waits for the others to read why it ends
 _STUCK = 120.0  # s without the monitor running (the interpreter's lock is held) after which the C timer ends us
 _UNSAVED = ("start", "prepare", "compile")  # phases in which a stop does not wait: there is nothing new to save
 _LEFT = "left"
+
+
+@dataclasses.dataclass
+class _State:
+    """What the threads of one process share. Each field has one writer; reading and setting one is atomic.
+
+    awake: seconds this process has run; a stopped process, or a sleeping machine, does not age. phase: its name, and
+    when it was entered. signal: the first one to this process; elsewhere: one to another process.
+    """
+
+    awake: float = 0.0
+    phase: tuple[str, float] = ("start", 0.0)
+    step: int = 0
+    signal: str | None = None
+    elsewhere: str | None = None
 
 
 class Faults:
@@ -46,19 +61,17 @@ class Faults:
 
     def __init__(self, config: RuntimeConfig, *, log_path: str | None, processes: Processes = ALONE) -> None:
         self._limits = {**dataclasses.asdict(config.phase_seconds), "prepare": 0.0, "end": 0.0}
-        # A third of jax's limit, counted from the last sign: jax speaks half to one limit after the last beat.
+        # A third of jax's limit, counted from the last heartbeat: jax speaks half to one limit after its own.
         self._silence = config.heartbeat_seconds / 3
         self._processes = processes
         self._log: TextIO | None = None
-        self._awake = 0.0  # seconds this process has run; a stopped process, or a sleeping machine, does not age
-        self._phase = ("start", 0.0)
-        self._step = 0
+        self._state = _State()
         self._compiled = 0
-        self._signal: str | None = None  # the first signal to this process
-        self._elsewhere: str | None = None  # a signal to another process
         self._closed = threading.Event()
         self._ending = threading.Lock()
-        self._messenger = _Messenger(self) if processes.store is not None else None
+        self._messenger = None
+        if processes.store is not None:
+            self._messenger = _Messenger(processes, self._state, self._closed, silence=self._silence, end=self._end)
         self._signals = Signals(forward=processes.count > 1)
         self._monitor = threading.Thread(target=self._watch, name="faults-monitor", daemon=True)
         self._monitor.start()
@@ -91,7 +104,7 @@ class Faults:
         """
         if phase not in self._limits:
             raise ValueError(f"phase {phase!r} should be one of {', '.join(self._limits)}")
-        self._phase = (phase, self._awake)
+        self._state.phase = (phase, self._state.awake)
 
     @contextlib.contextmanager
     def phase(self, phase: str) -> Iterator[None]:
@@ -100,7 +113,7 @@ class Faults:
         Leaving `compile` waits for the other processes: they compile at different speeds (on the CPU only process 0
         has a compilation cache), and gloo gives a new group of devices 30 seconds for its first collective.
         """
-        outer = self._phase[0]
+        outer = self._state.phase[0]
         self.enter(phase)
         try:
             yield
@@ -112,14 +125,14 @@ class Faults:
 
     def should_stop(self, step: int) -> bool:
         """Whether to save and leave after `step` updates; the same answer on all processes, asked at every step."""
-        self._step = step
+        self._state.step = step
         if self._processes.count == 1:
-            return self._signal is not None
+            return self._state.signal is not None
         return self._signals.synchronised and multihost_utils.reached_preemption_sync_point(step)
 
     def interrupted(self) -> bool:
         """Whether to leave what can be left at once. Several processes must agree first, which takes a step: False."""
-        return self._processes.count == 1 and self._signal is not None
+        return self._processes.count == 1 and self._state.signal is not None
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -139,7 +152,7 @@ class Faults:
             return
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             # Most likely the echo of another process's end: whoever knows the cause gets the time to say it.
-            self._phase = ("end", self._awake)
+            self._state.phase = ("end", self._state.awake)
             self._closed.wait(self._silence + 2 * _ROUND)
         user = isinstance(error, UserError)
         text = " ".join(str(error).split())
@@ -147,7 +160,7 @@ class Faults:
         self._end(f"process {self._processes.index} failed: {message[:500]}", getattr(error, "exit_status", 1))
 
     def close(self) -> None:
-        """Ends the watch: the others no longer expect signs of life. Twice is once."""
+        """Ends the watch: the others no longer expect heartbeats. Twice is once."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -169,7 +182,7 @@ class Faults:
         while not self._closed.is_set():
             names = self._signals.wait(_TICK)
             now = time.monotonic()
-            self._awake += min(now - last, 4 * _TICK)
+            self._state.awake += min(now - last, 4 * _TICK)
             last = now
             for name in names:
                 self._on_signal(name)
@@ -179,16 +192,16 @@ class Faults:
                 faulthandler.dump_traceback_later(_STUCK, exit=True, file=self._log or 2)
 
     def _check(self) -> None:
-        phase, entered = self._phase
+        phase, entered = self._state.phase
         limit = self._limits[phase]
-        stop = self._signal or self._elsewhere
+        stop = self._state.signal or self._state.elsewhere
         if stop and phase in _UNSAVED:
             self._end(f"{self._name}stopped by {stop} in phase {phase}: nothing to save, start again", PREEMPTED)
-        if limit and self._awake - entered > limit:
+        if limit and self._state.awake - entered > limit:
             others = self._messenger.states() if self._messenger else ""
             self._end(
                 f"{self._name}no progress in phase {phase!r} for {limit:g} s "
-                f"(config.runtime.phase_seconds.{phase}), step {self._step}{others}"
+                f"(config.runtime.phase_seconds.{phase}), step {self._state.step}{others}"
             )
         if self._messenger:
             self._messenger.check()
@@ -198,10 +211,10 @@ class Faults:
         return f"process {self._processes.index}: " if self._processes.count > 1 else ""
 
     def _on_signal(self, name: str) -> None:
-        if self._signal:
+        if self._state.signal:
             self._end(f"{self._name}second signal ({name}): ends at once, without saving")
-        self._signal = name
-        if self._phase[0] not in _UNSAVED:
+        self._state.signal = name
+        if self._state.phase[0] not in _UNSAVED:
             self._say(f"{self._name}{name}: saves after this step and ends; a second signal ends at once")
 
     # Ending.
@@ -214,16 +227,16 @@ class Faults:
         if self._closed.is_set():
             return
         if not self._ending.acquire(blocking=False):
-            time.sleep(_PARTING + 2)
+            time.sleep(_LEAVING + 2)
             os._exit(status)
         self._say(line)
         if self._log and status != PREEMPTED:
             faulthandler.dump_traceback(file=self._log, all_threads=True)
         if self._messenger and tell:
             # In a thread, since the call blocks when the coordinator is gone.
-            parting = threading.Thread(target=self._messenger.part, args=(line, status, tell), daemon=True)
-            parting.start()
-            parting.join(_PARTING + 1)
+            farewell = threading.Thread(target=self._messenger.leave, args=(line, status, tell), daemon=True)
+            farewell.start()
+            farewell.join(_LEAVING + 1)
         os._exit(status)
 
     def _say(self, line: str) -> None:
@@ -248,100 +261,107 @@ class Faults:
 
 
 class _Messenger:
-    """Signs of life and news between processes, over the coordinator's store.
+    """Heartbeats and messages between processes, over the coordinator's store.
 
-    Every process writes a sign each second. Process 0 reads them all; the others read only the folder `watch`, with
-    the sign of process 0 and the news, so that the coordinator's load grows with the number of processes, not its
-    square. `check` is called by the monitor, everything else that touches the store by the messenger's thread.
+    Every process writes a heartbeat each second. Process 0 reads them all; the others read only the folder `watch`,
+    with the heartbeat of process 0 and the messages, so that the coordinator's load grows with the number of processes,
+    not its square. `check` is called by the monitor, everything else that touches the store by the messenger's thread.
+    silence: seconds without a heartbeat after which `end(line, status, tell=)` ends this process.
     """
 
-    def __init__(self, faults: Faults) -> None:
-        self._faults = faults
-        self._processes = faults._processes
-        assert self._processes.store is not None
-        self._store = self._processes.store
+    def __init__(
+        self,
+        processes: Processes,
+        state: _State,
+        closed: threading.Event,
+        *,
+        silence: float,
+        end: Callable[..., None],
+    ) -> None:
+        assert processes.store is not None
+        self._processes, self._store = processes, processes.store
+        self._state, self._closed, self._silence, self._end = state, closed, silence, end
         self._count = 0
-        self._answered = 0.0  # on the clock of Faults, as all times here
-        self._seen: dict[int, tuple[str, float]] = {}  # process -> its last sign, when it changed
-        self._news: dict[str, Any] | None = None
-        self._parting = False
+        self._answered = 0.0  # on the clock `awake`, as all times here
+        self._seen: dict[int, tuple[str, float]] = {}  # process -> its last heartbeat, when it changed
+        self._fault: dict[str, Any] | None = None  # the message of a process that failed
+        self._leaving = False
         self.thread = threading.Thread(target=self._run, name="faults-messenger", daemon=True)
 
     def _run(self) -> None:
-        closed = self._faults._closed
-        while not closed.is_set() and not self._parting:
+        while not self._closed.is_set() and not self._leaving:
             with contextlib.suppress(RuntimeError):
                 self._round()
-                self._answered = self._faults._awake
-            closed.wait(_ROUND)
+                self._answered = self._state.awake
+            self._closed.wait(_ROUND)
         with contextlib.suppress(RuntimeError):
-            self._sign(_LEFT)
+            self._beat(_LEFT)
 
-    def _sign(self, value: str) -> None:
+    def _beat(self, value: str) -> None:
         index = self._processes.index
         self._store.set(f"alive/{index}" if index else "watch/0", value, overwrite=True)
 
     def _round(self) -> None:
-        faults, now = self._faults, self._faults._awake
-        phase, entered = faults._phase
+        state, now = self._state, self._state.awake
+        phase, entered = state.phase
         self._count += 1
-        self._sign(f"{self._count} {phase} {now - entered:.0f} {faults._step}")
+        self._beat(f"{self._count} {phase} {now - entered:.0f} {state.step}")
         watch = self._store.folder("watch")
-        signs = {0: watch["0"]} if "0" in watch else {}
+        beats = {0: watch["0"]} if "0" in watch else {}
         if self._processes.primary:
-            signs |= {int(name): value for name, value in self._store.folder("alive").items()}
-        for index, sign in signs.items():
-            if self._seen.get(index, ("", 0.0))[0] != sign:
-                self._seen[index] = (sign, now)
+            beats |= {int(name): value for name, value in self._store.folder("alive").items()}
+        for index, beat in beats.items():
+            if self._seen.get(index, ("", 0.0))[0] != beat:
+                self._seen[index] = (beat, now)
         if "fault" in watch:
-            self._news = json.loads(watch["fault"])
+            self._fault = json.loads(watch["fault"])
         # jax agrees on the step to stop at; this is for the phases that do not get that far.
-        if faults._signal and "stop" not in watch:
-            self._store.set("watch/stop", f"{faults._signal} of process {self._processes.index}")
+        if state.signal and "stop" not in watch:
+            self._store.set("watch/stop", f"{state.signal} of process {self._processes.index}")
         elif "stop" in watch:
-            faults._elsewhere = watch["stop"]
+            state.elsewhere = watch["stop"]
 
     def check(self) -> None:
-        """Ends this process if there is news of a fault, or no news where there should be some."""
-        faults, me, limit = self._faults, self._processes.index, self._faults._silence
-        if self._news:
-            news, line = self._news, self._news["line"]
-            faults._end(f"{line} (process {me} ends with it)", news["status"], tell=_LEFT)
-        if faults._awake - self._answered > limit:
+        """Ends this process where another one failed, or has not been heard of for too long."""
+        state, me, limit = self._state, self._processes.index, self._silence
+        if self._fault:
+            line, status = self._fault["line"], self._fault["status"]
+            self._end(f"{line} (process {me} ends with it)", status, tell=_LEFT)
+        if state.awake - self._answered > limit:
             address = self._processes.coordinator
             line = f"process {me}: the coordinator {address} (process 0) has not answered for {limit:.1f} s"
-            faults._end(line, tell=None)
-        if faults._awake - self._answered > 2 * _ROUND:
-            return  # no news of anybody: the coordinator is the one to blame, if it lasts
-        for index, (sign, changed) in list(self._seen.items()):
-            if index != me and sign != _LEFT and faults._awake - changed > limit:
-                faults._end(
-                    f"process {index} has given no sign of life for {limit:.1f} s: it was killed or stopped, or its "
+            self._end(line, tell=None)
+        if state.awake - self._answered > 2 * _ROUND:
+            return  # nobody is heard of: the coordinator is the one to blame, if it lasts
+        for index, (beat, changed) in list(self._seen.items()):
+            if index != me and beat != _LEFT and state.awake - changed > limit:
+                self._end(
+                    f"process {index} has given no heartbeat for {limit:.1f} s: it was killed or stopped, or its "
                     f"machine is out of reach (process {me} ends)"
                 )
 
     def states(self) -> str:
         """Where the others are, as far as this process knows; for the line of a limit that was passed."""
         parts = []
-        for index, (sign, _) in sorted(self._seen.items()):
-            if index != self._processes.index and sign != _LEFT:
-                _, phase, seconds, step = sign.split()
+        for index, (beat, _) in sorted(self._seen.items()):
+            if index != self._processes.index and beat != _LEFT:
+                _, phase, seconds, step = beat.split()
                 parts.append(f"process {index} in {phase!r} for {seconds} s at step {step}")
         return "; " + ", ".join(parts) if parts else ""
 
-    def part(self, line: str, status: int, tell: str) -> None:
+    def leave(self, line: str, status: int, tell: str) -> None:
         """Tells the others why this process ends. The coordinator lives in process 0, which waits till all know."""
-        self._parting = True
+        self._leaving = True
         with contextlib.suppress(RuntimeError):
             if tell == "fault":
                 self._store.set("watch/fault", json.dumps({"line": line, "status": status}))
-            self._sign(_LEFT)
+            self._beat(_LEFT)
             if not self._processes.primary:
                 return
-            now, limit = self._faults._awake, self._faults._silence
+            now, limit = self._state.awake, self._silence
             silent = {index for index, (_, changed) in self._seen.items() if now - changed > limit}
             waited = set(range(1, self._processes.count)) - silent
-            deadline = time.monotonic() + _PARTING
+            deadline = time.monotonic() + _LEAVING
             while waited and time.monotonic() < deadline:
-                waited -= {int(index) for index, sign in self._store.folder("alive").items() if sign == _LEFT}
+                waited -= {int(index) for index, beat in self._store.folder("alive").items() if beat == _LEFT}
                 time.sleep(0.1)

@@ -17,7 +17,7 @@ from t5x_like.storage import model_directory
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.training.state import Layout, Parts, State, read_sources
 
-# Item of a checkpoint -> part of the train state.
+# Item of a checkpoint -> part of the train state. "state": the step, counts and spike statistics.
 ITEMS = {"params": "params", "optimizer": "optimizer", "ema": "ema", "state": "progress"}
 _MODELS = ("params", "ema")
 

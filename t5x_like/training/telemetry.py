@@ -75,7 +75,7 @@ class TelemetryConfig:
 
 
 class Telemetry:
-    """The voice and the memory of one run; use as a context manager.
+    """Writes the metrics and logs of one run, and shows its progress on the terminal; use as a context manager.
 
     `workdir` may be gs://: files then grow in a local folder, which `flush` and `close` upload. `start_step` is the
     number of updates that a restored state has behind it: rows of later steps are cut.
@@ -132,7 +132,7 @@ class Telemetry:
         except UserError as error:
             if kind is None:
                 raise
-            # What ended the run is the news; this comes second.
+            # The exception that ended the run matters more than this one.
             _log.warning("%s", error)
 
     @property

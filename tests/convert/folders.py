@@ -29,6 +29,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 _GPT2 = {"vocab_size": 517, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 192}
 _T5 = {
     "vocab_size": 517,
@@ -51,12 +52,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_grouped": ("Llama", _LLAMA | {"num_key_value_heads": 2, "head_dim": 12}),
     "llama_scaled_rope": ("Llama", _LLAMA | {"num_key_value_heads": 1, "rope_parameters": _LLAMA3}),
     "llama_biases": ("Llama", _LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", _LLAMA | {"num_key_value_heads": 2, "rope_parameters": _YARN}),
     "gpt2": ("GPT2", _GPT2),
     "gpt2_untied_one_layer": ("GPT2", _GPT2 | {"tie_word_embeddings": False, "n_layer": 1, "n_inner": 40}),
     "t5": ("T5", _T5 | {"feed_forward_proj": "relu"}),
     "t5_gated": ("T5", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }
-_CLASSES = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel", "T5": "T5ForConditionalGeneration"}
+_CLASSES = {
+    "Llama": "LlamaForCausalLM",
+    "Qwen2": "Qwen2ForCausalLM",
+    "GPT2": "GPT2LMHeadModel",
+    "T5": "T5ForConditionalGeneration",
+}
 
 
 def build(name: str) -> torch.nn.Module:

@@ -46,6 +46,17 @@ def test_what_is_written_now_is_read_as_it_is():
     assert sorted(formats.TABLE) == list(range(2, formats.FORMAT + 1))
 
 
+def test_the_flat_scaling_of_rotary_positions_becomes_the_named_variant():
+    numbers = {"factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_length": 8192}
+
+    def upgraded(name):
+        config = {"model": {"rope": {"theta": [1e4], "scaling": {"name": name, **numbers}}}}
+        return formats.upgrade(config, where="")["model"]["decoder"]["rope"]
+
+    assert upgraded("llama3") == {"theta": [1e4], "scaling": {"name": "llama3", "llama3": numbers}}
+    assert upgraded("none") == {"theta": [1e4], "scaling": {"name": "none"}}
+
+
 @pytest.mark.parametrize(
     ("found", "message"), [(99, "is of format 99, and this program knows up to"), ("2", "damaged"), (0, "damaged")]
 )

@@ -295,7 +295,11 @@ BAD_CONFIG = {
     "a spike test that is silent for ever": (["--config.loop.spike_deviations=nan"], 2, "should be a finite number"),
     "a loss of no number": (["--config.objective.lm.z_loss=nan"], 2, "z_loss=nan should be a finite number"),
     "a norm of nothing": (["--config.model.decoder.norm_epsilon=inf"], 2, "norm_epsilon=inf should be a finite number"),
-    "angles of no factor": (["--config.model.decoder.rope.scaling.factor=0.0"], 2, "factor=0.0 should be above 0"),
+    "angles of no factor": (
+        ["--config.model.decoder.rope.scaling.name=linear", "--config.model.decoder.rope.scaling.linear.factor=0.0"],
+        2,
+        "factor=0.0 should be above 0",
+    ),
     "windows that no layer has": (
         ["--config.model.decoder.windows=(4, 4, 0)"],
         2,

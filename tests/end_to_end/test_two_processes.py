@@ -179,4 +179,4 @@ def test_a_killed_process_ends_the_run_with_one_line_that_names_it(killed):
     assert killed.seconds < 30
     assert "launch: process 1 was ended by SIGKILL; the others have 20 s to end" in killed.output
     said = [line for line in killed.output.splitlines() if line.startswith("[0] t5x_like: ")]
-    assert len(said) == 1 and "process 1 has given no sign of life for 10.0 s" in said[0], killed.output
+    assert len(said) == 1 and "process 1 has given no heartbeat for 10.0 s" in said[0], killed.output

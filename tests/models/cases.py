@@ -1,6 +1,7 @@
 """Tiny models for tests: one table of cases for all families, and the config section that they start from."""
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -28,18 +29,33 @@ SIZE = {
     "tied": False,
     "std": 0.2,  # large, so that attention is far from uniform
 }
-LLAMA3 = {"name": "llama3", "factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_length": 16}
+LLAMA3 = {
+    "name": "llama3",
+    "llama3": {"factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_length": 16},
+}
+LINEAR = {"name": "linear", "linear": {"factor": 4.0}}
+YARN = {
+    "name": "yarn",
+    "yarn": {
+        "factor": 4.0,
+        "original_length": 16,
+        "beta_fast": 4.0,
+        "beta_slow": 1.0,
+        "attention_factor": 0.1 * math.log(4.0) + 1.0,
+    },
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
     "llama_grouped_tied": {"family": "llama", "kv_heads": 2, "tied": True},
     "llama_scaled_rope": {"family": "llama", "kv_heads": 1, "rope": {"theta": (100.0,), "scaling": LLAMA3}},
     "gpt2": {"family": "gpt2", "tied": True},
+    "qwen2": {"family": "qwen2", "kv_heads": 2},
     "local_and_global": {
         "family": "llama",
         "layers": 5,
         "windows": (3, 0),
-        "rope": {"theta": (100.0, 10_000.0), "scaling": LLAMA3 | {"name": "none"}},
+        "rope": {"theta": (100.0, 10_000.0), "scaling": {"name": "none"}},
         "qk_norm": True,
         "attention_softcap": 5.0,
         "softcap": 3.0,
@@ -48,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "t5_gated": {"family": "t5", "std": 1.0, "activation": "gelu_tanh", "gated": True, "scale": 1.0},
 }
 # Those that transformers has under the same name of a family.
-PUBLISHED = ("llama", "llama_grouped_tied", "llama_scaled_rope", "gpt2", "t5", "t5_gated")
+PUBLISHED = ("llama", "llama_grouped_tied", "llama_scaled_rope", "gpt2", "qwen2", "t5", "t5_gated")
 
 
 def empty(cls: Any) -> Any:
@@ -71,7 +87,7 @@ def section(**fields: Any) -> dict[str, Any]:
         "remat": "none",
         "dtype": {"params": "float32", "compute": "float32"},
     }  # fmt: skip
-    stacks = STACKS[FAMILIES[fields["family"]][0]["architecture"]]
+    stacks = STACKS[fields.get("architecture") or FAMILIES[fields["family"]][0]["architecture"]]
     for name, value in fields.items():
         holders = [model] if name in model else [model[part] for part in ("head", "init") if name in model[part]]
         for holder in holders or [model[stack] for stack in stacks]:

@@ -1,4 +1,4 @@
-"""The attention paths that a start screen tells are those that the step takes, and accelerators' slow ones are noted."""
+"""The attention paths that a start screen tells are those that the step takes, and slow ones are noted."""
 
 import jax
 import pytest

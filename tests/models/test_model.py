@@ -346,7 +346,7 @@ def test_a_layer_of_theta_0_knows_no_positions():
     stretched = jnp.asarray(3 * np.arange(8)[None].repeat(2, 0), jnp.int32)
 
     def both(thetas):
-        rope = {"theta": thetas, "scaling": cases.LLAMA3 | {"name": "none"}}
+        rope = {"theta": thetas, "scaling": {"name": "none"}}
         model = cases.model("llama", windows=(0, 0), rope=rope)
         params = cases.random_params(model)
         attention = params["layers"]["attention"]

@@ -1,4 +1,4 @@
-"""Llama, GPT-2 and T5 compute what transformers computes: logits, loss and every gradient, from the same weights.
+"""Each family computes what transformers computes: logits, loss and every gradient, from the same weights.
 
 Packed rows, caches and shardings are compared with our own forward pass elsewhere (test_model.py).
 """

@@ -7,21 +7,30 @@ import numpy as np
 import torch
 import transformers
 
-from t5x_like.models.config import ModelConfig
+from t5x_like.layers.positions import Linear, Llama3, Yarn
+from t5x_like.models.config import ModelConfig, StackConfig
 
 
-def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
-    c, d, scaling = config, config.decoder, config.decoder.rope.scaling
-    rope: dict[str, Any] = {"rope_theta": d.rope.theta[0], "rope_type": "default"}
-    if scaling.name == "llama3":
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency,
-            "high_freq_factor": scaling.high_frequency,
-            "original_max_position_embeddings": scaling.original_length,
-        }
-    return transformers.LlamaConfig(
+def rope_parameters(stack: StackConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": stack.rope.theta[0], "rope_type": stack.rope.scaling.name}
+    match stack.rope.scaling.chosen:
+        case None:
+            return rope | {"rope_type": "default"}
+        case Linear(factor):
+            return rope | {"factor": factor}
+        case Llama3(factor, low, high, length):
+            numbers = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+            return rope | numbers | {"original_max_position_embeddings": length}
+        case Yarn(factor, length, fast, slow, _):
+            numbers = {"factor": factor, "beta_fast": fast, "beta_slow": slow}
+            return rope | numbers | {"original_max_position_embeddings": length}
+
+
+def llama_config(
+    config: ModelConfig, kind: type[transformers.PreTrainedConfig] = transformers.LlamaConfig
+) -> transformers.PreTrainedConfig:
+    c, d = config, config.decoder
+    return kind(
         vocab_size=c.vocab_size,
         hidden_size=c.width,
         intermediate_size=d.mlp,
@@ -33,7 +42,7 @@ def llama_config(config: ModelConfig) -> transformers.LlamaConfig:
         max_position_embeddings=c.max_length,
         rms_norm_eps=d.norm_epsilon,
         tie_word_embeddings=c.head.tied,
-        rope_parameters=rope,
+        rope_parameters=rope_parameters(d),
         attn_implementation="eager",
     )
 
@@ -81,6 +90,9 @@ def build(config: ModelConfig, params: dict[str, Any]) -> torch.nn.Module:
     """The transformers model with our weights, in float32 and without dropout."""
     if config.family == "llama":
         model, state = transformers.LlamaForCausalLM(llama_config(config)), llama_state(config, params)
+    elif config.family == "qwen2":
+        fields = llama_config(config, transformers.Qwen2Config)
+        model, state = transformers.Qwen2ForCausalLM(fields), llama_state(config, params)
     elif config.family == "t5":
         model, state = transformers.T5ForConditionalGeneration(t5_config(config)), t5_state(config, params)
         if not config.head.tied:  # transformers 5 always ties a fresh T5, though it loads untied ones as they are
@@ -107,6 +119,9 @@ def llama_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.nda
         state["lm_head.weight"] = params["head"]["weight"][: c.vocab_size]
     for i in range(d.layers):
         attention, mlp = layers["attention"], layers["mlp"]
+        if d.qkv_bias:
+            biases = {name: attention[f"{name}_bias"][i].reshape(-1) for name in "qkv"}
+            state |= {f"model.layers.{i}.self_attn.{name}_proj.bias": value for name, value in biases.items()}
         state |= {
             f"model.layers.{i}.{name}.weight": np.asarray(value)
             for name, value in {

@@ -140,7 +140,7 @@ def test_a_killed_or_stopped_peer_is_named_within_the_limit(outcomes, how):
     outcome = outcomes[f"{how} 1"]
     assert outcome.statuses[0] == 1
     (line,) = outcome.lines(0)
-    assert line.startswith(f"t5x_like: process 1 has given no sign of life for {SILENCE:.1f} s")
+    assert line.startswith(f"t5x_like: process 1 has given no heartbeat for {SILENCE:.1f} s")
     assert outcome.seconds[0] < CONFIG.heartbeat_seconds, "ours speaks before jax's limit"
     assert "Check failure stack trace" not in outcome.stderr[0]
 
@@ -260,8 +260,8 @@ def test_an_inner_phase_restarts_the_outer_one():
     with Faults(CONFIG, log_path=None) as faults:
         faults.enter("step")
         with faults.phase("evaluate"):
-            assert faults._phase[0] == "evaluate"
-        assert faults._phase[0] == "step"
+            assert faults._state.phase[0] == "evaluate"
+        assert faults._state.phase[0] == "step"
 
 
 def test_a_guarded_exception_passes_in_a_run_of_one():

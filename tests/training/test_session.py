@@ -32,7 +32,7 @@ def order(monkeypatch):
     monkeypatch.setattr(multihost, "start", lambda *_, **__: multihost.ALONE)
     for cls, name in ((Telemetry, "close"), (Checkpoints, "close"), (Workdir, "record_finished")):
 
-        def noted(self, *arguments, done=getattr(cls, name), label=f"{cls.__name__}.{name}"):
+        def noted(self, *arguments, done=vars(cls)[name], label=f"{cls.__name__}.{name}"):
             done(self, *arguments)
             seen.append(label)
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from t5x_like.convert.families import gpt2, llama, t5
+from t5x_like.convert.families import gpt2, llama, qwen2, t5
 from t5x_like.convert.mapping import Table
 from t5x_like.convert.settings import Settings
 from t5x_like.models.config import ModelConfig
@@ -32,5 +32,6 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("GPT2LMHeadModel", gpt2.section, gpt2.settings, gpt2.table),
     "llama": Family("LlamaForCausalLM", llama.section, llama.settings, llama.table),
+    "qwen2": Family("Qwen2ForCausalLM", qwen2.section, qwen2.settings, qwen2.table),
     "t5": Family("T5ForConditionalGeneration", t5.section, t5.settings, t5.table),
 }

@@ -44,8 +44,15 @@ def table(config: ModelConfig) -> Table:
 
 
 def section(s: Settings) -> dict[str, Any]:
-    heads, width = s.number("num_attention_heads"), s.number("hidden_size")
     bias = s.get("attention_bias", False)
+    biases = {"qkv_bias": bias, "out_bias": bias, "mlp_bias": s.get("mlp_bias", False)}
+    found = sizes(s)
+    return found | {"decoder": found["decoder"] | biases}
+
+
+def sizes(s: Settings) -> dict[str, Any]:
+    """What families that are like Llama give alike: all but biases."""
+    heads, width = s.number("num_attention_heads"), s.number("hidden_size")
     return {
         "vocab_size": s.number("vocab_size"),
         "max_length": s.number("max_position_embeddings"),
@@ -58,9 +65,6 @@ def section(s: Settings) -> dict[str, Any]:
             "mlp": s.number("intermediate_size"),
             "norm_epsilon": s.get("rms_norm_eps", 1e-6),
             "activation": s.activation("hidden_act", "silu"),
-            "qkv_bias": bias,
-            "out_bias": bias,
-            "mlp_bias": s.get("mlp_bias", False),
             "rope": s.rope(),
         },
         "head": {"tied": s.get("tie_word_embeddings", False)},
@@ -79,6 +83,14 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         *(("qkv_bias", "out_bias") if d.qkv_bias == d.out_bias else ()),
     )
     require_usual(config, free=("head.tied", "init", *(f"decoder.{name}" for name in free)))
+    biases = {"attention_bias": d.qkv_bias, "mlp_bias": d.mlp_bias}
+    return size_settings(config) | biases | {"pretraining_tp": 1}
+
+
+def size_settings(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `sizes`."""
+    d = config.decoder
+    assert d is not None
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_length,
@@ -90,11 +102,8 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": d.mlp,
         "rms_norm_eps": d.norm_epsilon,
         "hidden_act": activation_name(d.activation),
-        "attention_bias": d.qkv_bias,
         "attention_dropout": 0.0,
-        "mlp_bias": d.mlp_bias,
         "tie_word_embeddings": config.head.tied,
         "initializer_range": config.init.std,
-        "pretraining_tp": 1,
         **rope_settings(d.rope.theta, d.rope.scaling),
     }

@@ -6,7 +6,7 @@ Not here: how a family computes (layers/, decoder.py) and how its files are read
 from collections.abc import Mapping
 from typing import Any
 
-from t5x_like.models.families import gpt2, llama, t5
+from t5x_like.models.families import gpt2, llama, qwen2, t5
 
 Fields = Mapping[str, Any]  # fields of ModelConfig; a nested section is a nested mapping
 
@@ -14,5 +14,6 @@ Fields = Mapping[str, Any]  # fields of ModelConfig; a nested section is a neste
 FAMILIES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
     "gpt2": (gpt2.FAMILY, gpt2.SIZES),
     "llama": (llama.FAMILY, llama.SIZES),
+    "qwen2": (qwen2.FAMILY, qwen2.SIZES),
     "t5": (t5.FAMILY, t5.SIZES),
 }

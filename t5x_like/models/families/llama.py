@@ -19,8 +19,6 @@ FAMILY: Mapping[str, Any] = merged(
                 "position": "rope",
                 "activation": "silu",
                 "gated": True,
-                # Used only with scaling name "llama3": the numbers of Llama 3.1.
-                "rope": {"scaling": {"factor": 8.0, "original_length": 8192}},
             },
         ),
     },
@@ -51,7 +49,7 @@ def _size(
             "kv_heads": kv_heads,
             "head_size": width // heads,
             "mlp": mlp,
-            "rope": {"theta": (theta,), "scaling": {"name": scaling, "factor": factor}},
+            "rope": {"theta": (theta,), "scaling": {"name": scaling, "llama3": {"factor": factor}}},
         },
         "head": {"tied": tied},
     }
