@@ -90,7 +90,9 @@ def test_wheels_of_missing_packages_alone_are_unpacked(tmp_path):
         with zipfile.ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name}.py", "")
             wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-            wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any")
+            wheel.writestr(
+                f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+            )
             wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
     assert gpu_report.install_missing(tmp_path, tmp_path / "site") == "From wheels: surely_missing."
     assert (tmp_path / "site/surely_missing.py").exists() and not (tmp_path / "site/numpy.py").exists()

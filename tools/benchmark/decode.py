@@ -46,7 +46,6 @@ def _prompts(rows: int) -> Any:
 def _ours(values: Values) -> dict[str, Any]:
     from t5x_like.core import environment
 
-    environment.restart_without_tcache()  # as the command line does
     environment.apply(environment.READING)
     import jax
 

@@ -13,7 +13,10 @@ def config(*, tied: bool = False) -> Any:
 
     config = common.config()
     config.model.update({"family": "llama", "size": "mini", "vocab_size": SHAPE["vocab"], "scan": False})
+    config.model.update({"width": SHAPE["width"], "max_length": SHAPE["length"]})
     config.model.head.tied = tied
+    heads = {"heads": SHAPE["heads"], "kv_heads": SHAPE["heads"], "head_size": SHAPE["width"] // SHAPE["heads"]}
+    config.model.decoder.update({"layers": SHAPE["layers"], "mlp": SHAPE["mlp"], **heads})
     config.data.update({"batch_size": SHAPE["rows"], "length": SHAPE["length"], "attend_across_documents": True})
     return config
 

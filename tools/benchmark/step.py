@@ -61,9 +61,6 @@ def _tokens() -> Any:
 
 
 def _ours(values: Values) -> dict[str, Any]:
-    from t5x_like.core import environment
-
-    environment.restart_without_tcache()  # as `t5x_like train` does
     tokens = _tokens()
     return train_step.ours(config(), {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, values["steps"])
 

@@ -40,9 +40,6 @@ def _arrays() -> dict[str, Any]:
 
 
 def _ours(values: Values) -> dict[str, Any]:
-    from t5x_like.core import environment
-
-    environment.restart_without_tcache()  # as `t5x_like train` does
     from configs import common
 
     config, s = common.config(), SHAPE

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from t5x_like.core import environment
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 THREADS = 2
 Values = Mapping[str, Any]
@@ -29,11 +31,9 @@ Worker = Callable[[Values], dict[str, Any]]
 def run_worker(worker: str, values: Values) -> dict[str, Any]:
     """The result of `FILE:NAME` in a new process with `THREADS` threads."""
     threads = str(THREADS)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": threads, "OMP_NUM_THREADS": threads}
+    variables = {"JAX_PLATFORMS": "cpu", "NPROC": threads, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tools.benchmark", f"--worker={worker}", f"--values={json.dumps(values)}"]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{result.stderr}\nbenchmark: the worker {worker} failed with status {result.returncode}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -42,6 +42,8 @@ def run_worker(worker: str, values: Values) -> dict[str, Any]:
 def answer(worker: str, values: Values) -> None:
     """What the new process does: the last line that it prints is its result."""
     file, name = worker.split(":")
+    if name == "ours":
+        environment.restart_without_tcache()  # as the command line does
     print(json.dumps(importlib.import_module(f"tools.benchmark.{file}").WORKERS[name](values)))
 
 
