@@ -1,4 +1,4 @@
-"""Claims about tools/benchmark: the workers of all peers run, on shapes that take no time, and compare like with like."""
+"""Claims about tools/benchmark: the workers of all peers run, on shapes that take no time, and do the same thing."""
 
 import pytest
 
