@@ -4,6 +4,7 @@
 #   make test      the test suite
 #   make check     what .ci/run runs: lint, types, doctests, tests
 #   make nightly   the slow tests, the long crash tests and the plan of Llama 3 8B on a pod
+#   make gpu-wheels  packages for tools/gpu_report.py on a CUDA image without a network
 #   make help      this list
 #
 # Variables: PYTHON (3.11 or newer), TORCH_INDEX (a package index that holds torch for the CPU alone, which is far
@@ -25,7 +26,7 @@ ABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
 	"$$python" -c "$(ABLE)" 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: help train test install install-test check lint format types doctest nightly test-gpu constraints clean
+.PHONY: help train test install install-test check lint format types doctest nightly test-gpu gpu-wheels constraints clean
 
 help:
 	@sed -n 's/^#   make /  make /p' Makefile
@@ -63,6 +64,20 @@ nightly: $(VENV)/.installed-test
 # Tests that need an accelerator; on a machine without one they are not collected.
 test-gpu: $(VENV)/.installed-test
 	T5X_LIKE_TEST_PLATFORM=cuda $(RUN) -m pytest -q -m gpu
+
+# What a CUDA image with jax, flax and torch may lack, with all that it needs, for its Python 3.12: tools/gpu_report.py
+# unpacks those that are missing there. They travel with the checkout, hence the limit.
+GPU_WHEELS := absl-py aiofiles beartype etils fsspec humanize iniconfig jaxtyping ml-collections msgpack \
+	orbax-checkpoint packaging pluggy prometheus-client protobuf psutil pygments pytest pyyaml simplejson \
+	tensorboardX tensorstore typing-extensions uvloop wadler-lindig zipp
+GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 \
+	manylinux1_x86_64
+gpu-wheels: $(VENV)/.made
+	rm -rf build/gpu-wheels
+	$(RUN) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation=cp \
+		--python-version=3.12 $(GPU_PLATFORMS:%=--platform=%) --constraint=constraints.txt --dest=build/gpu-wheels $(GPU_WHEELS)
+	@size=$$(du -sm build/gpu-wheels | cut -f1); echo "build/gpu-wheels: $$size MiB"; \
+		test "$$size" -lt 60 || { echo "make: build/gpu-wheels has $$size MiB; the limit is 60" >&2; exit 1; }
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test

@@ -62,18 +62,22 @@ class Fresh:
 class Ring:
     """The slots of all layers with one window. layers: their numbers in the stack, ascending.
 
-    Heads come before slots, because a tile of a TPU's memory then holds slots of one head, as attention wants them.
+    Keys and values are one array, for layers that run scanned, or a tuple of one a layer, for layers that run one by
+    one: on a CPU each then reads its own where it lies, without a copy out of a stack. Heads come before slots, because a tile of a TPU's memory then holds slots of one head, as attention wants them.
     """
 
-    k: Any  # [n, B, K, S, H]
-    v: Any  # [n, B, K, S, H]
+    k: Any  # [n, B, K, S, H], or n times [B, K, S, H]
+    v: Any
     positions: Any  # [B, S]
     layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def of(self, layer: int | Array) -> tuple[Array, Array]:
         """Keys and values [B, S, K, H] of one layer."""
         number = _number(layer, self.layers)
-        k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(a, number, 0, keepdims=False) for a in (self.k, self.v))
+        k_BKSH, v_BKSH = (
+            a[number] if isinstance(a, tuple) else jax.lax.dynamic_index_in_dim(a, number, 0, keepdims=False)
+            for a in (self.k, self.v)
+        )
         return k_BKSH.transpose(0, 2, 1, 3), v_BKSH.transpose(0, 2, 1, 3)
 
     def write(self, k_LRTKH: Array, v_LRTKH: Array, positions_RT: Array, rows_R: Array, *, fresh: bool) -> "Ring":
@@ -158,14 +162,19 @@ class Cross:
 # Before there are arrays: the same values, of specs.
 
 
-def slots_specs(windows: Sequence[int], *, rows: int, length: int, kv_heads: int, head_size: int, dtype: str) -> Slots:
-    """`Slots` of specs for `rows` texts of up to `length` tokens. windows: of each layer, 0 for all tokens."""
+def slots_specs(
+    windows: Sequence[int], *, rows: int, length: int, kv_heads: int, head_size: int, dtype: str, stacked: bool = True
+) -> Slots:
+    """`Slots` of specs for `rows` texts of up to `length` tokens. windows: of each layer, 0 for all tokens.
+    stacked: whether the layers of a ring are one array."""
     axes = ("layers", "batch", "act_kv_heads", "kv_length", "head")
     rings = {}
     for window in sorted(set(windows)):
         layers = tuple(number for number, other in enumerate(windows) if other == window)
         slots = min(window, length) if window else length
-        values = ParamSpec((len(layers), rows, kv_heads, slots, head_size), dtype, axes, ZEROS)
+        values: Any = ParamSpec((len(layers), rows, kv_heads, slots, head_size), dtype, axes, ZEROS)
+        if not stacked:
+            values = (ParamSpec(values.shape[1:], dtype, axes[1:], ZEROS),) * len(layers)
         positions = ParamSpec((rows, slots), "int32", ("batch", "kv_length"), f"constant({EMPTY})")
         rings[window] = Ring(k=values, v=values, positions=positions, layers=layers)
     return Slots(rings)
@@ -200,12 +209,20 @@ def _of_layers(new_LRTKH: Array, layers: Sequence[int]) -> Array:
     return new_LRTKH[np.asarray(layers)]
 
 
-def _put(cache_nBKSH: Array, new_nRTKH: Array, rows_R: Array, slots_RT: Array) -> Array:
+def _put(cache: Any, new_nRTKH: Array, rows_R: Array, slots_RT: Array) -> Any:
+    """The keys or values of a ring with new ones at these rows and slots."""
+    if isinstance(cache, tuple):
+        written = [
+            a.at[rows_R[:, None], :, slots_RT].set(new_nRTKH[number].astype(a.dtype), mode="drop")
+            for number, a in enumerate(cache)
+        ]
+        return tuple(written)
     # Layers are counted in the index: as part of what is written in one piece, they decide the layout on a TPU, which
     # costs four copies of the whole cache a step where a device has one kv head.
-    layers_n11 = jnp.arange(cache_nBKSH.shape[0])[:, None, None]
-    new_nRTKH = new_nRTKH.astype(cache_nBKSH.dtype)
-    return cache_nBKSH.at[layers_n11, rows_R[None, :, None], :, slots_RT[None]].set(new_nRTKH, mode="drop")
+    layers_n11 = jnp.arange(cache.shape[0])[:, None, None]
+    return cache.at[layers_n11, rows_R[None, :, None], :, slots_RT[None]].set(
+        new_nRTKH.astype(cache.dtype), mode="drop"
+    )
 
 
 def _slots(positions_RT: Int[Array, "R T"], slots: int) -> Int[Array, "R T"]:

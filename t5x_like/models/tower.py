@@ -129,7 +129,7 @@ class Tower:
                 rows,
                 kinds=self.stack.kinds,
                 cache=_readable(cache, fresh_rows_R),
-                scan=self.model.scan or cache is not None,
+                scan=self.model.scan,
                 remat=self.model.remat,
             )
         if self.stack.final_norm:
@@ -151,6 +151,7 @@ class Tower:
             kv_heads=self.stack.kv_heads,
             head_size=self.stack.head_size,
             dtype=self.dtypes.compute,
+            stacked=self.model.scan,
         )
         return {"self": slots}
 

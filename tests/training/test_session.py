@@ -25,18 +25,24 @@ class Rollouts:
     finished: bool
 
 
+def _noted(seen, cls, name):
+    """The method, which also says that it has run."""
+    done = getattr(cls, name)
+
+    def noted(self, *arguments):
+        done(self, *arguments)
+        seen.append(f"{cls.__name__}.{name}")
+
+    return noted
+
+
 @pytest.fixture
 def order(monkeypatch):
     """What happened, in order."""
     seen: list[str] = []
     monkeypatch.setattr(multihost, "start", lambda *_, **__: multihost.ALONE)
     for cls, name in ((Telemetry, "close"), (Checkpoints, "close"), (Workdir, "record_finished")):
-
-        def noted(self, *arguments, done=vars(cls)[name], label=f"{cls.__name__}.{name}"):
-            done(self, *arguments)
-            seen.append(label)
-
-        monkeypatch.setattr(cls, name, noted)
+        monkeypatch.setattr(cls, name, _noted(seen, cls, name))
     return seen
 
 
