@@ -25,18 +25,21 @@ class Rollouts:
     finished: bool
 
 
+def noting(seen, label, method):
+    def call(self, *arguments):
+        method(self, *arguments)
+        seen.append(label)
+
+    return call
+
+
 @pytest.fixture
 def order(monkeypatch):
     """What happened, in order."""
     seen: list[str] = []
     monkeypatch.setattr(multihost, "start", lambda *_, **__: multihost.ALONE)
     for cls, name in ((Telemetry, "close"), (Checkpoints, "close"), (Workdir, "record_finished")):
-
-        def noted(self, *arguments, done=getattr(cls, name), label=f"{cls.__name__}.{name}"):
-            done(self, *arguments)
-            seen.append(label)
-
-        monkeypatch.setattr(cls, name, noted)
+        monkeypatch.setattr(cls, name, noting(seen, f"{cls.__name__}.{name}", getattr(cls, name)))
     return seen
 
 
