@@ -241,9 +241,9 @@ def _time_prepare(steps: int) -> dict:
     """{"prepare": {row: seconds and bytes}, "read": rows per second}."""
     import numpy as np
 
-    from t5x_like.commands import arguments, prepare
+    from t5x_like.commands import prepare
+    from t5x_like.runs import arguments, training_run
     from t5x_like.runs import train as experiments
-    from t5x_like.runs import training_run
 
     with tempfile.TemporaryDirectory() as name:
         folder, text, results = pathlib.Path(name), TEXT.read_text(), {}
