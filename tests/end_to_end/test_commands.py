@@ -325,7 +325,11 @@ BAD_CONFIG = {
     "a loss of no number": (["--config.objective.lm.z_loss=nan"], 2, "z_loss=nan should be a finite number"),
     "a norm of nothing": (["--config.model.decoder.norm_epsilon=inf"], 2, "norm_epsilon=inf should be a finite number"),
     "angles of no factor": (["--config.model.decoder.rope.scaling.factor=0.0"], 2, "factor=0.0 should be above 0"),
-    "windows that no layer has": (["--config.model.decoder.windows=(4, 4, 0)"], 2, "has 3 entries for 2 layers"),
+    "windows that no layer has": (
+        ["--config.model.decoder.windows=(4, 4, 0)"],
+        2,
+        "is longer than config.model.decoder.layers=2",
+    ),
     "an objective that is none": (["--config.objective.name=lmm"], 2, "did you mean 'lm'"),
     "a packing that is none": (["--config.data.packing=concat"], 2, "did you mean 'concatenate'"),
     "a negative seed": (["--config.seed=-1"], 2, "config.seed=-1"),
