@@ -11,11 +11,24 @@ from configs.common.data import data
 from configs.common.loop import loop
 from configs.common.mesh import mesh
 from configs.common.model import model, stack
+from configs.common.objective import objective
 from configs.common.optim import optim
 from configs.common.runtime import runtime
 from configs.common.telemetry import telemetry
 
-__all__ = ["checkpoint", "config", "data", "loop", "mesh", "model", "optim", "runtime", "stack", "telemetry"]
+__all__ = [
+    "checkpoint",
+    "config",
+    "data",
+    "loop",
+    "mesh",
+    "model",
+    "objective",
+    "optim",
+    "runtime",
+    "stack",
+    "telemetry",
+]
 
 
 def config() -> ConfigDict:
@@ -26,7 +39,7 @@ def config() -> ConfigDict:
             "data": data(),
             "mesh": mesh(),
             "optim": optim(),
-            "objective": {"name": "lm", "lm": {"z_loss": 0.0, "label_smoothing": 0.0}},
+            "objective": objective(),
             "loop": loop(),
             "checkpoint": checkpoint(),
             "evaluate": {"every_steps": 0, "ema": False},

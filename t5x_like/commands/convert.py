@@ -8,9 +8,9 @@ The form of SRC is seen from its files. Memory stays at a few hundred MB, whatev
 
 from collections.abc import Sequence
 
-from t5x_like.commands.arguments import Parser
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
+from t5x_like.runs.arguments import Parser
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -2,9 +2,9 @@
 
 import sys
 
-from t5x_like.commands.arguments import Parser
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
+from t5x_like.runs.arguments import Parser
 
 
 def run(arguments: list[str]) -> int:

@@ -14,10 +14,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_like.commands.arguments import Parser, load_config, section, split_config
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.runs.arguments import Parser, load_config, section, split_config
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -10,10 +10,10 @@ started again it goes on with the shards that are missing.
 from collections.abc import Sequence
 from typing import Any
 
-from t5x_like.commands.arguments import Parser, load_config, split_config
 from t5x_like.core.config import build
 from t5x_like.core.errors import UsageError
 from t5x_like.core.metrics import format_bytes, format_count
+from t5x_like.runs.arguments import Parser, load_config, split_config
 
 
 def run(arguments: Sequence[str]) -> int:

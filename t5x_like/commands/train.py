@@ -10,10 +10,10 @@ Exit status 75: the run was asked to stop and has saved; start it again.
 import argparse
 from collections.abc import Sequence
 
-from t5x_like.commands.arguments import Parser, load_config, override, section, split_config
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
+from t5x_like.runs.arguments import Parser, load_config, override, section, split_config
 
 
 def run(arguments: Sequence[str]) -> int:

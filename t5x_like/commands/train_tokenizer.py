@@ -8,8 +8,8 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from t5x_like.commands.arguments import Parser
 from t5x_like.core.errors import UsageError
+from t5x_like.runs.arguments import Parser
 
 
 def run(arguments: Sequence[str]) -> int:

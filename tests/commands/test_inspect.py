@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_like.__main__ import main
-from t5x_like.commands.arguments import load_config
 from t5x_like.commands.inspect import describe
 from t5x_like.core import formats
+from t5x_like.runs.arguments import load_config
 from t5x_like.storage.checkpoint import Checkpoints
 from tests.storage.quantized import Quantized
 

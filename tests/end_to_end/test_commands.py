@@ -5,8 +5,10 @@ All runs are on 8 fake devices with the smallest config; one workdir with a fini
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +18,10 @@ from t5x_like.__main__ import main
 from t5x_like.core.errors import UsageError
 from t5x_like.data.read.loader import open_data
 from t5x_like.runs import train as experiments
+from t5x_like.runs import training_run
 from t5x_like.storage import model_directory, paths, workdir
+from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.training.faults import PREEMPTED
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "configs/pretrain/test.py"
@@ -147,6 +152,29 @@ def test_a_stopped_and_resumed_run_has_the_rows_of_an_undisturbed_one(finished, 
     assert [start["resumed_from"] for start in starts] == [None, 10]
 
 
+def test_a_checkpoint_that_a_signal_left_unevaluated_is_judged_at_the_resume_for_good(finished, tmp_path, monkeypatch):
+    """SIGTERM in the midst of the evaluation of step 10; best_metric needs what it would have given."""
+    workdir, whole = tmp_path / "run", training_run.HeldOutBatches.__iter__
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from whole(self)
+
+    chosen = ("--config.checkpoint.best_metric=eval/validation/loss", f"--config.data.cache={finished / 'cache'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.HeldOutBatches, "__iter__", interrupted)
+        assert _train(workdir, "--config.loop.steps=12", *chosen) == PREEMPTED
+
+    def judged():
+        return Checkpoints(str(workdir / "checkpoints"), read_only=True).metrics(10)
+
+    assert judged() == {} and (workdir / "checkpoints" / "10").is_dir()
+    assert _train(workdir, config=None) == 0
+    assert _values(workdir) == _values(finished)
+    (row,) = [row for row in _rows(workdir) if row["step"] == 10 and "eval/validation/loss" in row]
+    assert judged()["eval/validation/loss"] == row["eval/validation/loss"]
+
+
 def test_a_resume_may_change_mesh_and_length_and_reads_the_same_batches(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -184,7 +212,8 @@ def test_check_builds_everything_prints_the_summary_and_writes_nothing(tmp_path,
     cache = tmp_path / "cache"
     assert _train(tmp_path / "run", "--check", f"--config.data.cache={cache}") == 0
     shown = capsys.readouterr().out
-    for part in ("26.9k", "fsdp=8", "activations", "held out", "embed/tokens", "adamw"):
+    blockwise = "blockwise: blocks of queries"
+    for part in ("26.9k", "fsdp=8", "activations", "held out", "embed/tokens", "adamw", "attention", blockwise):
         assert part in shown
     assert not (tmp_path / "run" / "config.json").exists()
 

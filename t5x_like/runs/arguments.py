@@ -1,6 +1,6 @@
 """Command lines: `--config=FILE[:ARG] --config.a.b=VALUE` through ml_collections, the rest through argparse.
 
-Wrong use becomes one line and exit status 2. What the config means is decided in experiment.py.
+Wrong use becomes one line and exit status 2. What the config means is decided in runs/train.py.
 """
 
 import argparse

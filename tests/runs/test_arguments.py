@@ -2,8 +2,8 @@
 
 import pytest
 
-from t5x_like.commands.arguments import load_config, override, split_config
 from t5x_like.core.errors import UsageError
+from t5x_like.runs.arguments import load_config, override, split_config
 
 TEST = "--config=configs/pretrain/test.py"
 HEAD = "from ml_collections import ConfigDict\n\ndef get_config():\n    config = ConfigDict({'steps': 5, 'more': {}})\n"

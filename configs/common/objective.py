@@ -1,0 +1,5 @@
+"""Of the objective, every variant (t5x_like/objectives/table.py)."""
+
+
+def objective() -> dict:
+    return {"name": "lm", "lm": {"z_loss": 0.0, "label_smoothing": 0.0}}
