@@ -15,7 +15,7 @@ from typing import Any
 
 from t5x_like.commands.arguments import Parser
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.metrics import format_bytes, format_count
+from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.storage import model_directory, paths
 
 _MODELS = ("params", "ema")

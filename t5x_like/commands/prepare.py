@@ -14,7 +14,7 @@ from typing import Any
 from t5x_like.commands.arguments import Parser, load_config, split_config
 from t5x_like.core.config import build
 from t5x_like.core.errors import UsageError
-from t5x_like.core.metrics import Progress, StatusLine, format_bytes, format_count
+from t5x_like.core.terminal import Progress, StatusLine, format_bytes, format_count
 
 
 def run(arguments: Sequence[str]) -> int:

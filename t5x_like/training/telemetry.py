@@ -17,14 +17,8 @@ from typing import IO, Any
 import jax
 
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.metrics import (
-    JsonlWriter,
-    StatusLine,
-    TensorBoardWriter,
-    format_bytes,
-    format_count,
-    format_duration,
-)
+from t5x_like.core.metrics import JsonlWriter, TensorBoardWriter
+from t5x_like.core.terminal import StatusLine, format_bytes, format_count, format_duration
 from t5x_like.models.flops import CONVENTION
 from t5x_like.storage import paths
 from t5x_like.training import curves
