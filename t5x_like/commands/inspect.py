@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.metrics import format_bytes, format_count
+from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.runs.arguments import Parser
 from t5x_like.storage import model_directory, paths
 

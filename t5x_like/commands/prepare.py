@@ -12,7 +12,7 @@ from typing import Any
 
 from t5x_like.core.config import build
 from t5x_like.core.errors import UsageError
-from t5x_like.core.metrics import format_bytes, format_count
+from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.runs.arguments import Parser, load_config, split_config
 
 

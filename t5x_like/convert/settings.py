@@ -103,9 +103,9 @@ class Settings:
         said = {name: value for name, value in given.items() if value is not None}
         if kind == "yarn":
             said = _YARN | said
-            unusual = next((name for name in ("mscale", "mscale_all_dim", "truncate") if name in said), None)
-            if unusual is not None and said != said | {"truncate": True}:
-                raise UserError(f"{self.where}: {unusual} of rope_parameters is not supported; expected none")
+            for name, usual in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+                if said.get(name, usual) != usual:
+                    raise UserError(f"{self.where}: {name}={said[name]!r} of rope_parameters is not supported")
             if isinstance(said.get("factor"), int | float):
                 said = {"attention_factor": 0.1 * math.log(max(said["factor"], 1.0)) + 1.0} | said
         missing = [name for name in _SCALINGS[kind].values() if not isinstance(said.get(name), int | float)]

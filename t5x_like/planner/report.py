@@ -8,7 +8,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_like.core.metrics import format_bytes
+from t5x_like.core.terminal import format_bytes
 from t5x_like.planner import collectives
 from t5x_like.planner.compile import Compiled
 from t5x_like.planner.cost import Cost

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from t5x_like.core import tree
-from t5x_like.core.metrics import format_bytes, format_count
+from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.models.attention_paths import Path, attention_paths
 from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment

@@ -6,7 +6,7 @@ Components say `logging.getLogger(__name__)` and nothing else. Not here: metrics
 import contextlib
 import logging
 
-from t5x_like.core.metrics import StatusLine
+from t5x_like.core.terminal import StatusLine
 
 _PACKAGE = "t5x_like"
 

@@ -5,40 +5,30 @@ process has its own log. Rates, times, shares and memory are of this process's s
 (`core/metrics.py:is_measurement`); the values of a row are those of that one step.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
 import sys
 import textwrap
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import jax
 
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.metrics import (
-    JsonlWriter,
-    StatusLine,
-    TensorBoardWriter,
-    format_bytes,
-    format_count,
-    format_duration,
-)
+from t5x_like.core.metrics import JsonlWriter, TensorBoardWriter
+from t5x_like.core.terminal import StatusLine, format_bytes, format_count, format_duration
 from t5x_like.models.flops import CONVENTION
 from t5x_like.storage import paths
 from t5x_like.training import curves
 from t5x_like.training.logs import close_logs, open_logs
 from t5x_like.training.peaks import cpu_matmul_peak, device_peak
+from t5x_like.training.rates import Rates
 
 _log = logging.getLogger(__name__)
 
-# What a step is not: its time counts in the shares, not in the rates.
-_OUTSIDE_STEPS = ("compile", "evaluate", "checkpoint")
 _SHOWN_FIRST = ("loss", "bits_per_byte", "perplexity", "accuracy")
-_SHARES = ("input", *_OUTSIDE_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +85,23 @@ class Telemetry:
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._config, self._clock = config, clock
+        self._config = config
         self._process = jax.process_index()
         self._staged = _stage(workdir, [self._log_name] + ([] if self._process else ["metrics.jsonl"]))
         self._directory = directory = self._staged.local_path
         self._devices = [device for device in devices if device.process_index == self._process]
-        self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
+        self._flops_per_token, self._total_steps = flops_per_token, total_steps
         self._peak, self._peak_source = _peak(config, devices, compiler_options)
-        self._total_steps = total_steps
-        self._begin = clock()
-        self._lost: dict[str, float] = defaultdict(float)
-        self._nested: list[float] = []
-        self._start = self._mark = _Mark(start_step, self._begin, 0.0)
-        self._started = False
-        self._plotted_at, self._plot_seconds = self._begin, 0.0
+        self._rates = Rates(
+            tokens_per_step=tokens_per_step,
+            flops_per_token=flops_per_token,
+            peak=self._peak,
+            total_steps=total_steps,
+            start_step=start_step,
+            clock=clock,
+        )
+        self.timed = self._rates.timed
+        self._plotted_at, self._plot_seconds = self._rates.begin, 0.0
         self._profiling = False
         self._line = StatusLine(stream if stream is not None else sys.stdout)
         with paths.writing(self.log_path):
@@ -167,26 +160,9 @@ class Telemetry:
             speed["HBM"] = f"{format_bytes(min(limits))} a device"
         return speed
 
-    @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Counts the time inside as lost to `what`: input, compile, evaluate or checkpoint. May be nested."""
-        if what not in _SHARES:
-            raise ValueError(f"{what!r} is none of {', '.join(_SHARES)}")
-        begin = self._clock()
-        self._nested.append(0.0)
-        try:
-            yield
-        finally:
-            elapsed = self._clock() - begin
-            self._lost[what] += elapsed - self._nested.pop()
-            if self._nested:
-                self._nested[-1] += elapsed
-
     def before_step(self, step: int) -> None:
         """`step` is about to be dispatched: starts the clock of the rates, opens and closes the profiler's window."""
-        if not self._started:
-            self._started = True
-            self._start = self._mark = _Mark(step - 1, self._clock(), self._outside)
+        self._rates.before_step(step)
         window = self._config.profile
         if window.steps and step == window.start_step:
             jax.profiler.start_trace(os.path.join(self._directory, "profile"))
@@ -199,13 +175,13 @@ class Telemetry:
         """Shows a finished step; with `write`, adds rates and makes it a row. Names come without `train/`."""
         if self._process:
             return
-        now = self._clock()
-        rates = self._rates(step, now)
+        now = self._rates.clock()
+        rates = self._rates.since_mark(step, now)
         if write:
-            shares = {f"time/{what}_share": self._lost[what] / max(now - self._begin, 1e-9) for what in _SHARES}
+            shares = {f"time/{what}_share": share for what, share in self._rates.shares(now).items()}
             row = {f"train/{name}": value for name, value in values.items()} | rates | shares | self._memory_row()
             self._row(step, row)
-            self._mark = _Mark(step, now, self._outside)
+            self._rates.mark(step, now)
         if write or self._line.live:
             text = self._step_text(step, values, rates, now)
             if write:
@@ -221,7 +197,7 @@ class Telemetry:
         text = "  ".join(f"{key.replace('_', ' ')} {values[key]:.4f}" for key in order)
         self._say(f"step {step}: {name}  {text}")
         pause = max(self._config.plot_every_seconds, 50 * self._plot_seconds)
-        if self._config.plot and self._clock() - self._plotted_at >= pause:
+        if self._config.plot and self._rates.clock() - self._plotted_at >= pause:
             self._plot()
 
     def flush(self, step: int, *, last: bool) -> None:
@@ -264,27 +240,6 @@ class Telemetry:
         if self._events is not None:
             self._events.write(step, values)
 
-    @property
-    def _outside(self) -> float:
-        return sum(self._lost[what] for what in _OUTSIDE_STEPS)
-
-    def _rates(self, step: int, now: float) -> dict[str, float]:
-        """Rates since the last row, without the time of compilation, evaluation and checkpoints."""
-        seconds = now - self._mark.time - (self._outside - self._mark.outside)
-        steps = step - self._mark.step
-        if steps <= 0 or seconds <= 0:
-            return {}
-        rates = {
-            "train/step_seconds": seconds / steps,
-            "train/tokens_per_second": self._tokens_per_step * steps / seconds,
-        }
-        if self._flops_per_token is not None:
-            flops = rates["train/tokens_per_second"] * self._flops_per_token
-            rates["train/model_flops_per_second"] = flops
-            if self._peak is not None:
-                rates["train/mfu"] = flops / self._peak
-        return rates
-
     def _step_text(self, step: int, values: Mapping[str, float], rates: Mapping[str, float], now: float) -> str:
         parts = [f"step {step}/{self._total_steps}"]
         parts += [f"loss {values['loss']:.4f}"] if "loss" in values else []
@@ -293,19 +248,14 @@ class Telemetry:
         parts += ["update skipped"] if values.get("skipped") else []
         if "train/tokens_per_second" in rates:
             parts.append(f"{format_count(rates['train/tokens_per_second'])} tok/s")
-        parts.append(f"ETA {format_duration(self._eta(step, now))}")
+        parts.append(f"ETA {format_duration(self._rates.eta(step, now))}")
         if "train/model_flops_per_second" in rates:
             parts.append(f"{format_count(rates['train/model_flops_per_second'])}FLOP/s")
         parts += [f"MFU {100 * rates['train/mfu']:.1f}%"] if "train/mfu" in rates else []
-        elapsed = max(now - self._begin, 1e-9)
-        lost = [f"{what} {100 * self._lost[what] / elapsed:.1f}%" for what in ("input", "checkpoint", "compile")]
+        shares = self._rates.shares(now)
+        lost = [f"{what} {100 * shares[what]:.1f}%" for what in ("input", "checkpoint", "compile")]
         parts.append(f"lost: {' '.join(lost)}")
         return "  ".join(parts)
-
-    def _eta(self, step: int, now: float) -> float:
-        """Seconds to the last step, at the mean pace since the first one, saving and evaluating included."""
-        steps, seconds = step - self._start.step, now - self._start.time
-        return (self._total_steps - step) * seconds / steps if steps > 0 else float("inf")
 
     def _memory(self) -> list[dict[str, Any]]:
         return [stats for device in self._devices if (stats := device.memory_stats())]
@@ -331,23 +281,14 @@ class Telemetry:
         self._say(f"profile: {paths.join(self._staged.path, 'profile')}")
 
     def _plot(self) -> None:
-        begin = self._clock()
+        begin = self._rates.clock()
         try:
             curves.draw(*(os.path.join(self._directory, name) for name in ("metrics.jsonl", "loss.png")))
         except OSError as error:
             # A picture must not end a run.
             _log.warning("%s: cannot draw: %s", self.plot_path, error)
-        self._plotted_at = self._clock()
+        self._plotted_at = self._rates.clock()
         self._plot_seconds = self._plotted_at - begin
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mark:
-    """A moment that rates are counted from: steps done, clock, time spent outside of steps until then."""
-
-    step: int
-    time: float
-    outside: float
 
 
 def _peak(

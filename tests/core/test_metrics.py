@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.core.metrics import JsonlWriter, Progress, StatusLine, TensorBoardWriter, read_rows
+from t5x_like.core.metrics import JsonlWriter, TensorBoardWriter, read_rows
+from t5x_like.core.terminal import Progress, StatusLine
 
 
 class Terminal(io.StringIO):

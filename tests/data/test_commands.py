@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from t5x_like.__main__ import main
-from t5x_like.core.metrics import format_bytes
+from t5x_like.core.terminal import format_bytes
 from t5x_like.data.tokenizers import vocabularies
 from tests.data import corpus
 

@@ -1,6 +1,7 @@
 """Our parameters as a Hugging Face model of the same sizes, and its gradients as ours. For tests."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,10 @@ def llama_config(
     )
 
 
+def qwen2_config(config: ModelConfig) -> transformers.PreTrainedConfig:
+    return llama_config(config, transformers.Qwen2Config)
+
+
 def gpt2_config(config: ModelConfig) -> transformers.GPT2Config:
     c, d = config, config.decoder
     return transformers.GPT2Config(
@@ -88,24 +93,22 @@ def t5_config(config: ModelConfig) -> transformers.T5Config:
 
 def build(config: ModelConfig, params: dict[str, Any]) -> torch.nn.Module:
     """The transformers model with our weights, in float32 and without dropout."""
-    if config.family == "llama":
-        model, state = transformers.LlamaForCausalLM(llama_config(config)), llama_state(config, params)
-    elif config.family == "qwen2":
-        fields = llama_config(config, transformers.Qwen2Config)
-        model, state = transformers.Qwen2ForCausalLM(fields), llama_state(config, params)
-    elif config.family == "t5":
-        model, state = transformers.T5ForConditionalGeneration(t5_config(config)), t5_state(config, params)
-        if not config.head.tied:  # transformers 5 always ties a fresh T5, though it loads untied ones as they are
-            model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-    else:
-        model, state = transformers.GPT2LMHeadModel(gpt2_config(config)), gpt2_state(config, params)
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    family = FAMILIES[config.family]
+    model = family.model(family.config(config))
+    if not config.head.tied and config.family == "t5":
+        # transformers 5 always ties a fresh T5, though it loads untied ones as they are
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state(config, params).items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     tied = {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     assert not unexpected and set(missing) <= tied, (missing, unexpected)
     if config.head.tied:
         model.tie_weights()
     return model.float().eval()
+
+
+def state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    return FAMILIES[config.family].state(config, params)
 
 
 def llama_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -195,10 +198,6 @@ def t5_state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarra
     return {name: np.asarray(value) for name, value in state.items()}
 
 
-def state(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {"llama": llama_state, "gpt2": gpt2_state, "t5": t5_state}[config.family](config, params)
-
-
 def loss_and_gradients(
     model: torch.nn.Module, batch: Mapping[str, Any], targets: np.ndarray
 ) -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
@@ -214,3 +213,20 @@ def loss_and_gradients(
     loss.backward()
     gradients = {name: value.grad.numpy() for name, value in model.named_parameters()}
     return float(loss.detach()), logits.detach().numpy(), gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The class of transformers, its config, and our parameters by its names."""
+
+    model: Callable[[Any], torch.nn.Module]
+    config: Callable[[ModelConfig], Any]
+    state: Callable[[ModelConfig, dict[str, Any]], dict[str, np.ndarray]]
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(transformers.GPT2LMHeadModel, gpt2_config, gpt2_state),
+    "llama": Family(transformers.LlamaForCausalLM, llama_config, llama_state),
+    "qwen2": Family(transformers.Qwen2ForCausalLM, qwen2_config, llama_state),
+    "t5": Family(transformers.T5ForConditionalGeneration, t5_config, t5_state),
+}

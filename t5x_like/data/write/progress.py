@@ -2,7 +2,7 @@
 
 import sys
 
-from t5x_like.core.metrics import Progress, StatusLine, format_bytes
+from t5x_like.core.terminal import Progress, StatusLine, format_bytes
 from t5x_like.data.config import DataConfig
 from t5x_like.data.write.prepare import Prepared, Training, Writing, prepare
 
