@@ -111,9 +111,7 @@ def _is_finished(experiment: experiments.Experiment, workdir: Workdir, program: 
     checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
     try:
         holds = experiment.checkpoint.holds
-        restored = Saver(
-            checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata={}
-        ).restore()
+        restored = Saver(checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata={}).restore()
         found = "is missing" if restored is None or restored[0] < done else ""
     except DamagedCheckpoint:
         found = "is damaged"
