@@ -108,5 +108,5 @@ def test_serving_weights_are_read_in_the_compute_type_and_compute_the_same(model
     assert {types[path] for path in ("embed/tokens", "layers/attention/o", "layers/mlp/down")} == {"bfloat16"}
     assert {types[path] for path in types if "norm" in path} == {"float32"}
     batch = {"inputs": jnp.asarray([PROMPTS[2]])}
-    run = jax.jit(lambda params: logits(half.apply(params, batch).hidden_BTD, half.head(params)))
+    run = jax.jit(lambda params: logits(*half.score_input(params, half.apply(params, batch))))
     np.testing.assert_array_equal(run(serving), run(params))

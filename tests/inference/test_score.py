@@ -39,7 +39,7 @@ def rows(count=40):
 @jax.jit
 def whole_log_probs(params, ids_1T):
     model = world()[0]
-    values = logits(model.apply(params, {"inputs": ids_1T}).hidden_BTD, model.head(params))
+    values = logits(*model.score_input(params, model.apply(params, {"inputs": ids_1T})))
     return jax.nn.log_softmax(values, axis=-1)[0]
 
 
