@@ -7,7 +7,7 @@ lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,14 @@ from t5x_like.core import dtypes, tree
 from t5x_like.core.environment import READING
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import ParamSpec, Tree
-from t5x_like.data.tokenizers import vocabularies
+from t5x_like.data.read import source_target
+from t5x_like.data.tokenizers import sentinels, vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
 from t5x_like.inference.score import TOKENS_PER_BATCH, score
 from t5x_like.inference.weights import in_dtype
-from t5x_like.layers.scoring.head import Head, logits
+from t5x_like.layers.scoring.head import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import named
@@ -38,25 +39,39 @@ from t5x_like.storage.base import restore_whole
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """Functions of a model, its parameters and its vocabulary. Made by `t5x_like.load`."""
+    """Functions of a model, its parameters and its vocabulary. Made by `t5x_like.load`.
+
+    start_id: the token that the decoder of an encoder-decoder begins with.
+    """
 
     model: Model
     params: Tree
     vocabulary: Vocabulary
+    start_id: int = 0
 
     @property
     def platform(self) -> str:
         """Of the devices that hold the parameters."""
         return next(iter(jax.tree.leaves(self.params)[0].devices())).platform
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Float32 logits [B, T, V] for rows of tokens, V without padding of the vocabulary."""
-        tokens_BT = np.asarray(tokens_BT)
-        if tokens_BT.ndim != 2 or tokens_BT.size == 0:
-            raise UsageError(f"logits: tokens of shape {tokens_BT.shape}, expected [rows, length]")
-        self._check_tokens(tokens_BT)
-        program = _compiled(_logits, self.platform)
-        return np.asarray(program(self.model, self.params, jnp.asarray(tokens_BT, jnp.int32)))
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it reads a source and answers it, rather than continuing a text."""
+        return "encoder_inputs" in self.model.inputs
+
+    def logits(self, tokens_BT: np.ndarray, sources_BS: np.ndarray | None = None) -> np.ndarray:
+        """Float32 logits [B, T, V] for rows of tokens, V without padding of the vocabulary. sources_BS: what the
+        encoder of an encoder-decoder reads; its tokens begin with `start_id`."""
+        if (sources_BS is not None) != self.has_encoder:
+            raise UsageError("logits: a model with an encoder reads sources beside tokens, any other reads none")
+        given = {"inputs": tokens_BT} | ({} if sources_BS is None else {"encoder_inputs": sources_BS})
+        arrays = {name: np.asarray(array) for name, array in given.items()}
+        for array in arrays.values():
+            if array.ndim != 2 or array.size == 0:
+                raise UsageError(f"logits: tokens of shape {array.shape}, expected [rows, length]")
+            self._check_tokens(array)
+        batch = {name: jnp.asarray(array, jnp.int32) for name, array in arrays.items()}
+        return np.asarray(_compiled(_logits, self.platform)(self.model, self.params, batch))
 
     def generate(
         self,
@@ -67,20 +82,31 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        prefix: str = "",
         beyond_max_length: bool = False,
     ) -> list[str]:
         """The text that follows each prompt, up to the end of the document; temperature 0 is greedy.
 
-        beyond_max_length: rotary positions may go on past the model's max_length, where nothing was trained.
+        An encoder-decoder reads each prompt as a source and answers it; the text is what follows `prefix`, with which
+        every answer begins. In its texts <extra_id_0> and so on are sentinels, where the tokenizer has them.
+        beyond_max_length: positions that are not learned may go on past the model's max_length, where nothing was
+        trained.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={max_new_tokens} should be at least 1")
         if not prompts:
             return []
-        tokens = [self._encode(prompt) for prompt in prompts]
-        if not all(tokens):
+        if prefix and not self.has_encoder:
+            raise UsageError("prefix is for a model with an encoder; put what an answer begins with into the prompt")
+        sources = [self._encode_source(prompt) for prompt in prompts] if self.has_encoder else None
+        if sources is None:
+            tokens = [self._encode(prompt) for prompt in prompts]
+        else:
+            tokens = [[self.start_id, *self._encode_answer(prefix)]] * len(prompts)
+        if not all(sources or tokens):
             raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
+        self._check_prompt(max(map(len, sources or tokens)))
         self._check_length(max(map(len, tokens)), max_new_tokens, beyond_max_length)
         new = decode.generate(
             self.model,
@@ -90,6 +116,7 @@ class LanguageModel:
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
             stop_id=self.vocabulary.eos_id,
+            sources=sources,
             compiler_options=READING.compiler_options.of(self.platform),
         )
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
@@ -105,14 +132,21 @@ class LanguageModel:
         """(natural log-probability of each continuation after its context, whether it is the greedy one).
 
         truncate="left" drops the beginning of contexts that are too long. The numbers of a text do not depend on the
-        others, but in their last bits on tokens_per_batch (inference/score.py).
+        others, but in their last bits on tokens_per_batch (inference/score.py). An encoder-decoder reads contexts as
+        sources; no end is scored unless the continuation holds it.
         """
         if isinstance(contexts, str) or isinstance(continuations, str):
             raise UsageError("log_likelihood takes lists of texts: log_likelihood([context], [continuation])")
         if len(contexts) != len(continuations):
             raise UsageError(f"log_likelihood: {len(contexts)} contexts but {len(continuations)} continuations")
-        pairs = [self._encode_pair(*pair) for pair in zip(contexts, continuations, strict=True)]
-        found = score(self.model, self.params, pairs, truncate=truncate, tokens_per_batch=tokens_per_batch)
+        sources = [self._encode_source(text) for text in contexts] if self.has_encoder else None
+        if sources is None:
+            rows = [self._encode_pair(*pair) for pair in zip(contexts, continuations, strict=True)]
+        else:
+            rows = [([self.start_id, *self._encode_answer(text)], 1) for text in continuations]
+        found = score(
+            self.model, self.params, rows, sources=sources, truncate=truncate, tokens_per_batch=tokens_per_batch
+        )
         return [(likelihood.logp, likelihood.greedy) for likelihood in found]
 
     def _encode(self, text: str) -> list[int]:
@@ -122,6 +156,16 @@ class LanguageModel:
         if tokens or self.vocabulary.eos_id is None:
             return tokens
         return [self.vocabulary.eos_id]
+
+    def _encode_source(self, text: str) -> list[int]:
+        """Tokens of what an encoder reads; EOS ends them, as in training."""
+        end = [] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id]
+        return [*self._encode_answer(text), *end]
+
+    def _encode_answer(self, text: str) -> list[int]:
+        """Tokens of a text with sentinels."""
+        _check_text(text)
+        return sentinels.encode(self.vocabulary, text)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """(tokens of both, index of the first continuation token).
@@ -140,6 +184,9 @@ class LanguageModel:
 
     def _continuation(self, prompt: list[int], new: list[int]) -> str:
         """The text that the new tokens add: decoded together with the prompt, since a character may span both."""
+        if self.has_encoder:
+            begin = prompt[1:]  # the start token is no text, whatever its id stands for elsewhere
+            return sentinels.decode(self.vocabulary, begin + new)[len(sentinels.decode(self.vocabulary, begin)) :]
         return self.vocabulary.decode(prompt + new)[len(self.vocabulary.decode(prompt)) :]
 
     def _check_tokens(self, tokens_BT: np.ndarray) -> None:
@@ -147,13 +194,17 @@ class LanguageModel:
             found = f"{tokens_BT.min()} to {tokens_BT.max()}"
             raise UsageError(f"token ids should be from 0 to {self.vocabulary.size - 1}, found {found}")
 
+    def _check_prompt(self, length: int) -> None:
+        limit = self.model.config.max_length
+        if length > limit:
+            raise UsageError(f"a prompt of {length} tokens is longer than this model's max_length={limit}; shorten it")
+
     def _check_length(self, prompt: int, new: int, beyond: bool) -> None:
         limit, config = self.model.config.max_length, self.model.config
         learned = any(stack.position == "learned" for stack in config.stacks.values())
-        if prompt > limit:
-            raise UsageError(f"a prompt of {prompt} tokens is longer than this model's max_length={limit}; shorten it")
+        self._check_prompt(prompt)
         if prompt + new - 1 > limit and (learned or not beyond):  # the last token is not fed
-            remedy = "" if learned else ", or let rotary positions go on with beyond_max_length"
+            remedy = "" if learned else ", or let positions go on with beyond_max_length"
             raise UsageError(
                 f"{prompt} tokens of a prompt and {new} new ones are more than this model's max_length={limit}; "
                 f"ask for at most {limit + 1 - prompt} new ones, shorten the prompt{remedy}"
@@ -168,18 +219,14 @@ def _check_text(text: str) -> None:
         raise UsageError(f"text {text[:40]!r} is no UTF-8 at character {error.start}; give it as UTF-8") from None
 
 
-def _apply(model: Model, params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Head]:
-    return model.score_input(params, model.apply(params, {"inputs": tokens_BT}))
-
-
 @functools.cache
 def _compiled(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
     """`function(model, ...)` with the compiler options that reading a model has."""
     return jax.jit(function, static_argnums=0, compiler_options=READING.compiler_options.of(platform))
 
 
-def _logits(model: Model, params: Tree, tokens_BT: jax.Array) -> jax.Array:
-    hidden_BTD, head = _apply(model, params, tokens_BT)
+def _logits(model: Model, params: Tree, batch: dict[str, jax.Array]) -> jax.Array:
+    hidden_BTD, head = model.score_input(params, model.apply(params, batch))
     return logits(hidden_BTD, head)[:, :, : head.vocab_size]
 
 
@@ -224,7 +271,18 @@ def load(
         )
     model = roles.build_model(config, rules=rules, platform=platform)
     wanted = _templates(model, mesh, dtype)
-    return LanguageModel(model, restore_whole(place.checkpoint, "ema" if ema else "params", wanted), vocabulary)
+    params = restore_whole(place.checkpoint, "ema" if ema else "params", wanted)
+    return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary))
+
+
+def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> int:
+    """What the decoder behind an encoder begins with: as the data of a run said, or the folder that it was converted
+    from; else 0, as T5."""
+    name = note.get("config", {}).get("data", {}).get("start_token")
+    if name is not None and model.config.architecture == "encoder_decoder":
+        return source_target.start_id(name, vocabulary)
+    stored = [(note.get(part) or {}).get("decoder_start_token_id") for part in ("generation_config", "token_ids")]
+    return next((token for token in stored if isinstance(token, int)), 0)
 
 
 def _templates(model: Model, mesh: Mesh | None, dtype: str) -> dict[str, Any]:
@@ -251,4 +309,4 @@ def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, 
             return tree.flatten(_templates(models[0], mesh, dtype))
 
         params = load_params(foreign, templates)
-    return LanguageModel(models[0], params, vocabulary)
+    return LanguageModel(models[0], params, vocabulary, _start_id(models[0], foreign.extra, vocabulary))

@@ -1,7 +1,8 @@
 """A T5 from scratch by span corruption on the works of Shakespeare (1.1 MB), tokenizer included.
 
     t5x_like train --config=configs/pretrain/t5_tiny.py --workdir=runs/t5_tiny
-Hardware: 2 CPU cores, about 3 minutes. Expected: see docs/log.md.
+    t5x_like generate runs/t5_tiny --prompt="To be, or <extra_id_0> that is the question." --temperature=0
+Hardware: 2 CPU cores, about 3 minutes (0.25 s of CPU a step). Expected: see docs/log.md.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ def get_config() -> ConfigDict:
     config.data.update({"validation": "0.1", "batch_size": 16})
     config.optim.update({"name": "muon", "learning_rate": 5e-3, "weight_decay": 0.1})
     config.optim.schedule.update({"name": "linear", "warmup_steps": 20})
-    config.loop.update({"steps": 600, "log_every_steps": 10})
-    config.evaluate.every_steps = 300
-    config.checkpoint.every_steps = 300
+    config.loop.update({"steps": 1000, "log_every_steps": 10})
+    config.evaluate.every_steps = 500
+    config.checkpoint.every_steps = 500
     return config

@@ -1,4 +1,8 @@
-"""`t5x_like generate DIR --prompt=TEXT`: continues text with a model directory. Prints prompt and continuation."""
+"""`t5x_like generate DIR --prompt=TEXT`: continues text with a model directory. Prints prompt and continuation.
+
+A model with an encoder (T5) reads the prompt as its source and answers it: the answer alone is printed. Where it was
+trained by span corruption, <extra_id_0>, <extra_id_1>, ... in the prompt are gaps, and the answer fills them.
+"""
 
 import sys
 
@@ -16,8 +20,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens; 0 is off (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set of this probability; 1 is off")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument("--prefix", default="", help="what every answer of a model with an encoder begins with")
     parser.add_argument(
-        "--beyond_max_length", action="store_true", help="let rotary positions go on past the model's max_length"
+        "--beyond_max_length", action="store_true", help="let positions go on past the model's max_length"
     )
     parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to read (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="read the averaged parameters")
@@ -39,12 +44,13 @@ def run(arguments: list[str]) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        prefix=options.prefix,
         beyond_max_length=options.beyond_max_length,
     )
     for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         if index:
             print("-" * 40)
-        print(prompt + text)
+        print((options.prefix if model.has_encoder else prompt) + text)
     return 0
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t5x_like.convert.huggingface import TOKENIZER_FILES
+from t5x_like.data.read.source_target import start_id
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.storage import paths
@@ -25,7 +26,11 @@ def token_ids(folder: str, note: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     with paths.local_copy(folder) as local:
         vocabulary = vocabularies.load(local)
-    return {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
+    ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
+    start = note["config"].get("data", {}).get("start_token")
+    if start is not None and note["config"]["model"]["architecture"] == "encoder_decoder":
+        ids |= {"pad_token_id": 0, "decoder_start_token_id": start_id(start, vocabulary)}
+    return ids
 
 
 def write(folder: str, target: str, *, name: str) -> None:

@@ -1,8 +1,9 @@
 """Decoding with a KV cache: one prefill of all prompts, then one token a row and step until all rows have ended.
 
-Batching of requests that come and go, paging and streaming are not here.
+An encoder-decoder first runs its encoder on the sources, once; its prompts are what its decoder begins with. Batching
+of requests that come and go, paging and streaming are not here.
 
-Names: B batch (rows), T prompt length (padded), V vocabulary.
+Names: B batch (rows), T prompt length (padded), S source length (padded), V vocabulary.
 """
 
 import dataclasses
@@ -58,15 +59,17 @@ def _continue(
     lengths_B: Int[Array, " B"],
     limit: Int[Array, ""],
     keys_B: Array,
+    source: Mapping[str, Array],
     *,
     model: Model,
     steps: int,
     sampling: Sampling,
     stop_id: int,
 ) -> Int[Array, "B steps"]:
-    """Up to `limit` <= `steps` new tokens a row; what follows a row's stop token is `stop_id`."""
+    """Up to `limit` <= `steps` new tokens a row; what follows a row's stop token is `stop_id`. source: what an encoder
+    reads, {} without one."""
     rows, length = tokens_BT.shape
-    cache = model.init_cache(rows, length + steps)
+    cache = model.start(params, source, rows=rows, length=length + steps)
     logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
 
     def pick(logits_BV: jax.Array, index: jax.Array) -> jax.Array:
@@ -98,18 +101,21 @@ def generate(
     sampling: Sampling,
     seed: int,
     stop_id: int | None,
+    sources: Sequence[Sequence[int]] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, without its stop token. Prompts must hold at least one token each.
 
-    The same seed gives the same tokens for a prompt at the same place in the list, whatever the other prompts are.
+    sources: what the encoder of an encoder-decoder reads, one for each prompt; the prompt then is the decoder's start
+    token, and what else its answer shall begin with. The same seed gives the same tokens for a prompt at the same place
+    in the list, whatever the other prompts are.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not len(prompts) or lengths.min() == 0:
-        raise ValueError("generate needs at least one prompt, and at least one token in each")
-    tokens = np.zeros((len(prompts), row_length(model, lengths.max())), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
+    if (sources is not None) != ("encoder_inputs" in model.inputs):
+        raise ValueError("generate needs sources for a model with an encoder, and for no other")
+    tokens, lengths = padded(model, prompts)
+    source = {} if sources is None else encoder_batch(*padded(model, sources))
+    if len(source.get("encoder_inputs", prompts)) != len(prompts):
+        raise ValueError("generate needs as many sources as prompts")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     stop = -1 if stop_id is None else stop_id
     new = _compiled(tuple(sorted((compiler_options or {}).items())))(
@@ -118,6 +124,7 @@ def generate(
         jnp.asarray(lengths),
         jnp.asarray(max_new_tokens, jnp.int32),
         keys,
+        {name: jnp.asarray(array) for name, array in source.items()},
         model=model,
         steps=bucket(max_new_tokens),
         sampling=sampling,
@@ -125,6 +132,23 @@ def generate(
     )
     rows = np.asarray(new)[:, :max_new_tokens].tolist()
     return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def padded(model: Model, texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [B, T], lengths [B]) of texts in rows of a common length, padded on the right."""
+    lengths = np.array([len(text) for text in texts], np.int32)
+    if not len(texts) or lengths.min() == 0:
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    tokens = np.zeros((len(texts), row_length(model, lengths.max())), np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+    return tokens, lengths
+
+
+def encoder_batch(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays that an encoder reads of padded sources: each row one segment, its padding segment 0."""
+    inside = np.arange(tokens_BS.shape[1]) < lengths_B[:, None]
+    return {"encoder_inputs": tokens_BS, "encoder_segment_ids": inside.astype(np.int32)}
 
 
 def bucket(length: int) -> int:

@@ -1,10 +1,10 @@
 """Log-likelihoods of any number of texts, in a few shapes of batches: for harnesses, rescoring and `log_likelihood`.
 
 A text's numbers do not depend on the texts beside it: its batch has the shape that its own length asks for, filled up
-with empty rows where texts are missing, so that one program computes it whatever the company. Texts that are to be
-generated are decode.py's.
+with empty rows where texts are missing, so that one program computes it whatever the company. An encoder-decoder scores
+targets after sources. Texts that are to be generated are decode.py's.
 
-Names: B batch (rows), T length, D model.
+Names: B batch (rows), T length, S source length, D model.
 """
 
 import dataclasses
@@ -32,7 +32,19 @@ SHORTEST = 64
 TRUNCATE = ("error", "left")
 
 Row = tuple[Sequence[int], int]  # tokens, the index of the first that is scored
-Texts = list[tuple[int, Sequence[int], int]]  # of one batch; each beside its index in the input
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A row beside its index in the input, and what an encoder reads before it (nothing without one)."""
+
+    index: int
+    ids: Sequence[int]
+    first: int
+    source: Sequence[int]
+
+
+Lengths = tuple[int, int]  # of the padded rows of a batch: T, and S or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +62,7 @@ def score(
     params: Tree,
     rows: Iterable[Row],
     *,
+    sources: Iterable[Sequence[int]] | None = None,
     mesh: Mesh | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     truncate: str = "error",
@@ -58,36 +71,45 @@ def score(
 
     first is at least 1: the first token has nothing before it. The last token is not fed, so a text may have one token
     more than the model's max_length. Of a longer one truncate="left" drops the beginning, but nothing that is scored;
-    "error" refuses it. mesh: params lie on it; rows are divided over its batch axes.
+    "error" refuses it. sources: what the encoder of an encoder-decoder reads, one for each row, whose first token then
+    is the decoder's start token; "left" drops beginnings of sources. mesh: params lie on it; rows are divided over its
+    batch axes.
     """
     if truncate not in TRUNCATE:
         raise UsageError(f"truncate={truncate!r} should be one of {', '.join(TRUNCATE)}")
     if tokens_per_batch < 1:
         raise UsageError(f"tokens_per_batch={tokens_per_batch} should be at least 1")
+    if (sources is not None) != ("encoder_inputs" in model.inputs):
+        raise UsageError("score: a model with an encoder scores targets after sources, any other has no sources")
     found: dict[int, Likelihood] = {}
-    waiting: dict[int, Texts] = {}  # by length of their rows
-    in_flight: list[tuple[Texts, tuple[jax.Array, jax.Array]]] = []
+    waiting: dict[Lengths, list[Text]] = {}
+    in_flight: list[tuple[list[Text], tuple[jax.Array, jax.Array]]] = []
     count = 0
 
-    def send(length: int) -> None:
-        texts = waiting.pop(length)
-        in_flight.append((texts, _start(model, params, texts, _shape(model, length, tokens_per_batch, mesh), mesh)))
+    def send(lengths: Lengths) -> None:
+        texts = waiting.pop(lengths)
+        size = _rows(model, lengths, tokens_per_batch, mesh)
+        in_flight.append((texts, _start(model, params, texts, size, lengths, mesh)))
         if len(in_flight) == 2:  # the host reads one batch while the device computes the next
             found.update(_results(*in_flight.pop(0)))
 
-    for index, row in enumerate(rows):
+    pairs = ((row, None) for row in rows) if sources is None else zip(rows, sources, strict=True)
+    for index, (row, source) in enumerate(pairs):
         count += 1
-        ids, first = _fitted(row, index, model.config.max_length, truncate)
-        if first == len(ids):
+        text = _fitted(row, source, index, model.config.max_length, truncate)
+        if text.first == len(text.ids):
             found[index] = Likelihood(0.0, True, 0)
             continue
-        length = row_length(len(ids) - 1, model.config.max_length)
-        texts = waiting.setdefault(length, [])
-        texts.append((index, ids, first))
-        if len(texts) == _shape(model, length, tokens_per_batch, mesh)[0]:
-            send(length)
-    for length in sorted(waiting):
-        send(length)
+        lengths = (
+            row_length(len(text.ids) - 1, model.config.max_length),
+            row_length(len(text.source), model.config.max_length) if text.source else 0,
+        )
+        texts = waiting.setdefault(lengths, [])
+        texts.append(text)
+        if len(texts) == _rows(model, lengths, tokens_per_batch, mesh):
+            send(lengths)
+    for lengths in sorted(waiting):
+        send(lengths)
     for batch in in_flight:
         found.update(_results(*batch))
     return [found[index] for index in range(count)]
@@ -156,68 +178,82 @@ def row_length(length: int, max_length: int) -> int:
     return min(shorter if shorter % 128 == 0 and length <= shorter else power, max_length)
 
 
-def _fitted(row: Row, index: int, max_length: int, truncate: str) -> Row:
-    """The row with at most max_length + 1 tokens."""
+def _fitted(row: Row, source: Sequence[int] | None, index: int, max_length: int, truncate: str) -> Text:
+    """The row with at most max_length + 1 tokens, and its source with at most max_length."""
     ids, first = row
     if not min(1, len(ids)) <= first <= len(ids):
         raise UsageError(f"score: row {index}: first={first} should be from 1 to its {len(ids)} tokens")
+    if source is not None and not source:
+        raise UsageError(f"score: the source of row {index} has no token; end it with EOS, as in training")
     cut = len(ids) - (max_length + 1)
-    if cut <= 0:
-        return ids, first
-    if truncate == "error":
+    longer = len(source or ()) - max_length
+    if truncate == "error" and cut > 0:
         raise UsageError(
             f"score: row {index} has {len(ids)} tokens, more than max_length + 1 = {max_length + 1} of this model; "
             "shorten the text, or drop its beginning with truncate='left'"
         )
-    if cut >= first:
+    if truncate == "error" and longer > 0:
+        raise UsageError(
+            f"score: the source of row {index} has {len(source or ())} tokens, more than max_length={max_length} of "
+            "this model; shorten it, or drop its beginning with truncate='left'"
+        )
+    if cut >= (first if source is None else 1):  # the start token of a decoder with an encoder stays
         raise UsageError(
             f"score: row {index} has {len(ids) - first} tokens to score, more than max_length={max_length} of this "
             "model; score a long text in rolling windows"
         )
-    return ids[cut:], first - cut
+    cut, longer = max(cut, 0), max(longer, 0)
+    return Text(index, ids[cut:], first - cut, () if source is None else source[longer:])
 
 
-def _shape(model: Model, length: int, tokens_per_batch: int, mesh: Mesh | None) -> tuple[int, int]:
-    """(rows, length) of the batches of a length: rows that the batch axes of the mesh divide."""
+def _rows(model: Model, lengths: Lengths, tokens_per_batch: int, mesh: Mesh | None) -> int:
+    """Rows of the batches of these lengths, which the batch axes of the mesh divide."""
     sizes = {} if mesh is None else dict(mesh.shape)
     shards = math.prod(sizes.get(name, 1) for name in model.rules.mesh_axes("batch"))
-    return max(1, tokens_per_batch // (length * shards)) * shards, length
+    return max(1, tokens_per_batch // (sum(lengths) * shards)) * shards
 
 
-def _start(model: Model, params: Tree, texts: Texts, shape: tuple[int, int], mesh: Mesh | None):
+def _start(model: Model, params: Tree, texts: Sequence[Text], rows: int, lengths: Lengths, mesh: Mesh | None):
     """Begins to compute a batch: (log-probabilities, whether the target is the most probable token), both [B, T]."""
-    inputs_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for row, (_, ids, _) in enumerate(texts):
-        inputs_BT[row, : len(ids) - 1] = ids[:-1]
-        targets_BT[row, : len(ids) - 1] = ids[1:]
+    inputs_BT, targets_BT = np.zeros((2, rows, lengths[0]), np.int32)
+    sources_BS, segments_BS = np.zeros((2, rows, lengths[1]), np.int32)
+    for row, text in enumerate(texts):
+        inputs_BT[row, : len(text.ids) - 1] = text.ids[:-1]
+        targets_BT[row, : len(text.ids) - 1] = text.ids[1:]
+        sources_BS[row, : len(text.source)] = text.source
+        segments_BS[row, : len(text.source)] = 1
+    arrays = {"inputs": inputs_BT, "targets": targets_BT}
+    if lengths[1]:
+        arrays |= {"encoder_inputs": sources_BS, "encoder_segment_ids": segments_BS}
     if mesh is None:
-        return _scores(model, params, jnp.asarray(inputs_BT), jnp.asarray(targets_BT))
-    sharding = named(mesh, model.rules, ("batch", "length"), shape)
-    placed = [
-        jax.make_array_from_callback(shape, sharding, array_BT.__getitem__) for array_BT in (inputs_BT, targets_BT)
-    ]
+        return _scores(model, params, {name: jnp.asarray(array) for name, array in arrays.items()})
+    placed = {}
+    for name, array in arrays.items():
+        sharding = named(mesh, model.rules, ("batch", "length"), array.shape)
+        placed[name] = jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
     with jax.set_mesh(mesh):
-        return _scores(model, params, *placed)
+        return _scores(model, params, placed)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(model: Model, params: Tree, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden_BTD, head = _hidden_and_head(model, params, inputs_BT)
-    scores = token_scores(hidden_BTD, head, targets_BT, want=("logp", "best"))
+def _scores(model: Model, params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    hidden_BTD, head = _hidden_and_head(model, params, batch)
+    scores = token_scores(hidden_BTD, head, batch["targets"], want=("logp", "best"))
     with use_rules(model.rules):  # every process reads all results
-        return constrain(scores.logp, None, None), constrain(scores.best == targets_BT, None, None)
+        return constrain(scores.logp, None, None), constrain(scores.best == batch["targets"], None, None)
 
 
-def _hidden_and_head(model: Model, params: Tree, inputs_BT: jax.Array) -> tuple[jax.Array, Head]:
-    return model.score_input(params, model.apply(params, {"inputs": inputs_BT}))
+def _hidden_and_head(model: Model, params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, Head]:
+    read = {name: array for name, array in batch.items() if name in model.inputs}
+    return model.score_input(params, model.apply(params, read))
 
 
-def _results(texts: Texts, scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:
+def _results(texts: Sequence[Text], scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:
     """Sums in float64 over the scored tokens of each text, by its place in the input."""
     logp_BT, greedy_BT = map(np.asarray, scores)
     found = {}
-    for row, (index, ids, first) in enumerate(texts):
-        scored = slice(first - 1, len(ids) - 1)
+    for row, text in enumerate(texts):
+        scored = slice(text.first - 1, len(text.ids) - 1)
         logp = float(np.sum(logp_BT[row, scored], dtype=np.float64))
-        found[index] = Likelihood(logp, bool(greedy_BT[row, scored].all()), len(ids) - first)
+        found[text.index] = Likelihood(logp, bool(greedy_BT[row, scored].all()), len(text.ids) - text.first)
     return found

@@ -32,16 +32,27 @@ def make_mesh(sizes):
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+CASES = {"local_and_global": {"kv_heads": 8}, "t5_gated": {"kv_heads": 8}}
+
+
 @functools.cache
-def one_device():
+def one_device(case):
     """The model, its parameters and batch, and what one device makes of them."""
-    model = cases.model("local_and_global", heads=8, kv_heads=8, head_size=4, mlp=64, vocab_size=250, tied=True)
+    sizes = {"heads": 8, "head_size": 4, "mlp": 64, "vocab_size": 250, "tied": True} | CASES[case]
+    model = cases.model(case, **sizes)
     params = cases.random_params(model)
-    segments = np.where(np.arange(LENGTH) < 11, 1, 2)[None, :].repeat(ROWS, 0)
-    positions = np.where(segments == 1, np.arange(LENGTH), np.arange(LENGTH) - 11)
-    batch = {"inputs": cases.tokens(model, ROWS, LENGTH), "segment_ids": segments, "positions": positions}
+    batch = packed("", 11) | {"inputs": cases.tokens(model, ROWS, LENGTH)}
+    if "encoder_inputs" in model.inputs:
+        batch |= packed("encoder_", 6) | {"encoder_inputs": cases.tokens(model, ROWS, LENGTH, seed=1)}
     arrays = {name: np.asarray(value, np.int32) for name, value in batch.items()}
     return model, params, arrays, run(model, params, batch)
+
+
+def packed(prefix, first):
+    """Two documents a row, the first of `first` tokens."""
+    segments = np.where(np.arange(LENGTH) < first, 1, 2)[None, :].repeat(ROWS, 0)
+    positions = np.where(segments == 1, np.arange(LENGTH), np.arange(LENGTH) - first)
+    return {f"{prefix}segment_ids": segments, f"{prefix}positions": positions}
 
 
 def run(model, params, batch, out_shardings=None):
@@ -54,9 +65,10 @@ def run(model, params, batch, out_shardings=None):
     return jax.jit(jax.value_and_grad(loss), compiler_options=FAST, out_shardings=shardings)(params, batch)
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", MESHES)
-def test_loss_and_every_gradient_equal_those_of_one_device(name):
-    model, params, batch, (value, gradients) = one_device()
+def test_loss_and_every_gradient_equal_those_of_one_device(case, name):
+    model, params, batch, (value, gradients) = one_device(case)
     mesh = make_mesh(MESHES[name])
     shardings = tree_shardings(mesh, model.rules, model.specs())
     placed = jax.tree.map(jax.device_put, params, shardings)
@@ -64,7 +76,8 @@ def test_loss_and_every_gradient_equal_those_of_one_device(name):
     rows = batch_shardings(mesh, model.rules, specs)
     placed_batch = {key: jax.device_put(leaf, rows[key]) for key, leaf in batch.items()}
     if set(MESHES[name]) != {"data"}:
-        assert not placed["layers"]["mlp"]["up"].sharding.is_fully_replicated
+        for path, leaf in tree.leaves(placed):
+            assert "layers/mlp/up" not in path or not leaf.sharding.is_fully_replicated
     with jax.set_mesh(mesh):
         other, others = run(model, placed, placed_batch, shardings)
     np.testing.assert_allclose(other, value, rtol=1e-6)

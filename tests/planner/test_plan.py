@@ -69,6 +69,26 @@ def test_a_decode_step_reads_the_cache_about_once(decoded):
     assert 1.0 < decoded["cycles"] / (CACHE / (819 / 1.5)) < 8.0
 
 
+SOURCE = 2048
+
+
+def test_a_decode_step_of_an_encoder_decoder_copies_neither_cache(compiler, tmp_path):
+    """Keys and values of the source are kept beside those of the answer; a device holds one of 4 heads."""
+    path = tmp_path / "plan.json"
+    sizes = {"layers": LAYERS, "heads": KV_HEADS, "kv_heads": KV_HEADS, "head_size": HEAD}
+    model = ["--config.model.vocab_size=640", f"--config.model.max_length={LENGTH}"]
+    model += [f"--config.model.{stack}.{k}={v}" for stack in ("encoder", "decoder") for k, v in sizes.items()]
+    mesh = ["--config.mesh.preset=fsdp_tensor", "--config.mesh.tensor=4", "--config.mesh.fsdp=1"]
+    config = f"--config={ROOT / 'configs/pretrain/t5_tiny.py'}"
+    rest = ["--program=decode", f"--rows={ROWS}", f"--length={LENGTH}", f"--config.data.encoder_length={SOURCE}"]
+    assert main(["plan", config, "--topology=v5e:2x2", *mesh, *model, *rest, f"--json={path}"]) == 0
+    memory = json.loads(path.read_text())["memory"]
+    cross = CACHE * SOURCE // LENGTH
+    assert memory["arguments_bytes"] > CACHE + cross
+    assert memory["aliased_bytes"] >= CACHE + cross
+    assert memory["temporaries_bytes"] < 0.25 * CACHE
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [

@@ -34,9 +34,8 @@ def arrays(config: DataConfig) -> dict[str, ArraySpec]:
     return per_token(config, _ENCODER, config.encoder_length) | per_token(config, _DECODER, config.length)
 
 
-def start_id(config: DataConfig, vocabulary: Vocabulary) -> int:
-    """The id of config.data.start_token: "pad" is 0, the id of padding, with which T5's decoder begins."""
-    name = config.start_token
+def start_id(name: str, vocabulary: Vocabulary) -> int:
+    """The id of a config.data.start_token: "pad" is 0, the id of padding, with which T5's decoder begins."""
     found = {"pad": 0, "bos": vocabulary.bos_id, "eos": vocabulary.eos_id}
     token = int(name) if name.isdecimal() else found.get(name)
     if token is None or token >= vocabulary.size:
@@ -58,7 +57,7 @@ class Packed:
                 "set config.data.fields.inputs and config.data.fields.targets"
             )
         assert vocabulary.eos_id is not None, "a vocabulary that documents were written with has an end token"
-        self._set, self._eos, self._start = token_set, vocabulary.eos_id, start_id(config, vocabulary)
+        self._set, self._eos, self._start = token_set, vocabulary.eos_id, start_id(config.start_token, vocabulary)
         self._widths = config.encoder_length, config.length
         self._begins = np.concatenate([[0], token_set.ends[:-1]])
         self._read = token_set.inputs.astype(np.int64)  # source tokens in the cache, which has no EOS behind them

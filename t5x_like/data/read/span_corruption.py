@@ -109,7 +109,7 @@ class Corrupted:
             )
         assert vocabulary.eos_id is not None, "a vocabulary that documents were written with has an end token"
         self._set, self._eos, self._sentinel = token_set, vocabulary.eos_id, vocabulary.size - 1
-        self._start = source_target.start_id(config, vocabulary)
+        self._start = source_target.start_id(config.start_token, vocabulary)
         self._widths = config.encoder_length, config.length
         self._rows = max(-(-(token_set.tokens - 1) // self._chunk), 1)
 
