@@ -16,7 +16,8 @@ def config() -> ConfigDict:
             "data": data(),
             "mesh": mesh(),
             "optim": optim(),
-            "objective": {"name": "lm", "lm": {"z_loss": 0.0, "label_smoothing": 0.0}},
+            "objective": objective(),
+            "roles": {},  # name -> {"source": a model directory, "rules": "", "dtype": "stored"}
             "loop": loop(),
             "checkpoint": checkpoint(),
             "evaluate": {"every_steps": 0, "ema": False},
@@ -181,6 +182,14 @@ def optim() -> dict:
             "adam": adam,
         },
         "sgd": {"momentum": 0.9, "nesterov": False},
+    }
+
+
+def objective() -> dict:
+    return {
+        "name": "lm",
+        "lm": {"z_loss": 0.0, "label_smoothing": 0.0},
+        "distill": {"divergence": "forward_kl", "temperature": 2.0, "weight": 0.5},
     }
 
 

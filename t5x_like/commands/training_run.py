@@ -27,6 +27,7 @@ from t5x_like.parallel import multihost
 from t5x_like.parallel.sharding import addressable_rows, global_batch
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
+from t5x_like.runs.roles import check_tokenizers
 from t5x_like.storage import manifest, paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.model_directory import DamagedCheckpoint
@@ -98,6 +99,7 @@ def run(
         with faults.phase("prepare"):
             data = _open_data(experiment, workdir, processes)
         stack.callback(data.close)
+        check_tokenizers(program.roles, data.vocabulary.fingerprint)
         _check_best_metric(experiment.checkpoint.best_metric, program, data)
         built = Run(experiment, environment, processes, workdir, faults, data, program, overrides, changes)
         return _check(built) if request.check else _train(built)
@@ -111,9 +113,7 @@ def _is_finished(experiment: experiments.Experiment, workdir: Workdir, program: 
     checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
     try:
         holds = experiment.checkpoint.holds
-        restored = Saver(
-            checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata={}
-        ).restore()
+        restored = Saver(checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata={}).restore()
         found = "is missing" if restored is None or restored[0] < done else ""
     except DamagedCheckpoint:
         found = "is damaged"
@@ -253,7 +253,7 @@ def _loop(built: Run, checkpoints: Checkpoints, stack: contextlib.ExitStack) -> 
 def _flops_per_token(built: Run) -> float:
     """Of training, for each of the tokens that `tokens_per_step` counts, those of an encoder among them."""
     data = built.experiment.data
-    of_decoder = built.program.model.flops_per_token(data.length, data.encoder_length).train
+    of_decoder = programs.flops_per_token(built.program, data.length, data.encoder_length)
     return of_decoder * data.batch_size * data.length / built.data.tokens_per_step
 
 

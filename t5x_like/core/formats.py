@@ -77,6 +77,8 @@ _FEATURES = Change(
         "checkpoint.holds": "model",
     }
 )
+# A run had one model.
+_ROLES = Change(adds={"roles": {}})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -89,6 +91,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         ),
         _STACKS,
         _FEATURES,
+        _ROLES,
     ),
 }
 
