@@ -59,7 +59,9 @@ def open_model(directory: str) -> StoredModel:
 
 def _foreign(directory: str) -> StoredModel:
     with open_foreign(directory) as foreign:
-        folder = os.path.dirname(foreign.tokenizer[0]) if foreign.tokenizer else None
+        # A folder may hold settings alone, of a tokenizer that needs no files: then nothing can be compared.
+        files = [file for file in foreign.tokenizer if file.endswith((".model", "tokenizer.json"))]
+        folder = os.path.dirname(files[0]) if files else None
         return StoredModel(
             directory=foreign.path,
             step=None,

@@ -14,7 +14,6 @@ from t5x_like.core.types import ArraySpec
 from t5x_like.layers.scoring.token_scores import Scores, token_scores
 from t5x_like.objectives.interface import Batch, Objective, Role, Sums, inputs
 
-
 READ = ("inputs", "targets", "loss_weights", "target_bytes")
 HELD_OUT = ("logp", "best")  # the scores that `held_out_sums` needs
 

@@ -142,7 +142,7 @@ def _check_sources(before: Mapping[str, Any], now: Mapping[str, Any], *, where: 
         known = before.get(role, {"source": "nowhere", "fingerprint": ""})
         if known["fingerprint"] != found["fingerprint"]:
             raise UserError(
-                f"config.roles.{role}: {found['source']} now gives other parameters, or in another dtype, than this run "
+                f"config.roles.{role}: {found['source']} now gives other parameters, or another dtype, than this run "
                 f"read from {known['source']} up to {where}; give the former ones as config.roles.{role}.source"
             )
 

@@ -1,4 +1,4 @@
-"""Distillation against its definition in torch's float64: values, gradients, micro-batches, meshes, and what it does."""
+"""Distillation against its definition in torch at float64: values, gradients, micro-batches, meshes, what it does."""
 
 import functools
 
@@ -35,7 +35,7 @@ def build(student, teacher, *, divergence="forward_kl", temperature=TEMPERATURE,
 
 @functools.cache
 def world():
-    """(student, teacher of other sizes, parameters, frozen, batch): weights of 0, 1 and between, two documents a row."""
+    """(student, larger teacher, parameters, frozen, batch): weights of 0, 1 and between; two documents a row."""
     student, teacher = cases.model("llama"), cases.model("llama", layers=3, width=48, mlp=64)
     rng = np.random.default_rng(1)
     ids = np.asarray(cases.tokens(student, ROWS, LENGTH + 1))
@@ -109,7 +109,7 @@ def found(kind, mesh=None):
 def check(result, reference):
     value, gradients, means = result
     loss, references, divergence, nll = reference
-    assert divergence > 0.1
+    assert divergence > 0.05  # that of Jensen-Shannon is at most log 2
     assert value == pytest.approx(loss, rel=1e-6)
     assert means == {"loss": pytest.approx(nll, rel=1e-6), "divergence": pytest.approx(divergence, rel=1e-5)}
     assert set(gradients) == set(references)
@@ -134,16 +134,14 @@ def test_a_student_approaches_its_teacher_which_gets_no_gradient_in_micro_batche
         frozen
     )
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(gradients))
-    optimizer = sgd(0.05, student.specs())
+    optimizer = sgd(0.2, student.specs())
     axes = tree.map_with_path(lambda _, spec: spec.axes, student.specs())
     seen = {}
     for parts in (1, 2):
-        step = make_step(
-            objective, optimizer, rules=student.rules, param_axes=axes, config=config(micro_batches=parts)
-        )
+        step = make_step(objective, optimizer, rules=student.rules, param_axes=axes, config=config(micro_batches=parts))
         step, state = jax.jit(step), train_state.fresh(params, optimizer, ema=False)
         seen[parts] = []
-        for _ in range(6):
+        for _ in range(8):
             state, metrics = step(state, frozen, batch)
             seen[parts].append(float(metrics["divergence"]))
     assert seen[1][-1] < 0.8 * seen[1][0] and int(state["progress"]["skipped"]) == 0
