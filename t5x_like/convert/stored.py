@@ -1,4 +1,4 @@
-"""A model that is there to be read, ours or another program's, by one form: its config, its tokenizer, its parameters."""
+"""A model that is there to be read, ours or another program's, by one form: its config, tokenizer and parameters."""
 
 import dataclasses
 import functools

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import pytest
 
@@ -80,12 +81,12 @@ def test_a_teacher_in_a_hugging_face_folder_teaches_the_same(runs, tmp_path):
 
 
 def test_roles_are_those_that_the_objective_reads():
-    config = student_config.get_config()
+    config: Any = student_config.get_config()
     config.roles = {}
     with pytest.raises(UsageError, match="name='distill' reads a model as 'teacher'; give config.roles.teacher with"):
         experiments.from_config(config)
     config = plain_config.get_config()
-    config.roles.teacher = student_config.get_config().roles.teacher
+    config.roles = {"teacher": {"source": "x", "rules": "", "dtype": "stored"}}
     with pytest.raises(UsageError, match="config.roles.teacher has no effect: .* reads no model but the policy"):
         experiments.from_config(config)
     config = student_config.get_config("")
