@@ -48,10 +48,12 @@ class FrozenModel:
     stored: StoredModel
 
 
-def build_model(config: model_config.ModelConfig, *, rules: str, platform: str) -> Model:
-    """The model of a config. `rules`: `config.mesh.rules`; `platform`: of the devices that it runs on."""
+def build_model(
+    config: model_config.ModelConfig, *, rules: str, platform: str, field: str = "config.mesh.rules"
+) -> Model:
+    """The model of a config. `rules`: the text of the config's `field`; `platform`: of the devices that it runs on."""
     policy = dtypes.policy(params=config.dtype.params, compute=config.dtype.compute, platform=platform)
-    return Model(config, sharding_rules.rules(rules), policy)
+    return Model(config, sharding_rules.rules(rules, field=field), policy)
 
 
 def check_names(roles: Collection[str], wanted: Collection[str], *, objective: str) -> None:
@@ -97,7 +99,7 @@ def _frozen_model(config: RoleConfig, *, path: str, length: int, platform: str) 
             f"{path}.source={config.source} is a model of at most {stored.config.max_length} tokens, and rows have "
             f"{length}; shorten config.data.length"
         )
-    model = build_model(stored.config, rules=config.rules, platform=platform)
+    model = build_model(stored.config, rules=config.rules, platform=platform, field=f"{path}.rules")
     specs = model.specs() if config.dtype == "stored" else in_dtype(model.specs(), config.dtype)
     source = Source(stored.directory, stored.read)
     return FrozenModel(model, Frozen(specs, model.rules, source), stored)

@@ -96,7 +96,7 @@ def test_roles_are_those_that_the_objective_reads():
 
 BAD = {
     "rows longer than the teacher's": (["--config.data.length=256", "--config.model.max_length=256"], "at most 128"),
-    "a rule that changes nothing": (["--config.roles.teacher.rules=mlp=tensor"], "changes nothing"),
+    "a rule that changes nothing": (["--config.roles.teacher.rules=mlp=tensor"], "config.roles.teacher.rules entry"),
     "a type that is none": (["--config.roles.teacher.dtype=int3"], "dtype='int3' should be 'stored' or one of"),
     "a role that is none": (["--config.roles.judge.source=x"], "config.roles.judge is unknown"),
 }
