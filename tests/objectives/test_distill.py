@@ -150,20 +150,19 @@ def test_a_student_approaches_its_teacher_which_gets_no_gradient_in_micro_batche
 
 
 def test_held_out_sums_say_how_often_student_and_teacher_agree():
-    student, teacher, params, frozen, batch = world()
-    means = {
-        name: float(total / weight)
-        for name, (total, weight) in jax.jit(build(student, teacher).evaluate)(params, frozen, batch).items()
-    }
-    of_student, of_teacher, _ = hidden()
+    student, _, params, _, batch = world()
+    near = jax.tree.map(lambda one, other: one + 0.2 * other, params, cases.random_params(student, seed=2))
+    sums = jax.jit(build(student, student).evaluate)(params, {"base": {}, "teacher": near}, batch)
+    means = {name: float(total / weight) for name, (total, weight) in sums.items()}
+    of_student, of_teacher = hidden()[0], np.asarray(student.apply(near, batch).hidden_BTD)
     real, weights = student.config.vocab_size, np.asarray(batch["loss_weights"])
     best = [
         (states @ np.asarray(head[:real]).T).argmax(-1)
-        for states, head in ((of_student, params["head"]["weight"]), (of_teacher, frozen["teacher"]["head"]["weight"]))
+        for states, head in ((of_student, params["head"]["weight"]), (of_teacher, near["head"]["weight"]))
     ]
     agreement = (weights * (best[0] == best[1])).sum() / weights.sum()
     assert 0 < agreement < 1 and means["teacher_agreement"] == pytest.approx(agreement)
-    assert means["divergence"] == pytest.approx(found("forward_kl")[2]["divergence"], rel=1e-5)
+    assert 0 < means["divergence"] < found("forward_kl")[2]["divergence"]
     assert means["loss"] == pytest.approx(found("forward_kl")[2]["loss"], rel=1e-5)
     assert {"bits_per_byte", "accuracy"} <= means.keys()
 
@@ -185,7 +184,7 @@ def test_an_encoder_decoder_that_is_its_teacher_has_nothing_to_learn():
     ("family", "fields", "message"),
     [
         ("llama", {"vocab_size": 60}, "config.model.vocab_size=61, but config.roles.teacher has 60; .* same tokenizer"),
-        ("llama", {"vocab_multiple": 128}, "vocab_multiple=32 stores 64 rows .* teacher has 128; set it to 128"),
+        ("llama", {"vocab_multiple": 128}, "vocab_multiple=32 stores 64 rows .*teacher has 128; set it to 128"),
         ("t5", {}, "config.model.architecture='decoder', but config.roles.teacher has 'encoder_decoder'"),
     ],
 )
