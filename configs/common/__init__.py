@@ -40,6 +40,7 @@ def config() -> ConfigDict:
             "mesh": mesh(),
             "optim": optim(),
             "objective": objective(),
+            "roles": {},  # name -> {"source": a model directory, "rules": "", "dtype": "stored"}
             "loop": loop(),
             "checkpoint": checkpoint(),
             "evaluate": {"every_steps": 0, "ema": False},

@@ -2,4 +2,8 @@
 
 
 def objective() -> dict:
-    return {"name": "lm", "lm": {"z_loss": 0.0, "label_smoothing": 0.0}}
+    return {
+        "name": "lm",
+        "lm": {"z_loss": 0.0, "label_smoothing": 0.0},
+        "distill": {"divergence": "forward_kl", "temperature": 2.0, "weight": 0.5},
+    }

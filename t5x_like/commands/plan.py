@@ -4,7 +4,7 @@
     t5x_like plan --config=... --topology=v5e:2x4 --program=decode --rows=32 --length=2048 --json=plan.json
 
 Compiles the real train or decode step with abstract state and prints memory, estimated cycles and collectives. Opens
-no file but the config. Needs the extra [tpu], on Linux x86-64.
+no file but the config, and of each model of config.roles what says its shapes. Needs the extra [tpu], on Linux x86-64.
 """
 
 import dataclasses

@@ -87,6 +87,8 @@ _FEATURES = Change(
         "checkpoint.holds": "model",
     }
 )
+# A run had one model.
+_ROLES = Change(adds={"roles": {}})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -101,6 +103,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _NO_SCALING,
         _STACKS,
         _FEATURES,
+        _ROLES,
     ),
 }
 

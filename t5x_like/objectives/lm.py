@@ -11,8 +11,11 @@ import jax.numpy as jnp
 
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
-from t5x_like.layers.scoring.token_scores import token_scores
+from t5x_like.layers.scoring.token_scores import Scores, token_scores
 from t5x_like.objectives.interface import Batch, Objective, Role, Sums, inputs
+
+READ = ("inputs", "targets", "loss_weights", "target_bytes")
+HELD_OUT = ("logp", "best")  # the scores that `held_out_sums` needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +65,20 @@ def build(config: LmConfig, roles: Mapping[str, Role], arrays: Mapping[str, Arra
 
     def evaluate(params, frozen, batch: Batch) -> Sums:
         hidden_BTD, head = hidden_and_head(params, frozen, batch, None)
-        scores = token_scores(hidden_BTD, head, batch["targets"], want=("logp", "best"))
-        weights_BT = batch["loss_weights"]
-        nll, count = -jnp.sum(weights_BT * scores.logp), jnp.sum(weights_BT)
-        # Bytes of the text, counted where a token is scored: the measure that no tokenizer can flatter.
-        text_bytes = jnp.sum(jnp.where(weights_BT > 0, batch["target_bytes"], 0).astype(jnp.float32))
-        return {
-            "loss": (nll, count),
-            "bits_per_byte": (nll / jnp.log(2.0), text_bytes),
-            "accuracy": (jnp.sum(weights_BT * (scores.best == batch["targets"])), count),
-        }
+        return held_out_sums(token_scores(hidden_BTD, head, batch["targets"], want=HELD_OUT), batch)
 
-    read = inputs(arrays, ("inputs", "targets", "loss_weights", "target_bytes"), optional=model.inputs, objective="lm")
+    read = inputs(arrays, READ, optional=model.inputs, objective="lm")
     return Objective(weights, loss, evaluate, read)
+
+
+def held_out_sums(scores: Scores, batch: Batch) -> Sums:
+    """Cross entropy, bits per byte and accuracy of the predictions of held-out tokens."""
+    weights_BT = batch["loss_weights"]
+    nll, count = -jnp.sum(weights_BT * scores.logp), jnp.sum(weights_BT)
+    # Bytes of the text, counted where a token is scored: the measure that no tokenizer can flatter.
+    text_bytes = jnp.sum(jnp.where(weights_BT > 0, batch["target_bytes"], 0).astype(jnp.float32))
+    return {
+        "loss": (nll, count),
+        "bits_per_byte": (nll / jnp.log(2.0), text_bytes),
+        "accuracy": (jnp.sum(weights_BT * (scores.best == batch["targets"])), count),
+    }

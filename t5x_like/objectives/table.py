@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from t5x_like.core.config import VARIANT, named, nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
-from t5x_like.objectives import lm
+from t5x_like.objectives import distill, lm
+from t5x_like.objectives.distill import DistillConfig
 from t5x_like.objectives.interface import Objective, Role
 from t5x_like.objectives.lm import LmConfig
 
@@ -24,8 +25,10 @@ class Entry:
     build: Callable[..., Objective]
 
 
+_TEXT = ("causal", "source_target", "span_corruption")
 OBJECTIVES = {
-    "lm": Entry(LmConfig, roles=("policy",), features=("causal", "source_target", "span_corruption"), build=lm.build),
+    "lm": Entry(LmConfig, roles=("policy",), features=_TEXT, build=lm.build),
+    "distill": Entry(DistillConfig, roles=("policy", "teacher"), features=_TEXT, build=distill.build),
 }
 
 
@@ -33,6 +36,7 @@ OBJECTIVES = {
 class ObjectiveConfig:
     name: str
     lm: LmConfig | None = dataclasses.field(metadata=VARIANT)
+    distill: DistillConfig | None = dataclasses.field(metadata=VARIANT)
 
     def check(self, path: str) -> None:
         if self.name not in OBJECTIVES:

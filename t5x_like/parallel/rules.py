@@ -101,8 +101,9 @@ class Rules:
         return kv_heads % _product(sizes.get(name, 1) for name in self.mesh_axes("kv_heads")) != 0
 
 
-def rules(overrides: str = "") -> Rules:
-    """The table with `overrides` such as "mlp=tensor+sequence, embed=" applied; unknown names are errors.
+def rules(overrides: str = "", *, field: str = "config.mesh.rules") -> Rules:
+    """The table with `overrides` such as "mlp=tensor+sequence, embed=" applied; unknown names are errors, which name
+    the field of the config that they stand in.
 
     >>> rules("embed=").mesh_axes("embed")
     ()
@@ -110,7 +111,7 @@ def rules(overrides: str = "") -> Rules:
     table = dict(TABLE)
     for entry in filter(None, (part.strip() for part in overrides.split(","))):
         axis, equals, value = (part.strip() for part in entry.partition("="))
-        where = f"config.mesh.rules entry {entry!r}"
+        where = f"{field} entry {entry!r}"
         if not equals:
             raise UsageError(f"{where} should read AXIS=MESH_AXIS+MESH_AXIS, or AXIS= for replicated")
         if axis not in table:

@@ -18,12 +18,12 @@ from t5x_like.data.read import features
 from t5x_like.inference.decode import decode_step
 from t5x_like.models.model import Model
 from t5x_like.objectives import table as objectives
-from t5x_like.objectives.interface import Objective, policy
+from t5x_like.objectives.interface import Objective, frozen_role, policy
 from t5x_like.optim import optimizers
 from t5x_like.optim import rules as path_rules
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, named
-from t5x_like.runs.roles import build_model
+from t5x_like.runs.roles import POLICY, FrozenModel, build_model, frozen_models
 from t5x_like.runs.train import Experiment, multiples
 from t5x_like.training import state as train_state
 from t5x_like.training.step import StepConfig, make_step
@@ -35,6 +35,7 @@ class Program:
 
     mesh: Mesh
     model: Model
+    roles: Mapping[str, FrozenModel]  # the models that are read beside it
     objective: Objective
     optimizer: optimizers.Optimizer
     parts: train_state.Parts
@@ -50,16 +51,22 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
     rules = model.rules
     specs = model.specs()
-    _check_rules(rules, specs)
+    _check_rules(rules, specs, where="config.mesh.rules")
+    data = experiment.data
+    others = frozen_models(experiment.roles, length=max(data.length, data.encoder_length), platform=platform)
+    for name, other in others.items():
+        _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
     frozen_paths = path_rules.frozen_paths(experiment.optim, specs)
     frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
     if not trainable:
         raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
-    objective = objectives.build(experiment.objective, {"policy": policy(model)}, features.arrays(experiment.data))
+    roles = {POLICY: policy(model)} | {name: frozen_role(other.model, name) for name, other in others.items()}
+    objective = objectives.build(experiment.objective, roles, features.arrays(data))
     steps = experiment.optim.schedule.steps
     assert steps is not None, "from_config has filled it in"
     optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)
-    parts = train_state.Parts(trainable, rules, {"base": train_state.Frozen(frozen, rules, source=None)})
+    base = {"base": train_state.Frozen(frozen, rules, source=None)}
+    parts = train_state.Parts(trainable, rules, base | {name: other.part for name, other in others.items()})
     layout = train_state.layout(optimizer, parts, ema=experiment.loop.ema_decay is not None, mesh=mesh)
     step = make_step(
         objective, optimizer, rules=rules, param_axes=layout.axes["params"], config=_step_config(experiment)
@@ -68,6 +75,7 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     return Program(
         mesh=mesh,
         model=model,
+        roles=others,
         objective=objective,
         optimizer=optimizer,
         parts=parts,
@@ -111,6 +119,12 @@ def initialize(
     return train_state.initialize(program.parts, program.optimizer, key, program.layout, taken=taken or {})
 
 
+def flops_per_token(program: Program, length: int, source_length: int) -> float:
+    """Of training, for each token of a row of `length`: what is only read goes forward alone."""
+    others = sum(role.model.flops_per_token(length, source_length).forward for role in program.roles.values())
+    return program.model.flops_per_token(length, source_length).train + others
+
+
 def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
     """The batch must divide over the data shards, micro-batch by micro-batch."""
     rules = sharding_rules.rules(experiment.mesh.rules)
@@ -148,9 +162,9 @@ def _step_config(experiment: Experiment) -> StepConfig:
     )
 
 
-def _check_rules(rules: sharding_rules.Rules, specs: Any) -> None:
+def _check_rules(rules: sharding_rules.Rules, specs: Any, *, where: str) -> None:
     activations = {name for name in sharding_rules.TABLE if name in ("batch", "length", "kv_length")}
     activations |= {name for name in sharding_rules.TABLE if name.startswith("act_")}
     used = {axis for _, spec in tree.leaves(specs) for axis in spec.axes}
     for name in sharding_rules.unused(rules, used | activations):
-        raise UsageError(f"config.mesh.rules changes {name!r}, which no parameter of this model has; remove it")
+        raise UsageError(f"{where} changes {name!r}, which no parameter of this model has; remove it")

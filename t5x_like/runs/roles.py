@@ -1,12 +1,105 @@
-"""The models of a run, each built from its section. Today a run has one, the policy: the section `model`."""
+"""The models of a run, each built from its section: the policy from `model`, which is trained, and those of `roles`,
+which are only read (a teacher, a reference).
 
+Such a model's config, tokenizer and parameters come from its source. Opening it reads no parameters.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from t5x_like.convert.stored import StoredModel, open_model
 from t5x_like.core import dtypes
+from t5x_like.core.errors import UsageError, UserError
+from t5x_like.inference.weights import in_dtype
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel import rules as sharding_rules
+from t5x_like.training.state import Frozen, Source
+
+POLICY = "policy"
 
 
-def build_model(config: model_config.ModelConfig, *, rules: str, platform: str) -> Model:
-    """The model of a config. `rules`: `config.mesh.rules`; `platform`: of the devices that it runs on."""
+@dataclasses.dataclass(frozen=True)
+class RoleConfig:
+    """`config.roles.NAME`: a model that a run reads and does not train.
+
+    source: workdir (its newest checkpoint), model directory or Hugging Face folder; a resume may find it elsewhere, but
+    with the same parameters. rules: as in config.mesh.rules, for this model. dtype: what its matrices are held in, one
+    of core/dtypes.py or "stored"; norms and biases stay as saved.
+    """
+
+    source: str
+    rules: str
+    dtype: str
+
+    def check(self, path: str) -> None:
+        if not self.source:
+            raise UsageError(f"{path}.source is empty; name a workdir, model directory or Hugging Face folder")
+        if self.dtype not in ("stored", *dtypes.NAMES):
+            raise UsageError(f"{path}.dtype={self.dtype!r} should be 'stored' or one of {', '.join(dtypes.NAMES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A role of a run as built; its parameters are `frozen[name]` of the step."""
+
+    model: Model
+    part: Frozen
+    stored: StoredModel
+
+
+def build_model(
+    config: model_config.ModelConfig, *, rules: str, platform: str, field: str = "config.mesh.rules"
+) -> Model:
+    """The model of a config. `rules`: the text of the config's `field`; `platform`: of the devices that it runs on."""
     policy = dtypes.policy(params=config.dtype.params, compute=config.dtype.compute, platform=platform)
-    return Model(config, sharding_rules.rules(rules), policy)
+    return Model(config, sharding_rules.rules(rules, field=field), policy)
+
+
+def check_names(roles: Collection[str], wanted: Collection[str], *, objective: str) -> None:
+    """The section `roles` names the models that the objective reads beside the policy, and no others."""
+    needed = [name for name in wanted if name != POLICY]
+    for name in needed:
+        if name not in roles:
+            raise UsageError(
+                f"config.objective.name={objective!r} reads a model as {name!r}; give config.roles.{name} with a source"
+            )
+    for name in roles:
+        if name not in needed:
+            reads = " and ".join(needed) or "no model but the policy, config.model"
+            raise UsageError(f"config.roles.{name} has no effect: config.objective.name={objective!r} reads {reads}")
+
+
+def frozen_models(configs: Mapping[str, RoleConfig], *, length: int, platform: str) -> dict[str, FrozenModel]:
+    """The models of `config.roles`, opened. `length`: tokens of the longest row that they read."""
+    return {
+        name: _frozen_model(config, path=f"config.roles.{name}", length=length, platform=platform)
+        for name, config in configs.items()
+    }
+
+
+def check_tokenizers(roles: Mapping[str, FrozenModel], tokenizer: str) -> None:
+    """Raises UserError unless all models read the tokens of the run; `tokenizer` is the fingerprint of its own."""
+    for name, role in roles.items():
+        if role.stored.tokenizer not in (None, tokenizer):
+            raise UserError(
+                f"config.roles.{name}.source={role.stored.directory} was trained with another tokenizer "
+                f"({role.stored.tokenizer[:12]}, here {tokenizer[:12]}); set config.data.tokenizer="
+                f"{role.stored.tokenizer_folder}"
+            )
+
+
+def _frozen_model(config: RoleConfig, *, path: str, length: int, platform: str) -> FrozenModel:
+    try:
+        stored = open_model(config.source)
+    except UserError as error:
+        raise UserError(f"{path}.source: {error}") from None
+    if length > stored.config.max_length:
+        raise UsageError(
+            f"{path}.source={config.source} is a model of at most {stored.config.max_length} tokens, and rows have "
+            f"{length}; shorten config.data.length"
+        )
+    model = build_model(stored.config, rules=config.rules, platform=platform, field=f"{path}.rules")
+    specs = model.specs() if config.dtype == "stored" else in_dtype(model.specs(), config.dtype)
+    source = Source(stored.directory, stored.read)
+    return FrozenModel(model, Frozen(specs, model.rules, source), stored)

@@ -105,6 +105,11 @@ def closing(workdir: str, evaluation: Mapping[str, float], *, plot: bool) -> Ite
 def _model(experiment: Experiment, program: Program) -> dict[str, object]:
     c = experiment.model
     frozen = sum(leaf.size for _, leaf in tree.leaves(program.layout.frozen["base"]))
+    others = {
+        name: f"{role.model.config.family} {role.model.config.size}, "
+        f"{format_count(role.model.parameter_count())} frozen parameters of {role.stored.directory}"
+        for name, role in program.roles.items()
+    }
     stacks = {
         name: f"{s.layers} layers, {s.heads} heads of {s.head_size}, {s.kv_heads} kv heads, mlp {s.mlp}"
         for name, s in c.stacks.items()
@@ -116,6 +121,7 @@ def _model(experiment: Experiment, program: Program) -> dict[str, object]:
         **stacks,
         "sizes": f"width {c.width}, vocabulary {c.vocab_size} (stored {c.padded_vocab})",
         "numbers": f"{program.model.dtypes.params} parameters, {program.model.dtypes.compute} compute, remat {c.remat}",
+        **others,
     }
 
 

@@ -17,6 +17,7 @@ from t5x_like.objectives import table as objectives
 from t5x_like.optim import optimizers
 from t5x_like.parallel import mesh as meshes
 from t5x_like.runs import sections
+from t5x_like.runs.roles import RoleConfig, check_names
 from t5x_like.training import keep
 from t5x_like.training.evaluate import EvaluateConfig
 from t5x_like.training.loop import LoopConfig
@@ -33,6 +34,8 @@ class Experiment:
     mesh: meshes.MeshConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
     optim: optimizers.OptimConfig
     objective: objectives.ObjectiveConfig
+    # By name; what a resume may not change of them are their parameters, which training/saver.py compares.
+    roles: dict[str, RoleConfig] = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
     loop: LoopConfig
     checkpoint: keep.CheckpointConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
     evaluate: EvaluateConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
@@ -87,6 +90,8 @@ def _check_relations(experiment: Experiment) -> None:
                 f"{model.max_length}; shorten the rows or lengthen the model's"
             )
     _check_features(experiment)
+    wanted = objectives.OBJECTIVES[experiment.objective.name].roles
+    check_names(experiment.roles, wanted, objective=experiment.objective.name)
     if loop.ema_decay is not None and model.dtype.params != "float32":
         raise UsageError(
             f"config.loop.ema_decay={loop.ema_decay:g} needs config.model.dtype.params='float32': a change that small "

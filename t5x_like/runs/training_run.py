@@ -25,6 +25,7 @@ from t5x_like.runs import program as programs
 from t5x_like.runs import summary
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
+from t5x_like.runs.roles import check_tokenizers
 from t5x_like.runs.train import Experiment
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.model_directory import DamagedCheckpoint
@@ -57,6 +58,7 @@ def run(
         with session.faults.phase("prepare"):
             data = _open_data(experiment, session)
         session.hold(closing(data))
+        check_tokenizers(program.roles, data.vocabulary.fingerprint)
         _check_best_metric(experiment.checkpoint.best_metric, program, data)
         return (_check if request.check else _train)(experiment, session, program, data)
 
@@ -216,7 +218,7 @@ def _told(experiment: Experiment, session: Session, data: TrainData, *, origin: 
 def _flops_per_token(experiment: Experiment, program: Program, data: TrainData) -> float:
     """Of training, for each of the tokens that `tokens_per_step` counts, those of an encoder among them."""
     rows = experiment.data
-    of_decoder = program.model.flops_per_token(rows.length, rows.encoder_length).train
+    of_decoder = programs.flops_per_token(program, rows.length, rows.encoder_length)
     return of_decoder * rows.batch_size * rows.length / data.tokens_per_step
 
 

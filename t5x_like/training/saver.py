@@ -2,19 +2,25 @@
 
 A checkpoint holds whole models: `params` (and `ema`) join trained parameters and those of the base, so that reading a
 model reads one item and needs no optimizer. Or it holds the trained part alone (`config.checkpoint.holds`) and names
-the checkpoint that the base came from. Frozen roles with a source of their own are never written.
+the checkpoint that the base came from. Frozen roles with a source of their own are never written: a checkpoint names
+their sources and a fingerprint of each, and a resume must find the same parameters there.
 """
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from t5x_like.convert.foreign import is_foreign
+from t5x_like.convert.stored import open_model
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.storage import base as bases
 from t5x_like.storage import model_directory
 from t5x_like.storage.checkpoint import Checkpoints
+from t5x_like.storage.fingerprint import fingerprints
 from t5x_like.training.state import Layout, Parts, State, read_sources
 
 # Item of a checkpoint -> part of the train state. "state": the step, counts and spike statistics.
@@ -37,6 +43,8 @@ class Saver:
         """Begins to save; returns when the state may be donated. A failure is logged by Checkpoints, and survived."""
         if self._apart and "base" not in self._metadata:
             raise ValueError("the base of these checkpoints was not named")
+        if "roles" not in self._metadata:
+            self._metadata["roles"] = self._sources(frozen)
         items = _items(state, {} if self._apart else frozen["base"])
         self._checkpoints.save(step, items, self._metadata, metrics=evaluation)
 
@@ -53,6 +61,11 @@ class Saver:
             raise UsageError(
                 "config.checkpoint.holds='trained' needs config.checkpoint.init_from and an init_select that takes all "
                 f"frozen parameters; {missing[0]!r} would be drawn at random and never saved"
+            )
+        if is_foreign(source):
+            raise UsageError(
+                f"config.checkpoint.holds='trained' needs a base in our own form, and {source} is none; convert it by "
+                f"`t5x_like convert {source} DIRECTORY` and give that as config.checkpoint.init_from"
             )
         self._metadata["base"] = bases.record(model_directory.locate(source).checkpoint, base)
 
@@ -88,29 +101,54 @@ class Saver:
         state: State = {ITEMS[name]: item for name, item in items.items()}
         base: dict[str, Any] = {}
         state["params"], base = tree.split(state["params"], lambda path: path in trained)
-        return step, state, {"base": base} | read_sources(self._parts, self._layout), self._checkpoints.metrics(step)
+        frozen = {"base": base} | read_sources(self._parts, self._layout)
+        self._metadata["roles"] = self._sources(frozen)
+        _check_sources(note.get("roles", {}), self._metadata["roles"], where=f"step {step}")
+        return step, state, frozen, self._checkpoints.metrics(step)
+
+    def _sources(self, frozen: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """By role: where its parameters were read, and one number for all of them as they are held."""
+        sources = {role: part.source for role, part in self._parts.frozen.items() if part.source is not None}
+        return {
+            role: {"source": source.directory, "fingerprint": _digest(tree.flatten(frozen[role]))}
+            for role, source in sources.items()
+        }
 
 
 def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) -> tuple[dict[str, jax.Array], str]:
-    """(parameters by path, what happened): those whose path matches a regex of `select`, read from another run.
+    """(parameters by path, what happened): those whose path matches a regex of `select`, read from another model.
 
     Raises UserError where a chosen parameter is missing there or has another shape, or when it was trained with
     another tokenizer (`tokenizer` is our fingerprint).
     """
-    place = model_directory.locate(source)
-    metadata = model_directory.read_metadata(place.checkpoint)
-    theirs = metadata.get("provenance", {}).get("tokenizer", tokenizer)
-    if theirs != tokenizer:
+    found = open_model(source)
+    if found.tokenizer is not None and found.tokenizer != tokenizer:
         raise UserError(
-            f"config.checkpoint.init_from={source} was trained with another tokenizer ({theirs[:12]}, here "
-            f"{tokenizer[:12]}); set config.data.tokenizer={place.tokenizer}"
+            f"config.checkpoint.init_from={source} was trained with another tokenizer ({found.tokenizer[:12]}, here "
+            f"{tokenizer[:12]}); set config.data.tokenizer={found.tokenizer_folder}"
         )
     templates = tree.join(layout.state["params"], layout.frozen["base"])
     rules = [(pattern, True) for pattern in select]
     chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
     taken, _ = tree.split(templates, lambda path: chosen[path])
-    new = tree.flatten(bases.restore_whole(place.checkpoint, "params", taken))
-    return new, f"{len(new)} of {len(chosen)} parameters of {source} at step {metadata['step']}"
+    new = tree.flatten(found.read(taken))
+    at = "" if found.step is None else f" at step {found.step}"
+    return new, f"{len(new)} of {len(chosen)} parameters of {source}{at}"
+
+
+def _check_sources(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
+    """Raises UserError for a role whose parameters are not those that the run had so far."""
+    for role, found in now.items():
+        known = before.get(role, {"source": "nowhere", "fingerprint": ""})
+        if known["fingerprint"] != found["fingerprint"]:
+            raise UserError(
+                f"config.roles.{role}: {found['source']} now gives other parameters, or another dtype, than this run "
+                f"read from {known['source']} up to {where}; give the former ones as config.roles.{role}.source"
+            )
+
+
+def _digest(arrays: Mapping[str, jax.Array]) -> str:
+    return hashlib.sha256(json.dumps(fingerprints(arrays), sort_keys=True).encode()).hexdigest()
 
 
 def _items(state: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ holds plain arrays by path.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,21 +23,26 @@ from t5x_like.layers import param
 from t5x_like.optim.optimizers import Optimizer
 from t5x_like.parallel.rules import Rules
 from t5x_like.parallel.sharding import named, replicated, tree_shardings
-from t5x_like.storage.reading import restore
 
 State = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
-    """Parameters that a run reads and does not train.
+class Source:
+    """Where parameters are read from: `read(templates)` gives the tree, each leaf placed as its template says."""
 
-    `source`: the checkpoint that they are read from; None for what is drawn, taken or restored with the trained ones.
-    """
+    directory: str
+    read: Callable[[Tree], Tree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Parameters that a run reads and does not train; no `source`: they are drawn, taken or restored with the trained
+    ones."""
 
     specs: Tree
     rules: Rules
-    source: str | None
+    source: Source | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +153,7 @@ def start(params: Tree, optimizer: Optimizer, layout: Layout) -> State:
 def read_sources(parts: Parts, layout: Layout) -> dict[str, Any]:
     """The frozen parameters of every role that has a source, read where they shall lie."""
     return {
-        role: restore(part.source, {"params": layout.frozen[role]})["params"]
-        for role, part in parts.frozen.items()
-        if part.source is not None
+        role: part.source.read(layout.frozen[role]) for role, part in parts.frozen.items() if part.source is not None
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 import t5x_like
 from t5x_like.__main__ import main
+from t5x_like.convert import convert
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError
 from t5x_like.parallel import mesh as meshes
@@ -75,3 +77,42 @@ def test_matrices_are_held_in_the_type_that_is_asked_for(runs):
     assert held["final_norm/scale"].dtype == held["layers/mlp_norm/scale"].dtype == jnp.float32
     with pytest.raises(UsageError, match="dtype='int3' should be 'compute', 'stored' or one of"):
         t5x_like.load(runs / "base", dtype="int3")
+
+
+def test_what_was_fine_tuned_apart_generates_and_needs_its_very_base(runs, tmp_path, capsys):
+    ask = ["--prompt=To be", "--max_new_tokens=4", "--temperature=0"]
+    texts = []
+    for name in ("whole", "apart"):
+        assert main(["generate", str(runs / name), *ask]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    base = (runs / "base/checkpoints/2").rename(runs / "base/checkpoints/elsewhere")
+    assert main(["generate", str(runs / "apart"), *ask]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds the trained part alone and needs its base" in line and "move it back" in line
+    _train(tmp_path / "other", "--config.loop.steps=2", "--config.seed=1")
+    capsys.readouterr()
+    shutil.copytree(tmp_path / "other/checkpoints/2", runs / "base/checkpoints/2")
+    assert main(["generate", str(runs / "apart"), *ask]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was trained on other parameters than its base" in line
+    shutil.rmtree(runs / "base/checkpoints/2")
+    base.rename(runs / "base/checkpoints/2")
+
+
+def test_a_run_begins_with_the_parameters_of_a_hugging_face_folder(runs, tmp_path, capsys):
+    convert.to_huggingface(str(runs / "base"), str(tmp_path / "folder"))
+    losses = []
+    for source in (runs / "base", tmp_path / "folder"):
+        workdir = tmp_path / f"from-{source.name}"
+        _train(workdir, "--config.loop.steps=1", f"--config.checkpoint.init_from={source}")
+        losses.append(json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])["train/loss"])
+    assert losses[0] == losses[1]
+    assert f"11 of 11 parameters of {tmp_path / 'folder'}" in capsys.readouterr().out
+    fixed = ["train", "--config=configs/pretrain/test.py", f"--workdir={tmp_path / 'run'}"]
+    begin = f"--config.checkpoint.init_from={tmp_path / 'folder'}"
+    assert main([*fixed, begin, "--config.model.decoder.mlp=96"]) == 1
+    assert "'layers/mlp/down' is [2, 64, 32] there and [2, 96, 32] here" in capsys.readouterr().err
+    apart = ["--config.checkpoint.holds=trained", "--config.optim.freeze=(('final_norm/.*',False),('.*',True))"]
+    assert main([*fixed, begin, *apart]) == 2
+    assert "needs a base in our own form" in capsys.readouterr().err.splitlines()[-1]

@@ -1,5 +1,6 @@
 """Checkpoints of the trained part alone: small, exact on resume, and bound to the very base that they name."""
 
+import functools
 import pathlib
 
 import jax
@@ -110,10 +111,13 @@ def test_the_trained_part_is_saved_alone_only_where_a_base_can_be_named(tmp_path
             saver(checkpoints).restore()
 
 
+def with_teacher(checkpoint: str):
+    source = train_state.Source(checkpoint, functools.partial(restore_whole, checkpoint, "params"))
+    return build(base() | {"teacher": train_state.Frozen(BASE, base()["base"].rules, source)})
+
+
 def test_other_frozen_roles_are_read_from_their_source_again_and_never_written(tmp_path):
-    source = pretrained(tmp_path / "teacher")
-    teacher = train_state.Frozen(BASE, base()["base"].rules, f"{source}/checkpoints/7")
-    built = build(base() | {"teacher": teacher})
+    built = with_teacher(f"{pretrained(tmp_path / 'teacher')}/checkpoints/7")
     state, frozen = initialize(built, {})
     with Checkpoints(str(tmp_path / "run")) as checkpoints:
         keeper = Saver(checkpoints, parts=built[0], layout=built[2], holds="model", metadata={})
@@ -123,3 +127,23 @@ def test_other_frozen_roles_are_read_from_their_source_again_and_never_written(t
         found = keeper.restore()
     assert found is not None
     np.testing.assert_array_equal(found[2]["teacher"]["embed"]["tokens"], MODEL["embed"]["tokens"])
+
+
+def test_a_resume_goes_on_with_the_same_frozen_parameters_wherever_they_lie(tmp_path):
+    first, moved, other = (
+        f"{pretrained(tmp_path / name, factor=factor)}/checkpoints/7"
+        for name, factor in (("first", 1.0), ("moved", 1.0), ("other", 3.0))
+    )
+    built = with_teacher(first)
+    with Checkpoints(str(tmp_path / "run")) as checkpoints:
+
+        def keeper(built) -> Saver:
+            return Saver(checkpoints, parts=built[0], layout=built[2], holds="model", metadata={})
+
+        one = keeper(built)
+        one.save(1, *initialize(built, {}), {})
+        one.wait()
+        assert checkpoints.metadata(1)["roles"]["teacher"]["source"] == first
+        assert keeper(with_teacher(moved)).restore() is not None
+        with pytest.raises(UserError, match=f"roles.teacher: {other} now gives other .* from {first} up to step 1;"):
+            keeper(with_teacher(other)).restore()

@@ -1,6 +1,7 @@
 """What a run holds before its first step: drawn, taken from another run, or read as a frozen role."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from t5x_like.core import tree
 from t5x_like.core.types import ParamSpec
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as tables
+from t5x_like.storage.base import restore_whole
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.training import state as train_state
 from tests.training.test_step import sgd
@@ -61,7 +63,8 @@ def test_a_role_with_a_source_is_read_onto_its_own_places_and_never_drawn(tmp_pa
     teacher = {"tokens": jnp.arange(128.0).reshape(16, 8)}
     with Checkpoints(str(tmp_path)) as checkpoints:
         assert checkpoints.save(1, {"params": teacher}, {}) and checkpoints.wait()
-    roles = base() | {"teacher": train_state.Frozen(NEVER_DRAWN, RULES, str(tmp_path / "1"))}
+    source = train_state.Source(str(tmp_path / "1"), functools.partial(restore_whole, str(tmp_path / "1"), "params"))
+    roles = base() | {"teacher": train_state.Frozen(NEVER_DRAWN, RULES, source)}
     built = build(roles)
     _, frozen = initialize(built, {})
     assert set(frozen) == {"base", "teacher"}
