@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import Tree
 from t5x_like.inference.sampling import Sampling, sample
+from t5x_like.inference.weights import apart, one_by_one
+from t5x_like.layers.platform import platform
 from t5x_like.layers.scoring.head import logits
 from t5x_like.models.model import Model
 
@@ -66,6 +68,8 @@ def _continue(
 ) -> Int[Array, "B steps"]:
     """Up to `limit` <= `steps` new tokens a row; what follows a row's stop token is `stop_id`."""
     rows, length = tokens_BT.shape
+    if not model.config.scan:
+        params = apart(params)
     cache = model.init_cache(rows, length + steps)
     logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
 
@@ -112,6 +116,7 @@ def generate(
         tokens[row, : len(prompt)] = prompt
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     stop = -1 if stop_id is None else stop_id
+    model = one_by_one(model) if platform() == "cpu" else model
     new = _compiled(tuple(sorted((compiler_options or {}).items())))(
         params,
         jnp.asarray(tokens),

@@ -63,7 +63,8 @@ class Ring:
     """The slots of all layers with one window. layers: their numbers in the stack, ascending.
 
     Keys and values are one array, for layers that run scanned, or a tuple of one a layer, for layers that run one by
-    one: on a CPU each then reads its own where it lies, without a copy out of a stack. Heads come before slots, because a tile of a TPU's memory then holds slots of one head, as attention wants them.
+    one: on a CPU each then reads its own where it lies, without a copy out of a stack. Heads come before slots, because
+    a tile of a TPU's memory then holds slots of one head, as attention wants them.
     """
 
     k: Any  # [n, B, K, S, H], or n times [B, K, S, H]
@@ -220,7 +221,9 @@ def _put(cache: Any, new_nRTKH: Array, rows_R: Array, slots_RT: Array) -> Any:
     # Layers are counted in the index: as part of what is written in one piece, they decide the layout on a TPU, which
     # costs four copies of the whole cache a step where a device has one kv head.
     layers_n11 = jnp.arange(cache.shape[0])[:, None, None]
-    return cache.at[layers_n11, rows_R[None, :, None], :, slots_RT[None]].set(new_nRTKH.astype(cache.dtype), mode="drop")
+    return cache.at[layers_n11, rows_R[None, :, None], :, slots_RT[None]].set(
+        new_nRTKH.astype(cache.dtype), mode="drop"
+    )
 
 
 def _slots(positions_RT: Int[Array, "R T"], slots: int) -> Int[Array, "R T"]:
