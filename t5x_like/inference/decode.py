@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import Tree
 from t5x_like.inference.sampling import Sampling, sample
+from t5x_like.inference.weights import apart, one_by_one
+from t5x_like.layers.platform import platform
 from t5x_like.layers.scoring.head import logits
 from t5x_like.models.model import Model
 
@@ -70,6 +72,8 @@ def _continue(
     reads, {} without one."""
     rows, length = tokens_BT.shape
     cache = model.start(params, source, rows=rows, length=length + steps)
+    if not model.config.scan:
+        params = apart(params)
     logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
 
     def pick(logits_BV: jax.Array, index: jax.Array) -> jax.Array:
@@ -118,6 +122,7 @@ def generate(
         raise ValueError("generate needs as many sources as prompts")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     stop = -1 if stop_id is None else stop_id
+    model = one_by_one(model) if platform() == "cpu" else model
     new = _compiled(tuple(sorted((compiler_options or {}).items())))(
         params,
         jnp.asarray(tokens),

@@ -5,10 +5,12 @@ each token reads half of the bytes where computation is in bfloat16. Norms and b
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from t5x_like.core import tree
 from t5x_like.core.types import ParamSpec, Tree
+from t5x_like.layers import stack
 from t5x_like.models.model import Model
 
 
@@ -25,6 +27,20 @@ def serving_specs(model: Model) -> dict[str, Any]:
 def serving_params(model: Model, params: Tree) -> dict[str, Any]:
     """The parameters in these types; what has its type already is the same array. Under jit or outside."""
     return tree.map_with_path(lambda _, leaf, spec: leaf.astype(spec.dtype), params, serving_specs(model))
+
+
+def one_by_one(model: Model) -> Model:
+    """The same model, whose layers run one by one and not scanned: on a CPU, where a scan copies the weights and the
+    cache of each layer out of their stacks for every token."""
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, scan=False))
+
+
+def apart(params: Tree) -> dict[str, Any]:
+    """The parameters with all layers as arrays of their own, for a loop over tokens in which they run one by one."""
+    return {
+        name: part if not isinstance(part, Mapping) else stack.apart(part) if name == "layers" else apart(part)
+        for name, part in params.items()
+    }
 
 
 def _held(spec: ParamSpec, dtype: str) -> ParamSpec:

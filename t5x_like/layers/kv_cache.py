@@ -63,7 +63,8 @@ class Ring:
     """The slots of all layers with one window. layers: their numbers in the stack, ascending.
 
     Keys and values are one array, for layers that run scanned, or a tuple of one a layer, for layers that run one by
-    one: on a CPU each then reads its own where it lies, without a copy out of a stack. Heads come before slots, because a tile of a TPU's memory then holds slots of one head, as attention wants them.
+    one: on a CPU each then reads its own where it lies, without a copy out of a stack. Heads come before slots, because
+    a tile of a TPU's memory then holds slots of one head, as attention wants them.
     """
 
     k: Any  # [n, B, K, S, H], or n times [B, K, S, H]

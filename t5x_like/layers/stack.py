@@ -66,6 +66,32 @@ class Segment:
         return self.period * self.repeats
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A weight of a group as one array a layer, for layers that run one by one inside of a loop over tokens: XLA's CPU
+    compiler would cut each out of its stack, a copy, again for every token."""
+
+    layers: tuple[jax.Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stack."""
+        return (len(self.layers), *self.layers[0].shape)
+
+
+def apart(weights: Tree) -> Tree:
+    """The stacks of a group as `Apart`: a copy of its weights."""
+    return jax.tree.map(lambda a: Apart(tuple(a[number] for number in range(a.shape[0]))), weights)
+
+
+def _at(weight: Any, layer: int | jax.Array) -> jax.Array:
+    if isinstance(weight, Apart):
+        assert isinstance(layer, int), "layers that are apart do not run scanned"
+        return weight.layers[layer]
+    return jax.lax.dynamic_index_in_dim(weight, layer, 0, keepdims=False)
+
+
 def segments(kinds: Sequence[Any]) -> tuple[Segment, ...]:
     """The segments of a stack: the periodic stretch that leaves the fewest layers to write out, then those around it.
 
@@ -207,9 +233,7 @@ def _picked(weights: Mapping[str, Tree], kinds: Sequence[Kind], segment: Segment
         for kind in period:
             number = before[kind.group] + repeat * strides[kind.group] + seen[kind.group]
             layers.append(
-                jax.tree.map(
-                    lambda a, n=number: jax.lax.dynamic_index_in_dim(a, n, 0, keepdims=False), weights[kind.group]
-                )
+                jax.tree.map(lambda a, n=number: _at(a, n), weights[kind.group], is_leaf=lambda a: isinstance(a, Apart))
             )
             seen[kind.group] += 1
         return layers

@@ -77,9 +77,9 @@ def _prepare(values: Values) -> dict[str, Any]:
     import numpy as np
 
     from t5x_like.commands import prepare
-    from t5x_like.commands.arguments import load_config
     from t5x_like.data.read.loader import open_data
     from t5x_like.runs import train
+    from t5x_like.runs.arguments import load_config
 
     with tempfile.TemporaryDirectory() as name:
         folder, text, results = pathlib.Path(name), TEXT.read_text(), {}

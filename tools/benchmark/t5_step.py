@@ -48,7 +48,7 @@ def _ours(values: Values) -> dict[str, Any]:
     for stack in (config.model.encoder, config.model.decoder):
         stack.update({"layers": s["layers"], "heads": s["heads"], "kv_heads": s["heads"], "mlp": s["mlp"]})
         stack.head_size = s["head_size"]
-    config.data.update({"features": "source_target", "batch_size": s["rows"]})
+    config.data.update({"features": "source_target", "packing": "single", "batch_size": s["rows"]})
     config.data.update({"length": s["length"], "encoder_length": s["source"]})
     return train_step.ours(config, _arrays(), values["steps"])
 
