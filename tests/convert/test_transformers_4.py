@@ -66,7 +66,7 @@ def test_both_versions_read_the_same(name, readings):
     tokens_4, tokens_5 = four.pop("tokens"), five.pop("tokens")
     del tokens_4[1], tokens_5[1]
     assert four == five and tokens_4 == tokens_5 and len(four["tensors"]) > 10
-    assert four["dtype"] == "float32" and four["config"]["bos_token_id"] is not None
+    assert four["dtype"] == "float32" and four["config"]["eos_token_id"] is not None
 
 
 def test_what_is_read_is_what_was_meant(readings):
