@@ -16,6 +16,8 @@ SHELL := /bin/bash
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Version 4 of transformers, which cannot stand beside 5: it reads what is converted (tests/convert). Without torch.
+OLD := .venv-transformers-4
 WORKERS ?= 2
 TESTS ?=
 WORKDIR ?= runs/tiny
@@ -26,7 +28,8 @@ ABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
 	"$$python" -c "$(ABLE)" 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: help train test install install-test check lint format types doctest nightly test-gpu gpu-wheels constraints clean
+.PHONY: help train test install install-test transformers-4 check lint format types doctest nightly test-gpu \
+	gpu-wheels constraints clean
 
 help:
 	@sed -n 's/^#   make /  make /p' Makefile
@@ -36,7 +39,7 @@ train: $(VENV)/.installed
 	@echo "a sample:"
 	@$(RUN) -m t5x_like generate $(WORKDIR) --prompt="ROMEO:" --temperature=0.8 --max_new_tokens=160
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(OLD)/.installed
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 $(TESTS)
 
 check: lint types doctest test
@@ -55,7 +58,7 @@ types: $(VENV)/.installed-test
 doctest: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -q --doctest-modules t5x_like
 
-nightly: $(VENV)/.installed-test
+nightly: $(VENV)/.installed-test $(OLD)/.installed
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 -m "not gpu and not tpu" $(TESTS)
 	$(RUN) tools/crash_test.py
 	$(RUN) tools/crash_test.py --processes=2 --devices=4
@@ -81,6 +84,7 @@ gpu-wheels: $(VENV)/.made
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
+transformers-4: $(OLD)/.installed
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "make: no Python from 3.11 to 3.14 with venv and ensurepip was found;" \
@@ -104,6 +108,12 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
+$(OLD)/.installed: | $(VENV)/.made
+	@echo "installing transformers 4 without torch into $(OLD) (half a minute)"
+	$(RUN) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check 'transformers==4.57.*' sentencepiece protobuf
+	@touch $@
+
 # Writes down what stands in .venv, after the suite has passed with it: versions alone, no build tags, no places.
 constraints: $(VENV)/.installed-test
 	{ echo "# Versions that the test suite has passed with on Python 3.11; made by \`make constraints\`."; \
@@ -112,4 +122,4 @@ constraints: $(VENV)/.installed-test
 	@touch $(VENV)/.installed $(VENV)/.installed-test
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) build *.egg-info .pytest_cache .ruff_cache

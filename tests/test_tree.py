@@ -11,6 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 IGNORED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "build"}
+IGNORED |= {".venv-transformers-4"}
 # Written in two parts so that this file passes its own test.
 MACHINE_PATHS = re.compile(r"(?<![\w.~$}])/(?:" + "work|home|root|Users|" + r"mnt|opt)/[\w.-]+")
 INDEX_HOSTS = re.compile("pypi" + r"\.org|python" + r"hosted\.org|download\.py" + r"torch\.org")

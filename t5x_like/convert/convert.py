@@ -113,7 +113,7 @@ def to_huggingface(
     settings = huggingface.settings(
         family, config, dtype=dtypes["embed/tokens"].name, token_ids=token_ids, name=config.family
     )
-    described = {name: (shape, dtypes[path]) for name, (shape, path) in mapping.described().items()}
+    described = {name: (shape, dtypes[path]) for name, (shape, path) in mapping.written().items()}
     with staged(target) as staging:
         streams.require_space(staging, sum(math.prod(s) * d.itemsize for s, d in described.values()))
         tokenizers.write(place.tokenizer, staging, name=config.family)

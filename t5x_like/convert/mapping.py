@@ -41,14 +41,16 @@ class Row:
 class Table:
     """rows: what is in both. ignored: regexes of names that hold nothing learned (buffers of masks and angles).
 
-    copies: name -> name of which it may be a copy, and is checked to be (heads that are tied to the embedding). prefix:
-    what all names begin with, unless the base model alone was saved.
+    copies: name -> name of which it may be a copy, and is checked to be (heads that are tied to the embedding).
+    written_copies: those of them that are written. prefix: what all names begin with, unless the base model alone was
+    saved.
     """
 
     rows: Sequence[Row]
     ignored: Sequence[str] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefix: str = ""
+    written_copies: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,11 @@ class ModelMap:
                 found.setdefault(tensor.name, (tensor.layout.shape, path))
         return found
 
+    def written(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """As `described`, with the copies that are written."""
+        found = self.described()
+        return found | {name: found[self.table.copies[name]] for name in self.table.written_copies}
+
     def chunk(self, path: str, itemsize: int) -> tuple[int, ...]:
         """The shape of the pieces, of at most BLOCK_BYTES, in which a leaf of ours is converted and stored.
 
@@ -161,7 +168,10 @@ class ModelMap:
         """Puts a region of our leaf into their tensors."""
         for tensor, index, kept in self.cut(path, region):
             piece = array[index][tuple(slice(end - begin) for begin, end in kept)]
-            target.write(tensor.name, tensor.layout.span(kept), tensor.layout.to_theirs(piece, kept))
+            theirs = tensor.layout.to_theirs(piece, kept)
+            copies = [name for name in self.table.written_copies if self.table.copies[name] == tensor.name]
+            for name in (tensor.name, *copies):
+                target.write(name, tensor.layout.span(kept), theirs)
 
 
 class Reading:

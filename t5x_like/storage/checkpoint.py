@@ -44,6 +44,7 @@ _CORRUPT = ".corrupt"
 _DELETING = ".deleting"
 _EVALUATION = "evaluation.json"
 _MOST_PARTS = 100  # of one save; each may have failed on its own
+CHUNK_BYTES = 16 << 20  # of an array in a file: what a reader of pieces (storage/streams.py) holds at least
 
 Keep = Callable[[Sequence[int], Mapping[int, Mapping[str, float]]], Collection[int]]
 
@@ -119,10 +120,13 @@ class Checkpoints:
         flat = {name: leaves.array_paths(item) for name, item in items.items()}
         # A metric that is no number can be no best one, and JSON has no NaN.
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        described, axes = self._note(step, items, flat, metadata), metadata.get("axes", {})
         parts: dict[str, Any] = {
-            name: ocp.args.PyTreeSave(tree.unflatten(arrays)) for name, arrays in flat.items() if arrays
+            name: ocp.args.PyTreeSave(tree.unflatten(arrays), save_args=_cut(arrays, axes.get(name, {})))
+            for name, arrays in flat.items()
+            if arrays
         }
-        parts[METADATA] = ocp.args.JsonSave(self._note(step, items, flat, metadata))
+        parts[METADATA] = ocp.args.JsonSave(described)
         try:
             self._writer.save(epath.Path(self._path(step)), args=ocp.args.Composite(**parts))
         except (OSError, ValueError, RuntimeError) as error:
@@ -313,6 +317,22 @@ class Checkpoints:
     def _read_metrics(self, step: int) -> dict[str, float]:
         later = self._path(step, _EVALUATION)
         return paths.read_json(later) if paths.exists(later) else read_metadata(self._path(step))["metrics"]
+
+
+def _cut(arrays: Mapping[str, Any], axes: Mapping[str, Sequence[str | None]]) -> dict[str, Any]:
+    """How Orbax cuts large arrays into chunks: layer by layer where there are layers, and to CHUNK_BYTES.
+
+    It cuts by divisors, the largest dim first: one that has few would fall apart into single rows, and stays whole.
+    """
+
+    def chunks(path: str, array: Any) -> ocp.SaveArgs:
+        if array.nbytes <= CHUNK_BYTES:
+            return ocp.SaveArgs()
+        layers = list(axes.get(path) or ())[:1] == ["layers"]
+        limit = CHUNK_BYTES if max(array.shape[layers:]) % 64 == 0 else None
+        return ocp.SaveArgs(chunk_byte_size=limit, shard_axes=(0,) if layers else ())
+
+    return tree.unflatten({path: chunks(path, array) for path, array in arrays.items()})
 
 
 def _is_main() -> bool:

@@ -9,8 +9,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from t5x_like.core import tree
 from t5x_like.core.errors import UserError
-from t5x_like.storage import leaves
+from t5x_like.storage import checkpoint, leaves, streams
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.model_directory import DamagedCheckpoint
 from tests.storage.quantized import CONSTRUCTORS, Quantized
@@ -245,3 +246,21 @@ def test_a_save_lists_the_checkpoints_once_and_reads_each_metadata_at_most_once(
         assert checkpoints.save(7, {"params": {"w": jnp.ones(2)}}, {}) and checkpoints.wait()
         assert counts == {"listings": 2, "metadata": 5}
         assert checkpoints.steps() == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_large_array_is_stored_layer_by_layer_and_in_small_chunks(tmp_path, monkeypatch):
+    """Whoever reads it a piece at a time never holds a whole array; whoever reads it whole gets the same bits."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 4096)
+    shapes = {"layers/up": (3, 64, 32), "layers/norm": (3, 64), "embed": (128, 96), "uneven": (131, 96)}
+    params = {path: jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) for path, shape in shapes.items()}
+    axes = {path: ["layers" if path.startswith("layers") else None] for path in shapes}
+    with Checkpoints(str(tmp_path), asynchronous=False) as checkpoints:
+        checkpoints.save(1, {"params": tree.unflatten(params)}, {"axes": {"params": axes}})
+        restored = checkpoints.restore(1, {"params": jax.tree.map(_abstract, tree.unflatten(params))})["params"]
+    assert_equal_bits(restored, tree.unflatten(params))
+    found = {path: leaf.chunk for path, leaf in streams.read_item(str(tmp_path / "1"), "params").items()}
+    assert found == {"layers/up": (1, 32, 32), "layers/norm": (3, 64), "embed": (32, 32), "uneven": (131, 96)}
+
+
+def _abstract(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)

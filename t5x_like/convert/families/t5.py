@@ -27,7 +27,9 @@ def table(config: ModelConfig) -> Table:
     copies = {f"{name}.embed_tokens.weight": "shared.weight" for name in config.stacks}
     # Stands in the first published files, and is read by no version of transformers.
     ignored = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
-    return Table(rows, ignored, {**copies, **tied})
+    # Version 4 scales the logits of every head that is tied: one without a scale is written as a head of its own.
+    written = tuple(tied) if config.head.scale == _PLAIN else ()
+    return Table(rows, ignored, {**copies, **tied}, written_copies=written)
 
 
 def _stack(name: str, stack: StackConfig) -> Iterator[Row]:
@@ -116,6 +118,6 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": decoder.norm_epsilon,
         "initializer_factor": config.init.std,
         "feed_forward_proj": ("gated-gelu" if name == "gelu_new" else f"gated-{name}") if decoder.gated else name,
-        "tie_word_embeddings": head.tied,
+        "tie_word_embeddings": head.tied and head.scale == _SCALED,
         "scale_decoder_outputs": head.scale == _SCALED,
     }

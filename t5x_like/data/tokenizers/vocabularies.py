@@ -180,11 +180,22 @@ def _load_folder(folder: pathlib.Path) -> Vocabulary:
     if (folder / "tokenizer.json").is_file():
         return load(str(folder / "tokenizer.json"))
     models = sorted(folder.glob("*.model"))
+    if not models and _is_bytes(folder / "tokenizer_config.json"):
+        return load("bytes")
     if len(models) != 1:
         raise UserError(
             f"tokenizer {folder}: needs {SETTINGS}, tokenizer.json or one *.model, has {len(models)} *.model"
         )
     return load(str(models[0]))
+
+
+def _is_bytes(settings: pathlib.Path) -> bool:
+    """Whether a folder of Hugging Face has the tokenizer of bytes, which has no other file; without sentinels."""
+    try:
+        content = json.loads(settings.read_text())
+        return content["tokenizer_class"] == "ByT5Tokenizer" and content["extra_ids"] == 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _load_saved(folder: pathlib.Path) -> Vocabulary:
