@@ -83,8 +83,9 @@ def test_a_run_of_format_1_is_resumed_to_the_same_bits(workdir):
 
 def test_a_config_file_goes_on_with_a_run_of_format_1(workdir):
     stored = json.loads((workdir / "config.json").read_text())
-    names = ("embed", "heads", "kv_heads", "head", "mlp", "vocab_multiple")
-    arguments = [f"--config.model.{name}={stored['model'][name]}" for name in names]
+    names = {"embed": "width", "vocab_multiple": "vocab_multiple"}  # as they were called -> as they are
+    names |= {name: f"decoder.{name}" for name in ("heads", "kv_heads", "mlp")} | {"head": "decoder.head_size"}
+    arguments = [f"--config.model.{now}={stored['model'][name]}" for name, now in names.items()]
     for section, fields in (("data", ("source", "validation", "batch_size")), ("loop", ("ema_decay",))):
         arguments += [f"--config.{section}.{name}={stored[section][name]}" for name in fields]
     command = ["train", "--config=configs/pretrain/test.py", f"--workdir={workdir}", "--check", *arguments]
@@ -96,7 +97,7 @@ def test_a_config_file_goes_on_with_a_run_of_format_1(workdir):
 
 
 def test_a_new_run_begins_with_parameters_of_format_1(tmp_path, capsys):
-    arguments = ["embed=16", "heads=2", "kv_heads=1", "mlp=32", "vocab_multiple=8"]
+    arguments = ["width=16", "decoder.heads=2", "decoder.kv_heads=1", "decoder.mlp=32", "vocab_multiple=8"]
     command = ["train", "--config=configs/pretrain/test.py", f"--workdir={tmp_path / 'new'}"]
     command += [f"--config.model.{argument}" for argument in arguments]
     command += [f"--config.checkpoint.init_from={SPECIMEN / 'run'}", "--config.loop.steps=1"]
