@@ -31,7 +31,7 @@ def _write(checkpoint: str, arrays: dict[str, np.ndarray]) -> None:
             leaf.write(region, piece)
             sums[path] += fingerprint.part(piece, [begin for begin, _ in region], leaf.shape)
     note = model_directory.note(
-        0,
+        step=0,
         arrays={"params": {p: {"shape": list(a.shape), "dtype": a.dtype.name} for p, a in arrays.items()}},
         kinds={"params": {}},
         fingerprints={"params": {path: value % 2**32 for path, value in sums.items()}},

@@ -8,7 +8,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from t5x_like.core import config as bridge
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.data.config import DataConfig
 from t5x_like.data.read.loader import Prefetch, open_data
 from tests.data import corpus
 
@@ -235,10 +237,9 @@ def test_prefetching_reads_ahead_in_one_other_thread_and_raises_where_it_belongs
     ],
 )
 def test_a_wrong_shape_is_named(world, change, expected):
-    import dataclasses
-
+    section = bridge.to_dict(world[0]) | change
     with pytest.raises(UsageError, match=expected):
-        open_data(dataclasses.replace(world[0], **change), cache_dir=str(world[1]), seed=0)
+        open_data(bridge.build(DataConfig, section, path="config.data"), cache_dir=str(world[1]), seed=0)
 
 
 def test_what_was_not_prepared_is_said(world, tmp_path):
