@@ -117,7 +117,6 @@ class LanguageModel:
             seed=seed,
             stop_id=self.vocabulary.eos_id,
             sources=sources,
-            compiler_options=READING.compiler_options.of(self.platform),
         )
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 

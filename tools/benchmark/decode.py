@@ -63,7 +63,6 @@ def _ours(values: Values) -> dict[str, Any]:
     with open_foreign(values["folder"]) as foreign:
         params = load_params(foreign, lambda _: wanted)
     prompts = _prompts(values["rows"]).tolist()
-    options = environment.READING.compiler_options.of("cpu")
 
     def generate() -> list[list[int]]:
         return decode.generate(
@@ -74,7 +73,6 @@ def _ours(values: Values) -> dict[str, Any]:
             sampling=GREEDY,
             seed=0,
             stop_id=None,
-            compiler_options=options,
         )
 
     return {"seconds": timing.seconds(generate, values["steps"], warmup=1), "tokens": generate()}
