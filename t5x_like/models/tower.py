@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
-from t5x_like.layers import kv_cache, stack
-from t5x_like.layers.biases import Alibi, Bias, Buckets, slopes
+from t5x_like.layers import stack
+from t5x_like.layers.attention import kv_cache
+from t5x_like.layers.attention.biases import Alibi, Bias, Buckets, slopes
 from t5x_like.layers.block import Block, BlockPlace, Memory, Rows, Shared
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.norms import NORMS

@@ -2,7 +2,7 @@
 
 Both are libraries' kernels; this file says when one can run, hands it the mask in its own words, and places the work:
 rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered. It
-is NOT the choice between paths (attention.py) and holds no mathematics of its own.
+is NOT the choice between paths (choice.py) and holds no mathematics of its own.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, H head size.
 """
@@ -18,9 +18,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash_library
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core.errors import UsageError
-from t5x_like.layers import biases
-from t5x_like.layers.biases import Bias
-from t5x_like.layers.masks import MaskSpec, allowed
+from t5x_like.layers.attention import biases
+from t5x_like.layers.attention.biases import Bias
+from t5x_like.layers.attention.masks import MaskSpec, allowed
 from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_names
 
 # Rows of queries and of keys that a TPU core holds at once, and of keys in one product. Longer blocks mean fewer passes

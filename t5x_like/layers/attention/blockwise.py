@@ -1,7 +1,7 @@
 """Attention in blocks of queries, for CPUs: keys that no query of a block may see are never multiplied.
 
-The backward pass is written out, as the compiler's own keeps and moves more. The choice between paths, and the one for
-masks that this cannot serve, are in attention.py.
+The backward pass is written out, as the compiler's own keeps and moves more. The choice between paths is in
+choice.py, the path for masks that this cannot serve in materialised.py.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K queries a kv head, H head size, b 1 or B.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
-from t5x_like.layers.masks import MASKED, NOTHING_SEEN, MaskSpec, allowed, at_least_something
+from t5x_like.layers.attention.masks import MASKED, NOTHING_SEEN, MaskSpec, allowed, at_least_something
 from t5x_like.layers.platform import matmul_precision
 from t5x_like.parallel.sharding import shards
 
