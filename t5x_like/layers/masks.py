@@ -62,6 +62,12 @@ class MaskSpec:
         """Whether positions are indices, so that whole blocks of the matrix are known to be empty in advance."""
         return self.q_positions_BT is None and self.k_positions_BS is None
 
+    def part(self, queries: slice, keys: slice) -> "MaskSpec":
+        """The mask of a block; `allowed` needs its q_start and k_start where positions are indices."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        cuts = {"_BT": queries, "_BS": keys}
+        return MaskSpec(**{k: v[:, cuts[k[-3:]]] if v is not None and k[-3:] in cuts else v for k, v in fields.items()})
+
     def tree_flatten(self):
         static = self.window if self.static_window else None
         traced = None if self.static_window else self.window
