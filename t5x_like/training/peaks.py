@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+
+from t5x_like.parallel import mesh
 
 # Dense bf16 FLOP/s of one jax device by device_kind (vendors' documentation). A TPU v7x chip shows two devices.
 PEAKS: tuple[tuple[str, float], ...] = (
@@ -46,8 +47,8 @@ def cpu_matmul_peak(
     """
     multiply = jax.jit(jnp.matmul, compiler_options=dict(compiler_options or {}) or None)
     best = math.inf
-    # A mesh of this device alone: jit refuses an array on one device where the mesh in context has more.
-    with jax.set_mesh(Mesh([device], ("one",))):
+    # jit refuses an array on one device where the mesh in context has more.
+    with jax.set_mesh(mesh.of_one(device)):
         matrix = jax.device_put(np.ones((size, size), np.float32), device)
         multiply(matrix, matrix).block_until_ready()
         for _ in range(repeats):
