@@ -86,10 +86,9 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def of_one(device: jax.Device) -> Mesh:
-    """A mesh of one device: a program of that device alone may be built under a larger mesh by `jax.set_mesh` of it."""
-    return Mesh(
-        np.array(device).reshape((1,) * len(MESH_AXES)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    """A mesh of one device: `jax.set_mesh` of it lets a program of that device be built under a larger mesh."""
+    shape = (1,) * len(MESH_AXES)
+    return Mesh(np.array(device).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
