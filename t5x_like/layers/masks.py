@@ -64,9 +64,10 @@ class MaskSpec:
 
     def part(self, queries: slice, keys: slice) -> "MaskSpec":
         """The mask of a block; `allowed` needs its q_start and k_start where positions are indices."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         cuts = {"_BT": queries, "_BS": keys}
-        return MaskSpec(**{k: v[:, cuts[k[-3:]]] if v is not None and k[-3:] in cuts else v for k, v in fields.items()})
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name[-3:] in cuts}
+        parts = {name: None if x is None else x[:, cuts[name[-3:]]] for name, x in arrays.items()}
+        return dataclasses.replace(self, **parts)
 
     def tree_flatten(self):
         static = self.window if self.static_window else None
