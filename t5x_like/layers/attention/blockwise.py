@@ -47,15 +47,21 @@ class Blocks:
         return [self._cut(start, min(start + size, self.q_length)) for start in starts]
 
     def _cut(self, start: int, end: int) -> tuple[slice, slice]:
-        first, last = 0, self.k_length
-        if not self.prefix:  # keys of a prefix may stand anywhere
-            if self.window is not None:
-                first = max(0, start - self.window + 1) // 64 * 64
-            if self.causal:
-                last = end
-            elif self.window is not None:
-                last = min(self.k_length, end + self.window - 1)
-        return slice(start, end), slice(min(first, last - 1), last)
+        if self.prefix:  # keys of a prefix may stand anywhere
+            return slice(start, end), slice(0, self.k_length)
+        return slice(start, end), keys_of(start, end, self.k_length, self.causal, self.window)
+
+
+def keys_of(start: int, end: int, k_length: int, causal: bool, window: int | None) -> slice:
+    """The keys that the queries from start to end may see."""
+    first, last = 0, k_length
+    if window is not None:
+        first = max(0, start - window + 1) // 64 * 64
+    if causal:
+        last = end
+    elif window is not None:
+        last = min(k_length, end + window - 1)
+    return slice(min(first, last - 1), last)
 
 
 def why_not(q_BTNH: Any, k_BSKH: Any, mask: MaskSpec, *, softcap: bool) -> str:

@@ -88,7 +88,12 @@ def attention_path(
             q_BTNH, k_BSKH, mask, softcap=softcap, bias=bias, compute_capability=compute_capability
         )
         if not why_not:
-            return "cudnn", "cuDNN's flash attention kernel"
+            blocks = kernels.cudnn_blocks(q_BTNH, k_BSKH, mask)
+            reason = "cuDNN's flash attention kernel"
+            return (
+                "cudnn",
+                reason if blocks == 1 else f"{reason}, its mask a matrix for each of {blocks} blocks of queries",
+            )
         reasons.append(f"no cuDNN: {why_not}")
     why_not = blockwise.why_not(q_BTNH, k_BSKH, mask, softcap=softcap)
     if not why_not:

@@ -28,7 +28,12 @@ def test_each_path_says_why_it_was_taken():
     assert path(short[0], k, spec(causal=False), platform="tpu")[0] == "blockwise"
     assert path(short[0], k, spec(), platform="tpu")[0] == "materialised"
     assert path(q, k, placed, platform="tpu")[0] == "materialised"
-    assert path(q, k, packed, platform="gpu")[0] == "cudnn"
+    assert path(q, k, packed, platform="gpu") == (
+        "cudnn",
+        "cuDNN's flash attention kernel, its mask a matrix for each of 2 blocks of queries",
+    )
+    odd = [jax.ShapeDtypeStruct((4, 4097, heads, 128), jnp.bfloat16) for heads in (8, 2)]
+    assert path(*odd, packed, platform="gpu")[0] == "blockwise"  # cuDNN refuses such a mask
     assert path(q, k, packed, platform="gpu", softcap=True) == (
         "materialised",
         "no cuDNN: a softcap; not blockwise: a softcap",
