@@ -175,7 +175,7 @@ class Tower:
             k_BSKH, v_BSKH = nnx.merge(self._layer[0], weights).cross.remember(memory.hidden_BSD)
             return k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
 
-        k_LBKSH, v_LBKSH = jax.lax.map(of_layer, params["layers"])
+        k_LBKSH, v_LBKSH = stack.over_layers(of_layer, params["layers"])
         segments_BS = memory.segments_BS
         if segments_BS is None:
             segments_BS = jnp.ones(memory.hidden_BSD.shape[:2], jnp.int32)
