@@ -103,8 +103,8 @@ def blockwise(q_BTNH, k_BSKH, v_BSKH, mask: MaskSpec, *, scale: float, bias_bNTS
     bias_bKGTS = None
     if bias_bNTS is not None:
         # Written out once: XLA's CPU compiler would look the bias up anew for every row, a tenth of a T5's step.
-        bias_bNTS = jax.lax.optimization_barrier(bias_bNTS)
-        bias_bKGTS = bias_bNTS.reshape(bias_bNTS.shape[0], K, N // K, *bias_bNTS.shape[2:])
+        once_bNTS: jax.Array = jax.lax.optimization_barrier(bias_bNTS)
+        bias_bKGTS = once_bNTS.reshape(once_bNTS.shape[0], K, N // K, *once_bNTS.shape[2:])
     marks = (q_segments_BT, None if alike else k_segments_BS, mask.k_prefix_BS)
     out_BKGTH: jax.Array = _over_blocks(blocks, q_BKGTH, k_BKSH, v_BKSH, bias_bKGTS, marks)
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
