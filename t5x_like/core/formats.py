@@ -11,7 +11,7 @@ from typing import Any
 
 from t5x_like.core.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,8 @@ _FEATURES = Change(
         "checkpoint.holds": "model",
     }
 )
+# An example that was longer than its row lost its end.
+_TRUNCATE = Change(adds={"data.truncate": {"rule": "end", "inputs": "left", "min_targets": 0}})
 # A run had one model.
 _ROLES = Change(adds={"roles": {}})
 # Format -> what it changed of the format before.
@@ -105,6 +107,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _FEATURES,
         _ROLES,
     ),
+    3: (_TRUNCATE,),
 }
 
 

@@ -209,7 +209,7 @@ class Workdir:
         if before != fingerprint:
             raise UserError(
                 f"{self.root}: the data has changed since the run was started (fingerprint {before[:12]}, now "
-                f"{fingerprint[:12]}); restore the source files, or use a new --workdir with "
+                f"{fingerprint[:12]}); restore the source files (or config.data.truncate), or use a new --workdir with "
                 f"--config.checkpoint.init_from={self.root}"
             )
 
