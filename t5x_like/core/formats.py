@@ -87,6 +87,8 @@ _FEATURES = Change(
         "checkpoint.holds": "model",
     }
 )
+# A bad record ended a run.
+_BAD_RECORDS = Change(adds={"data.on_bad_record": "stop", "data.max_bad_share": 0.01})
 # A run had one model.
 _ROLES = Change(adds={"roles": {}})
 # Format -> what it changed of the format before.
@@ -104,6 +106,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _STACKS,
         _FEATURES,
         _ROLES,
+        _BAD_RECORDS,
     ),
 }
 

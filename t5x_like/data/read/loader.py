@@ -303,6 +303,8 @@ def _facts(component: _Component) -> dict[str, Any]:
         "rows": size.rows,
         "truncated": component.reader.truncated,
         "skipped": tokens.skipped,
+        "bad": tokens.bad,
+        "empty_files": tokens.empty_files,
     }
 
 
