@@ -23,6 +23,8 @@ def data() -> dict:
             "rejected": "",
             "label": "",
         },
+        "on_bad_record": "stop",
+        "max_bad_share": 0.01,
         "preprocessors": (),
         "tokenizer": "bytes",
         "extra_ids": 0,

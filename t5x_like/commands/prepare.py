@@ -46,6 +46,8 @@ def summary(done: Any, cache_dir: str) -> str:
     sets = [*done.manifest.train.items(), *done.manifest.validation.items()]
     lines = [f"  {name:<12} {entry.folder}  {entry.source}" for name, entry in sets]
     skipped = f", {done.skipped} documents without a token" if done.skipped else ""
+    skipped += f", {done.bad} bad records left out" if done.bad else ""
+    skipped += f", {done.empty_files} empty files" if done.empty_files else ""
     return "\n".join(
         [
             f"{cache_dir}: {format_count(done.tokens)} tokens of {format_count(done.documents)} documents, "

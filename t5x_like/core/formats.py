@@ -89,6 +89,8 @@ _FEATURES = Change(
 )
 # An example that was longer than its row lost its end.
 _TRUNCATE = Change(adds={"data.truncate": {"rule": "end", "inputs": "left", "min_targets": 0}})
+# A bad record ended a run.
+_BAD_RECORDS = Change(adds={"data.on_bad_record": "stop", "data.max_bad_share": 0.01})
 # A run had one model.
 _ROLES = Change(adds={"roles": {}})
 # Format -> what it changed of the format before.
@@ -107,7 +109,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _FEATURES,
         _ROLES,
     ),
-    3: (_TRUNCATE,),
+    3: (_TRUNCATE, _BAD_RECORDS),
 }
 
 

@@ -8,6 +8,7 @@ import dataclasses
 from t5x_like.core.config import RESUME_MAY_CHANGE, nearest
 from t5x_like.core.errors import UsageError
 
+ON_BAD_RECORD = ("stop", "skip")
 PACKINGS = ("concatenate", "examples", "single")
 TRUNCATIONS = ("cut", "drop", "end")
 
@@ -35,6 +36,15 @@ class FieldsConfig:
         """The names as fingerprints of caches hold them: the later ones only where there are any."""
         names = list(dataclasses.astuple(self))
         return names if any(names[3:]) else names[:3]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are read of a record."""
+        if self.rejected:
+            return (self.prompt, self.chosen, self.rejected)
+        if self.targets:
+            return (self.inputs, self.targets)
+        return (self.text, self.label) if self.label else (self.text,)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -121,7 +131,10 @@ class TruncateConfig:
 class DataConfig:
     """Sources, tokenizer, held-out text and the shape of a batch.
 
-    source: `KIND:PATH`, KIND one of text, lines, jsonl, csv, parquet, tfds, seqio (docs/data.md); PATH may be a glob
+    source: `KIND:PATH`, KIND one of text, lines, jsonl, csv, parquet, arrow, tfds, seqio (docs/data.md); PATH is a
+        file, a folder, a glob or a list of these, local or gs://
+    on_bad_record: what happens at a record that cannot be used (no such field, null, not text, not UTF-8, not JSON):
+        "stop" names it, "skip" leaves it out and counts it; of a source at most max_bad_share of the records
     preprocessors: names in data/write/preprocessors.py, applied to every text in this order
     tokenizer: `bytes`, a path (tokenizer.json, SentencePiece model, or a folder), `train:bpe:SIZE`,
         `train:unigram:SIZE`, `train:sentencepiece:SIZE`, or `task` (the vocabulary of a SeqIO task)
@@ -152,6 +165,8 @@ class DataConfig:
     source: str
     mixture: MixtureConfig
     fields: FieldsConfig
+    on_bad_record: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+    max_bad_share: float = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     preprocessors: tuple[str, ...]
     tokenizer: str
     extra_ids: int
@@ -189,5 +204,10 @@ class DataConfig:
             raise UsageError(
                 f"{path}.validation_stride={self.validation_stride} should lie between 0 and length={self.length}"
             )
+        if self.on_bad_record not in ON_BAD_RECORD:
+            known = nearest(self.on_bad_record, ON_BAD_RECORD)
+            raise UsageError(f"{path}.on_bad_record={self.on_bad_record!r} is unknown; {known}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UsageError(f"{path}.max_bad_share={self.max_bad_share} should lie between 0 and 1")
         if self.packing not in PACKINGS:
             raise UsageError(f"{path}.packing={self.packing!r} is unknown; {nearest(self.packing, PACKINGS)}")

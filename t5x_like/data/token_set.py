@@ -16,6 +16,7 @@ import os
 import pathlib
 import resource
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -76,9 +77,18 @@ def _sections(columns: Sequence[str]) -> tuple[tuple[str, str | None, str], ...]
 
 
 def write_shard(
-    folder: pathlib.Path, index: int, batches: Iterable[Encoded], kind: str, *, columns: Sequence[str] = ()
+    folder: pathlib.Path,
+    index: int,
+    batches: Iterable[Encoded],
+    kind: str,
+    *,
+    columns: Sequence[str] = (),
+    notes: Callable[[], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """Writes shard number `index`, tokens of numpy type `kind`; returns and stores what its JSON says."""
+    """Writes shard number `index`, tokens of numpy type `kind`; returns and stores what its JSON says.
+
+    notes: more facts for that JSON, asked for after the last batch
+    """
     data = folder / f"{shard_name(index)}.bin"
     digest, written = hashlib.sha256(), 0
     sections: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _sections(columns)[1:]}
@@ -112,6 +122,7 @@ def write_shard(
         "size": written,
         "sha256": digest.hexdigest(),
     } | ({"columns": list(columns)} if columns else {})
+    facts |= notes()
     with _whole(folder / f"{shard_name(index)}.json") as file:
         file.write(paths.json_text(facts).encode())
     return facts
@@ -148,13 +159,21 @@ def shard_facts(folder: pathlib.Path, index: int) -> dict[str, Any] | None:
         return None
 
 
-def write_index(folder: pathlib.Path, *, fingerprint: str, kind: str, unit: str, shards: list[dict[str, Any]]) -> None:
-    """Declares a token set complete. `unit`: what document offsets count, "byte" or "record"."""
+def write_index(
+    folder: pathlib.Path,
+    *,
+    fingerprint: str,
+    kind: str,
+    unit: str,
+    shards: list[dict[str, Any]],
+    notes: Mapping[str, Any] = types.MappingProxyType({}),
+) -> None:
+    """Declares a token set complete. `unit`: what document offsets count, "byte" or "record"; notes: more facts."""
     total = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes", "skipped")}
     columns = {"columns": shards[0]["columns"]} if shards and "columns" in shards[0] else {}
     version = VERSION + 1 if columns else VERSION
     index = {"version": version, **columns, "fingerprint": fingerprint, "token_type": kind, "unit": unit, **total}
-    paths.write_json_atomic(str(folder / INDEX), index | {"shards": shards})
+    paths.write_json_atomic(str(folder / INDEX), index | dict(notes) | {"shards": shards})
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
@@ -218,7 +237,7 @@ def open_files() -> OpenFiles:
 
 
 class TokenSet:
-    """A complete token set, open for reading. `documents`, `tokens`, `text_bytes`, `skipped`: totals.
+    """A complete token set, open for reading. `documents`, `tokens`, `text_bytes`, `skipped`, `bad`: totals.
 
     `ends`, `inputs` and `columns` have one entry per document.
 
@@ -235,6 +254,8 @@ class TokenSet:
         self.documents: int = index["documents"]
         self.text_bytes: int = index["text_bytes"]
         self.skipped: int = index["skipped"]
+        self.bad: int = index.get("bad", {}).get("count", 0)
+        self.empty_files: int = index.get("empty_files", 0)
         self._type = np.dtype(index["token_type"])
         self._shards = [_Shard(folder, facts, self._type, files, verify=verify) for facts in index["shards"]]
         counts = np.array([[shard.tokens, shard.documents] for shard in self._shards], np.int64).reshape(-1, 2)

@@ -131,6 +131,8 @@ def _data(data: Mapping[str, Any]) -> dict[str, object]:
         rows[name] = (
             f"{facts['source']}: {format_count(facts['tokens'])} tokens of {format_count(facts['documents'])} "
             f"documents, {facts['share_of_rows']:.1%} of rows, {facts['epochs']:.2f} epochs in all steps"
+            + (f", {facts['bad']} bad records left out" if facts["bad"] else "")
+            + (f", {facts['empty_files']} empty files" if facts["empty_files"] else "")
         )
         if facts["cut"]:
             rows[f"note on {name}"] = f"{facts['cut']} (config.data.truncate)"

@@ -7,17 +7,20 @@ gs:// needs the extra [gcs]; nothing of it is imported before the first such pat
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from t5x_like.core.errors import UserError
+from t5x_like.storage.bucket_file import BucketFile
 
 _REMOTE = "gs://"
+_BLOCK = 5 << 20  # bytes of a request where a file in a bucket is read piece by piece
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 _CREDENTIALS = "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS naming a key file"
 
@@ -71,6 +74,39 @@ def list_names(directory: str) -> list[str]:
             return []
         found = {base_name(entry) for entry in files.ls(directory, detail=False)}
         return sorted(found - {"", base_name(directory)})
+
+
+def glob(pattern: str) -> list[str]:
+    """The objects and folders of a bucket that a gs:// pattern matches."""
+    with _clear_errors(pattern):
+        return [_REMOTE + name for name in _bucket_files().glob(pattern)]
+
+
+def size(path: str) -> int:
+    """Bytes of a file. FileNotFoundError where there is none."""
+    if not is_remote(path):
+        return os.path.getsize(path)
+    with _clear_errors(path):
+        return int(_bucket_files().info(path)["size"])
+
+
+def state(path: str) -> list[Any]:
+    """What changes when a file does, without reading it: the size, and the time (in a bucket: the checksum)."""
+    if not is_remote(path):
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
+    with _clear_errors(path):
+        facts = _bucket_files().info(path)
+    return [facts["size"], facts.get("md5Hash") or facts.get("crc32c") or facts.get("generation")]
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """A file for reading, which can seek; one in a bucket is fetched in blocks as it is read."""
+    if not is_remote(path):
+        return open(path, "rb")
+    with _clear_errors(path):
+        remote = _bucket_files().open(path, "rb", block_size=_BLOCK, cache_type="readahead")
+    return io.BufferedReader(BucketFile(remote, lambda: _clear_errors(path)), 1 << 18)
 
 
 def read_bytes(path: str) -> bytes:

@@ -335,6 +335,8 @@ def _facts(component: _Component) -> dict[str, Any]:
         "dropped": cut.dropped,
         "cut": str(cut) if cut else "",
         "skipped": tokens.skipped,
+        "bad": tokens.bad,
+        "empty_files": tokens.empty_files,
     }
 
 

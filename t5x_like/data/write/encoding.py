@@ -1,6 +1,6 @@
 """From documents to tokens: batches of texts through a vocabulary, with BOS, EOS, byte counts and places.
 
-One job, `encode_shard`, is what a worker of `prepare` runs: it reads pieces of a source and writes one shard.
+One job, `encode_shards`, is what a worker of `prepare` runs: it reads pieces of a source and writes a shard or more.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.data import token_set
 from t5x_like.data.config import PLAIN, FieldsConfig
 from t5x_like.data.tokenizers import long_texts, vocabularies
-from t5x_like.data.write import preprocessors, sources
+from t5x_like.data.write import bad_records, preprocessors, sources
 from t5x_like.data.write.preprocessors import Document
 from t5x_like.data.write.sources import Piece, Source, SourceFile
 
@@ -29,15 +29,27 @@ Placed = tuple[int, int, Document]  # number of the file, offset in it, document
 Report = Callable[[int], None]  # called with characters or records done since the last call
 
 
-def encode_shard(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Writes the shard a job of data/write/prepare.py describes; returns its facts."""
+def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
+    """Writes the shards a job of data/write/prepare.py describes, in one reading; returns their facts."""
     vocabulary = load_vocabulary(job["tokenizer"])
     plain = job["kind"] in ("text", "lines")
     columns = PLAIN.columns if plain else FieldsConfig(**job["fields"]).columns
-    batches = encode(_documents(job, report), vocabulary, columns=columns)
-    folder = pathlib.Path(job["folder"])
+    pieces = {index: [Piece(*piece) for piece in given] for index, given in job["shards"]}
+    wanted = () if plain else FieldsConfig(**job["fields"]).names
+
+    def read(file: int, begin: int, end: int) -> Iterator[sources.Record]:
+        return sources.read(job["kind"], job["files"][file], begin, end, name=job["name"], wanted=wanted)
+
+    cursor = sources.Cursor(read, [piece for given in pieces.values() for piece in given])
+    written = []
     with _rare_collections():
-        return token_set.write_shard(folder, job["index"], batches, job["token_type"], columns=columns)
+        for index, given in pieces.items():
+            tally = bad_records.Tally(job["kind"], job["files"], rule=job["on_bad_record"])
+            documents = _documents(job, cursor, given, tally, report)
+            batches = encode(documents, vocabulary, columns=columns)
+            place, kind = pathlib.Path(job["folder"]), job["token_type"]
+            written.append(token_set.write_shard(place, index, batches, kind, columns=columns, notes=tally.facts))
+    return written
 
 
 @contextlib.contextmanager
@@ -56,21 +68,30 @@ def load_vocabulary(path: str) -> vocabularies.Vocabulary:
     return vocabularies.load(path)
 
 
-def _documents(job: dict[str, Any], report: Report) -> Iterator[Placed]:
+def _documents(
+    job: dict[str, Any], cursor: sources.Cursor, pieces: Sequence[Piece], tally: bad_records.Tally, report: Report
+) -> Iterator[Placed]:
     fields = FieldsConfig(**job["fields"])
-    for file, begin, end in job["pieces"]:
-        piece = Piece(file, begin, end)
-        yield from _read_piece(
-            job["kind"], job["name"], job["files"][file], piece, fields, job["preprocessors"], report
-        )
+    for piece in pieces:
+        yield from _read_piece(job["kind"], cursor.records(piece), piece, fields, job["preprocessors"], tally, report)
 
 
 def read_pieces(
-    source: Source, files: Sequence[SourceFile], pieces: Iterable[Piece], fields: FieldsConfig, names: Sequence[str]
+    source: Source,
+    files: Sequence[SourceFile],
+    pieces: Iterable[Piece],
+    fields: FieldsConfig,
+    names: Sequence[str],
+    *,
+    on_bad_record: str = "stop",
 ) -> Iterator[Placed]:
     """The documents of some pieces of a native source, in order."""
+    tally = bad_records.Tally(source.kind, [file.path for file in files], rule=on_bad_record)
+    wanted = () if source.kind in ("text", "lines") else fields.names
     for piece in pieces:
-        yield from _read_piece(source.kind, source.name, files[piece.file].path, piece, fields, names, _no_report)
+        path = files[piece.file].path
+        records = sources.read(source.kind, path, piece.begin, piece.end, name=source.name, wanted=wanted)
+        yield from _read_piece(source.kind, records, piece, fields, names, tally, _no_report)
 
 
 def first_texts(documents: Iterable[Placed], limit: int) -> Iterator[str]:
@@ -95,19 +116,31 @@ def _no_report(amount: int) -> None:
 
 
 def _read_piece(
-    kind: str, name: str, path: str, piece: Piece, fields: FieldsConfig, names: Sequence[str], report: Report
+    kind: str,
+    records: Iterable[sources.Record],
+    piece: Piece,
+    fields: FieldsConfig,
+    names: Sequence[str],
+    tally: bad_records.Tally,
+    report: Report,
 ) -> Iterator[Placed]:
     """`report` gets the offsets passed."""
     done = piece.begin
     reading = PLAIN if kind in ("text", "lines") else fields
-    for record in sources.read(kind, path, piece.begin, piece.end, name=name):
+    for record in records:
         if record.offset - done > _REPORT_EVERY:
             report(record.offset - done)
             done = record.offset
-        try:
-            document = preprocessors.document(record.fields, reading, names)
-        except UserError as error:
-            raise UserError(f"{path}: {sources.unit(kind)} {record.offset}: {error}") from None
+        tally.records += 1
+        problem = record.problem
+        if not problem:
+            try:
+                document = preprocessors.document(record.fields, reading, names)
+            except UserError as error:
+                problem = str(error)
+        if problem:
+            tally.add(piece.file, record.offset, problem)
+            continue
         yield piece.file, record.offset, document
     report(piece.end - done)
 

@@ -19,6 +19,7 @@ from t5x_like.data import cache
 from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.write import sources, workers
+from t5x_like.data.write.records import BOM
 from t5x_like.data.write.sources import Source, SourceFile
 from t5x_like.storage import paths
 
@@ -73,7 +74,7 @@ def find(config: DataConfig, folder: pathlib.Path, pool: workers.Pool) -> Parts:
             if fraction:
                 raise UsageError(f"config.data.validation: a fraction cannot be cut off {source}; give a split of it")
             continue
-        whole = _native_part(source, where)
+        whole = _native_part(source, where, folder)
         train[name], held_out = _cut(whole, fraction, where) if fraction else (whole, None)
         if held_out is not None:
             validation["validation" if config.source else name] = held_out
@@ -84,7 +85,7 @@ def find(config: DataConfig, folder: pathlib.Path, pool: workers.Pool) -> Parts:
             described.append(vocabulary)
             validation = _named(found, "validation", several=True, where="")
         else:
-            validation["validation"] = _native_part(source, "config.data.validation")
+            validation["validation"] = _native_part(source, "config.data.validation", folder)
     known = sorted({name for name in described if name is not None})
     if len(known) > 1:
         raise UserError("config.data: the SeqIO tasks have different vocabularies; one model reads one")
@@ -113,9 +114,9 @@ def _fraction(validation: str) -> fractions.Fraction | None:
     return fraction
 
 
-def _native_part(source: Source, where: str) -> Part:
-    files = tuple(sources.files(source, where=where))
-    content = cache.digest([_content(source, file) for file in files])
+def _native_part(source: Source, where: str, folder: pathlib.Path) -> Part:
+    files = tuple(sources.files(source, where=where, memory=folder))
+    content = cache.digest(_contents(source, files, folder))
     return Part(source, files, 0, sum(file.measure for file in files), content, None)
 
 
@@ -126,19 +127,40 @@ def _cut(whole: Part, fraction: fractions.Fraction, where: str) -> tuple[Part, P
     return dataclasses.replace(whole, end=cut), dataclasses.replace(whole, begin=cut)
 
 
+def _contents(source: Source, files: tuple[SourceFile, ...], folder: pathlib.Path) -> list[Any]:
+    """The facts of all files; of files in a bucket those that the cache remembers while the bucket's facts stay."""
+    if not any(paths.is_remote(file.path) for file in files):
+        return [_content(source, file) for file in files]
+    states = [[file.path, *paths.state(file.path)] for file in files]
+    memory = folder / f"contents-{cache.digest([source.kind, states])[:16]}.json"
+    if memory.is_file():
+        return paths.read_json(str(memory))
+    found = [_content(source, file) for file in files]
+    paths.write_json_atomic(str(memory), found)
+    return found
+
+
 def _content(source: Source, file: SourceFile) -> list[Any]:
     """Facts that change when the content of a file does."""
     if source.kind == "tfds":
         inside = [path for path in sorted(pathlib.Path(file.path).iterdir()) if path.is_file()]
         return [source.name, *([path.name, _hash(str(path))] for path in inside)]
-    return [file.size, _hash(file.path)]
+    return [paths.size(file.path), _hash(file.path), *_marked(source, file)]
+
+
+def _marked(source: Source, file: SourceFile) -> list[str]:
+    """Of text that begins with a byte order mark, which earlier versions took for a part of it."""
+    if source.kind not in ("text", "lines") or file.starts is not None:
+        return []
+    with paths.open_binary(file.path) as opened:
+        return ["without byte order mark"] * (opened.read(len(BOM)) == BOM)
 
 
 def _hash(path: str) -> str:
-    digest, size = hashlib.sha256(), os.path.getsize(path)
-    with open(path, "rb") as file:
+    digest, size = hashlib.sha256(), paths.size(path)
+    with paths.open_binary(path) as file:
         if size <= _HASH_WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         for part in range(64):
             file.seek(part * (size - (1 << 20)) // 63)
             digest.update(file.read(1 << 20))

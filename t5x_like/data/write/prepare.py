@@ -16,7 +16,7 @@ from t5x_like.core.errors import UsageError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import tokenizer_training, vocabularies
-from t5x_like.data.write import encoding, parts, preprocessors, sources, workers
+from t5x_like.data.write import bad_records, encoding, parts, preprocessors, sources, workers
 from t5x_like.data.write.parts import Part, Parts
 from t5x_like.storage import paths
 
@@ -49,13 +49,19 @@ Report = Callable[[Training | Writing], None]
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What the cache now holds for a config; `shards_written`, with so much text, by this call in `seconds`."""
+    """What the cache now holds for a config; `shards_written`, with so much text, by this call in `seconds`.
+
+    skipped: documents without a token; bad: records left out; bad_places: a line for each of the first of them
+    """
 
     manifest: cache.Manifest
     documents: int
     tokens: int
     text_bytes: int
     skipped: int
+    empty_files: int
+    bad: int
+    bad_places: tuple[str, ...]
     shards_written: int
     text_bytes_written: int
     seconds: float
@@ -94,10 +100,20 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Pre
     return Prepared(
         manifest,
         *totals,
+        empty_files=sum(index.get("empty_files", 0) for index in indexes),
+        bad=sum(index.get("bad", {"count": 0})["count"] for index in indexes),
+        bad_places=tuple(_bad_places(entries, indexes)),
         shards_written=len(written),
         text_bytes_written=sum(shard["text_bytes"] for shard in written),
         seconds=time.monotonic() - started,
     )
+
+
+def _bad_places(entries: list[cache.SetEntry], indexes: list[dict[str, Any]]) -> list[str]:
+    found: list[str] = []
+    for entry, index in zip(entries, indexes, strict=True):
+        found += bad_records.lines(index, entry.source.partition(":")[0], entry.files)
+    return found[: bad_records.FIRST]
 
 
 def _write(
@@ -179,7 +195,9 @@ def _training_texts(config: DataConfig, given: list[Part], limit: int) -> Iterat
     """Texts of each part from its begin, up to `limit` bytes of each."""
     for part in given:
         pieces = sources.pieces(part.source.kind, part.files, part.begin, part.end)
-        documents = encoding.read_pieces(part.source, part.files, pieces, config.fields, config.preprocessors)
+        documents = encoding.read_pieces(
+            part.source, part.files, pieces, config.fields, config.preprocessors, on_bad_record=config.on_bad_record
+        )
         yield from encoding.first_texts(documents, limit)
 
 
@@ -210,7 +228,7 @@ def _write_sets(
     kind = token_set.token_type(vocabulary.size)
     folders: list[str] = []
     todo: list[tuple[str, dict[str, Any], float]] = []
-    plans: list[tuple[str, str, list[dict[str, Any]]]] = []
+    plans: list[tuple[Part, str, int]] = []
     for part in given:
         fingerprint = cache.digest(
             [
@@ -227,16 +245,18 @@ def _write_sets(
         paths.make_directory(str(place))
         token_set.remove_leftovers(place)
         function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind)
-        plans.append((fingerprint, sources.unit(part.source.kind), jobs))
+        plans.append((part, fingerprint, len(jobs)))
         weight = sum(file.size for file in part.files) / max(sum(file.measure for file in part.files), 1)
-        todo += [(function, job, weight) for job in jobs if token_set.shard_facts(place, job["index"]) is None]
+        missing = [job for job in jobs if token_set.shard_facts(place, job["index"]) is None]
+        todo += [(function, job, weight) for job in _joined(function, missing, part)]
         folders.append(place.name)
     written = _run(todo, pool, config.workers, report)
-    for name, (fingerprint, unit, jobs) in zip(folders, plans, strict=True):
+    for name, (part, fingerprint, count) in zip(folders, plans, strict=True):
         place = folder / name
-        shards = [token_set.shard_facts(place, job["index"]) for job in jobs]
+        shards = [facts for index in range(count) if (facts := token_set.shard_facts(place, index)) is not None]
         token_set.remove_leftovers(place)  # of a killed writer that was still in the kernel at the start
-        token_set.write_index(place, fingerprint=fingerprint, kind=kind, unit=unit, shards=[s for s in shards if s])
+        notes, unit = _notes(config, part, shards), sources.unit(part.source.kind)
+        token_set.write_index(place, fingerprint=fingerprint, kind=kind, unit=unit, shards=shards, notes=notes)
     return folders, written
 
 
@@ -260,8 +280,9 @@ def _jobs(
         "files": [file.path for file in part.files],
         "fields": dataclasses.asdict(config.fields),
         "preprocessors": list(config.preprocessors),
+        "on_bad_record": config.on_bad_record,
     }
-    return "encode_shard", [
+    return "encode_shards", [
         {
             **job,
             "index": index,
@@ -272,11 +293,35 @@ def _jobs(
     ]
 
 
+def _joined(function: str, jobs: list[dict[str, Any]], part: Part) -> list[dict[str, Any]]:
+    """The jobs of missing shards, those joined that would read much of a file again (`sources.chains`)."""
+    if function != "encode_shards":
+        return jobs
+    groups = [[sources.Piece(*piece) for piece in job["pieces"]] for job in jobs]
+    return [
+        {name: value for name, value in jobs[chain[0]].items() if name != "pieces"}
+        | {
+            "shards": [(jobs[index]["index"], jobs[index]["pieces"]) for index in chain],
+            "size": sum(jobs[index]["size"] for index in chain),
+        }
+        for chain in sources.chains(part.files, groups)
+    ]
+
+
+def _notes(config: DataConfig, part: Part, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What an index says of bad records and of empty files, where there are any. UserError for too many bad ones."""
+    files = [file.path for file in part.files]
+    rule, share = config.on_bad_record, config.max_bad_share
+    bad_records.check(shards, part.source.kind, files, rule=rule, share=share, where=str(part.source))
+    empty = sum(not file.measure for file in part.files) if part.begin == 0 else 0
+    return bad_records.total(shards) | ({"empty_files": empty} if empty else {})
+
+
 def _run(
     todo: list[tuple[str, dict[str, Any], float]], pool: workers.Pool, size: int, report: Report | None
 ) -> list[dict[str, Any]]:
     """Runs jobs, few small ones in this process; the facts of their shards."""
-    native = [(job, weight) for function, job, weight in todo if function == "encode_shard"]
+    native = [(job, weight) for function, job, weight in todo if function == "encode_shards"]
     tasks = [job for function, job, _ in todo if function == "encode_task_shard"]
     total = int(sum(job["size"] * weight for job, weight in native))
     read, examples = 0.0, 0
@@ -295,10 +340,10 @@ def _run(
 
     if native and (size == 1 or total < _INLINE_BYTES):
         written = [
-            encoding.encode_shard(job, lambda amount, weight=weight: tell_bytes(weight, amount))
+            encoding.encode_shards(job, lambda amount, weight=weight: tell_bytes(weight, amount))
             for job, weight in native
         ]
     else:
         jobs = [job for job, _ in native]
-        written = pool.run("encode_shard", jobs, lambda index, amount: tell_bytes(native[index][1], amount))
-    return written + pool.run("encode_task_shard", tasks, tell_examples)
+        written = pool.run("encode_shards", jobs, lambda index, amount: tell_bytes(native[index][1], amount))
+    return [facts for shards in written for facts in shards] + pool.run("encode_task_shard", tasks, tell_examples)

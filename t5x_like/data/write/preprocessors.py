@@ -24,6 +24,7 @@ class Document(NamedTuple):
     label: int = 0
 
 
+_MISSING = object()
 PREPROCESSORS: dict[str, Callable[[str], str]] = {
     "strip": str.strip,
     "nfc": lambda text: unicodedata.normalize("NFC", text),
@@ -69,11 +70,11 @@ def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str])
 
 
 def _label(record: dict[str, Any], name: str) -> int:
-    value = record.get(name)
+    value = _value(record, name)
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if type(number) is int and 0 <= number < 1 << 31:
         return number
-    if name not in record:
+    if value is _MISSING:
         raise UserError(f"no field {name!r} among {', '.join(record)}; set config.data.fields.label")
     raise UserError(f"field {name!r} should be a class, a whole number from 0, is {value!r:.60}")
 
@@ -92,9 +93,27 @@ def _check_unicode(text: str, name: str) -> None:
 
 
 def _field(record: dict[str, Any], name: str, kind: str) -> str:
-    value = record.get(name)
+    value = _value(record, name)
     if isinstance(value, str):
         return value
-    if name not in record:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"field {name!r} is not UTF-8 at byte {error.start}") from None
+    if value is _MISSING:
         raise UserError(f"no field {name!r} among {', '.join(record)}; set config.data.fields.{kind}")
-    raise UserError(f"field {name!r} should be a text, is {value!r:.60}")
+    found = "null" if value is None else f"{value!r:.60}"
+    raise UserError(f"field {name!r} should be a text, is {found}")
+
+
+def _value(record: dict[str, Any], name: str) -> Any:
+    """The value of a field, or of one within others (`doc.text`)."""
+    if name in record:
+        return record[name]
+    value: Any = record
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _MISSING
+        value = value[part]
+    return value

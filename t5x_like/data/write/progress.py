@@ -1,6 +1,7 @@
 """`prepare` with its progress on the terminal, for whoever starts it there."""
 
 import sys
+from collections.abc import Iterator
 
 from t5x_like.core.terminal import Progress, StatusLine, format_bytes
 from t5x_like.data.config import DataConfig
@@ -26,6 +27,18 @@ def show_progress(config: DataConfig, cache_dir: str) -> Prepared:
             shown.popitem()[1].close()
 
     try:
-        return prepare(config, cache_dir, report=report)
+        done = prepare(config, cache_dir, report=report)
     finally:
         end()
+    for line in left_out(done):
+        StatusLine(sys.stderr).print(f"prepare: {line}")
+    return done
+
+
+def left_out(done: Prepared) -> Iterator[str]:
+    """What of the sources is not in the cache, and the places of the first bad records."""
+    if done.empty_files:
+        yield f"{done.empty_files} empty files"
+    if done.bad:
+        yield f"{done.bad} bad records are left out (config.data.on_bad_record=skip); the first:"
+        yield from (f"  {place}" for place in done.bad_places)

@@ -1,26 +1,28 @@
 """Sources named in a config (`jsonl:PATH`, ...): which files, how they are divided, and the records in them.
 
 A record is a dict of fields with its place (file, offset). Offsets are bytes for text, lines, jsonl and csv, and
-record numbers for parquet and tfds. A `Piece` is a range of offsets of one file; a record belongs to the piece in
-which it begins, so any division of a file gives the same records. Nothing here imports TensorFlow; the adapter of
-SeqIO is data/write/tasks.py.
+record numbers for parquet, arrow and tfds. A `Piece` is a range of offsets of one file; a record belongs to the piece
+in which it begins, so any division of a file gives the same records. The readers are text_readers.py, csv_reader.py
+and table_readers.py. Nothing here imports TensorFlow; the adapter of SeqIO is data/write/tasks.py.
 """
 
-import csv
+import bisect
+import concurrent.futures
 import dataclasses
-import glob
-import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 from t5x_like.core.config import nearest
+from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.data import cache
+from t5x_like.data.write import content, csv_reader, table_readers, text_readers
+from t5x_like.data.write.records import MissingSource, Reader, Record, SourceFile
+from t5x_like.storage import paths, patterns
 
+__all__ = ["MissingSource", "Piece", "Record", "Source", "SourceFile", "divide", "files", "parse", "pieces", "read"]
 
-class MissingSource(UserError):
-    """The files of a source are not on this machine; a complete cache of them can still be read."""
+_READ_TWICE = 8  # a job begins anew where that reads no more than this part of it twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,31 +38,12 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """A file (tfds: folder and split) of `measure` bytes or records that take `size` bytes on disk."""
-
-    path: str
-    measure: int
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Piece:
     """The records of file number `file` of a source that begin at offsets in [begin, end)."""
 
     file: int
     begin: int
     end: int
-
-
-class Record(NamedTuple):
-    """A dict of fields and where it begins."""
-
-    offset: int
-    fields: dict[str, Any]
-
-
-Reader = Callable[[str, int, int], Iterator[Record]]
 
 
 def parse(text: str, *, where: str) -> Source:
@@ -80,14 +63,25 @@ def parse(text: str, *, where: str) -> Source:
     return Source(kind, rest, "")
 
 
-def files(source: Source, *, where: str) -> list[SourceFile]:
-    """The files of a native source in order of name. UserError for none, an empty one, or an unreadable one."""
+def files(source: Source, *, where: str, memory: pathlib.Path | None = None) -> list[SourceFile]:
+    """The files of a native source. UserError for none, or where all are empty, or one is unreadable.
+
+    Empty files are among them, with measure 0. memory: a folder that remembers how long compressed files are
+    """
+    place = f"{where}={source}"
     if source.kind == "tfds":
-        return [_tfds_file(source, where)]
-    paths = sorted(glob.glob(source.path, recursive=True)) if glob.has_magic(source.path) else [source.path]
-    if not paths:
-        raise MissingSource(f"{where}={source}: no file has a name like this")
-    return [_file(source.kind, path, where) for path in paths]
+        return [table_readers.tfds_file(paths.normal(source.path), source.name, where=place)]
+    try:
+        names = _names(source, place)
+    except UserError as error:
+        if not paths.is_remote(source.path):
+            raise
+        raise MissingSource(str(error)) from None  # a bucket that cannot be reached: the cache may be enough
+    found = _measured(source.kind, names, memory)
+    if not any(file.measure for file in found):
+        which = f"all {len(found)} files are empty" if len(found) > 1 else "the file is empty"
+        raise UserError(f"{names[0]}: {which}; {where} needs text")
+    return found
 
 
 def divide(kind: str, sizes: Sequence[SourceFile], begin: int, end: int, target: int) -> list[list[Piece]]:
@@ -101,7 +95,8 @@ def divide(kind: str, sizes: Sequence[SourceFile], begin: int, end: int, target:
         low, high = max(begin, first) - first, min(end, first + file.measure) - first
         first += file.measure
         weight = file.size / max(file.measure, 1)
-        step = max(int(target / max(weight, 1e-9)), 1) if KINDS[kind].divisible else high - low
+        divisible = KINDS[kind].divisible or file.starts is not None
+        step = max(int(target / max(weight, 1e-9)), 1) if divisible else high - low
         while low < high:
             stop = min(low + step, high)
             groups[-1].append(Piece(index, low, stop))
@@ -118,240 +113,164 @@ def pieces(kind: str, sizes: Sequence[SourceFile], begin: int, end: int) -> list
     return [piece for group in divide(kind, sizes, begin, end, 1 << 62) for piece in group]
 
 
-def read(kind: str, path: str, begin: int, end: int, *, name: str) -> Iterator[Record]:
-    """The records of a file that begin in [begin, end)."""
-    return KINDS[kind].read(f"{path}\n{name}" if kind == "tfds" else path, begin, end)
+def chains(files: Sequence[SourceFile], groups: Sequence[Sequence[Piece]]) -> list[list[int]]:
+    """The indices of consecutive groups that are best read in one go: elsewhere little would be read twice.
+
+    What is read twice is what lies between a group's first offset and the place before it at which reading may begin
+    (`SourceFile.starts`). Depends on files and groups alone; what the groups hold does not depend on it.
+    """
+    result: list[list[int]] = []
+    size = 0.0
+    for index, group in enumerate(groups):
+        first, before = group[0], groups[index - 1][-1] if index else None
+        joined = before is not None and (before.file, before.end) == (first.file, first.begin)
+        if result and joined and _twice(files[first.file], first.begin) * _READ_TWICE > size:
+            result[-1].append(index)
+        else:
+            result.append([index])
+            size = 0.0
+        size += sum((piece.end - piece.begin) * _weight(files[piece.file]) for piece in group)
+    return result
+
+
+def _twice(file: SourceFile, offset: int) -> float:
+    if file.starts is None:
+        return 0.0
+    place = bisect.bisect_right(file.starts, offset) - 1
+    return (offset - file.starts[max(place, 0)]) * _weight(file)
+
+
+def _weight(file: SourceFile) -> float:
+    return file.size / max(file.measure, 1)
+
+
+class Cursor:
+    """The records of pieces, which are asked for in order; pieces that follow each other are read in one go."""
+
+    def __init__(self, read: Callable[[int, int, int], Iterator[Record]], pieces: Sequence[Piece]):
+        """`read(file, begin, end)` opens a file anew."""
+        self._read = read
+        self._ends: dict[Piece, int] = {}
+        for piece, after in zip(reversed(pieces), [None, *reversed(pieces)], strict=False):
+            joined = after is not None and (after.file, after.begin) == (piece.file, piece.end)
+            self._ends[piece] = self._ends[after] if joined else piece.end
+        self._at: tuple[int, int] | None = None
+        self._records: Iterator[Record] = iter(())
+        self._next: Record | None = None
+
+    def records(self, piece: Piece) -> Iterator[Record]:
+        if self._at != (piece.file, piece.begin):
+            self._records, self._next = self._read(piece.file, piece.begin, self._ends[piece]), None
+        self._at = (piece.file, piece.end)
+        while (record := self._next or next(self._records, None)) is not None:
+            self._next = None
+            if record.offset >= piece.end:
+                self._next = record
+                return
+            yield record
+
+
+def read(kind: str, path: str, begin: int, end: int, *, name: str, wanted: tuple[str, ...] = ()) -> Iterator[Record]:
+    """The records of a file that begin in [begin, end), of tables with the fields that are wanted (all where none)."""
+    return KINDS[kind].read(f"{path}\n{name}" if kind == "tfds" else path, begin, end, wanted)
 
 
 def unit(kind: str) -> str:
     """What offsets of this kind count: "byte" or "record"."""
-    return "record" if kind in ("parquet", "tfds", "seqio") else "byte"
+    return KINDS[kind].unit
 
 
-_USUAL_NAMES = {"text": "*.txt", "lines": "*.txt", "jsonl": "*.jsonl", "csv": "*.csv", "parquet": "*.parquet"}
+def _names(source: Source, place: str) -> list[str]:
+    for part in patterns.parts(source.path):
+        if not patterns.expand(part, inside=lambda folder: [folder]):
+            several = patterns.is_pattern(part)
+            raise MissingSource(f"{place}: no file has a name like this" if several else f"{place}: no such file")
+    return patterns.expand(source.path, inside=lambda folder: _inside(source.kind, folder, place))
 
 
-def _file(kind: str, path: str, where: str) -> SourceFile:
-    if os.path.isdir(path):
-        raise UserError(f"{where}={kind}:{path}: is a folder; give {os.path.join(path, _USUAL_NAMES[kind])}")
-    if not os.path.isfile(path):
-        raise MissingSource(f"{where}={kind}:{path}: no such file")
+_TEXT_NAMES = ("", ".gz", ".zst", ".bz2", ".xz")
+_NAMES = {
+    "text": (".txt", ".md", ".tar", ".tgz"),
+    "lines": (".txt",),
+    "jsonl": (".jsonl", ".json", ".ndjson"),
+    "csv": (".csv", ".tsv"),
+    "parquet": (".parquet", ".pq"),
+    "arrow": (".arrow",),
+}
+
+
+def _inside(kind: str, folder: str, where: str) -> list[str]:
+    """The files of a folder that are named as this kind is, without those whose path holds a hidden name."""
+    if kind == "arrow" and (saved := table_readers.arrow_files(folder, where)) is not None:
+        return saved
+    endings = _NAMES[kind] if unit(kind) == "record" else tuple(a + b for a in _NAMES[kind] for b in _TEXT_NAMES)
+    found = [
+        paths.join(folder, *name.split("/"))
+        for name in sorted(paths.tree_files(folder))
+        if name.lower().endswith(endings) and not any(part.startswith((".", "_")) for part in name.split("/"))
+    ]
+    if not found:
+        usual = ", ".join(f"*{name}" for name in _NAMES[kind])
+        raise MissingSource(f"{where}: is a folder without a file named {usual}; give {paths.join(folder, '*')}")
+    return found
+
+
+def _measured(kind: str, names: list[str], memory: pathlib.Path | None) -> list[SourceFile]:
+    """The files, several at a time: a compressed one is read through, unless `memory` knows it."""
     try:
-        with open(path, "rb"):
-            size = os.path.getsize(path)
+        states = [[name, *paths.state(name)] for name in names]
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    measure = KINDS[kind].measure(path) if size else 0
-    if not measure:
-        raise UserError(f"{path}: the file is empty; {where} needs text")
-    return SourceFile(path, measure, size)
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+    known = memory / f"files-{cache.digest([kind, states])[:16]}.json" if memory is not None else None
+    if known is not None and known.is_file():
+        facts = paths.read_json(str(known))
+        return [
+            SourceFile(name, measure, size, None if starts is None else tuple(starts))
+            for name, (measure, size, starts) in zip(names, facts, strict=True)
+        ]
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        found = list(pool.map(lambda name: _file(kind, name), names))
+    if known is not None and any(paths.is_remote(file.path) or file.starts == (0,) for file in found):
+        paths.write_json_atomic(str(known), [[file.measure, file.size, file.starts] for file in found])
+    return found
 
 
-def _decode(content: bytes, path: str, offset: int) -> str:
+def _file(kind: str, path: str) -> SourceFile:
     try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise UserError(
-            f"{path}: byte {content[error.start]:#04x} at offset {at} is not UTF-8; convert the file (iconv -t utf-8)"
-        ) from None
-
-
-# text: one document a file, cut (for held-out text) where a character begins
-
-
-def _read_text(path: str, begin: int, end: int) -> Iterator[Record]:
-    record = _text_record(path, begin, end)
-    if record is not None:
-        yield record
-
-
-def _text_record(path: str, begin: int, end: int) -> Record | None:
-    """A function of its own, so that the bytes of a large file are gone while its text is used."""
-    with open(path, "rb") as file:
-        file.seek(begin)
-        content = file.read(end - begin + 3)  # a character that straddles the end has at most 3 more bytes
-    first = _character_start(content, 0) if begin else 0
-    last = min(_character_start(content, end - begin), len(content))
-    if last <= first:
-        return None
-    return Record(begin + first, {"text": _decode(content[first:last], path, begin + first)})
-
-
-def _character_start(content: bytes, at: int) -> int:
-    """The first position from `at` on where a UTF-8 character begins (continuation bytes are 10xxxxxx)."""
-    while at < len(content) and content[at] & 0xC0 == 0x80:
-        at += 1
-    return at
-
-
-# lines, jsonl: records end at "\n" alone, since texts may hold U+2028 or U+0085
-
-
-def _lines(path: str, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line without its end) of every line that begins in [begin, end)."""
-    with open(path, "rb") as file:
-        offset = begin
-        if begin:
-            file.seek(begin - 1)
-            offset = begin - 1 + len(file.readline())  # through the end of the line that begins before
-        for line in file:
-            if offset >= end:
-                return
-            yield offset, line.removesuffix(b"\n")
-            offset += len(line)
-
-
-def _read_lines(path: str, begin: int, end: int) -> Iterator[Record]:
-    for offset, line in _lines(path, begin, end):
-        yield Record(offset, {"text": _decode(line, path, offset).removesuffix("\r")})
-
-
-def _read_jsonl(path: str, begin: int, end: int) -> Iterator[Record]:
-    for offset, line in _lines(path, begin, end):
-        text = _decode(line, path, offset)
-        if not text.strip():
-            continue
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:  # the latter for what is nested very deep
-            raise UserError(f"{path}: the line at byte {offset} is not JSON ({error}): {text[:60]!r}") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}: the line at byte {offset} should be a JSON object, is {text[:60]!r}")
-        yield Record(offset, fields)
-
-
-# csv: a field may span lines, so a file is always read from its beginning
-
-
-def _read_csv(path: str, begin: int, end: int) -> Iterator[Record]:
-    position = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal position
-        with open(path, "rb") as file:
-            for line in file:
-                text = _decode(line, path, position)
-                position += len(line)
-                yield text.removeprefix("\ufeff") if position == len(line) else text
-
-    rows = csv.reader(counted(), strict=True)
-    csv.field_size_limit(1 << 30)
-    try:
-        header = next(rows)
-        twice = [name for index, name in enumerate(header) if name and name in header[:index]]
-        if twice:
-            raise UserError(f"{path}: the header names {twice[0]!r} twice; give each column a name of its own")
-        while True:
-            offset = position
-            values = next(rows, None)
-            if values is None or offset >= end:
-                return
-            if offset < begin or not values:
-                continue
-            if len(values) != len(header):
-                raise UserError(f"{path}: the row at byte {offset} has {len(values)} fields, the header {len(header)}")
-            yield Record(offset, dict(zip(header, values, strict=True)))
-    except csv.Error as error:
-        raise UserError(f"{path}: not csv before byte {position} ({error})") from None
-
-
-# parquet, tfds: offsets are record numbers
-
-
-def _read_parquet(path: str, begin: int, end: int) -> Iterator[Record]:
-    file, first = _parquet(path), 0
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if first < end and first + rows > begin:
-            for index, fields in enumerate(_row_group(file, path, group), first):
-                if begin <= index < end:
-                    yield Record(index, fields)
-        first += rows
-
-
-def _row_group(file: Any, path: str, group: int) -> list[dict[str, Any]]:
-    import pyarrow
-
-    try:
-        return file.read_row_group(group).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # a damaged page; a text that is none
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: row group {group} cannot be read ({reason}); copy or write the file again") from None
-
-
-def _parquet(path: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _tfds(folder: str, split: str) -> Any:
-    """A random-access data source over an ArrayRecord folder, which tfds reads without TensorFlow."""
-    try:
-        import tensorflow_datasets
-    except ImportError:
-        raise UserError("tfds: sources need tensorflow-datasets; pip install 't5x_like[data]'") from None
-    try:
-        builder: Any = tensorflow_datasets.builder_from_directory(folder)
-        return builder.as_data_source(split)
-    except Exception as error:  # tfds raises many kinds for a wrong folder, split or format
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"tfds:{folder}:{split}: not readable as an ArrayRecord data set ({text[0]})") from None
-
-
-def _tfds_file(source: Source, where: str) -> SourceFile:
-    if not os.path.isdir(source.path):
-        raise MissingSource(f"{where}={source}: no such folder")
-    records = len(_tfds(source.path, source.name))
-    parts = pathlib.Path(source.path).glob("*array_record*")
-    size = sum(part.stat().st_size for part in parts if f"-{source.name.partition('[')[0]}." in part.name)
-    if not records:
-        raise UserError(f"{where}={source}: the split is empty")
-    return SourceFile(source.path, records, size)
-
-
-def _read_tfds(path: str, begin: int, end: int) -> Iterator[Record]:
-    folder, split = path.split("\n")
-    data = _tfds(folder, split)
-    for first in range(begin, end, 256):
-        chunk = range(first, min(first + 256, end))
-        for index, fields in zip(chunk, data.__getitems__(list(chunk)), strict=True):
-            yield Record(index, {key: _plain(value, path, index) for key, value in fields.items()})
-
-
-def _plain(value: Any, path: str, index: int) -> Any:
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{path.splitlines()[0]}: record {index} is not UTF-8") from None
-    return value
+        if not paths.size(path):
+            return SourceFile(path, 0, 0)
+        if kind == "parquet":
+            return table_readers.parquet_file(path)
+        if kind == "arrow":
+            return table_readers.arrow_file(path)
+        packed = bool(content.compression(path))
+        size = content.length(path)
+        sequential = content.is_tar(path) if kind == "text" else packed
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    return SourceFile(path, size, size, (0,) if sequential else None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How to read records, how to measure a file, and whether it can be read from the middle."""
+    """How to read records, whether offsets count bytes or records, and whether plain files may be cut anywhere."""
 
     read: Reader
-    measure: Callable[[str], int]
+    unit: str
     divisible: bool
 
 
-def _no_reader(path: str, begin: int, end: int) -> Iterator[Record]:
+def _no_reader(path: str, begin: int, end: int, wanted: tuple[str, ...]) -> Iterator[Record]:
     raise UserError(f"seqio:{path} is read by data/write/tasks.py")
 
 
 KINDS = {
-    "text": Kind(_read_text, os.path.getsize, False),
-    "lines": Kind(_read_lines, os.path.getsize, True),
-    "jsonl": Kind(_read_jsonl, os.path.getsize, True),
-    "csv": Kind(_read_csv, os.path.getsize, False),
-    "parquet": Kind(_read_parquet, lambda path: _parquet(path).metadata.num_rows, True),
-    "tfds": Kind(_read_tfds, lambda path: 0, True),
-    "seqio": Kind(_no_reader, lambda path: 0, True),
+    "text": Kind(text_readers.read_text, "byte", False),
+    "lines": Kind(text_readers.read_lines, "byte", True),
+    "jsonl": Kind(text_readers.read_jsonl, "byte", True),
+    "csv": Kind(csv_reader.read_csv, "byte", False),
+    "parquet": Kind(table_readers.read_parquet, "record", True),
+    "arrow": Kind(table_readers.read_arrow, "record", True),
+    "tfds": Kind(table_readers.read_tfds, "record", True),
+    "seqio": Kind(_no_reader, "record", True),
 }

@@ -22,8 +22,8 @@ from typing import IO, Any
 from t5x_like.core.errors import UserError
 from t5x_like.data.write import encoding, tasks
 
-FUNCTIONS: dict[str, Callable[[dict[str, Any], encoding.Report], dict[str, Any]]] = {
-    "encode_shard": encoding.encode_shard,
+FUNCTIONS: dict[str, Callable[[dict[str, Any], encoding.Report], Any]] = {
+    "encode_shards": encoding.encode_shards,
     "describe_task": tasks.describe,
     "task_rates": tasks.rates,
     "encode_task_shard": tasks.encode_shard,
@@ -46,14 +46,12 @@ class Pool:
         for worker in self._all:
             worker.end()
 
-    def run(
-        self, function: str, jobs: Sequence[dict[str, Any]], report: Callable[[int, int], None]
-    ) -> list[dict[str, Any]]:
+    def run(self, function: str, jobs: Sequence[dict[str, Any]], report: Callable[[int, int], None]) -> list[Any]:
         """Results in the order of the jobs; `report` gets (job, amount done). After an error no job is begun."""
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(jobs)):
             todo.put(index)
-        results: list[dict[str, Any]] = [{} for _ in jobs]
+        results: list[Any] = [None for _ in jobs]
         errors: list[BaseException] = []
         lock, stopped = threading.Lock(), threading.Event()
 
@@ -111,7 +109,7 @@ class _Worker:
             env=environment,
         )
 
-    def run(self, function: str, job: dict[str, Any], report: encoding.Report) -> dict[str, Any]:
+    def run(self, function: str, job: dict[str, Any], report: encoding.Report) -> Any:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:

@@ -345,7 +345,10 @@ def test_an_error_in_a_worker_is_the_same_line(tmp_path):
     config = corpus.config(source=f"jsonl:{tmp_path}/a.jsonl", workers=2)
     with child(config, tmp_path / "cache", stderr=subprocess.PIPE) as process:
         message = process.communicate()[1].strip().splitlines()[-1]
-    assert message.endswith("a.jsonl: byte 14: field 'text' should be a text, is 3")
+    assert message.endswith(
+        "a.jsonl:2 (byte 14): field 'text' should be a text, is 3; mend it, or leave such records out: "
+        "config.data.on_bad_record=skip"
+    )
 
 
 def test_half_a_surrogate_pair_is_named_and_can_be_replaced(tmp_path):
@@ -354,7 +357,7 @@ def test_half_a_surrogate_pair_is_named_and_can_be_replaced(tmp_path):
     config = corpus.config(source=f"jsonl:{tmp_path}/a.jsonl")
     with pytest.raises(UserError) as caught:
         prepare.prepare(config, str(tmp_path / "cache"), report=None)
-    assert f"{tmp_path}/a.jsonl: byte 14: field 'text' holds a lone surrogate" in str(caught.value)
+    assert f"{tmp_path}/a.jsonl:2 (byte 14): field 'text' holds a lone surrogate" in str(caught.value)
     assert "'replace_surrogates'" in str(caught.value) and str(caught.value).isascii()
     replaced = dataclasses.replace(config, preprocessors=("replace_surrogates",))
     prepare.prepare(replaced, str(tmp_path / "cache"), report=None)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.write import sources
+from t5x_like.data.write import bad_records, sources
 from tests.data import corpus
 
 TEXTS = [text.replace("\n", " ") for text in corpus.paragraphs(30)]
@@ -35,7 +35,12 @@ def path(tmp_path_factory):
 
 
 def records(kind, path, begin, end):
-    return [(record.offset, record.fields["text"]) for record in sources.read(kind, path, begin, end, name="")]
+    found = []
+    for record in sources.read(kind, path, begin, end, name="", wanted=("text",)):
+        if record.problem:
+            raise UserError(f"{bad_records.place(kind, path, record.offset)}: {record.problem}")
+        found.append((record.offset, record.fields["text"]))
+    return found
 
 
 def measure(kind, path):
@@ -110,12 +115,12 @@ def test_several_files_are_read_in_order_of_name(tmp_path):
     [
         ("text", b"good \xff bad", "offset 5 is not UTF-8"),
         ("lines", b"one\ntwo \xc3\n", "offset 8 is not UTF-8"),
-        ("jsonl", b'{"text": "a"}\n{"text": \n', "line at byte 14 is not JSON"),
-        ("jsonl", b'["a"]\n', "line at byte 0 should be a JSON object"),
+        ("jsonl", b'{"text": "a"}\n{"text": \n', r":2 \(byte 14\): the line is not JSON"),
+        ("jsonl", b'["a"]\n', r":1 \(byte 0\): the line should be a JSON object"),
         ("jsonl", b'{"text": "a"}\n\xff\n', "offset 14 is not UTF-8"),
-        ("jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "line at byte 14 is not JSON"),
+        ("jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r":2 \(byte 14\): the line is not JSON"),
         ("csv", b"text,n,text\na,1,b\n", "the header names 'text' twice"),
-        ("csv", b"text,n\na,1\nb\n", "row at byte 11 has 1 fields, the header 2"),
+        ("csv", b"text,n\na,1\nb\n", r":3 \(byte 11\): the row has 1 fields, the header 2"),
         ("csv", b'text,n\n"a,1\n', "not csv"),
         ("parquet", b"PAR1 no", "not a Parquet file"),
         ("text", b"", "the file is empty"),
@@ -146,16 +151,17 @@ def test_a_damaged_page_of_parquet_is_one_line_with_path_and_row_group(path, tmp
     assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_text_of_parquet_that_is_not_utf_8_is_one_line_with_path_and_row_group(tmp_path):
+def test_a_text_of_parquet_that_is_not_utf_8_is_one_line_with_path_and_record(tmp_path):
     texts = pyarrow.array([b"good", b"bad \xff"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match="row group 0 cannot be read.*utf-8") as caught:
+    with pytest.raises(UserError, match="record 1: a text is not UTF-8") as caught:
         records("parquet", str(tmp_path / "bad.parquet"), 0, 2)
     assert str(tmp_path / "bad.parquet") in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_folder_given_as_text_says_how_to_name_its_files(tmp_path):
-    with pytest.raises(UserError, match=f"text:{tmp_path}: is a folder; give {tmp_path}/\\*.txt"):
+def test_a_folder_without_a_file_of_its_kind_says_which_names_it_looked_for(tmp_path):
+    (tmp_path / "a.csv").write_text("text")
+    with pytest.raises(UserError, match=f"text:{tmp_path}: is a folder without a file named .*txt.*give {tmp_path}/"):
         sources.files(sources.parse(f"text:{tmp_path}", where="source"), where="source")
 
 
