@@ -11,7 +11,7 @@ from typing import Any
 
 from t5x_like.core.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,8 @@ _FEATURES = Change(
 )
 # A run had one model.
 _ROLES = Change(adds={"roles": {}})
+# A run began with parameters alone.
+_BRANCH = Change(adds={"checkpoint.branch_from": None})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -105,6 +107,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _FEATURES,
         _ROLES,
     ),
+    3: (_BRANCH,),
 }
 
 
