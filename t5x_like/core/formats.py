@@ -93,6 +93,8 @@ _TRUNCATE = Change(adds={"data.truncate": {"rule": "end", "inputs": "left", "min
 _BAD_RECORDS = Change(adds={"data.on_bad_record": "stop", "data.max_bad_share": 0.01})
 # A run had one model.
 _ROLES = Change(adds={"roles": {}})
+# A run began with parameters alone.
+_BRANCH = Change(adds={"checkpoint.branch_from": None})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -109,7 +111,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _FEATURES,
         _ROLES,
     ),
-    3: (_TRUNCATE, _BAD_RECORDS),
+    3: (_TRUNCATE, _BAD_RECORDS, _BRANCH),
 }
 
 

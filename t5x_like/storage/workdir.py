@@ -169,7 +169,7 @@ class Workdir:
             raise UsageError(
                 f"{self.root} holds a run of another config ({shown}{more}); a resume may change "
                 f"{', '.join(may_change)}. For a new run from these parameters, use a new --workdir with "
-                f"--config.checkpoint.init_from={self.root}"
+                f"--config.checkpoint.init_from={self.root}, or with branch_from to take optimizer state and step too"
             )
         return changes
 

@@ -77,9 +77,9 @@ BAD_CONFIG = {
     ),
     "an empty file": (["--config.data.source=text:{files}/empty.txt"], 1, "empty.txt: the file is empty"),
     "a workdir of another config": (
-        ["--workdir={finished}", "--config.optim.learning_rate=0.5"],
+        ["--workdir={finished}", "--config.optim.weight_decay=0.5"],
         2,
-        "config.optim.learning_rate: 0.01 -> 0.5",
+        "config.optim.weight_decay: 0.0 -> 0.5",
     ),
     "parameters of another tokenizer": (
         [
