@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 wrong use, 75 preempted and saved (start again)
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,13 +31,22 @@ _USAGE = "usage: t5x_like COMMAND ...\n\ncommands (t5x_like COMMAND --help says 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    if arguments is None:
-        arguments = sys.argv[1:]
-        if arguments[:1] == ["train"]:
-            environment.restart_without_tcache()
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # generated text has characters that an encoding may lack
-    arguments = list(arguments)
+    if arguments is not None:
+        return _run(list(arguments))
+    given = sys.argv[1:]
+    if given[:1] == ["train"]:
+        environment.restart_without_tcache()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # generated text has characters that an encoding may lack
+    status = _run(given)
+    try:
+        sys.stdout.flush()
+    except OSError:  # its terminal or pipe has gone: without this Python exits with a status of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else UsageError.exit_status
