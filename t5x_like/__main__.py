@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from t5x_like import __version__
 from t5x_like.core import environment
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
@@ -25,7 +26,7 @@ COMMANDS = {
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_USAGE = "usage: t5x_like COMMAND ...\n\ncommands (t5x_like COMMAND --help says more):\n" + "\n".join(
+_USAGE = "usage: t5x_like COMMAND ...\n\ncommands (COMMAND --help says more; --version):\n" + "\n".join(
     f"  {name:<10}{text}" for name, text in COMMANDS.items()
 )
 
@@ -50,6 +51,9 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else UsageError.exit_status
+    if arguments == ["--version"]:
+        print(f"t5x_like {__version__}")
+        return 0
     command, *rest = arguments
     try:
         if command not in COMMANDS:
