@@ -20,7 +20,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.models.config import ModelConfig
 from t5x_like.storage import paths
 
-_FILE = "checkpoint"
+FILE = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
 _ARRAY = 1  # flax's extension type of an array
 _NAMES = {
@@ -81,7 +81,7 @@ class Tensors:
 
 def is_checkpoint(path: str) -> bool:
     """Whether a file is such a msgpack, or a folder holds one: it begins with a map that has a short text as key."""
-    place = os.path.join(path, _FILE) if os.path.isdir(path) else path
+    place = os.path.join(path, FILE) if os.path.isdir(path) else path
     if not os.path.isfile(place):
         return False
     with open(place, "rb") as file:
@@ -91,7 +91,7 @@ def is_checkpoint(path: str) -> bool:
 
 def read(path: str) -> tuple[dict[str, Any], Tensors]:
     """(fields of our model's section, the tensors). The msgpack file is held whole, without the optimizer's arrays."""
-    folder, place = (path, os.path.join(path, _FILE)) if os.path.isdir(path) else (os.path.dirname(path), path)
+    folder, place = (path, os.path.join(path, FILE)) if os.path.isdir(path) else (os.path.dirname(path), path)
     content = paths.read_bytes(place)
     try:
         unpacked = msgpack.unpackb(content, ext_hook=_extension, raw=False, strict_map_key=False)
