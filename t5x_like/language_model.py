@@ -27,7 +27,7 @@ from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
 from t5x_like.inference.score import TOKENS_PER_BATCH, score
-from t5x_like.inference.weights import in_dtype
+from t5x_like.inference.weights import for_decoding, in_dtype
 from t5x_like.layers.scoring.head import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
@@ -53,6 +53,10 @@ class LanguageModel:
     def platform(self) -> str:
         """Of the devices that hold the parameters."""
         return next(iter(jax.tree.leaves(self.params)[0].devices())).platform
+
+    @functools.cached_property
+    def _for_decoding(self) -> tuple[Model, Tree]:
+        return for_decoding(self.model, self.params)
 
     @property
     def has_encoder(self) -> bool:
@@ -109,8 +113,7 @@ class LanguageModel:
         self._check_prompt(max(map(len, sources or tokens)))
         self._check_length(max(map(len, tokens)), max_new_tokens, beyond_max_length)
         new = decode.generate(
-            self.model,
-            self.params,
+            *self._for_decoding,
             tokens,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p),

@@ -16,4 +16,5 @@ def checkpoint() -> dict:
         "init_from": placeholder(str),
         "init_select": (".*",),
         "holds": "model",
+        "branch_from": placeholder(str),
     }

@@ -39,6 +39,7 @@ def data() -> dict:
         "start_token": "pad",
         "span_corruption": {"noise_density": 0.15, "mean_span_length": 3.0},
         "packing": "concatenate",
+        "truncate": {"rule": "cut", "inputs": "left", "min_targets": 0},
         "attend_across_documents": False,
         "prefix": False,
         "prefetch": 2,

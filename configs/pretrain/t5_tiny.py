@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.data.update({"validation": "0.1", "batch_size": 16})
     config.optim.update({"name": "muon", "learning_rate": 5e-3, "weight_decay": 0.1})
     config.optim.schedule.update({"name": "linear", "warmup_steps": 20})
-    config.loop.update({"steps": 1000, "log_every_steps": 10})
-    config.evaluate.every_steps = 500
-    config.checkpoint.every_steps = 500
+    config.loop.update({"steps": 700, "log_every_steps": 10})
+    config.evaluate.every_steps = 350
+    config.checkpoint.every_steps = 350
     return config

@@ -24,6 +24,8 @@ def run(arguments: Sequence[str]) -> int:
     config, _ = load_config(config_arguments)
 
     from t5x_like.data.config import DataConfig
+    from t5x_like.data.read import features
+    from t5x_like.data.read.loader import cuts
     from t5x_like.data.write.progress import show_progress
     from t5x_like.storage import paths
 
@@ -31,7 +33,10 @@ def run(arguments: Sequence[str]) -> int:
     if not (data.cache or options.workdir):
         raise UsageError("t5x_like prepare: give --workdir=DIR, or --config.data.cache=DIR")
     cache_dir = data.cache or paths.join(paths.normal(options.workdir), "cache")
+    features.check(data)
     print(summary(show_progress(data, cache_dir), cache_dir))
+    for name, cut in cuts(data, cache_dir=cache_dir).items():
+        print(f"  {name:<12} {cut} (config.data.truncate)")
     return 0
 
 

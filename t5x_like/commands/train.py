@@ -8,7 +8,8 @@ Exit status 75: the run was asked to stop and has saved; start it again.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         raise UsageError(f"--workdir={options.workdir} holds no config.json to resume; give --config=FILE")
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
-    threads = workdirs.recorded_threads(options.workdir)
+    threads = workdirs.recorded_threads(options.workdir) or _threads_of_branch(config)
     in_force = environment.apply(runtime, recorded_threads=threads)
 
     from t5x_like.runs import training_run
@@ -38,6 +39,15 @@ def run(arguments: Sequence[str]) -> int:
 
     request = Request(**vars(options))
     return training_run.run(request, config=config, overrides=overrides, stored=stored, environment=in_force)
+
+
+def _threads_of_branch(config: Mapping[str, Any]) -> int | None:
+    """The thread count of the run that a new one branches from, for equal bits; None where that is not known."""
+    from t5x_like.storage import model_directory
+    from t5x_like.storage import workdir as workdirs
+
+    given = section(config, "checkpoint").get("branch_from")
+    return workdirs.recorded_threads(model_directory.split(given)[0]) if isinstance(given, str) else None
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

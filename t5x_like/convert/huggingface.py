@@ -102,8 +102,8 @@ class ShardedTensors:
             found.update(file.described())
         return found
 
-    def read(self, name: str, span: Span) -> np.ndarray:
-        return self._files[name].read(name, span)
+    def read(self, name: str, span: Span, *, reuse: bool = False) -> np.ndarray:
+        return self._files[name].read(name, span, reuse=reuse)
 
 
 def read_object(path: str) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from t5x_like.convert.families import llama
 from t5x_like.convert.mapping import Row, Table
 from t5x_like.convert.safetensors import FileTensors, opened
+from t5x_like.convert.settings import Settings
 from t5x_like.core.errors import UserError
 from t5x_like.models.config import ModelConfig
 
@@ -80,7 +82,8 @@ def open_checkpoint(path: str) -> Iterator[tuple[dict[str, Any], FileTensors]]:
             raise UserError(
                 f"{path} has {total:,} bytes, expected {offset:,} by its header; it is damaged or truncated"
             )
-        yield _section(width, mlp, layers, heads, kv_heads, vocab, length, tied), FileTensors(path, tensors, descriptor)
+        section = _section(path, width, mlp, layers, heads, kv_heads, vocab, length, tied)
+        yield section, FileTensors(path, tensors, descriptor)
 
 
 def _shapes(width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -123,20 +126,18 @@ def _version_1(shapes: dict[str, tuple[int, ...]], layers: int, tied: bool) -> _
 
 
 def _section(
-    width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, length: int, tied: bool
+    path: str, width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, length: int, tied: bool
 ) -> dict[str, Any]:
-    return {
+    said = {
         "vocab_size": vocab,
-        "max_length": length,
-        "width": width,
-        "decoder": {
-            "layers": layers,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_size": width // heads,
-            "mlp": mlp,
-            "norm_epsilon": 1e-5,
-            "rope": {"theta": (10_000.0,)},
-        },
-        "head": {"tied": tied},
+        "max_position_embeddings": length,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": tied,
     }
+    return llama.section(Settings(said, path, ()))

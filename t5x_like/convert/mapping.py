@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import ml_dtypes  # noqa: F401  (numpy learns the names of bfloat16 and its kin)
 import numpy as np
 
+from t5x_like.convert import scratch
 from t5x_like.convert.layout import Layout, Span, parse
 from t5x_like.core.errors import UserError
 from t5x_like.storage.streams import Region
@@ -83,8 +84,8 @@ class Source(Protocol):
         """name -> (shape, dtype)."""
         ...
 
-    def read(self, name: str, span: Span) -> np.ndarray:
-        """The box of a tensor, in the shape of the box."""
+    def read(self, name: str, span: Span, *, reuse: bool = False) -> np.ndarray:
+        """The box of a tensor, in the shape of the box. reuse: it may lie where this thread's next read goes."""
         ...
 
 
@@ -187,10 +188,16 @@ class Reading:
         self.dtypes = self._checked(given)
 
     def read(self, path: str, region: Region) -> np.ndarray:
-        """A region of our leaf. Raises UserError for a number that is not finite."""
-        result = np.zeros([end - begin for begin, end in region], self.dtypes[path])
+        """A region of our leaf, in memory that this thread's next call overwrites.
+
+        Raises UserError for a number that is not finite.
+        """
+        result = scratch.array("ours", [end - begin for begin, end in region], self.dtypes[path])
+        leaf = self._mapping.leaves[path]
+        if leaf.shape != leaf.logical:
+            result[...] = 0
         for tensor, index, kept in self._mapping.cut(path, region):
-            found = self._source.read(self._names[tensor.name], tensor.layout.span(kept))
+            found = self._source.read(self._names[tensor.name], tensor.layout.span(kept), reuse=True)
             if not all_finite(found):
                 raise UserError(
                     f"{self._source.where}: {self._names[tensor.name]!r} holds NaN or infinity; it is no trained model"

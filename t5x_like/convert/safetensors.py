@@ -14,7 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from t5x_like.convert import scratch
 from t5x_like.convert.layout import Span
+from t5x_like.convert.mapping import copy
 from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
 
@@ -50,10 +52,10 @@ class FileTensors:
     def described(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {name: (shape, dtype) for name, (shape, dtype, _) in self._tensors.items()}
 
-    def read(self, name: str, span: Span) -> np.ndarray:
+    def read(self, name: str, span: Span, *, reuse: bool = False) -> np.ndarray:
         _, dtype, offset = self._tensors[name]
         starts, length = span.runs()
-        array = np.empty(span.shape, dtype)
+        array = scratch.array("theirs", span.shape, dtype) if reuse else np.empty(span.shape, dtype)
         rest = array.reshape(-1).view(np.uint8).data
         for start in starts:
             run, rest = rest[: length * dtype.itemsize], rest[length * dtype.itemsize :]
@@ -152,7 +154,11 @@ class Writer:
     def write(self, name: str, span: Span, array: np.ndarray) -> None:
         dtype, offset = self._tensors[name]
         starts, length = span.runs()
-        rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        if not array.flags.c_contiguous:
+            ordered = scratch.array("theirs", array.shape, array.dtype)
+            copy(array, ordered)
+            array = ordered
+        rest = array.reshape(-1).view(np.uint8).data
         with paths.writing(self._path):
             for start in starts:
                 run, rest = rest[: length * dtype.itemsize], rest[length * dtype.itemsize :]

@@ -71,7 +71,8 @@ class Tensors:
             for name, array in self._arrays.items()
         }
 
-    def read(self, name: str, span: Span) -> np.ndarray:
+    def read(self, name: str, span: Span, *, reuse: bool = False) -> np.ndarray:
+        del reuse
         array = self._arrays[name]
         if isinstance(array, ts.TensorStore):
             array = array.read().result()  # whole: they were cut to fit a host

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from t5x_like.convert import scratch
 from t5x_like.convert.mapping import ModelMap, Reading, Target, all_finite
 from t5x_like.core.errors import UserError
 from t5x_like.storage import fingerprint
@@ -64,7 +65,8 @@ def from_native(
     def move(job: tuple[str, Region]) -> tuple[str, int]:
         path, region = job
         leaf = leaves[path]
-        piece = np.ascontiguousarray(leaf.read(region))
+        piece = scratch.array("ours", [end - begin for begin, end in region], leaf.dtype)
+        leaf.read_into(piece, region)
         value = fingerprint.part(piece, [begin for begin, _ in region], leaf.shape)
         if not all_finite(piece):
             raise UserError(f"{where}: {path!r} holds NaN or infinity; take an earlier checkpoint")

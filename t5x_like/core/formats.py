@@ -11,7 +11,7 @@ from typing import Any
 
 from t5x_like.core.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,14 @@ _FEATURES = Change(
         "checkpoint.holds": "model",
     }
 )
+# An example that was longer than its row lost its end.
+_TRUNCATE = Change(adds={"data.truncate": {"rule": "end", "inputs": "left", "min_targets": 0}})
 # A bad record ended a run.
 _BAD_RECORDS = Change(adds={"data.on_bad_record": "stop", "data.max_bad_share": 0.01})
 # A run had one model.
 _ROLES = Change(adds={"roles": {}})
+# A run began with parameters alone.
+_BRANCH = Change(adds={"checkpoint.branch_from": None})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -106,8 +110,8 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _STACKS,
         _FEATURES,
         _ROLES,
-        _BAD_RECORDS,
     ),
+    3: (_TRUNCATE, _BAD_RECORDS, _BRANCH),
 }
 
 

@@ -10,6 +10,7 @@ from t5x_like.core.errors import UsageError
 
 ON_BAD_RECORD = ("stop", "skip")
 PACKINGS = ("concatenate", "examples", "single")
+TRUNCATIONS = ("cut", "drop", "end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,33 @@ T5_NOISE = SpanCorruptionConfig(noise_density=0.15, mean_span_length=3.0)  # wha
 
 
 @dataclasses.dataclass(frozen=True)
+class TruncateConfig:
+    """What becomes of an example that is longer than its row.
+
+    rule: "cut": inputs give way until `min_targets` tokens of the targets have room, targets lose their end; "drop":
+        it is left out; "end": what is behind the row is lost, targets first (the rule of runs of formats 1 and 2)
+    inputs: where "cut" takes tokens from the inputs, "left" (their begin; BOS stays) or "right" (their end)
+    min_targets: tokens of its targets that a cut example keeps if it has so many; 0 for half of the row
+    """
+
+    rule: str
+    inputs: str
+    min_targets: int
+
+    def check(self, path: str) -> None:
+        if self.rule not in TRUNCATIONS:
+            raise UsageError(f"{path}.rule={self.rule!r} is unknown; {nearest(self.rule, TRUNCATIONS)}")
+        if self.inputs not in ("left", "right"):
+            raise UsageError(f"{path}.inputs={self.inputs!r} should be left or right, where inputs lose tokens")
+        if self.min_targets < 0:
+            raise UsageError(f"{path}.min_targets={self.min_targets} should be at least 0, which is half of the row")
+        if self.rule != "cut" and (self.inputs, self.min_targets) != ("left", 0):
+            raise UsageError(
+                f"{path}.rule={self.rule!r} reads neither inputs nor min_targets; leave them at 'left' and 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer, held-out text and the shape of a batch.
 
@@ -124,6 +152,7 @@ class DataConfig:
     start_token: what a decoder with an encoder begins with: "pad" (id 0, as T5), "bos", "eos" or an id
     packing: "concatenate" (one stream, cut into rows), "examples" (whole examples, best fit into rows) or "single"
         (one example a row)
+    truncate: what becomes of an example that is longer than its row (whole examples: not packing "concatenate")
     attend_across_documents: documents of one row see each other (then a batch has no segment_ids)
     prefix: the inputs of an example are seen by all of its tokens, not by those after them alone (a prefix LM,
         arXiv 1910.10683, section 3.2.1); for whole examples, features "causal"
@@ -152,6 +181,8 @@ class DataConfig:
     start_token: str
     span_corruption: SpanCorruptionConfig
     packing: str
+    # Where it decides any row the fingerprint of the data tells, which a resume compares.
+    truncate: TruncateConfig = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     attend_across_documents: bool
     prefix: bool
     prefetch: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
@@ -165,6 +196,10 @@ class DataConfig:
         for name, least in ranges.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{path}.{name}={getattr(self, name)} should be at least {least}")
+        if self.truncate.min_targets > self.length:
+            raise UsageError(
+                f"{path}.truncate.min_targets={self.truncate.min_targets} should be at most length={self.length}"
+            )
         if self.validation_stride > self.length:
             raise UsageError(
                 f"{path}.validation_stride={self.validation_stride} should lie between 0 and length={self.length}"

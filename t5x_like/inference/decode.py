@@ -18,8 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import Tree
 from t5x_like.inference.sampling import Sampling, sample
-from t5x_like.inference.weights import apart, one_by_one
-from t5x_like.layers.platform import platform
+from t5x_like.inference.weights import for_decoding
 from t5x_like.layers.scoring.head import logits
 from t5x_like.models.model import Model
 
@@ -69,8 +68,6 @@ def _continue(
     reads, {} without one."""
     rows, length = tokens_BT.shape
     cache = model.start(params, source, rows=rows, length=length + steps)
-    if not model.config.scan:
-        params = apart(params)
     logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
 
     def pick(logits_BV: jax.Array, index: jax.Array) -> jax.Array:
@@ -108,7 +105,7 @@ def generate(
 
     sources: what the encoder of an encoder-decoder reads, one for each prompt; the prompt then is the decoder's start
     token, and what else its answer shall begin with. The same seed gives the same tokens for a prompt at the same place
-    in the list, whatever the other prompts are.
+    in the list, whatever the other prompts are. Who generates often hands over what `weights.for_decoding` gave once.
     """
     if (sources is not None) != ("encoder_inputs" in model.inputs):
         raise ValueError("generate needs sources for a model with an encoder, and for no other")
@@ -118,7 +115,7 @@ def generate(
         raise ValueError("generate needs as many sources as prompts")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     stop = -1 if stop_id is None else stop_id
-    model = one_by_one(model) if platform() == "cpu" else model
+    model, params = for_decoding(model, params)
     new = _continue(
         params,
         jnp.asarray(tokens),

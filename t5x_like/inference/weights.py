@@ -8,9 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from t5x_like.core import tree
 from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.layers import stack
+from t5x_like.layers.platform import platform
 from t5x_like.models.model import Model
 
 
@@ -29,16 +32,26 @@ def serving_params(model: Model, params: Tree) -> dict[str, Any]:
     return tree.map_with_path(lambda _, leaf, spec: leaf.astype(spec.dtype), params, serving_specs(model))
 
 
-def one_by_one(model: Model) -> Model:
-    """The same model, whose layers run one by one and not scanned: on a CPU, where a scan copies the weights and the
-    cache of each layer out of their stacks for every token."""
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, scan=False))
+def for_decoding(model: Model, params: Tree) -> tuple[Model, Tree]:
+    """The model and the parameters as a loop over tokens wants them, for any number of calls; what is so already is
+    given back as it is.
+
+    On a CPU layers run one by one, each with weights of its own, a copy: a scan copies the weights and the cache of
+    each layer out of their stacks, again for every token. Elsewhere nothing is changed.
+    """
+    if platform() != "cpu":
+        return model, params
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, scan=False))
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, stack.Apart))
+    done = any(isinstance(leaf, stack.Apart) for leaf in leaves)
+    return model, params if done else _apart(params)
 
 
-def apart(params: Tree) -> dict[str, Any]:
-    """The parameters with all layers as arrays of their own, for a loop over tokens in which they run one by one."""
+@jax.jit
+def _apart(params: Tree) -> dict[str, Any]:
+    """The parameters with those of all layers as arrays of their own."""
     return {
-        name: part if not isinstance(part, Mapping) else stack.apart(part) if name == "layers" else apart(part)
+        name: part if not isinstance(part, Mapping) else stack.apart(part) if name == "layers" else _apart(part)
         for name, part in params.items()
     }
 

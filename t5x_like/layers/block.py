@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
-from t5x_like.layers.attention import attention
-from t5x_like.layers.biases import Bias
+from t5x_like.layers.attention.biases import Bias
+from t5x_like.layers.attention.choice import attention
+from t5x_like.layers.attention.kv_cache import Cache, Cross
+from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.layers.initialization import Initialization
-from t5x_like.layers.kv_cache import Cache, Cross
-from t5x_like.layers.masks import MaskSpec
 from t5x_like.layers.mlp import ACTIVATIONS, Mlp, add_bias
 from t5x_like.layers.mlp import NAMES as MLP_NAMES
 from t5x_like.layers.norms import NORMS, RmsNorm

@@ -79,14 +79,32 @@ class Apart:
         """Of the stack."""
         return (len(self.layers), *self.layers[0].shape)
 
+    def split(self, sizes: Sequence[int]) -> list[jax.Array]:
+        """As stacks of one layer."""
+        assert set(sizes) == {1}, "layers that are apart run one by one"
+        return [layer[None] for layer in self.layers]
+
 
 def apart(weights: Tree) -> Tree:
     """The stacks of a group as `Apart`: a copy of its weights."""
     return jax.tree.map(lambda a: Apart(tuple(a[number] for number in range(a.shape[0]))), weights)
 
 
+def over_layers(function: Callable[[Tree], Any], weights: Tree) -> Any:
+    """What a function gives for each layer of a group, stacked."""
+    if not any(map(_is_apart, jax.tree.leaves(weights, is_leaf=_is_apart))):
+        return jax.lax.map(function, weights)
+    layers = len(jax.tree.leaves(weights, is_leaf=_is_apart)[0].layers)
+    each = [function(jax.tree.map(lambda a, n=n: _at(a, n), weights, is_leaf=_is_apart)) for n in range(layers)]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
+
+
+def _is_apart(leaf: Any) -> bool:
+    return isinstance(leaf, Apart)
+
+
 def _at(weight: Any, layer: int | jax.Array) -> jax.Array:
-    if isinstance(weight, Apart):
+    if _is_apart(weight):
         assert isinstance(layer, int), "layers that are apart do not run scanned"
         return weight.layers[layer]
     return jax.lax.dynamic_index_in_dim(weight, layer, 0, keepdims=False)
@@ -232,9 +250,7 @@ def _picked(weights: Mapping[str, Tree], kinds: Sequence[Kind], segment: Segment
         layers = []
         for kind in period:
             number = before[kind.group] + repeat * strides[kind.group] + seen[kind.group]
-            layers.append(
-                jax.tree.map(lambda a, n=number: _at(a, n), weights[kind.group], is_leaf=lambda a: isinstance(a, Apart))
-            )
+            layers.append(jax.tree.map(lambda a, n=number: _at(a, n), weights[kind.group], is_leaf=_is_apart))
             seen[kind.group] += 1
         return layers
 
@@ -249,8 +265,9 @@ def _split(stack: Tree, sizes: Sequence[int]) -> list[Tree]:
     """A stack of layers in parts of these sizes."""
     if len(sizes) == 1:
         return [stack]
-    pieces = jax.tree.map(lambda a: jax.lax.split(a, tuple(sizes)), stack)
-    return [jax.tree.map(lambda _, piece, i=i: piece[i], stack, pieces) for i in range(len(sizes))]
+    leaves, structure = jax.tree.flatten(stack, is_leaf=_is_apart)
+    pieces = [a.split(sizes) if isinstance(a, Apart) else jax.lax.split(a, tuple(sizes)) for a in leaves]
+    return [structure.unflatten(parts) for parts in zip(*pieces, strict=True)]
 
 
 def _first(stack: Tree) -> Tree:

@@ -1,6 +1,6 @@
 """What every architecture can do, whatever stacks it has: the contract behind `Model`, and what a forward pass gives.
 
-Not here: the architectures (decoder.py, encoder.py, encoder_decoder.py) and their table (model.py).
+Not here: the architectures (one_stack.py, encoder_decoder.py) and their table (model.py).
 
 Legend: B batch, T length, S source length, D model.
 """

@@ -1,7 +1,7 @@
 """Which path the attention of each stack takes for the rows of a run, and why: facts for a start screen.
 
-The choice itself is `attention_path` (layers/attention.py). This file asks it with the shapes and masks that a stack
-gives it in a training step, where there is no cache.
+The choice itself is `attention_path` (layers/attention/choice.py). This file asks it with the shapes and masks that a
+stack gives it in a training step, where there is no cache.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, H head size.
 """
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from t5x_like.layers.attention import attention_path
-from t5x_like.layers.masks import MaskSpec
+from t5x_like.layers.attention.choice import attention_path
+from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.models.config import StackConfig
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import use_rules

@@ -25,15 +25,14 @@ from t5x_like.layers.scoring.head import Head
 from t5x_like.models import flops
 from t5x_like.models.architecture import Architecture, Output
 from t5x_like.models.config import ModelConfig
-from t5x_like.models.decoder import Decoder
-from t5x_like.models.encoder import Encoder
 from t5x_like.models.encoder_decoder import EncoderDecoder
+from t5x_like.models.one_stack import OneStack
 from t5x_like.parallel.rules import Rules
 from t5x_like.parallel.sharding import use_rules
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
-    "decoder": Decoder,
-    "encoder": Encoder,
+    "decoder": OneStack,
+    "encoder": OneStack,
     "encoder_decoder": EncoderDecoder,
 }
 

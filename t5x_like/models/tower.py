@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
-from t5x_like.layers import kv_cache, stack
-from t5x_like.layers.biases import Alibi, Bias, Buckets, slopes
+from t5x_like.layers import stack
+from t5x_like.layers.attention import kv_cache
+from t5x_like.layers.attention.biases import Alibi, Bias, Buckets, slopes
 from t5x_like.layers.block import Block, BlockPlace, Memory, Rows, Shared
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.norms import NORMS
@@ -174,7 +175,7 @@ class Tower:
             k_BSKH, v_BSKH = nnx.merge(self._layer[0], weights).cross.remember(memory.hidden_BSD)
             return k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
 
-        k_LBKSH, v_LBKSH = jax.lax.map(of_layer, params["layers"])
+        k_LBKSH, v_LBKSH = stack.over_layers(of_layer, params["layers"])
         segments_BS = memory.segments_BS
         if segments_BS is None:
             segments_BS = jnp.ones(memory.hidden_BSD.shape[:2], jnp.int32)

@@ -11,7 +11,7 @@ On a command line: --config.optim.decay='(("embed/.*", 0.0), (".*", 1.0))'.
 import dataclasses
 from typing import TypeAlias
 
-from t5x_like.core.config import VARIANT, nearest
+from t5x_like.core.config import RESUME_MAY_CHANGE, VARIANT, nearest
 from t5x_like.core.errors import UsageError
 
 NumberRules: TypeAlias = tuple[tuple[str, float | tuple[float, ...]], ...]
@@ -72,7 +72,8 @@ class WarmupStableDecayConfig:
 class ScheduleConfig:
     """name: `constant`, `cosine`, `linear`, `rsqrt` or `warmup_stable_decay`; warmup_steps: linear, 0 for none.
 
-    steps: its length in updates; None is config.loop.steps of the first start, whatever a resume does to that.
+    steps: its length in updates; None is config.loop.steps of the first start, whatever a resume does to that. A run
+        that goes on past the end of a schedule that ends at 0 is refused.
     """
 
     name: str
@@ -192,8 +193,8 @@ class OptimConfig:
     """
 
     name: str
-    learning_rate: float
-    schedule: ScheduleConfig
+    learning_rate: float = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+    schedule: ScheduleConfig = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     clip_norm: float | None
     weight_decay: float
     decay: NumberRules

@@ -8,15 +8,18 @@ Jordan's and torch's do not, and their first directions differ. The other leaves
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from t5x_like.core.types import ParamSpec
+from t5x_like.core.types import Axes, ParamSpec
 from t5x_like.optim.config import MuonConfig
 from t5x_like.optim.dims import Sides, matrix, over_batch_dims, single
 from t5x_like.optim.method import Slots, moment
+from t5x_like.parallel.sharding import free_axis_sizes
 
 # Quintic whose slope at 0 is as steep as possible (Jordan, above): singular values end between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -42,8 +45,9 @@ class Muon:
         mu = momentum * slots["mu"] + (1 - momentum) * grad
         average = momentum * mu + (1 - momentum) * grad if self.config.nesterov else mu
         one_matrix = functools.partial(self._one_matrix, dims)
+        average = by_stack(average, spec.axes)
         (update,) = over_batch_dims(one_matrix, inputs=[spec.axes], outputs=[spec.axes])(average)
-        return update, {"mu": mu}
+        return by_stack(update, spec.axes, back=True), {"mu": mu}
 
     def _one_matrix(self, dims: Sides, average: jax.Array) -> tuple[jax.Array]:
         fan_in, fan_out = (math.prod(average.shape[dim] for dim in side) for side in dims)
@@ -54,6 +58,28 @@ class Muon:
         if self.config.scale == "rms":
             return self.config.rms * math.sqrt(max(fan_in, fan_out))
         return math.sqrt(max(1.0, fan_out / fan_in))
+
+
+def by_stack(x: jax.Array, axes: Axes, *, back: bool = False) -> jax.Array:
+    """x with its layers spread over the devices, as far as their number divides: each has whole matrices, whose
+    products need no network. The identity without a mesh, and for what is not stacked.
+
+    One mesh axis after the other, and back in the reverse order: moved at once, two are a gather of everything.
+    """
+    names, parts = [], 1
+    if "layers" not in axes:
+        return x
+    dim = axes.index("layers")
+    for name, size in free_axis_sizes().items():
+        if size > 1 and x.shape[dim] % (parts * size) == 0:
+            names.append(name)
+            parts *= size
+    steps = range(1, len(names) + 1)
+    for count in reversed(steps) if back else steps:
+        spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        spec[dim] = tuple(names[:count])
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return x
 
 
 def orthogonalize(x: Float[Array, "rows cols"], *, steps: int) -> Float[Array, "rows cols"]:

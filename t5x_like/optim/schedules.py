@@ -51,6 +51,11 @@ def build_schedule(
     return learning_rate
 
 
+def ends_at_zero(config: ScheduleConfig, *, total_steps: int) -> bool:
+    """Whether the learning rate is 0 from update `total_steps` on: whoever goes on trains nothing."""
+    return float(build_schedule(config, peak=1.0, total_steps=total_steps)(total_steps)) == 0.0
+
+
 def _constant(config: ScheduleConfig, total_steps: int, path: str) -> _Curve:
     return jnp.ones_like
 

@@ -85,6 +85,12 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
     return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def of_one(device: jax.Device) -> Mesh:
+    """A mesh of one device: `jax.set_mesh` of it lets a program of that device be built under a larger mesh."""
+    shape = (1,) * len(MESH_AXES)
+    return Mesh(np.array(device).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     if devices[0].platform != "tpu":
         # CPU and GPU: processes in order, so that neighbours in the mesh share a host.

@@ -134,8 +134,12 @@ def _data(data: Mapping[str, Any]) -> dict[str, object]:
             + (f", {facts['bad']} bad records left out" if facts["bad"] else "")
             + (f", {facts['empty_files']} empty files" if facts["empty_files"] else "")
         )
+        if facts["cut"]:
+            rows[f"note on {name}"] = f"{facts['cut']} (config.data.truncate)"
     for name, facts in data["validation"].items():
-        rows[f"held out: {name}"] = f"{facts['source']}: {format_count(facts['tokens'])} tokens"
+        rows[f"held out: {name}"] = f"{facts['source']}: {format_count(facts['tokens'])} tokens" + (
+            f"; {facts['cut']}" if facts["cut"] else ""
+        )
     for name, source in data["unevaluated"].items():
         rows[f"held out: {name}"] = f"{source}: nothing (config.data.validation is too small a share), not evaluated"
     tokens = format_count(data["tokens_to_come"])

@@ -15,8 +15,9 @@ from t5x_like.data.config import DataConfig
 from t5x_like.models import config as model_config
 from t5x_like.objectives import table as objectives
 from t5x_like.optim import optimizers
+from t5x_like.optim.schedules import ends_at_zero
 from t5x_like.parallel import mesh as meshes
-from t5x_like.runs import sections
+from t5x_like.runs import branch, sections
 from t5x_like.runs.roles import RoleConfig, check_names
 from t5x_like.training import keep
 from t5x_like.training.evaluate import EvaluateConfig
@@ -67,6 +68,9 @@ def from_config(
         given["model"] = model_config.filled(given["model"])
     sections.refuse_unnamed_variants(Experiment, given, overrides or {})
     experiment = bridge.build(Experiment, given, path="config")
+    if stored is not None:
+        before = sections.value(stored, "checkpoint.branch_from")
+        experiment = branch.replaced(experiment, branch.settled(experiment.checkpoint.branch_from, before))
     if experiment.optim.schedule.steps is None:
         # The length of the schedule is that of the first start, whatever a resume does to loop.steps.
         steps = sections.value(stored or {}, "optim.schedule.steps") or experiment.loop.steps
@@ -78,6 +82,21 @@ def from_config(
 def to_dict(experiment: Experiment) -> dict[str, Any]:
     """What `config.json` holds; `from_config` reads it back to an equal experiment."""
     return bridge.to_dict(experiment)
+
+
+def check_schedule(experiment: Experiment) -> None:
+    """Raises UsageError for a run that goes on past the end of a schedule that ends at 0: it would train nothing."""
+    schedule, steps = experiment.optim.schedule, experiment.loop.steps
+    assert schedule.steps is not None, "from_config has filled it in"
+    if steps <= schedule.steps or not ends_at_zero(schedule, total_steps=schedule.steps):
+        return
+    path = "config.optim.schedule"
+    raise UsageError(
+        f"config.loop.steps={steps} goes past the end of the schedule, {path}.steps={schedule.steps}, where the "
+        f"learning rate is 0 and nothing is trained; set {path}.steps={steps}, or "
+        f"{path}.{schedule.name}.final_fraction above 0, or decay from an earlier checkpoint in a new --workdir by "
+        "config.checkpoint.branch_from=DIR@STEP"
+    )
 
 
 def _check_relations(experiment: Experiment) -> None:

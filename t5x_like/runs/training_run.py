@@ -21,8 +21,8 @@ from t5x_like.objectives.interface import Batch
 from t5x_like.optim.optimizers import describe
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.sharding import addressable_rows, global_batch
+from t5x_like.runs import branch, summary
 from t5x_like.runs import program as programs
-from t5x_like.runs import summary
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
 from t5x_like.runs.roles import check_tokenizers
@@ -47,6 +47,7 @@ def run(
     """The exit status of a training run, or of its `--check`."""
     experiment = experiments.from_config(config, overrides=overrides, stored=stored)
     with Session(request, experiment.runtime, environment) as session:
+        experiment = _with_branch(experiment, stored, session)
         programs.check_mesh(experiment, meshes.axis_sizes(experiment.mesh, jax.device_count()))
         session.open_workdir(experiments.to_dict(experiment), overrides=overrides, may_change=experiments.MAY_CHANGE)
         # Built before the data is prepared, which may take long: what is wrong with the config shows first.
@@ -55,12 +56,22 @@ def run(
         program = programs.step_program(experiment, mesh)
         if not request.check and _is_finished(experiment, session, program):
             return 0
+        experiments.check_schedule(experiment)
         with session.faults.phase("prepare"):
             data = _open_data(experiment, session)
         session.hold(closing(data))
         check_tokenizers(program.roles, data.vocabulary.fingerprint)
         _check_best_metric(experiment.checkpoint.best_metric, program, data)
         return (_check if request.check else _train)(experiment, session, program, data)
+
+
+def _with_branch(experiment: Experiment, stored: Mapping[str, Any] | None, session: Session) -> Experiment:
+    """The experiment whose `branch_from` says the very checkpoint, as process 0 finds it at the first start."""
+    given = experiment.checkpoint.branch_from
+    if given is None or stored is not None:
+        return experiment
+    found = branch.resolve(given) if session.processes.primary else None
+    return branch.replaced(experiment, session.processes.broadcast("branch", found))
 
 
 def _is_finished(experiment: Experiment, session: Session, program: Program) -> bool:
@@ -143,7 +154,7 @@ def _loop(
     """Restores or makes the state, compiles, and trains."""
     inputs = Inputs(data.fingerprint, data.vocabulary, dict(program.mesh.shape))
     saver = _saver(experiment, program, checkpoints, session.metadata(inputs))
-    start, state, frozen, evaluation, origin = _start(experiment, program, saver, data.vocabulary.fingerprint)
+    start, state, frozen, evaluation, origin = _start(experiment, session, program, saver, inputs)
     if start > experiment.loop.steps:
         raise UsageError(
             f"config.loop.steps={experiment.loop.steps}, but {session.workdir.root} has a checkpoint of step {start}; "
@@ -186,18 +197,37 @@ def _saver(experiment: Experiment, program: Program, checkpoints: Checkpoints, m
 
 
 def _start(
-    experiment: Experiment, program: Program, saver: Saver, tokenizer: str
+    experiment: Experiment, session: Session, program: Program, saver: Saver, inputs: Inputs
 ) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, float], str]:
     """(updates done, state, frozen parameters, the evaluation of that step if made, where they come from)."""
     restored = saver.restore()
     if restored is not None:
         return *restored, f"checkpoint of step {restored[0]}"
     config, taken, origin = experiment.checkpoint, {}, "random parameters"
+    tokenizer = inputs.vocabulary.fingerprint
+    if config.branch_from is not None:
+        return _branch(experiment, session, saver, branch.checkpoint(config.branch_from), inputs)
     if config.init_from is not None:
         taken, origin = take(config.init_from, select=config.init_select, layout=program.layout, tokenizer=tokenizer)
     saver.begin(config.init_from, taken.keys())
     state, frozen = programs.initialize(program, seed=experiment.seed, taken=taken)
     return 0, state, frozen, {}, origin
+
+
+def _branch(
+    experiment: Experiment, session: Session, saver: Saver, checkpoint: str, inputs: Inputs
+) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, float], str]:
+    """As `_start`, from a checkpoint of another run."""
+    config, tokenizer = experiments.to_dict(experiment), inputs.vocabulary.fingerprint
+    changes = branch.changes(checkpoint, config=config, data=inputs.data, tokenizer=tokenizer)
+    step, state, frozen, evaluation = saver.branch(checkpoint)
+    if step >= experiment.loop.steps:
+        raise UsageError(
+            f"config.loop.steps={experiment.loop.steps}, but {checkpoint}, which this run branches from, is of step "
+            f"{step}; use more than {step}"
+        )
+    session.branch(checkpoint, changes)
+    return step, state, frozen, evaluation, f"checkpoint of step {step} of another run, {checkpoint}"
 
 
 def _compile(program: Program, faults: Faults, *, evaluates: bool) -> tuple[Any, Any]:

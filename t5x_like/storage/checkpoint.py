@@ -143,7 +143,7 @@ class Checkpoints:
     def judge(self, step: int, metrics: Mapping[str, float]) -> None:
         """Gives a step that is there already the metrics that `keep` judges it by, for this and every later start."""
         self._metrics[step] = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        if _is_main():
+        if _is_main() and step in self.steps():  # not of a branch, whose first step lies in another directory
             try:
                 paths.write_json_atomic(self._path(step, _EVALUATION), self._metrics[step])
             except (OSError, UserError) as error:

@@ -50,11 +50,13 @@ def start_entry(
     processes: int,
     threads: int,
     resumed_from: int | None,
+    branched_from: str | None = None,
     changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The entry of a start, to which `Workdir.record_start` adds the digests of what it writes.
 
-    `data` and `tokenizer` are their fingerprints; `resumed_from` the step restored, if any.
+    `data` and `tokenizer` are their fingerprints; `resumed_from` the step restored, if any, and `branched_from` the
+    checkpoint of another run that it comes from.
     """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -68,6 +70,7 @@ def start_entry(
         "processes": processes,
         "threads": threads,
         "resumed_from": resumed_from,
+        "branched_from": branched_from,
         "changes": list(changes),
     }
 

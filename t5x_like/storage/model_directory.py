@@ -54,6 +54,18 @@ def locate(directory: str, *, step: int | None = None) -> ModelDirectory:
     return ModelDirectory(paths.join(checkpoints, str(chosen)), paths.join(root, TOKENIZER), tuple(steps))
 
 
+def split(text: str) -> tuple[str, int | None]:
+    """(full path, step or None) of `DIR[@STEP]`.
+
+    >>> split("/runs/a@120"), split("/runs/a@b")
+    (('/runs/a', 120), ('/runs/a@b', None))
+    """
+    directory, _, step = text.rpartition("@")
+    if directory and step.isascii() and step.isdigit():
+        return paths.normal(directory), int(step)
+    return paths.normal(text), None
+
+
 def committed_steps(checkpoints: str) -> list[int]:
     """The steps whose checkpoints are whole, ascending, as they stand on the disk now."""
     found = [int(name) for name in paths.list_names(checkpoints) if name.isascii() and name.isdigit()]

@@ -60,6 +60,15 @@ class LeafReader:
         except (ValueError, OSError) as error:
             raise self._damaged(error) from None
 
+    def read_into(self, array: np.ndarray, region: Region) -> None:
+        """As `read`, into an array of the region's shape and this leaf's dtype."""
+        try:
+            ts.array(array, copy=False).write(
+                self._store[tuple(slice(*span) for span in region)].translate_to[0]
+            ).result()
+        except (ValueError, OSError) as error:
+            raise self._damaged(error) from None
+
     def _damaged(self, reason: Any) -> DamagedCheckpoint:
         line = " ".join(str(reason).partition("[source locations=")[0].split())[:200]
         return DamagedCheckpoint(f"{self._where} cannot be read ({line})")

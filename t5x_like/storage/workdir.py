@@ -169,7 +169,7 @@ class Workdir:
             raise UsageError(
                 f"{self.root} holds a run of another config ({shown}{more}); a resume may change "
                 f"{', '.join(may_change)}. For a new run from these parameters, use a new --workdir with "
-                f"--config.checkpoint.init_from={self.root}"
+                f"--config.checkpoint.init_from={self.root}, or with branch_from to take optimizer state and step too"
             )
         return changes
 
@@ -209,7 +209,7 @@ class Workdir:
         if before != fingerprint:
             raise UserError(
                 f"{self.root}: the data has changed since the run was started (fingerprint {before[:12]}, now "
-                f"{fingerprint[:12]}); restore the source files, or use a new --workdir with "
+                f"{fingerprint[:12]}); restore the source files (or config.data.truncate), or use a new --workdir with "
                 f"--config.checkpoint.init_from={self.root}"
             )
 

@@ -29,6 +29,8 @@ class CheckpointConfig:
     init_from: str | None  # a model or work directory whose parameters a new run begins with
     init_select: tuple[str, ...]  # regexes over parameter paths: which of them are taken
     holds: str  # "model", or "trained": without frozen parameters, which stay in the model of init_from
+    # DIR[@STEP], by default the newest: a run whose state (parameters, optimizer, step) a new run goes on from.
+    branch_from: str | None
 
     def check(self, path: str) -> None:
         for field in ("every_steps", "timeout_seconds", "keep_best"):
@@ -44,6 +46,11 @@ class CheckpointConfig:
             raise UsageError(f"{path}.best_mode={self.best_mode!r} should be 'min' or 'max'")
         if self.holds not in ("model", "trained"):
             raise UsageError(f"{path}.holds={self.holds!r} should be 'model' or 'trained'")
+        if self.branch_from is not None and self.init_from is not None:
+            raise UsageError(
+                f"{path}.branch_from={self.branch_from!r} and {path}.init_from={self.init_from!r} exclude each other: "
+                "a branch takes parameters, optimizer state and step, a warm start parameters alone"
+            )
 
 
 def check_best_metric(config: CheckpointConfig, *, evaluate_every_steps: int) -> None:
@@ -71,7 +78,7 @@ def steps_to_keep(
 ) -> set[int]:
     """The steps to keep out of those that are there; `metrics` by step, where they are known.
 
-    >>> config = CheckpointConfig(10, True, 60, 2, 50, "loss", "min", 1, None, (".*",), "model")
+    >>> config = CheckpointConfig(10, True, 60, 2, 50, "loss", "min", 1, None, (".*",), "model", None)
     >>> sorted(steps_to_keep([40, 50, 60, 70, 80], {60: {"loss": 1.0}, 70: {"loss": 2.0}}, config=config))
     [50, 60, 70, 80]
     """

@@ -11,6 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from t5x_like.parallel import mesh
 
 # Dense bf16 FLOP/s of one jax device by device_kind (vendors' documentation). A TPU v7x chip shows two devices.
 PEAKS: tuple[tuple[str, float], ...] = (
@@ -42,12 +45,14 @@ def cpu_matmul_peak(
 
     `compiler_options`: those of the run, since they choose the library that multiplies.
     """
-    matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     multiply = jax.jit(jnp.matmul, compiler_options=dict(compiler_options or {}) or None)
-    multiply(matrix, matrix).block_until_ready()
     best = math.inf
-    for _ in range(repeats):
-        begin = time.perf_counter()
+    # jit refuses an array on one device where the mesh in context has more.
+    with jax.set_mesh(mesh.of_one(device)):
+        matrix = jax.device_put(np.ones((size, size), np.float32), device)
         multiply(matrix, matrix).block_until_ready()
-        best = min(best, time.perf_counter() - begin)
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            multiply(matrix, matrix).block_until_ready()
+            best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best

@@ -83,18 +83,42 @@ class Saver:
 
     def restore(self) -> tuple[int, State, dict[str, Any], dict[str, float]] | None:
         """(updates done, state, frozen, evaluation) of the newest sound checkpoint, placed as the layout says."""
-        templates = _items(self._layout.state, self._layout.frozen["base"])
-        if "ema" in templates:
-            templates["ema"] = self._layout.state["ema"]  # its frozen parameters are those of `params`
-        found = self._checkpoints.restore_latest(templates)
+        found = self._checkpoints.restore_latest(self._templates())
         if found is None:
             return None
         step, items = found
-        note = self._checkpoints.metadata(step)
+        where = f"step {step} in {self._checkpoints.directory}"
+        state, frozen = self._adopt(items, self._checkpoints.metadata(step), where=where)
+        return step, state, frozen, self._checkpoints.metrics(step)
+
+    def branch(self, checkpoint: str) -> tuple[int, State, dict[str, Any], dict[str, float]]:
+        """As `restore`, from the path of a checkpoint of another run, which is only read.
+
+        Raises UserError, in one line, if it is damaged or holds another model or optimizer.
+        """
+        note = model_directory.read_metadata(checkpoint)
+        templates = self._templates()
+        absent = [name for name in templates if name not in note["arrays"]]
+        if absent:
+            raise UserError(
+                f"config.checkpoint.branch_from: {checkpoint} holds no {absent[0]!r}, so that training cannot go on "
+                "from it; begin with its parameters alone by config.checkpoint.init_from"
+            )
+        state, frozen = self._adopt(bases.restore_items(checkpoint, templates), note, where=checkpoint)
+        return note["step"], state, frozen, note["metrics"]
+
+    def _templates(self) -> dict[str, Any]:
+        templates = _items(self._layout.state, self._layout.frozen["base"])
+        if "ema" in templates:
+            templates["ema"] = self._layout.state["ema"]  # its frozen parameters are those of `params`
+        return templates
+
+    def _adopt(self, items: Mapping[str, Any], note: Mapping[str, Any], *, where: str) -> tuple[State, dict[str, Any]]:
+        """(state, frozen) of the items of a checkpoint with this metadata, whose base and roles it goes on naming."""
         if self._apart and "base" not in note:
             raise UsageError(
-                f"config.checkpoint.holds='trained', but step {step} in {self._checkpoints.directory} holds the whole "
-                "model and names no base; go on with 'model'"
+                f"config.checkpoint.holds='trained', but {where} holds the whole model and names no base; go on with "
+                "'model'"
             )
         self._metadata |= {"base": note["base"]} if self._apart else {}
         trained = tree.flatten(self._layout.state["params"]).keys()
@@ -103,8 +127,8 @@ class Saver:
         state["params"], base = tree.split(state["params"], lambda path: path in trained)
         frozen = {"base": base} | read_sources(self._parts, self._layout)
         self._metadata["roles"] = self._sources(frozen)
-        _check_sources(note.get("roles", {}), self._metadata["roles"], where=f"step {step}")
-        return step, state, frozen, self._checkpoints.metrics(step)
+        _check_sources(note.get("roles", {}), self._metadata["roles"], where=where)
+        return state, frozen
 
     def _sources(self, frozen: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """By role: where its parameters were read, and one number for all of them as they are held."""

@@ -75,6 +75,7 @@ class Session:
         self._loop = contextlib.ExitStack()  # what is closed when the loop ends
         self._config: Mapping[str, Any] = {}
         self._overrides: Mapping[str, Any] = {}
+        self._branched_from: str | None = None
 
     def __enter__(self) -> "Session":
         self.processes = multihost.start(
@@ -102,6 +103,11 @@ class Session:
         opened = Workdir.open(self.request.workdir, processes=self.processes, write=not self.request.check)
         self.workdir = self.hold(opened)
         self.changes = [str(change) for change in self.workdir.check_config(config, may_change=may_change)]
+
+    def branch(self, checkpoint: str, changes: Sequence[str]) -> None:
+        """Notes that this start goes on from a checkpoint of another run, and what it changes of that run."""
+        self._branched_from = checkpoint
+        self.changes = [*self.changes, *changes]
 
     def run(self, loop: Callable[[Checkpoints], Ended], *, checkpoint: CheckpointConfig, steps: int) -> Ended:
         """What the loop gives. If all its `steps` are done, that is recorded once everything it wrote is closed."""
@@ -167,6 +173,7 @@ class Session:
             processes=jax.process_count(),
             threads=self.environment.threads,
             resumed_from=resumed_from,
+            branched_from=self._branched_from,
             changes=self.changes,
         )
         self.workdir.record_start(config=self._config, overrides=self._overrides, entry=entry)

@@ -19,6 +19,8 @@ SENTENCES = (
     "def f(x):\n    return [x, 12345, 3.14]\n",
 )
 
+END = {"rule": "end"}  # config.data.truncate of earlier formats: what is behind the row is lost
+
 
 def config(**overrides):
     """A DataConfig from the project's own defaults, small; `mixture` and `fields` take partial dicts."""

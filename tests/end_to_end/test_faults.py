@@ -2,7 +2,7 @@
 
 Each test asks for the exit status, for the one line that names place and remedy, and that nothing of the run is lost;
 where a remedy is named, it is followed. In process, on 8 fake devices, with the smallest config. Not here: kills
-(test_crash.py), processes that hang or lose each other (test_two_processes.py), bad configs (test_commands.py).
+(test_crash.py), processes that hang or lose each other (test_two_processes.py), bad configs (test_bad_input.py).
 """
 
 import contextlib

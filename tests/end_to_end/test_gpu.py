@@ -1,6 +1,7 @@
 """Runs on a GPU, from the first step to text: bfloat16, attention over packed rows and with position biases, a resume.
 
-For `make test-gpu` and tools/gpu_report.py. That cuDNN's kernel is the definition: tests/layers/test_attention.py.
+For `make test-gpu` and tools/gpu_report.py. That cuDNN's kernel is the definition is tested in
+tests/layers/attention/test_kernels.py.
 """
 
 import json
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_like.__main__ import main
-from t5x_like.layers.attention import attention_path
-from t5x_like.layers.masks import MaskSpec
+from t5x_like.layers.attention.choice import attention_path
+from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.layers.platform import compute_capability, platform
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from t5x_like.layers import attention
+from t5x_like.layers.attention import choice
 from t5x_like.models.attention_paths import Path, attention_paths
 from t5x_like.runs import summary
 from tests.models import cases
@@ -18,14 +18,14 @@ def abstract(model, rows, length, source=10):
 @pytest.mark.parametrize("case", ["llama_grouped_tied", "local_and_global", "t5"])
 def test_the_paths_told_are_those_that_the_step_takes(case, monkeypatch):
     model, seen = cases.model(case), {}
-    batch, choose = abstract(model, 2, 12), attention.attention_path
+    batch, choose = abstract(model, 2, 12), choice.attention_path
 
     def spy(q, k, mask, **static):
         name, why = choose(q, k, mask, **static)
         seen[(mask.causal, mask.window, q.shape[1], k.shape[1], q.shape[2])] = name, why
         return name, why
 
-    monkeypatch.setattr(attention, "attention_path", spy)
+    monkeypatch.setattr(choice, "attention_path", spy)
     jax.eval_shape(lambda params, batch: model.apply(params, batch).hidden_BTD, model.specs(), batch)
     told = attention_paths(model, batch, platform="cpu", compute_capability=None)
     assert sorted((path.name, path.why) for path in told) == sorted(seen.values())

@@ -40,7 +40,10 @@ def test_sharded_updates_equal_those_of_one_device_and_state_follows_its_paramet
     of_params = tree_shardings(mesh, rules(), SPECS)
     of_state = tree_shardings(mesh, rules(), optimizer.state_specs())
     placed = jax.device_put((params, grads), (of_params, of_params))
-    updates, state = jax.jit(two_updates, out_shardings=(of_params, of_state))(*placed)
+    with jax.set_mesh(mesh):  # Muon spreads the layers over it
+        updates, state = jax.jit(two_updates, out_shardings=(of_params, of_state))(*placed)
+        program = str(jax.make_jaxpr(two_updates)(*placed))
+    assert ("sharding_constraint" in program) == (name == "muon")
     assert not updates["layers"]["q"].sharding.is_fully_replicated
     for one, other in zip(jax.tree.leaves((updates, state)), jax.tree.leaves(expected), strict=True):
         # Sums over shards are taken in another order; five Newton-Schulz steps amplify the difference.

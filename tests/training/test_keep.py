@@ -21,6 +21,7 @@ CONFIG = CheckpointConfig(
     init_from=None,
     init_select=(".*",),
     holds="model",
+    branch_from=None,
 )
 
 

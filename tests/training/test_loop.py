@@ -10,7 +10,7 @@ from t5x_like.training import loop as loops
 from t5x_like.training.evaluate import EvaluateConfig, evaluate
 from t5x_like.training.keep import CheckpointConfig
 
-CHECKPOINT = CheckpointConfig(4, True, 60, 2, None, "eval/validation/loss", "min", 1, None, (".*",), "model")
+CHECKPOINT = CheckpointConfig(4, True, 60, 2, None, "eval/validation/loss", "min", 1, None, (".*",), "model", None)
 LOOP = loops.LoopConfig(8, 1, 1, None, "stop", "off", 6.0, 0.99, 100)
 FINE = {"loss": 1.0, "grad_norm": 1.0, "finite": 1.0, "spike": 0.0, "skipped": 0.0}
 

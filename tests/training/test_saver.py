@@ -145,5 +145,5 @@ def test_a_resume_goes_on_with_the_same_frozen_parameters_wherever_they_lie(tmp_
         one.wait()
         assert checkpoints.metadata(1)["roles"]["teacher"]["source"] == first
         assert keeper(with_teacher(moved)).restore() is not None
-        with pytest.raises(UserError, match=f"roles.teacher: {other} now gives other .* from {first} up to step 1;"):
+        with pytest.raises(UserError, match=f"roles.teacher: {other} now gives other .* from {first} up to step 1 in "):
             keeper(with_teacher(other)).restore()

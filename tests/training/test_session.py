@@ -14,7 +14,7 @@ from t5x_like.training.keep import CheckpointConfig
 from t5x_like.training.session import Request, Session
 from t5x_like.training.telemetry import ProfileConfig, Telemetry, TelemetryConfig
 
-CHECKPOINT = CheckpointConfig(4, False, 60, 2, None, None, "min", 1, None, (".*",), "model")
+CHECKPOINT = CheckpointConfig(4, False, 60, 2, None, None, "min", 1, None, (".*",), "model", None)
 TELEMETRY = TelemetryConfig(False, False, 60.0, False, ProfileConfig(0, 0))
 
 

@@ -8,6 +8,7 @@ import os
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from t5x_like.core.errors import UserError
 from t5x_like.core.metrics import is_measurement, read_rows
@@ -210,8 +211,10 @@ def test_a_memory_report_of_the_device_becomes_part_of_the_row(tmp_path):
     assert "16.0 GiB a device" in stream.getvalue() and "2 x TPU v5 lite" in stream.getvalue()
 
 
-def test_the_cpu_peak_is_plausible(tmp_path):
-    telemetry, stream = make(tmp_path, measure_cpu_peak=True)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_cpu_peak_is_plausible_whatever_the_mesh_in_context(devices, tmp_path):
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))):
+        telemetry, stream = make(tmp_path, measure_cpu_peak=True)
     telemetry.summary({})
     telemetry.close()
     assert telemetry._peak is not None and 1e8 < telemetry._peak < 1e14 and "measured here" in stream.getvalue()

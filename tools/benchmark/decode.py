@@ -54,7 +54,7 @@ def _ours(values: Values) -> dict[str, Any]:
     from t5x_like.core import tree
     from t5x_like.inference import decode
     from t5x_like.inference.sampling import GREEDY
-    from t5x_like.inference.weights import serving_specs
+    from t5x_like.inference.weights import for_decoding, serving_specs
     from t5x_like.models import config as model_config
     from t5x_like.runs import roles
 
@@ -62,6 +62,7 @@ def _ours(values: Values) -> dict[str, Any]:
     wanted = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in tree.leaves(serving_specs(model))}
     with open_foreign(values["folder"]) as foreign:
         params = load_params(foreign, lambda _: wanted)
+    model, params = for_decoding(model, params)
     prompts = _prompts(values["rows"]).tolist()
 
     def generate() -> list[list[int]]:

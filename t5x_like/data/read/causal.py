@@ -13,7 +13,7 @@ from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
 from t5x_like.data.read.mixtures import Size
-from t5x_like.data.read.packing import PACKINGS, Rows
+from t5x_like.data.read.packing import PACKINGS, Rows, pack
 from t5x_like.data.token_set import TokenSet
 
 _ARRAYS = {
@@ -44,10 +44,11 @@ def check(config: DataConfig) -> None:
 class Causal:
     """Rows of documents, packed as config.data.packing says."""
 
-    def __init__(self, token_set: TokenSet, config: DataConfig, stride: int):
-        self._packing = PACKINGS[config.packing](token_set, config.length, stride)
+    def __init__(self, token_set: TokenSet, config: DataConfig, stride: int, *, bos: int | None):
+        shape = {"length": config.length, "stride": stride}
+        self._packing = pack(config.packing, token_set, **shape, truncate=config.truncate, bos=bos)
         self._attends, self._prefix = config.attend_across_documents, config.prefix
-        self.truncated = self._packing.truncated
+        self.cut, self.trained = self._packing.cut, self._packing.trained
 
     @property
     def size(self) -> Size:
@@ -96,9 +97,9 @@ def _prefix(rows: Rows) -> Int[np.ndarray, "n T"]:
 
 
 CAUSAL = Feature(
-    packings=tuple(PACKINGS),
+    packings=PACKINGS,
     encoder=False,
     arrays=arrays,
-    open=lambda token_set, config, vocabulary, stride: Causal(token_set, config, stride),
+    open=lambda token_set, config, vocabulary, stride: Causal(token_set, config, stride, bos=vocabulary.bos_id),
     check=check,
 )

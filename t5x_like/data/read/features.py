@@ -59,6 +59,8 @@ def _check_unused(config: DataConfig, feature: Feature) -> None:
     neutral: dict[str, Any] = {} if feature.encoder else {"encoder_length": 0, "start_token": "pad"}
     if feature is not CAUSAL:
         neutral |= {"attend_across_documents": False, "validation_stride": 0, "prefix": False}
+    if feature is SOURCE_TARGET:
+        neutral |= {"truncate.min_targets": 0}  # targets have a row of their own
     if feature is not SPAN_CORRUPTION:
         neutral |= {f"span_corruption.{name}": value for name, value in dataclasses.asdict(T5_NOISE).items()}
     for name, value in neutral.items():

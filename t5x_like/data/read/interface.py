@@ -10,6 +10,7 @@ from jaxtyping import Int
 from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.mixtures import Size
+from t5x_like.data.read.truncation import Cut
 from t5x_like.data.token_set import TokenSet
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 
@@ -33,12 +34,15 @@ class Draw:
 
 
 class Reader(Protocol):
-    """Rows of one token set. `truncated`: examples that were too long for a row."""
+    """Rows of one token set. `cut`: what of its examples did not fit; `trained(rows)`: tokens with loss (or classes)
+    in the first `rows` rows."""
 
-    truncated: int
+    cut: Cut
 
     @property
     def size(self) -> Size: ...
+
+    def trained(self, rows: int) -> int: ...
 
     def batch(self, rows: Int[np.ndarray, "n"], draw: Draw) -> Batch: ...
 

@@ -94,7 +94,7 @@ class TrainData:
                 "packing": (config.packing, config.attend_across_documents),
                 "seed": seed,
             }
-            | _identity(config)
+            | _identity(config, cut=any(component.reader.cut for component in self._opened))
         )
 
     def rows(self, step: int, rows: Int[np.ndarray, "n"]) -> Batch:
@@ -229,7 +229,10 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
     vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
     files = token_set.open_files()
     opening = (folder, config, vocabulary, files)
-    train = [_open(name, entry, *opening, stride=config.length) for name, entry in sorted(manifest.train.items())]
+    train = [
+        _open(name, entry, *opening, stride=config.length, held_out=False)
+        for name, entry in sorted(manifest.train.items())
+    ]
     stride = config.validation_stride or config.length
     held_out, unevaluated = {}, {}
     for name, entry in sorted(manifest.validation.items()):
@@ -242,8 +245,18 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
             f"config.data.validation={config.validation!r} holds out no text of any source; "
             "expected some: make it larger, or '' for no evaluation"
         )
-    validation = [_open(name, entry, *opening, stride=stride) for name, entry in held_out.items()]
+    validation = [_open(name, entry, *opening, stride=stride, held_out=True) for name, entry in held_out.items()]
     return TrainData(config, vocabulary, train, validation, unevaluated=unevaluated, seed=seed)
+
+
+def cuts(config: DataConfig, *, cache_dir: str) -> dict[str, str]:
+    """{set: what of its examples fits no row}, of the sets of a prepared config that have such examples."""
+    data = open_data(config, cache_dir=cache_dir, seed=0)
+    try:
+        facts = data.describe()
+        return {name: f["cut"] for part in ("components", "validation") for name, f in facts[part].items() if f["cut"]}
+    finally:
+        data.close()
 
 
 def _has_text(entry: cache.SetEntry, folder: pathlib.Path) -> bool:
@@ -251,8 +264,13 @@ def _has_text(entry: cache.SetEntry, folder: pathlib.Path) -> bool:
     return token_set.read_index(folder / entry.folder)["tokens"] >= 2
 
 
-def _identity(config: DataConfig) -> dict[str, Any]:
-    """What else decides the rows where they are not a decoder's."""
+def _identity(config: DataConfig, *, cut: bool) -> dict[str, Any]:
+    """What else decides the rows where they are not a decoder's, or do not hold all of their examples."""
+    rule = {"truncate": dataclasses.astuple(config.truncate)} if cut and config.truncate.rule != "end" else {}
+    return rule | _identity_of_features(config)
+
+
+def _identity_of_features(config: DataConfig) -> dict[str, Any]:
     if config.features == "causal":
         return {"prefix": True} if config.prefix else {}
     named = ("features", "encoder_length", "start_token", "extra_ids")
@@ -269,13 +287,25 @@ def _open(
     files: OpenFiles,
     *,
     stride: int,
+    held_out: bool,
 ) -> _Component:
     tokens = TokenSet(folder / entry.folder, verify=config.verify, files=files)
     if tokens.tokens < 2:
         raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
     if "rejected" in tokens.columns and config.features != "pairs":
         raise UsageError(f"config.data.features={config.features!r} reads no pairs (config.data.fields); use 'pairs'")
-    return _Component(name, entry, tokens, FEATURES[config.features].open(tokens, config, vocabulary, stride))
+    reader = FEATURES[config.features].open(tokens, config, vocabulary, stride)
+    rows = reader.size.rows
+    if held_out and config.validation_batches:
+        rows = min(rows, config.validation_batches * config.batch_size)
+    if not reader.trained(rows):
+        which = f"held-out set {name!r}, {entry.source}" if held_out else entry.source
+        raise UserError(
+            f"{which}: no token to train on in its rows of {config.length}: the inputs of its {tokens.documents} "
+            f"examples leave no room for targets (config.data.truncate.rule={config.truncate.rule!r}); "
+            "use 'cut', or a larger config.data.length"
+        )
+    return _Component(name, entry, tokens, reader)
 
 
 def _place(component: _Component, row: int, span: Span, epoch: int) -> DocumentPlace:
@@ -294,14 +324,16 @@ def _place(component: _Component, row: int, span: Span, epoch: int) -> DocumentP
 
 
 def _facts(component: _Component) -> dict[str, Any]:
-    tokens, size = component.tokens, component.reader.size
+    tokens, size, cut = component.tokens, component.reader.size, component.reader.cut
     return {
         "source": component.entry.source,
         "documents": tokens.documents,
         "tokens": tokens.tokens,
         "bytes": tokens.text_bytes,
         "rows": size.rows,
-        "truncated": component.reader.truncated,
+        "truncated": cut.examples,
+        "dropped": cut.dropped,
+        "cut": str(cut) if cut else "",
         "skipped": tokens.skipped,
         "bad": tokens.bad,
         "empty_files": tokens.empty_files,

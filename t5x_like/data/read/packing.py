@@ -11,8 +11,10 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Int
 
+from t5x_like.data.config import TruncateConfig
 from t5x_like.data.read.interface import Span
 from t5x_like.data.read.mixtures import Size
+from t5x_like.data.read.truncation import Cut, fit
 from t5x_like.data.token_set import TokenSet
 
 
@@ -32,12 +34,15 @@ class Rows:
 
 
 class Packing(Protocol):
-    """Rows of one token set. `truncated`: examples that were too long for a row."""
+    """Rows of one token set. `cut`: what of its examples did not fit; `trained(rows)`: tokens with loss in the first
+    `rows` rows."""
 
-    truncated: int
+    cut: Cut
 
     @property
     def size(self) -> Size: ...
+
+    def trained(self, rows: int) -> int: ...
 
     def read(self, rows: Int[np.ndarray, "n"]) -> Rows: ...
 
@@ -50,7 +55,7 @@ class Concatenated:
     A smaller stride makes rows overlap; then a row only predicts what the one before has not. The last row is padded.
     """
 
-    truncated = 0
+    cut = Cut()
 
     def __init__(self, token_set: TokenSet, *, length: int, stride: int):
         self._set, self._length, self._stride = token_set, length, stride
@@ -59,6 +64,12 @@ class Concatenated:
     @property
     def size(self) -> Size:
         return Size(self._set.documents, self._set.tokens, self.rows, fractions.Fraction(self._length))
+
+    def trained(self, rows: int) -> int:
+        begins = np.concatenate([[0], self._set.ends[:-1]])
+        first = begins if self._set.inputs is None else begins + self._set.inputs
+        last = np.minimum(self._set.ends, (rows - 1) * self._stride + self._length + 1)
+        return int(np.maximum(last - np.maximum(first, 1), 0).sum())
 
     def read(self, rows: Int[np.ndarray, "n"]) -> Rows:
         starts = np.asarray(rows, np.int64) * self._stride
@@ -92,21 +103,34 @@ class Concatenated:
 
 
 class BestFit:
-    """Rows of whole examples, at most T+1 tokens together; a longer example loses its end. The first token of an
-    example is never predicted."""
+    """Rows of whole examples, at most T+1 tokens together; a longer example is cut as `truncate` says, and keeps the
+    token `bos` at its begin. The first token of an example is never predicted."""
 
-    def __init__(self, token_set: TokenSet, *, length: int):
-        self._set, self._width = token_set, length + 1
-        self._begins = np.concatenate([[0], token_set.ends[:-1]])
-        lengths = token_set.ends - self._begins
-        self.truncated = int((lengths > self._width).sum())
-        self._lengths = np.minimum(lengths, self._width)
-        self._order, self._edges = best_fit(self._lengths, self._width)
+    def __init__(self, token_set: TokenSet, *, length: int, truncate: TruncateConfig, bos: int | None):
+        self._set, self._width, self._bos = token_set, length + 1, bos
+        begins = np.concatenate([[0], token_set.ends[:-1]])
+        inputs = np.zeros_like(begins) if token_set.inputs is None else token_set.inputs.astype(np.int64)
+        fitted = fit(inputs, token_set.ends - begins - inputs, self._width, truncate)
+        self.cut, self._skipped = fitted.cut, fitted.skipped
+        self._begins, self._lengths, self._inputs = (
+            begins + fitted.skipped,
+            fitted.inputs + fitted.targets,
+            fitted.inputs,
+        )
+        self._targets = begins + inputs
+        self._silent = np.clip(fitted.inputs, 1, self._lengths)
+        kept = np.flatnonzero(fitted.kept)
+        order, self._edges = best_fit(self._lengths[kept], self._width)
+        self._order = kept[order]
 
     @property
     def size(self) -> Size:
-        rows, tokens = len(self._edges) - 1, int(self._lengths.sum())
-        return Size(self._set.documents, tokens, rows, fractions.Fraction(tokens, rows))
+        rows, tokens = len(self._edges) - 1, int(self._lengths[self._order].sum())
+        return Size(len(self._order), tokens, rows, fractions.Fraction(tokens, max(rows, 1)))
+
+    def trained(self, rows: int) -> int:
+        examples = self._order[: self._edges[rows]]
+        return int((self._lengths[examples] - self._silent[examples]).sum())
 
     def read(self, rows: Int[np.ndarray, "n"]) -> Rows:
         first, held = self._edges[rows], np.diff(self._edges)[rows]
@@ -116,28 +140,44 @@ class BestFit:
         before = np.cumsum(lengths) - lengths
         column = before - before[np.cumsum(held) - held][row]
         shape = (len(rows), self._width)
-        tokens, counts = self._set.read(self._begins[examples], lengths, row, column, shape)
+        tokens, counts = self._set.read(*self._spans(examples, row, column), shape)
+        if self._bos is not None:
+            cut = self._skipped[examples] > 0
+            tokens[row[cut], column[cut]], counts[row[cut], column[cut]] = self._bos, 0
         begins, trained = np.zeros(shape, bool), np.ones(shape, bool)
         begins[row, column] = True
-        silent = np.ones(len(examples), np.int64)
-        if self._set.inputs is not None:
-            silent = np.clip(self._set.inputs[examples], 1, lengths)
-        inside = ranges(column, silent)
-        trained[np.repeat(row, silent), inside] = False
+        silent = self._silent[examples]
+        trained[np.repeat(row, silent), ranges(column, silent)] = False
         valid = np.bincount(row, weights=lengths, minlength=len(rows)).astype(np.int64)
         return Rows(tokens, counts, begins, trained, valid)
+
+    def _spans(self, examples: np.ndarray, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(first tokens, numbers of tokens, rows, columns) of what is read: two spans for inputs without their end."""
+        begins, lengths, inputs = self._begins[examples], self._lengths[examples], self._inputs[examples]
+        targets = self._targets[examples]
+        apart = begins + inputs < targets
+        first = np.where(apart, inputs, lengths)
+        more = (targets[apart], (lengths - inputs)[apart], row[apart], (column + inputs)[apart])
+        spans = zip((begins, first, row, column), more, strict=True)
+        return tuple(np.concatenate(parts) for parts in spans)
 
     def documents(self, row: int) -> list[Span]:
         examples = self._order[self._edges[row] : self._edges[row + 1]]
         lengths = self._lengths[examples]
-        columns = np.cumsum(lengths) - lengths
-        return [Span(example, column, 0) for example, column in zip(examples.tolist(), columns.tolist(), strict=True)]
+        places = (examples, np.cumsum(lengths) - lengths, self._skipped[examples])
+        return [Span(*place) for place in zip(*(array.tolist() for array in places), strict=True)]
 
 
-PACKINGS = {
-    "concatenate": lambda token_set, length, stride: Concatenated(token_set, length=length, stride=stride),
-    "examples": lambda token_set, length, stride: BestFit(token_set, length=length),
-}
+PACKINGS = ("concatenate", "examples")
+
+
+def pack(
+    kind: str, token_set: TokenSet, *, length: int, stride: int, truncate: TruncateConfig, bos: int | None
+) -> Packing:
+    """The packing of a name in PACKINGS."""
+    if kind == "concatenate":
+        return Concatenated(token_set, length=length, stride=stride)
+    return BestFit(token_set, length=length, truncate=truncate, bos=bos)
 
 
 def spans_between(token_set: TokenSet, first: int, last: int) -> list[Span]:

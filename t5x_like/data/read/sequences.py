@@ -1,8 +1,8 @@
 """Whole sequences, one example a row: pairs of answers to a prompt (preferences), and texts with a class.
 
 A pair is read as two texts of a decoder, prompt and answer, each with the loss on the answer and its EOS. Both stand
-in one row of the batch, so that they stay together however a batch is divided. A text that is longer than its row
-loses its end.
+in one row of the batch, so that they stay together however a batch is divided. What is longer than
+its row is cut as config.data.truncate says.
 """
 
 import fractions
@@ -17,6 +17,7 @@ from t5x_like.data.read import causal
 from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
 from t5x_like.data.read.mixtures import Size
 from t5x_like.data.read.packing import Rows
+from t5x_like.data.read.truncation import Cut, Fitted, fit
 from t5x_like.data.token_set import TokenSet
 
 SIDES = ("chosen", "rejected")
@@ -31,30 +32,35 @@ _TEXT = {"inputs": "int32", "positions": "int32", "segment_ids": "int32"}
 
 
 class Pairs:
-    """Row r is pair r of the token set."""
+    """A row is a pair of the token set; both sides see the same of the prompt."""
 
-    def __init__(self, token_set: TokenSet, config: DataConfig):
+    def __init__(self, token_set: TokenSet, config: DataConfig, *, bos: int | None):
         if "rejected" not in token_set.columns:
             raise UsageError(
                 "config.data.features='pairs' needs two answers to each prompt; set config.data.fields.prompt, "
                 "config.data.fields.chosen and config.data.fields.rejected"
             )
-        self._set, self._width = token_set, config.length + 1
+        self._set, self._width, self._bos = token_set, config.length + 1, bos
         begins = np.concatenate([[0], token_set.ends[:-1]])
-        self._prompts = np.zeros_like(begins) if token_set.inputs is None else token_set.inputs.astype(np.int64)
+        prompts = np.zeros_like(begins) if token_set.inputs is None else token_set.inputs.astype(np.int64)
         rejected = begins + token_set.columns["rejected"]
-        self._begins = begins
         # {side: (first token, number of tokens)} of the answers
         self._answers = {
-            "chosen": (begins + self._prompts, rejected - begins - self._prompts),
+            "chosen": (begins + prompts, rejected - begins - prompts),
             "rejected": (rejected, token_set.ends - rejected),
         }
-        longest = self._prompts + np.maximum(*(count for _, count in self._answers.values()))
-        self.truncated = int((longest > self._width).sum())
+        longest = np.maximum(*(count for _, count in self._answers.values()))
+        self._fitted = fit(prompts, longest, self._width, config.truncate)
+        self._begins, self._kept, self.cut = begins + self._fitted.skipped, *_kept(self._fitted)
 
     @property
     def size(self) -> Size:
-        return _one_a_row(self._set)
+        return _one_a_row(self._set, self._kept)
+
+    def trained(self, rows: int) -> int:
+        pairs = self._kept[:rows]
+        room = self._width - self._fitted.inputs[pairs]
+        return int(sum(np.minimum(count[pairs], room).sum() for _, count in self._answers.values()))
 
     def batch(self, rows: Int[np.ndarray, "n"], draw: Draw) -> Batch:
         found: Batch = {}
@@ -64,10 +70,12 @@ class Pairs:
         return found
 
     def documents(self, row: int) -> list[Span]:
-        return [Span(row, 0, 0)]
+        pair = int(self._kept[row])
+        return [Span(pair, 0, int(self._fitted.skipped[pair]))]
 
     def _read(self, rows: np.ndarray, side: str) -> Rows:
-        prompts = np.minimum(self._prompts[rows], self._width)
+        rows = self._kept[rows]
+        prompts = self._fitted.inputs[rows]
         first, count = (column[rows] for column in self._answers[side])
         answers = np.minimum(count, self._width - prompts)
         row = np.arange(len(rows))
@@ -78,29 +86,34 @@ class Pairs:
             np.concatenate([np.zeros_like(row), prompts]),
             (len(rows), self._width),
         )
+        if self._bos is not None:
+            cut = self._fitted.skipped[rows] > 0
+            tokens[cut, 0], counts[cut, 0] = self._bos, 0
         columns = np.arange(self._width)
         begins = np.broadcast_to(columns == 0, tokens.shape)
         return Rows(tokens, counts, begins, columns >= prompts[:, None], prompts + answers)
 
 
 class Labelled:
-    """Row r is text r of the token set, with its class."""
+    """A row is a text of the token set, with its class."""
 
     def __init__(self, token_set: TokenSet, config: DataConfig):
         if "labels" not in token_set.columns:
             raise UsageError("config.data.features='labels' needs a class of each text; set config.data.fields.label")
         self._set, self._width = token_set, config.length
         self._begins = np.concatenate([[0], token_set.ends[:-1]])
-        lengths = token_set.ends - self._begins
-        self.truncated = int((lengths > self._width).sum())
-        self._lengths = np.minimum(lengths, self._width)
+        fitted = fit(np.zeros_like(self._begins), token_set.ends - self._begins, self._width, config.truncate)
+        self._lengths, self._kept, self.cut = fitted.targets, *_kept(fitted)
 
     @property
     def size(self) -> Size:
-        return _one_a_row(self._set)
+        return _one_a_row(self._set, self._kept)
+
+    def trained(self, rows: int) -> int:
+        return rows
 
     def batch(self, rows: Int[np.ndarray, "n"], draw: Draw) -> Batch:
-        rows = np.asarray(rows)
+        rows = self._kept[rows]
         lengths, row = self._lengths[rows], np.arange(len(rows))
         shape = (len(rows), self._width)
         tokens, _ = self._set.read(self._begins[rows], lengths, row, np.zeros_like(row), shape)
@@ -114,12 +127,18 @@ class Labelled:
         }
 
     def documents(self, row: int) -> list[Span]:
-        return [Span(row, 0, 0)]
+        return [Span(int(self._kept[row]), 0, 0)]
 
 
-def _one_a_row(token_set: TokenSet) -> Size:
-    mean = fractions.Fraction(token_set.tokens, token_set.documents)
-    return Size(token_set.documents, token_set.tokens, token_set.documents, mean)
+def _kept(fitted: Fitted) -> tuple[np.ndarray, Cut]:
+    """(number of the document of each row, what did not fit)."""
+    return np.flatnonzero(fitted.kept), fitted.cut
+
+
+def _one_a_row(token_set: TokenSet, kept: np.ndarray) -> Size:
+    lengths = np.diff(token_set.ends, prepend=0)[kept]
+    tokens = int(lengths.sum())
+    return Size(len(kept), tokens, len(kept), fractions.Fraction(tokens, max(len(kept), 1)))
 
 
 def _pair_arrays(config: DataConfig) -> dict[str, ArraySpec]:
@@ -134,7 +153,7 @@ PAIRS = Feature(
     packings=("single",),
     encoder=False,
     arrays=_pair_arrays,
-    open=lambda token_set, config, vocabulary, stride: Pairs(token_set, config),
+    open=lambda token_set, config, vocabulary, stride: Pairs(token_set, config, bos=vocabulary.bos_id),
     check=lambda config: None,
 )
 LABELS = Feature(

@@ -16,6 +16,7 @@ from t5x_like.data.config import DataConfig
 from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
 from t5x_like.data.read.mixtures import Size
 from t5x_like.data.read.packing import ranges
+from t5x_like.data.read.truncation import fit_apart
 from t5x_like.data.token_set import TokenSet
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 
@@ -47,8 +48,9 @@ def start_id(name: str, vocabulary: Vocabulary) -> int:
 
 
 class Packed:
-    """Rows of whole examples, `encoder_length` source and `length` target tokens at most; a part that is longer than
-    its row loses its end. An example without inputs has EOS alone as its source."""
+    """Rows of whole examples, `encoder_length` source and `length` target tokens at most; what is longer is cut as
+    config.data.truncate says, a source keeping BOS and EOS if it loses its begin. An example without inputs has EOS
+    alone as its source."""
 
     def __init__(self, token_set: TokenSet, config: DataConfig, vocabulary: Vocabulary):
         if token_set.inputs is None:
@@ -59,21 +61,27 @@ class Packed:
         assert vocabulary.eos_id is not None, "a vocabulary that documents were written with has an end token"
         self._set, self._eos, self._start = token_set, vocabulary.eos_id, start_id(config.start_token, vocabulary)
         self._widths = config.encoder_length, config.length
+        self._bos = vocabulary.bos_id
         self._begins = np.concatenate([[0], token_set.ends[:-1]])
-        self._read = token_set.inputs.astype(np.int64)  # source tokens in the cache, which has no EOS behind them
-        whole = np.stack([self._read + 1, token_set.ends - self._begins - self._read])
-        self.truncated = int((whole > np.array(self._widths)[:, None]).any(axis=0).sum())
-        self._lengths = np.minimum(whole, np.array(self._widths)[:, None])
-        self._read = np.minimum(self._read, self._widths[0])
+        read = token_set.inputs.astype(np.int64)  # source tokens in the cache, which has no EOS behind them
+        fitted = fit_apart(read + 1, token_set.ends - self._begins - read, self._widths, config.truncate)
+        self.cut, self._skipped = fitted.cut, fitted.skipped
+        self._lengths = np.stack([fitted.inputs, fitted.targets])
+        self._read = np.minimum(read - fitted.skipped, self._widths[0])
+        kept = np.flatnonzero(fitted.kept)
         if config.packing == "single":
-            self._order, self._edges = np.arange(whole.shape[1]), np.arange(whole.shape[1] + 1)
+            order, self._edges = np.arange(len(kept)), np.arange(len(kept) + 1)
         else:
-            self._order, self._edges = best_fit_of_two(self._lengths, self._widths)
+            order, self._edges = best_fit_of_two(self._lengths[:, kept], self._widths)
+        self._order = kept[order]
 
     @property
     def size(self) -> Size:
-        rows, tokens = len(self._edges) - 1, int(self._lengths.sum())
-        return Size(self._set.documents, tokens, rows, fractions.Fraction(tokens, rows))
+        rows, tokens = len(self._edges) - 1, int(self._lengths[:, self._order].sum())
+        return Size(len(self._order), tokens, rows, fractions.Fraction(tokens, max(rows, 1)))
+
+    def trained(self, rows: int) -> int:
+        return int(self._lengths[1, self._order[: self._edges[rows]]].sum())
 
     def batch(self, rows: Int[np.ndarray, "n"], draw: Draw) -> Batch:
         first, held = self._edges[rows], np.diff(self._edges)[rows]
@@ -82,7 +90,11 @@ class Packed:
         number = np.arange(len(examples)) - np.repeat(np.cumsum(held) - held, held)
         columns = self._columns(examples, held)
         begins, sources = self._begins[examples], self._read[examples]
-        tokens, _ = self._set.read(begins, sources, row, columns[0], (len(rows), self._widths[0]))
+        skipped = self._skipped[examples]
+        tokens, _ = self._set.read(begins + skipped, sources, row, columns[0], (len(rows), self._widths[0]))
+        if self._bos is not None:
+            cut = (skipped > 0) & (sources > 0)
+            tokens[row[cut], columns[0][cut]] = self._bos
         ended = sources < self._lengths[0, examples]
         tokens[row[ended], (columns[0] + sources)[ended]] = self._eos
         segments, positions = _segments(row, number, columns[0], self._lengths[0, examples], tokens.shape)

@@ -24,6 +24,7 @@ from t5x_like.data.read.interface import Batch, Draw, Feature, Span
 from t5x_like.data.read.mixtures import Size
 from t5x_like.data.read.packing import spans_between
 from t5x_like.data.read.permutation import mix
+from t5x_like.data.read.truncation import Cut
 from t5x_like.data.token_set import TokenSet
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 
@@ -95,7 +96,7 @@ def with_sentinels(
 class Corrupted:
     """Chunks of the stream of all documents, one a row; a last chunk of one token is left out."""
 
-    truncated = 0
+    cut = Cut()
 
     def __init__(self, token_set: TokenSet, config: DataConfig, vocabulary: Vocabulary):
         noise = config.span_corruption
@@ -116,6 +117,10 @@ class Corrupted:
     @property
     def size(self) -> Size:
         return Size(self._set.documents, self._set.tokens, self._rows, fractions.Fraction(self._chunk))
+
+    def trained(self, rows: int) -> int:
+        """At least two target tokens a row: a sentinel and EOS."""
+        return 2 * rows
 
     def batch(self, rows: Int[np.ndarray, "n"], draw: Draw) -> Batch:
         rows = np.asarray(rows, np.int64)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5x_like.core.errors import UserError
+from t5x_like.data.tokenizers import cuts
 from t5x_like.data.tokenizers.word_cache import WordCache, pattern_of
 
 _BYTES_OFFSET = 3  # ids 0, 1, 2 are padding, end of text and unknown, as in ByT5 and seqio.ByteVocabulary
@@ -49,6 +50,7 @@ class TokenizerFile:
     bos_id: int | None
     eos_id: int | None
     extra_ids: int  # ids without text behind those of the file (T5's sentinels)
+    cuts: str  # a pattern of the places where a text may be cut in two without other ids, "" for none
     named_sentinels: int  # ids at the end that the file itself names <extra_id_0> (the last one), <extra_id_1>, ...
 
 
@@ -68,7 +70,7 @@ class _Bytes:
 
 def read_bytes(*, extra_ids: int) -> TokenizerFile:
     surfaces = (b"",) * _BYTES_OFFSET + tuple(bytes([value]) for value in range(256)) + (b"",) * extra_ids
-    return TokenizerFile("bytes", "", b"", _Bytes(), surfaces, None, 1, extra_ids, named_sentinels=0)
+    return TokenizerFile("bytes", "", b"", _Bytes(), surfaces, None, 1, extra_ids, cuts.ANYWHERE, named_sentinels=0)
 
 
 # SentencePiece.
@@ -114,6 +116,7 @@ def read_sentencepiece(content: bytes, path: pathlib.Path, *, extra_ids: int) ->
         bos if bos >= 0 else None,
         eos if eos >= 0 else None,
         extra_ids,
+        cuts.between_tokens(surfaces),
         named_sentinels=_named_sentinels(processor.id_to_piece, size),
     )
 
@@ -220,8 +223,9 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
     eos = next((specials[n] for n in _EOS_NAMES if n in specials), None) if eos is None else eos
     bos = None if bos == eos else bos  # GPT-2 names one token twice: documents are then separated by one, not two
     engine = _Tokenizers(tokenizer, exact=style != "opaque", pattern=pattern_of(layout))
+    places = cuts.between_words(layout, surfaces)
     named = _named_sentinels(lambda token: pieces.get(token, ""), len(surfaces))
-    return TokenizerFile("tokenizers", "tokenizer.json", content, engine, tuple(surfaces), bos, eos, 0, named)
+    return TokenizerFile("tokenizers", "tokenizer.json", content, engine, tuple(surfaces), bos, eos, 0, places, named)
 
 
 def _named_sentinels(name: Callable[[int], str], size: int) -> int:

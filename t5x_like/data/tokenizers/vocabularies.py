@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers import tokenizer_files
+from t5x_like.data.tokenizers import cuts, tokenizer_files
 from t5x_like.data.tokenizers.tokenizer_files import TokenizerFile
 from t5x_like.storage import paths
 
@@ -55,6 +55,12 @@ class Vocabulary:
         digest = hashlib.sha256(self._file.content)
         digest.update(json.dumps([self.kind, self.bos_id, self.eos_id, self._file.extra_ids]).encode())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def cuts(self) -> str:
+        """A pattern of the places where a text may be cut in two without other ids, "" for none."""
+        lines_are_spaces = self.encode("a\nb") == self.encode("a b")
+        return "" if self._file.cuts == cuts.BETWEEN_LINES and lines_are_spaces else self._file.cuts
 
     @functools.cached_property
     def _surface_bytes(self) -> np.ndarray:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import gc
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from t5x_like.core.errors import UserError
 from t5x_like.data import token_set
 from t5x_like.data.config import PLAIN, FieldsConfig
-from t5x_like.data.tokenizers import vocabularies
+from t5x_like.data.tokenizers import long_texts, vocabularies
 from t5x_like.data.write import bad_records, preprocessors, sources
 from t5x_like.data.write.preprocessors import Document
 from t5x_like.data.write.sources import Piece, Source, SourceFile
@@ -24,8 +23,7 @@ from t5x_like.data.write.sources import Piece, Source, SourceFile
 _BATCH_CHARACTERS = 1 << 18
 _REPORT_EVERY = 1 << 14  # bytes or records
 _OBJECTS_BEFORE_COLLECTION = 1 << 17
-_LONG_TEXT = 1 << 22  # characters; a longer text is tokenized in parts, cut between two lines
-_BETWEEN_LINES = re.compile(r"\S\n(?=\S)")
+_LONG_TEXT = 1 << 22  # characters; a longer text is tokenized in parts
 
 Placed = tuple[int, int, Document]  # number of the file, offset in it, document
 Report = Callable[[int], None]  # called with characters or records done since the last call
@@ -190,25 +188,13 @@ def _encode_texts(texts: list[str], vocabulary: vocabularies.Vocabulary) -> tupl
     all_ids: list[np.ndarray] = []
     all_counts: list[np.ndarray] = []
     for index, text in enumerate(texts):
-        for part in _parts(text):
-            ids, length = vocabulary.encode_batch([part])
+        for ids, counts in long_texts.encode(vocabulary, text, size=_LONG_TEXT):
             all_ids.append(ids)
-            all_counts.append(vocabulary.count_bytes([part], ids, length).astype(np.int32))
+            all_counts.append(counts.astype(np.int32))
             lengths[index] += len(ids)
     ids = np.concatenate(all_ids)
     all_ids.clear()  # they are as large as the text, or larger
     return ids, np.concatenate(all_counts), lengths
-
-
-def _parts(text: str) -> Iterator[str]:
-    begin = 0
-    while len(text) - begin > _LONG_TEXT:
-        cut = _BETWEEN_LINES.search(text, begin + _LONG_TEXT)
-        if cut is None:
-            break
-        yield text[begin : cut.end()]
-        begin = cut.end()
-    yield text[begin:]
 
 
 def assemble(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t5x_like.layers.masks import MASKED
+from t5x_like.layers.attention.masks import MASKED
 from t5x_like.layers.platform import matmul_precision
 from t5x_like.layers.scoring.head import capped
 from t5x_like.layers.scoring.head_layout import HeadLayout

@@ -1,6 +1,6 @@
 """The table of model families: what the sizes of each have in common, and the sizes, both as fields of ModelConfig.
 
-Not here: how a family computes (layers/, decoder.py) and how its files are read (convert/).
+Not here: how a family computes (layers/, one_stack.py, encoder_decoder.py) and how its files are read (convert/).
 """
 
 from collections.abc import Mapping

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from t5x_like.data import token_set
+from t5x_like.data.config import TruncateConfig
 from t5x_like.data.read import causal, packing
 
+END = TruncateConfig(rule="end", inputs="left", min_targets=0)
 LENGTHS = (3, 1, 40, 7, 2, 2, 19, 5, 11, 1, 1, 30)
 
 
@@ -98,7 +100,9 @@ def test_with_attention_across_documents_there_are_no_segments(tmp_path):
 def test_inputs_of_an_example_carry_no_loss(tmp_path, kind):
     inputs = [min(2, length - 1) for length in LENGTHS]
     tokens, ids, _ = written(tmp_path, LENGTHS, inputs=inputs)
-    batch = causal.batch(every(packing.PACKINGS[kind](tokens, 40, 40)), attend_across_documents=False)
+    batch = causal.batch(
+        every(packing.pack(kind, tokens, length=40, stride=40, truncate=END, bos=None)), attend_across_documents=False
+    )
     within = np.concatenate([np.arange(length) for length in LENGTHS])
     silent = np.concatenate([np.arange(n) < max(i, kind == "examples") for n, i in zip(LENGTHS, inputs, strict=True)])
     wanted = [int(t) for t, skip in zip(ids, silent, strict=True) if not skip and (kind == "examples" or t > 1)]
@@ -112,7 +116,7 @@ def test_the_documents_of_a_row_are_those_its_tokens_come_from(tmp_path):
     for packed in (
         packing.Concatenated(tokens, length=16, stride=16),
         packing.Concatenated(tokens, length=16, stride=5),
-        packing.BestFit(tokens, length=16),
+        packing.BestFit(tokens, length=16, truncate=END, bos=None),
     ):
         rows = every(packed)
         for row in range(packed.size.rows):
@@ -143,9 +147,9 @@ def test_best_fit_places_each_example_once_and_no_row_overflows(lengths):
 
 def test_whole_examples_fill_rows_and_long_ones_lose_their_end(tmp_path):
     tokens, ids, _ = written(tmp_path, LENGTHS)
-    packed = packing.BestFit(tokens, length=20)
+    packed = packing.BestFit(tokens, length=20, truncate=END, bos=None)
     rows = every(packed)
-    assert packed.truncated == sum(length > 21 for length in LENGTHS) > 0
+    assert packed.cut.examples == sum(length > 21 for length in LENGTHS) > 0
     starts = np.cumsum([0, *LENGTHS[:-1]])
     kept = sorted(t for start, n in zip(starts, LENGTHS, strict=True) for t in ids[start : start + min(n, 21)].tolist())
     assert sorted(rows.tokens[rows.tokens > 0].tolist()) == kept

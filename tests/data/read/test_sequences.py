@@ -30,7 +30,7 @@ def pairs(tmp_path, **overrides):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", str(STORIES)])
 def test_both_answers_follow_the_prompt_and_are_all_that_is_trained(tmp_path, tokenizer):
-    data = corpus.opened(pairs(tmp_path, tokenizer=tokenizer), tmp_path / "cache")
+    data = corpus.opened(pairs(tmp_path, tokenizer=tokenizer, truncate=corpus.END), tmp_path / "cache")
     encode, eos = data.vocabulary.encode, data.vocabulary.eos_id
     bos = [] if data.vocabulary.bos_id is None else [data.vocabulary.bos_id]
     assert (tokenizer == "bytes") == (bos == [])

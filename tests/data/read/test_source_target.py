@@ -23,7 +23,13 @@ def write(path, examples):
 
 def config(source, **overrides):
     fields = {"inputs": "q", "targets": "a"}
-    given = {"features": "source_target", "packing": "examples", "encoder_length": SOURCE, "length": TARGET}
+    given = {
+        "features": "source_target",
+        "packing": "examples",
+        "encoder_length": SOURCE,
+        "length": TARGET,
+        "truncate": corpus.END,
+    }
     return corpus.config(source=source, fields=fields, **given | overrides)
 
 

@@ -207,7 +207,14 @@ def test_a_mixture_is_cached_and_read_as_its_tasks(mixture, module):
     assert {name: component["documents"] for name, component in facts.items()} == {"long": 60, "short": 10}
     read = []
     for number, component in enumerate(data._components):
-        packed = packing.PACKINGS[config.packing](component.tokens, config.length, config.length)
+        packed = packing.pack(
+            config.packing,
+            component.tokens,
+            length=config.length,
+            stride=config.length,
+            truncate=config.truncate,
+            bos=None,
+        )
         rows = packed.read(np.arange(packed.size.rows))
         assert (number, component.name) in ((0, "long"), (1, "short"))
         read += [data.vocabulary.decode(rows.tokens[row, : rows.valid[row]]) for row in range(len(rows.tokens))]

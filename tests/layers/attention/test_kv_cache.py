@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_like.layers import kv_cache
-from t5x_like.layers.attention import attention
-from t5x_like.layers.masks import MaskSpec
+from t5x_like.layers.attention import kv_cache
+from t5x_like.layers.attention.choice import attention
+from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.layers.param import empty as arrays
 
 

@@ -1,5 +1,6 @@
-"""A decoder: embedding, a causal stack, and the head that scoring multiplies with.
+"""A model of one stack: embedding, layers, and the head that scoring multiplies with.
 
+A decoder is causal and keeps a cache. In an encoder (BERT's kind) every token sees its whole segment; it has none.
 NOT here: the interface that the rest of the program sees (model.py), the stack (tower.py), logits and losses
 (layers/scoring/).
 
@@ -15,6 +16,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
+from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
 from t5x_like.layers.param import empty
 from t5x_like.layers.scoring.head import Head
@@ -26,20 +28,29 @@ from t5x_like.parallel.rules import Rules
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class OneStack:
+    """The architecture "decoder" or "encoder", as the config names it."""
+
     config: ModelConfig
     rules: Rules
     dtypes: DtypePolicy
 
-    inputs = ("inputs", "positions", "segment_ids", "prefix")
+    @property
+    def causal(self) -> bool:
+        return self.config.architecture == "decoder"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("inputs", "positions", "segment_ids", "prefix" if self.causal else "token_types")
 
     @functools.cached_property
     def _ends(self) -> Ends:
-        return Ends(self.config, self.config.stack("decoder"), self.rules, self.dtypes)
+        return Ends(self.config, self.config.stack(self.config.architecture), self.rules, self.dtypes)
 
     @functools.cached_property
     def _tower(self) -> Tower:
-        return Tower(self.config, self.config.stack("decoder"), self.dtypes, causal=True, cross=False)
+        stack = self.config.stack(self.config.architecture)
+        return Tower(self.config, stack, self.dtypes, causal=self.causal, cross=False)
 
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), **self._tower.specs()}
@@ -53,12 +64,17 @@ class Decoder:
         fresh_rows_R: Int[Array, " R"] | None,
         key: jax.Array | None,
     ) -> Output:
-        x_BTD = self._ends.embed(params, batch["inputs"], batch.get("positions"), key=key)
+        if cache is not None:
+            self._require_cache()
+        given = {name: batch.get(name) for name in self.inputs}
+        x_BTD = self._ends.embed(
+            params, batch["inputs"], given["positions"], types_BT=given.get("token_types"), key=key
+        )
         tokens = Tokens(
             length=x_BTD.shape[1],
-            positions_BT=batch.get("positions"),
-            segments_BT=batch.get("segment_ids"),
-            prefix_BT=batch.get("prefix"),
+            positions_BT=given["positions"],
+            segments_BT=given["segment_ids"],
+            prefix_BT=given.get("prefix"),
         )
         x_BTD, cache, sums = self._tower.run(params, x_BTD, tokens, cache=cache, fresh_rows_R=fresh_rows_R, key=key)
         return Output(x_BTD, cache, sums)
@@ -68,8 +84,16 @@ class Decoder:
 
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         del params, batch
+        self._require_cache()
         return empty(self._tower.cache_specs(rows, length))
 
     def cache_specs(self, rows: int, length: int, source_length: int) -> dict[str, Any]:
         del source_length
+        self._require_cache()
         return self._tower.cache_specs(rows, length)
+
+    def _require_cache(self) -> None:
+        if not self.causal:
+            raise UsageError(
+                "an encoder alone generates nothing, so it has no cache; take a decoder or an encoder-decoder"
+            )

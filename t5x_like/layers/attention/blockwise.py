@@ -1,7 +1,7 @@
 """Attention in blocks of queries, for CPUs: keys that no query of a block may see are never multiplied.
 
-The backward pass is written out, as the compiler's own keeps and moves more. The choice between paths, and the one for
-masks that this cannot serve, are in attention.py.
+The backward pass is written out, as the compiler's own keeps and moves more. The choice between paths is in
+choice.py, the path for masks that this cannot serve in materialised.py.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K queries a kv head, H head size, b 1 or B.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
-from t5x_like.layers.masks import MASKED, NOTHING_SEEN, MaskSpec, allowed, at_least_something
+from t5x_like.layers.attention.masks import MASKED, NOTHING_SEEN, MaskSpec, allowed, at_least_something
 from t5x_like.layers.platform import matmul_precision
 from t5x_like.parallel.sharding import shards
 
@@ -47,15 +47,21 @@ class Blocks:
         return [self._cut(start, min(start + size, self.q_length)) for start in starts]
 
     def _cut(self, start: int, end: int) -> tuple[slice, slice]:
-        first, last = 0, self.k_length
-        if not self.prefix:  # keys of a prefix may stand anywhere
-            if self.window is not None:
-                first = max(0, start - self.window + 1) // 64 * 64
-            if self.causal:
-                last = end
-            elif self.window is not None:
-                last = min(self.k_length, end + self.window - 1)
-        return slice(start, end), slice(min(first, last - 1), last)
+        if self.prefix:  # keys of a prefix may stand anywhere
+            return slice(start, end), slice(0, self.k_length)
+        return slice(start, end), keys_of(start, end, self.k_length, self.causal, self.window)
+
+
+def keys_of(start: int, end: int, k_length: int, causal: bool, window: int | None) -> slice:
+    """The keys that the queries from start to end may see."""
+    first, last = 0, k_length
+    if window is not None:
+        first = max(0, start - window + 1) // 64 * 64
+    if causal:
+        last = end
+    elif window is not None:
+        last = min(k_length, end + window - 1)
+    return slice(min(first, last - 1), last)
 
 
 def why_not(q_BTNH: Any, k_BSKH: Any, mask: MaskSpec, *, softcap: bool) -> str:
@@ -96,7 +102,9 @@ def blockwise(q_BTNH, k_BSKH, v_BSKH, mask: MaskSpec, *, scale: float, bias_bNTS
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     bias_bKGTS = None
     if bias_bNTS is not None:
-        bias_bKGTS = bias_bNTS.reshape(bias_bNTS.shape[0], K, N // K, *bias_bNTS.shape[2:])
+        # Written out once: XLA's CPU compiler would look the bias up anew for every row, a tenth of a T5's step.
+        once_bNTS: jax.Array = jax.lax.optimization_barrier(bias_bNTS)
+        bias_bKGTS = once_bNTS.reshape(once_bNTS.shape[0], K, N // K, *once_bNTS.shape[2:])
     marks = (q_segments_BT, None if alike else k_segments_BS, mask.k_prefix_BS)
     out_BKGTH: jax.Array = _over_blocks(blocks, q_BKGTH, k_BKSH, v_BKSH, bias_bKGTS, marks)
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -195,9 +203,14 @@ def _block_logits(blocks: Blocks, block: tuple[slice, slice], q_BKGTH, k_BKSH, b
 def _bias_gradient(blocks: Blocks, block: tuple[slice, slice], g_BKQS, bias_bKGTS):
     """The gradient of a block's logits as that of its rows of the bias, [b, K, G, t, S]."""
     _, keys = block
-    g_bKQS = g_BKQS.sum(axis=0, keepdims=True) if bias_bKGTS.shape[0] == 1 else g_BKQS
+    g_bKQS = _sum_over_rows(g_BKQS) if bias_bKGTS.shape[0] == 1 else g_BKQS
     around = (keys.start, blocks.k_length - keys.stop)
     return jnp.pad(_by_group(g_bKQS, bias_bKGTS.shape[2]), ((0, 0),) * 4 + (around,))
+
+
+def _sum_over_rows(g_BKQS):
+    """[1, K, Q, S]. As a product with ones: XLA's CPU compiler takes 15 times as long for a sum over a leading dim."""
+    return _product("AB,BKQS->AKQS", jnp.ones((1, g_BKQS.shape[0]), g_BKQS.dtype), g_BKQS)
 
 
 def _joined(x_BKGt):

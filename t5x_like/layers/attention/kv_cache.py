@@ -21,9 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import ParamSpec
-from t5x_like.layers.attention import attention, attention_over_parts
-from t5x_like.layers.biases import Bias
-from t5x_like.layers.masks import MaskSpec
+from t5x_like.layers.attention.biases import Bias
+from t5x_like.layers.attention.choice import attention
+from t5x_like.layers.attention.masks import MaskSpec
+from t5x_like.layers.attention.materialised import attention_over_parts
 from t5x_like.layers.param import ZEROS
 
 EMPTY = -1  # the position in a slot that holds no token, and of a token that is padding

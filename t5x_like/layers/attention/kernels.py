@@ -2,12 +2,13 @@
 
 Both are libraries' kernels; this file says when one can run, hands it the mask in its own words, and places the work:
 rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered. It
-is NOT the choice between paths (attention.py) and holds no mathematics of its own.
+is NOT the choice between paths (choice.py) and holds no mathematics of its own.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, H head size.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +19,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash_library
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core.errors import UsageError
-from t5x_like.layers import biases
-from t5x_like.layers.biases import Bias
-from t5x_like.layers.masks import MaskSpec, allowed
+from t5x_like.layers.attention import biases, blockwise
+from t5x_like.layers.attention.biases import Bias
+from t5x_like.layers.attention.masks import MaskSpec, allowed
 from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_names
 
 # Rows of queries and of keys that a TPU core holds at once, and of keys in one product. Longer blocks mean fewer passes
@@ -30,6 +31,10 @@ BLOCK_COMPUTE = 512
 LANES = 128
 # cuDNN's largest head: on every generation, and from Hopper on.
 CUDNN_HEAD, CUDNN_HEAD_HOPPER, HOPPER = 128, 256, 9.0
+# cuDNN knows no segments: it takes a mask as a 16-bit matrix [rows, T, S] (and returns one as its gradient). A device
+# makes it whole up to this size, else in blocks of queries, one kernel call each; more blocks take longer to compile.
+MASK_BYTES, CUDNN_BLOCK, MAX_CUDNN_BLOCKS = 64 * 2**20, 128, 32
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive; under another name it would run twice
 
 
 # TPU.
@@ -138,9 +143,26 @@ def why_not_cudnn(
     if bias and not _in_kernel(q_BTNH, k_BSKH, mask):
         # Their sum would have a row for each row of the batch, for which cuDNN gives no gradient.
         return "a position bias beside a mask that is a matrix"
-    if bias and (length % 2 or k_BSKH.shape[1] % 2):
-        return f"a position bias, and {length} queries and {k_BSKH.shape[1]} keys are not even"
+    if (bias or not _in_kernel(q_BTNH, k_BSKH, mask)) and (length % 2 or k_BSKH.shape[1] % 2):
+        what = "a position bias" if bias else "a mask that is a matrix"
+        return f"{what}, and {length} queries and {k_BSKH.shape[1]} keys are not even"
     return ""
+
+
+def cudnn_blocks(q_BTNH: Any, k_BSKH: Any, mask: MaskSpec) -> int:
+    """In how many blocks of queries cuDNN computes this: 1 if it knows the mask, or if the matrix is small.
+
+    >>> q = k = jax.ShapeDtypeStruct((8, 8192, 8, 128), jnp.bfloat16)
+    >>> packed = MaskSpec(causal=True, q_segments_BT=jnp.ones((8, 8192), int), k_segments_BS=jnp.ones((8, 8192), int))
+    >>> cudnn_blocks(q, k, MaskSpec(causal=True)), cudnn_blocks(q, k, packed)
+    (1, 16)
+    """
+    if _in_kernel(q_BTNH, k_BSKH, mask):
+        return 1
+    place = _place(q_BTNH, k_BSKH)
+    rows, length = (q_BTNH.shape[dim] // place.shards(dim) for dim in (0, 1))
+    wanted = -(-2 * rows * length * k_BSKH.shape[1] // MASK_BYTES)
+    return min(wanted, MAX_CUDNN_BLOCKS, -(-length // CUDNN_BLOCK))
 
 
 def _in_kernel(q_BTNH: Any, k_BSKH: Any, mask: MaskSpec) -> bool:
@@ -163,12 +185,16 @@ def cudnn(
     scale: float,
     bias: Bias | None = None,
 ) -> jax.Array:
-    """cuDNN flash attention. Causality and windows are in the kernel, all else is a matrix, shared by the heads."""
+    """cuDNN flash attention. Causality and windows are in the kernel; all else is a matrix, shared by heads, and for
+    one block of queries after the other where the whole would be large."""
     place = _place(q_BTNH, k_BSKH)
     alike = mask.q_segments_BT is mask.k_segments_BS
     causal = _causal_in_kernel(q_BTNH, k_BSKH, mask)
+    blocks = cudnn_blocks(q_BTNH, k_BSKH, mask)
 
     def local(q_BTNH, k_BSKH, v_BSKH, mask, bias, q_start):
+        if blocks > 1:
+            return _cudnn_in_blocks(q_BTNH, k_BSKH, v_BSKH, mask, q_start, blocks=blocks, scale=scale, alike=alike)
         rest = dataclasses.replace(mask, causal=False, window=None) if causal else mask
         matrix_BTS = allowed(rest, q_length=q_BTNH.shape[1], k_length=k_BSKH.shape[1], q_start=q_start)
         bias_1NTS = None
@@ -189,6 +215,46 @@ def cudnn(
 
     bias_specs = None if bias is None else bias.specs(place.q_spec[2])
     return place.run(local, q_BTNH, k_BSKH, v_BSKH, mask, bias, bias_specs)
+
+
+def _cudnn_in_blocks(
+    q_BTNH, k_BSKH, v_BSKH, mask: MaskSpec, q_start: Any, *, blocks: int, scale: float, alike: bool
+) -> jax.Array:
+    """One call for each block of queries, with the keys that it may see and the matrix of that part of the mask. The
+    backward pass makes the matrices again; the kernel's own results are kept."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    size = -(-T // blocks // CUDNN_BLOCK) * CUDNN_BLOCK
+    dtype = q_BTNH.dtype
+    # Gradients of the keys are the sum over blocks: in float32, the type of what is cut here.
+    k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (k_BSKH, v_BSKH))
+
+    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name == _CUDNN_FORWARD)
+    def one(q_BTNH, k_BSKH, v_BSKH, mask, q_start, k_start):
+        matrix_BTS = allowed(mask, q_length=q_BTNH.shape[1], k_length=k_BSKH.shape[1], q_start=q_start, k_start=k_start)
+        out_BTNH = jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BSKH.astype(dtype),
+            v_BSKH.astype(dtype),
+            mask=None if matrix_BTS is None else matrix_BTS[:, None, :, :],
+            scale=scale,
+            implementation="cudnn",
+        )
+        return _without_blind(out_BTNH, mask, alike=alike)
+
+    outs = []
+    for start in range(0, T, size):
+        # Which keys a block may see is known where the order of keys is, and this is the whole row.
+        known = mask.by_index and mask.static_window and mask.k_prefix_BS is None and isinstance(q_start, int)
+        end = min(start + size, T)
+        q, keys = (
+            slice(start, end),
+            blockwise.keys_of(start, end, S, mask.causal, mask.window) if known else slice(0, S),
+        )
+        arrays = mask.part(q, keys)
+        if outs:  # one matrix at a time: this block's is not begun before the last block is done
+            arrays, _ = jax.lax.optimization_barrier((arrays, jax.lax.stop_gradient(outs[-1])))
+        outs.append(one(q_BTNH[:, q], k_BSKH[:, keys], v_BSKH[:, keys], arrays, q_start + start, keys.start))
+    return jnp.concatenate(outs, axis=1)
 
 
 def _without_blind(out_BTNH: jax.Array, mask: MaskSpec, *, alike: bool) -> jax.Array:

@@ -62,6 +62,13 @@ class MaskSpec:
         """Whether positions are indices, so that whole blocks of the matrix are known to be empty in advance."""
         return self.q_positions_BT is None and self.k_positions_BS is None
 
+    def part(self, queries: slice, keys: slice) -> "MaskSpec":
+        """The mask of a block; `allowed` needs its q_start and k_start where positions are indices."""
+        cuts = {"_BT": queries, "_BS": keys}
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name[-3:] in cuts}
+        parts = {name: None if x is None else x[:, cuts[name[-3:]]] for name, x in arrays.items()}
+        return dataclasses.replace(self, **parts)
+
     def tree_flatten(self):
         static = self.window if self.static_window else None
         traced = None if self.static_window else self.window

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_like.layers import biases
-from t5x_like.layers.attention import attention, attention_over_parts
-from t5x_like.layers.masks import MaskSpec
+from t5x_like.layers.attention import biases
+from t5x_like.layers.attention.choice import attention
+from t5x_like.layers.attention.masks import MaskSpec
+from t5x_like.layers.attention.materialised import attention_over_parts
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
