@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import resource
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from t5x_like.storage import paths
 VERSION = 1  # of sets without columns, 2 of sets with them
 INDEX = "index.json"
 _READ_AT_ONCE = 1 << 20  # tokens, where many are only counted
+_IN_MEMORY = 4 << 20  # bytes of a section that is being written
 _MANY_FILES = 4096  # where a process may open any number
 _LARGE = 255  # in the section `bytes`: the value is in the list of large ones
 _READ_AT_OPENING = ("ends", "inputs", "large_positions", "large_values")
@@ -91,13 +93,14 @@ def write_shard(
     """
     data = folder / f"{shard_name(index)}.bin"
     digest, written = hashlib.sha256(), 0
-    sections: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _sections(columns)[1:]}
     tokens = skipped = text_bytes = 0
-    with _whole(data) as file:
+    with contextlib.ExitStack() as held:
+        file = held.enter_context(_whole(data))
+        sections = {name: held.enter_context(_Section(folder, str(entry))) for name, entry, _ in _sections(columns)[1:]}
         for batch in batches:
             written += _append(file, digest, batch.ids.astype(kind))
             large = np.flatnonzero(batch.byte_counts >= _LARGE)
-            sections["bytes"].append(np.minimum(batch.byte_counts, _LARGE).astype("<u1"))
+            sections["bytes"].append(np.minimum(batch.byte_counts, _LARGE))
             sections["ends"].append(tokens + np.cumsum(batch.lengths))
             sections["large_positions"].append(tokens + large)
             sections["large_values"].append(batch.byte_counts[large])
@@ -108,15 +111,14 @@ def write_shard(
             tokens += len(batch.ids)
             skipped += batch.skipped
             text_bytes += int(batch.byte_counts.sum())
-        for name, section_type, _ in _sections(columns)[1:]:
-            column = np.concatenate([np.zeros(0, section_type), *sections[name]]).astype(section_type)
-            sections[name] = [column]
-            written += _append(file, digest, column)
+        for section in sections.values():
+            for block in section.blocks():
+                written += _append(file, digest, block)
     facts = {
         "file": data.name,
         "tokens": tokens,
-        "documents": len(sections["ends"][0]),
-        "large": len(sections["large_values"][0]),
+        "documents": sections["ends"].entries,
+        "large": sections["large_values"].entries,
         "text_bytes": text_bytes,
         "skipped": skipped,
         "size": written,
@@ -126,6 +128,29 @@ def write_shard(
     with _whole(folder / f"{shard_name(index)}.json") as file:
         file.write(paths.json_text(facts).encode())
     return facts
+
+
+class _Section:
+    """A section that grows while the tokens are written before it: in memory while small, else in a file beside it."""
+
+    def __init__(self, folder: pathlib.Path, kind: str):
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=folder)
+        self._kind, self.entries = kind, 0
+
+    def append(self, array: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(array.astype(self._kind)).data.cast("B") if array.size else b"")
+        self.entries += len(array)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        self._file.seek(0)
+        while block := self._file.read(_IN_MEMORY):
+            yield np.frombuffer(block, np.uint8)
+
+    def __enter__(self) -> "_Section":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 @contextlib.contextmanager

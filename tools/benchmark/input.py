@@ -22,6 +22,7 @@ PREPARED = {  # row: (source, tokenizer, workers)
     "whole files, BPE, 1 worker": ("text", "bpe", 1),
     "lines, SentencePiece, 1 worker": ("lines", "sentencepiece", 1),
 }
+FORMATS = ("jsonl", "jsonl.zst", "parquet")  # the same paragraphs, one worker, BPE
 SEQIO_LINES = 4000
 SEQIO_TASK = """
 import os
@@ -55,6 +56,8 @@ def measure(rounds: int, steps: int) -> None:
     print(timing.machine("seqio"))
     for row, (_, _, workers) in PREPARED.items():
         _print_rates(row, [result["prepare"][row] for result in native], workers)
+    for form in FORMATS:
+        _print_rates(f"{form}, BPE, 1 worker", [result["prepare"][f"{form}, BPE, 1 worker"] for result in native], 1)
     for row in seqio[0] if seqio else ():
         _print_rates(row, [result[row] for result in seqio], 1)
     if not with_seqio:
@@ -94,12 +97,34 @@ def _prepare(values: Values) -> dict[str, Any]:
             data |= {"batch_size": SHAPE["rows"], "length": SHAPE["length"]}
             chosen = arguments({f"data.{field}": value for field, value in data.items()})
             results[row] = _spent(lambda chosen=chosen: prepare.run(chosen), COPIES * TEXT.stat().st_size)
+        for form in FORMATS:
+            source, size = _write_paragraphs(folder, form, text * COPIES)
+            data |= {"source": source, "tokenizer": f"{folder}/bpe", "workers": 1, "cache": f"{folder}/{form}"}
+            given = arguments({f"data.{field}": value for field, value in data.items()})
+            results[f"{form}, BPE, 1 worker"] = _spent(lambda given=given: prepare.run(given), size)
         experiment = train.from_config(load_config(chosen)[0])
         read = open_data(experiment.data, cache_dir=experiment.data.cache, seed=0)
         rows, number = np.arange(SHAPE["rows"]), itertools.count()
         batches = 200
         seconds = timing.seconds(lambda: [read.rows(next(number), rows) for _ in range(batches)], values["steps"])
     return {"prepare": results, "read": batches * SHAPE["rows"] / seconds}
+
+
+def _write_paragraphs(folder: pathlib.Path, form: str, text: str) -> tuple[str, int]:
+    """(source, bytes of its text): paragraphs of the text as records of a file."""
+    import json
+
+    import pyarrow
+    import pyarrow.parquet
+
+    kind, path = form.partition(".")[0], f"{folder}/paragraphs.{form}"
+    texts = [part for part in text.split("\n\n") if part]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        with pyarrow.output_stream(path, compression="zstd" if form.endswith(".zst") else None) as file:
+            file.write("".join(json.dumps({"text": part}) + "\n" for part in texts).encode())
+    return f"{kind}:{path}", sum(len(part.encode()) for part in texts)
 
 
 def _seqio(values: Values) -> dict[str, Any]:

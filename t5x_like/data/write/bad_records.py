@@ -75,7 +75,9 @@ def place(kind: str, path: str, offset: int) -> str:
     """`PATH:LINE (byte N)` where a file has lines, else `PATH: record N` or `PATH`."""
     if sources.unit(kind) == "record":
         return f"{path}: record {offset}"
-    line = _line(path, offset) if kind != "text" else None
+    if kind == "text":  # the problem says where in the file
+        return path
+    line = _line(path, offset)
     return f"{path}: byte {offset}" if line is None else f"{path}:{line} (byte {offset})"
 
 

@@ -89,7 +89,7 @@ def test_each_text_stands_in_its_row_beside_its_class(tmp_path):
 @pytest.mark.parametrize("label", ["red", -1, 1.5, True, None])
 def test_what_is_no_class_is_named_with_its_record(tmp_path, label):
     records = [{"text": "fine", "class": 0}, {"text": "wrong", "class": label}]
-    with pytest.raises(UserError, match=r"labelled\.jsonl: byte \d+: field 'class' should be a class"):
+    with pytest.raises(UserError, match=r"labelled\.jsonl:2 \(byte \d+\): field 'class' should be a class"):
         corpus.opened(labelled(tmp_path, records), tmp_path / "cache")
 
 

@@ -75,7 +75,7 @@ def test_a_file_of_another_encoding_is_left_out_of_texts(tmp_path):
     done = prepare.prepare(config, str(tmp_path / "cache"), report=None)
     assert documents(config, tmp_path / "cache") == ["one", "three"]
     assert done.bad_places == (
-        f"{tmp_path}/b.txt: byte 0: byte 0xf6 at offset 2 is not UTF-8; convert the file (iconv -t utf-8)",
+        f"{tmp_path}/b.txt: byte 0xf6 at offset 2 is not UTF-8; convert the file (iconv -t utf-8)",
     )
 
 
