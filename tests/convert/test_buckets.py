@@ -1,4 +1,4 @@
-"""Models in a bucket: ours are converted from there, those of other programs are copied to a disk first, which is said."""
+"""Models in a bucket: ours are converted from there; those of other programs are copied to a disk first."""
 
 import pathlib
 
