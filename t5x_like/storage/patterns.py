@@ -4,11 +4,14 @@ A path that exists is itself, whatever characters its name holds. Else commas di
 out ("{a,b}.txt"), and each part is a path that exists or a glob.
 """
 
+import contextlib
 import glob
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 
+from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
 
 
@@ -35,6 +38,30 @@ def parts(text: str) -> list[str]:
 def is_pattern(text: str) -> bool:
     """Whether the text means several paths and not one."""
     return parts(text) != [_home(text)] or (not paths.exists(_home(text)) and glob.has_magic(text))
+
+
+@contextlib.contextmanager
+def staged(path: str, *, endings: tuple[str, ...], most: int) -> Iterator[str]:
+    """A local path of a file or folder: itself, or a copy of one in a bucket that lives as long.
+
+    Of the folder those files are copied that have one of the endings: they may take `most` bytes of disk together.
+    """
+    if not paths.is_remote(path):
+        yield _home(path)
+        return
+    inside = paths.is_directory(path)
+    if not inside and not paths.exists(path):
+        raise UserError(f"{path}: no such file or folder")
+    folder = path if inside else paths.parent(path)
+    sizes = {
+        name: size for name, size in paths.tree_files(folder).items() if "/" not in name and name.endswith(endings)
+    }
+    if sum(sizes.values()) > most:
+        raise UserError(f"{path}: its files take {sum(sizes.values())} bytes, more than {most}; copy what is needed")
+    with tempfile.TemporaryDirectory(prefix="t5x_like-staged-") as place:
+        for name in sizes:
+            paths.copy_file(paths.join(folder, name), os.path.join(place, name))
+        yield place if inside else os.path.join(place, paths.base_name(path))
 
 
 def _home(path: str) -> str:

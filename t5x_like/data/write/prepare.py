@@ -18,9 +18,11 @@ from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import tokenizer_training, vocabularies
 from t5x_like.data.write import bad_records, encoding, parts, preprocessors, sources, workers
 from t5x_like.data.write.parts import Part, Parts
-from t5x_like.storage import paths
+from t5x_like.storage import paths, patterns
 
 _SHARDS, _SMALLEST_SHARD, _LARGEST_SHARD = 64, 1 << 20, 256 << 20
+# Of a tokenizer in a bucket these are copied to a temporary folder, up to so many bytes.
+_TOKENIZER_FILES, _MOST_STAGED = (".json", ".model", ".txt", ".jinja", ".tiktoken"), 256 << 20
 _INLINE_BYTES = 4 << 20  # less than this is tokenized here, sooner than a worker starts
 
 
@@ -157,7 +159,8 @@ def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: R
         return found.vocabulary
     trained = tokenizer_training.parse(config.tokenizer, where="config.data.tokenizer")
     if trained is None:
-        vocabulary = vocabularies.load(config.tokenizer)
+        with patterns.staged(config.tokenizer, endings=_TOKENIZER_FILES, most=_MOST_STAGED) as place:
+            vocabulary = vocabularies.load(place)
     else:
         name = _trained(config, folder, list(found.train.values()), trained, report)
         vocabulary = vocabularies.load(str(folder / name))

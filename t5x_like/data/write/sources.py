@@ -9,6 +9,7 @@ and table_readers.py. Nothing here imports TensorFlow; the adapter of SeqIO is d
 import bisect
 import concurrent.futures
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -56,7 +57,7 @@ def parse(text: str, *, where: str) -> Source:
         module, _, task = rest.partition(":")
         if not task:
             raise UsageError(f"{where}={text!r} should be seqio:MODULE_OR_FILE:TASK_OR_MIXTURE[:SPLIT]")
-        return Source(kind, module, task)
+        return Source(kind, os.path.expanduser(module), task)
     if kind == "tfds":
         folder, _, split = rest.partition(":")
         return Source(kind, folder, split or "train")

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import pathlib
 import subprocess
 import sys
 import tarfile
@@ -366,6 +367,24 @@ def test_sources_in_a_bucket_give_the_tokens_of_those_on_a_disk(fake_gcs, tmp_pa
     read = open_data(corpus.config(source=given[0]), cache_dir=str(tmp_path / "there"), seed=0)
     again = open_data(corpus.config(source=local), cache_dir=str(tmp_path / "here"), seed=0)
     assert np.array_equal(read.rows(0, np.arange(4))["inputs"], again.rows(0, np.arange(4))["inputs"])
+
+
+def test_a_tokenizer_may_lie_in_a_bucket_or_below_the_home_folder(fake_gcs, tmp_path, monkeypatch):
+    stories = pathlib.Path(__file__).parents[1] / "stories260K"
+    bucket = f"{fake_gcs.bucket()}/model"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        paths.copy_file(str(stories / name), f"{bucket}/{name}")
+        paths.copy_file(str(stories / name), str(tmp_path / "home" / "model" / name))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    source = corpus.write_jsonl(tmp_path / "a.jsonl", TEXTS[:9])
+    given = [bucket, f"{bucket}/tokenizer.json", "~/model", "~/model/tokenizer.json", str(tmp_path / "home" / "model")]
+    made = [prepare.prepare(corpus.config(source=source, tokenizer=g), str(tmp_path / "c"), report=None) for g in given]
+    assert len({done.manifest.tokenizer for done in made}) == 1
+    with pytest.raises(UserError, match=f"{bucket}/no: no such file or folder"):
+        prepare.prepare(corpus.config(source=source, tokenizer=f"{bucket}/no"), str(tmp_path / "c"), report=None)
+    monkeypatch.setattr(prepare, "_MOST_STAGED", 99)
+    with pytest.raises(UserError, match="more than 99; copy what is needed"):
+        prepare.prepare(corpus.config(source=source, tokenizer=bucket), str(tmp_path / "c"), report=None)
 
 
 def test_what_a_bucket_lacks_is_one_line(fake_gcs):
