@@ -96,10 +96,12 @@ def _die_with_parent() -> None:
 
 
 def _forward_signals(children: list[subprocess.Popen[str]]) -> None:
-    """The first signal asks all children to save and end, the second ends them."""
+    """The first signal asks all children to save and end, a second SIGTERM or SIGINT ends them."""
     received: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
+        if received and number in (signal.SIGHUP, signal.SIGUSR1):
+            return  # a warning that was heard
         received.append(number)
         for child in children:
             if child.poll() is None:
@@ -107,6 +109,9 @@ def _forward_signals(children: list[subprocess.Popen[str]]) -> None:
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
+    signal.signal(signal.SIGUSR1, pass_on)  # Slurm's warning, by sbatch --signal=USR1@120
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # set so by nohup
+        signal.signal(signal.SIGHUP, pass_on)
 
 
 def _supervise(children: list[subprocess.Popen[str]], grace: float) -> int:

@@ -6,9 +6,11 @@ Exit status: 0 done, 1 failed, 2 wrong use, 75 preempted and saved (start again)
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
+from t5x_like import __version__
 from t5x_like.core import environment
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
@@ -24,22 +26,34 @@ COMMANDS = {
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_USAGE = "usage: t5x_like COMMAND ...\n\ncommands (t5x_like COMMAND --help says more):\n" + "\n".join(
+_USAGE = "usage: t5x_like COMMAND ...\n\ncommands (COMMAND --help says more; --version):\n" + "\n".join(
     f"  {name:<10}{text}" for name, text in COMMANDS.items()
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    if arguments is None:
-        arguments = sys.argv[1:]
-        if arguments[:1] == ["train"]:
-            environment.restart_without_tcache()
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # generated text has characters that an encoding may lack
-    arguments = list(arguments)
+    if arguments is not None:
+        return _run(list(arguments))
+    given = sys.argv[1:]
+    if given[:1] == ["train"]:
+        environment.restart_without_tcache()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # generated text has characters that an encoding may lack
+    status = _run(given)
+    try:
+        sys.stdout.flush()
+    except OSError:  # its terminal or pipe has gone: without this Python exits with a status of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else UsageError.exit_status
+    if arguments == ["--version"]:
+        print(f"t5x_like {__version__}")
+        return 0
     command, *rest = arguments
     try:
         if command not in COMMANDS:

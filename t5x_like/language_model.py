@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from t5x_like.convert.convert import load_params
 from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import dtypes, tree
-from t5x_like.core.environment import READING
+from t5x_like.core.environment import READING, spare_search
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.data.read import source_target
@@ -251,6 +251,7 @@ def load(
     """
     if dtype not in ("compute", "stored", *dtypes.NAMES):
         raise UsageError(f"dtype={dtype!r} should be 'compute', 'stored' or one of {', '.join(dtypes.NAMES)}")
+    spare_search()
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     platform = devices[0].platform
     if is_foreign(os.fspath(directory)):

@@ -1,22 +1,26 @@
 """Every field of a run with its usual value: the one place where defaults stand. A config starts from `config()`.
 
+A config of yours, which may lie anywhere, begins with `from t5x_like.configs import common`.
+
 One file a section. A field that is None is supplied later: those of `model` by family and size, those of `mesh` by the
 preset. Units and meanings are documented at the dataclass that each section becomes (`ModelConfig`, `DataConfig`, ...).
 """
 
 from ml_collections import ConfigDict
 
-from configs.common.checkpoint import checkpoint
-from configs.common.data import data
-from configs.common.loop import loop
-from configs.common.mesh import mesh
-from configs.common.model import model, stack
-from configs.common.objective import objective
-from configs.common.optim import optim
-from configs.common.runtime import runtime
-from configs.common.telemetry import telemetry
+from t5x_like.configs.common.bundled import bundled
+from t5x_like.configs.common.checkpoint import checkpoint
+from t5x_like.configs.common.data import data
+from t5x_like.configs.common.loop import loop
+from t5x_like.configs.common.mesh import mesh
+from t5x_like.configs.common.model import model, stack
+from t5x_like.configs.common.objective import objective
+from t5x_like.configs.common.optim import optim
+from t5x_like.configs.common.runtime import runtime
+from t5x_like.configs.common.telemetry import telemetry
 
 __all__ = [
+    "bundled",
     "checkpoint",
     "config",
     "data",

@@ -7,7 +7,7 @@ Hardware: one CPU core, a few seconds. Expected: the divergence falls from 0.98 
 
 from ml_collections import ConfigDict
 
-from configs.pretrain import test as teacher_config
+from t5x_like.configs.pretrain import test as teacher_config
 
 
 def get_config(teacher: str = "/tmp/teacher") -> ConfigDict:

@@ -8,7 +8,7 @@ Hardware: v5p-128 (64 chips). Global batch 256 x 4096 tokens, fp32 master weight
 
 from ml_collections import ConfigDict
 
-from configs import common
+from t5x_like.configs import common
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ Hardware: 2 CPU cores, about 30 minutes. Curve and figures of a run: docs/log.md
 
 from ml_collections import ConfigDict
 
-from configs import common
+from t5x_like.configs import common
 
 # Subfolder -> kind and pattern; rates follow the number of tokens, so that every text is read once an epoch.
 SOURCES = {

@@ -7,13 +7,13 @@ Hardware: 2 CPU cores, about 4 minutes. Expected: a held-out loss of 3.71 at ste
 
 from ml_collections import ConfigDict
 
-from configs import common
+from t5x_like.configs import common
 
 
 def get_config() -> ConfigDict:
     config = common.config()
     config.model.update({"family": "t5", "size": "tiny", "vocab_size": 612, "scan": False})
-    config.data.update({"source": "text:configs/data/tinyshakespeare/input.txt", "tokenizer": "train:bpe:512"})
+    config.data.update({"source": f"text:{common.bundled('tinyshakespeare/input.txt')}", "tokenizer": "train:bpe:512"})
     # The last ids of the vocabulary stand for the spans that are cut out.
     config.data.update({"extra_ids": 100, "features": "span_corruption", "encoder_length": 128, "length": 29})
     config.data.update({"validation": "0.1", "batch_size": 16})

@@ -9,7 +9,7 @@ full remat. The tokenizer is T5's: 32,000 pieces and the 100 sentinels behind th
 
 from ml_collections import ConfigDict
 
-from configs import common
+from t5x_like.configs import common
 
 
 def get_config() -> ConfigDict:

@@ -6,7 +6,7 @@ Hardware: 2 CPU cores, about 3 minutes. Expected: at most 2.40 bits per byte on 
 
 from ml_collections import ConfigDict
 
-from configs import common
+from t5x_like.configs import common
 
 
 def get_config() -> ConfigDict:
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.model.update({"family": "llama", "size": "custom", "vocab_size": 512, "width": 128, "max_length": 512})
     config.model.decoder.update({"layers": 4, "heads": 4, "kv_heads": 4, "head_size": 32, "mlp": 352})
     config.model.head.tied = True
-    config.data.update({"source": "text:configs/data/tinyshakespeare/input.txt", "tokenizer": "train:bpe:512"})
+    config.data.update({"source": f"text:{common.bundled('tinyshakespeare/input.txt')}", "tokenizer": "train:bpe:512"})
     # Half of each held-out row is context that another row has scored already.
     config.data.update({"validation": "0.1", "validation_stride": 128, "batch_size": 8, "length": 256})
     config.data.attend_across_documents = True  # it is one text

@@ -28,14 +28,29 @@ class Foreign:
 
 
 def is_foreign(path: str) -> bool:
-    """Whether a path looks like a model of another program: a file, or a folder with a config.json of Hugging Face."""
-    local = not paths.is_remote(path)
-    return local and (huggingface.is_folder(path) or os.path.isfile(paths.normal(path)))
+    """Whether a path looks like a model of another program: a file, or a folder as Hugging Face or T5X write it."""
+    if paths.is_remote(path):
+        return _is_remote_model(paths.normal(path))
+    place = paths.normal(path)
+    return huggingface.is_folder(path) or os.path.isfile(place) or t5x.is_checkpoint(place)
+
+
+def _is_remote_model(path: str) -> bool:
+    """As `is_foreign`, for a gs:// path, in two or three requests."""
+    names = paths.list_names(path)
+    if not names:
+        return paths.exists(path)
+    return t5x.FILE in names or huggingface.is_folder(path)
 
 
 @contextlib.contextmanager
 def open_foreign(path: str) -> Iterator[Foreign]:
-    """Raises UserError for a path that no reader knows."""
+    """Raises UserError for a path that no reader knows, or that lies in a bucket."""
+    if paths.is_remote(path):
+        raise UserError(
+            f"{path}: a model of another program is read from a local disk; copy it there first "
+            f"(`gcloud storage cp -r {path} .`) and give the copy"
+        )
     if huggingface.is_folder(path):
         with _open_folder(huggingface.Folder(path)) as found:
             yield found

@@ -74,9 +74,9 @@ class Folder:
 
 
 def is_folder(directory: str) -> bool:
-    """Whether a local directory looks like one of Hugging Face's: a config.json that names a `model_type`."""
-    place = os.path.join(os.path.expanduser(directory), CONFIG)
-    if paths.is_remote(directory) or not os.path.isfile(place):
+    """Whether a directory, local or not, looks like one of Hugging Face's: a config.json that names a `model_type`."""
+    place = paths.join(paths.normal(directory), CONFIG)
+    if not (paths.exists(place) if paths.is_remote(place) else os.path.isfile(place)):
         return False
     try:
         content = json.loads(paths.read_bytes(place))

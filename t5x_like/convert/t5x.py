@@ -20,7 +20,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.models.config import ModelConfig
 from t5x_like.storage import paths
 
-_FILE = "checkpoint"
+FILE = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
 _ARRAY = 1  # flax's extension type of an array
 _NAMES = {
@@ -75,13 +75,21 @@ class Tensors:
         del reuse
         array = self._arrays[name]
         if isinstance(array, ts.TensorStore):
-            array = array.read().result()  # whole: they were cut to fit a host
+            array = self._whole(name, array)
         return np.ascontiguousarray(array.reshape(span.sizes)[tuple(slice(*each) for each in span.box)])
+
+    def _whole(self, name: str, array: ts.TensorStore) -> np.ndarray:
+        """T5X cut its arrays to fit a host. A chunk that is not there is zeros, as zarr leaves such chunks out."""
+        try:
+            return array.read().result()
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).partition("[source locations=")[0].split())[:200]
+            raise UserError(f"{self.where}: {name!r} cannot be read ({reason}); copy it again") from None
 
 
 def is_checkpoint(path: str) -> bool:
     """Whether a file is such a msgpack, or a folder holds one: it begins with a map that has a short text as key."""
-    place = os.path.join(path, _FILE) if os.path.isdir(path) else path
+    place = os.path.join(path, FILE) if os.path.isdir(path) else path
     if not os.path.isfile(place):
         return False
     with open(place, "rb") as file:
@@ -91,13 +99,13 @@ def is_checkpoint(path: str) -> bool:
 
 def read(path: str) -> tuple[dict[str, Any], Tensors]:
     """(fields of our model's section, the tensors). The msgpack file is held whole, without the optimizer's arrays."""
-    folder, place = (path, os.path.join(path, _FILE)) if os.path.isdir(path) else (os.path.dirname(path), path)
+    folder, place = (path, os.path.join(path, FILE)) if os.path.isdir(path) else (os.path.dirname(path), path)
     content = paths.read_bytes(place)
     try:
         unpacked = msgpack.unpackb(content, ext_hook=_extension, raw=False, strict_map_key=False)
         target = unpacked["optimizer"]["target"]
         arrays = dict(_arrays(target, "", folder))
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"{place} is no whole T5X checkpoint ({type(error).__name__}: {reason}); copy it again"
@@ -143,7 +151,10 @@ def _section(arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
     def shape(name: str) -> tuple[int, ...]:
         if name not in arrays:
             raise UserError(f"{where}: {name!r} is missing; expected the unscanned encoder and decoder of a T5")
-        return tuple(arrays[name].shape)
+        found = tuple(arrays[name].shape)
+        if len(found) != 2 or not all(found):
+            raise UserError(f"{where}: {name!r} has the shape {list(found)}, expected a matrix")
+        return found
 
     vocab, width = shape("token_embedder/embedding")
     stacks = {}

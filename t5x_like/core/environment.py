@@ -143,8 +143,7 @@ def apply(config: RuntimeConfig, *, recorded_threads: int | None = None) -> Envi
         _set_fake_devices(config.fake_devices)
     if config.platform:
         _set_platform("cuda" if config.platform == "gpu" else config.platform)
-    elif "JAX_PLATFORMS" not in os.environ and not _jax_has_started() and not _has_accelerator():
-        # Spares a machine that only has libtpu installed, for the planner, its search for a TPU.
+    elif _spared():
         _set_platform("cpu")
     _keep_memory()
     _quiet()
@@ -199,6 +198,21 @@ def _set_fake_devices(count: int) -> None:
         os.environ.pop("XLA_FLAGS", None)
     _set("jax_num_cpu_devices", count)
     _set_platform("cpu")
+
+
+def spare_search() -> None:
+    """For a program that uses us as a library: as `apply` chooses the platform, and nothing else of the process."""
+    if "jax" in sys.modules and _spared():
+        _jax().config.update("jax_platforms", "cpu")
+
+
+def _spared() -> bool:
+    """Whether jax is kept from looking for an accelerator where there is none and nobody has chosen a platform.
+
+    A machine that only has libtpu installed, for the planner, would search for a TPU, and print seven lines about it.
+    """
+    chosen = "JAX_PLATFORMS" in os.environ or ("jax" in sys.modules and _jax().config.jax_platforms)
+    return not chosen and not _jax_has_started() and not _has_accelerator()
 
 
 def _set_platform(platform: str) -> None:

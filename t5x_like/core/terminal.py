@@ -54,6 +54,9 @@ def _three_digits(value: float) -> str:
     return f"{value:.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f}"
 
 
+_MEASURED = 0.5  # s: what took less, or was done before anybody looked, has no rate
+
+
 class Progress:
     """How far a long action is: one live line with rate and ETA on a terminal, a plain line now and then elsewhere.
 
@@ -109,13 +112,14 @@ class Progress:
         self.close()
 
     def _text(self, now: float, note: str) -> str:
-        rate = (self._done - self._first) / max(now - self._begin, 1e-9)
+        seconds = now - self._begin
+        rate = (self._done - self._first) / seconds if seconds >= _MEASURED else 0.0
         text = f"{self._label}: {self._done}"
         if self._total is not None:
             text += f"/{self._total} {self._unit} ({100 * self._done / max(self._total, 1):.0f}%)"
         else:
             text += f" {self._unit}"
-        text += f", {format_count(rate)} {self._unit}/s"
+        text += f", {format_count(rate)} {self._unit}/s" if rate else ""
         if self._total is not None and self._done < self._total:
             text += f", ETA {format_duration((self._total - self._done) / rate if rate else math.inf)}"
         return f"{text}, {note}" if note else text

@@ -6,6 +6,7 @@ Wrong use becomes one line and exit status 2. What the config means is decided i
 import argparse
 import importlib.machinery
 import pathlib
+import re
 import sys
 import traceback
 import types
@@ -66,12 +67,28 @@ def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
     if len(files) != 1:
         raise UsageError("give one --config=FILE[:ARG], for example --config=configs/pretrain/tiny.py")
     name, colon, text = files[0].partition(":")
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise UsageError(f"--config={files[0]}: {path} is no file; the shipped ones are under configs/")
+    path = pathlib.Path(name) if pathlib.Path(name).is_file() else _shipped(name)
     config = _call_get_config(path, [text] if colon else [])
     overrides = [argument for argument in arguments if not argument.startswith("--config=")]
     return _apply(config, overrides, where=str(path))
+
+
+def _shipped(name: str) -> pathlib.Path:
+    """The config that comes with the program under this name: tiny, pretrain/tiny or configs/pretrain/tiny.py."""
+    paths = pathlib.Path(__file__).parents[1].joinpath("configs").glob("*/*.py")
+    known = {
+        f"{path.parent.name}/{path.stem}": path
+        for path in sorted(paths)
+        if path.parent.name != "common" and path.stem != "__init__"
+    }
+    short = name.removeprefix("configs/").removesuffix(".py")
+    found = [each for each in known if short in (each, each.partition("/")[2])]
+    if len(found) == 1:
+        return known[found[0]]
+    if found:
+        raise UsageError(f"--config={name} names several shipped configs; use {' or '.join(found)}")
+    names = [short for each in known for short in (each, each.partition("/")[2])]
+    raise UsageError(f"--config={name}: there is no file {name}, and no shipped config; {nearest(short, names)}")
 
 
 def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:
@@ -103,7 +120,10 @@ def _call_get_config(path: pathlib.Path, given: Sequence[str]) -> ConfigDict:
     except UsageError:
         raise
     except Exception as error:  # whatever a file may do wrong
-        raise UsageError(f"{_place(error, path, module)}: {type(error).__name__}: {_line(error)}") from None
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "configs":
+            hint = "; write `from t5x_like.configs import common`, which works from any folder"
+        raise UsageError(f"{_place(error, path, module)}: {type(error).__name__}: {_line(error)}{hint}") from None
     if not isinstance(config, ConfigDict):
         raise UsageError(f"{path}: get_config() should return a ConfigDict, not {type(config).__name__}")
     return config
@@ -124,6 +144,7 @@ def _apply(config: ConfigDict, arguments: Sequence[str], *, where: str) -> tuple
     """The config with the overrides, and {dotted path: value} of these; every wrong one is a UsageError."""
     values = flags.FlagValues()
     line = ["t5x_like", *arguments]
+    _refuse_doubles(arguments)
     try:
         for argument in arguments:
             _admit(config, argument)
@@ -137,24 +158,44 @@ def _apply(config: ConfigDict, arguments: Sequence[str], *, where: str) -> tuple
         raise UsageError(_explain(error, arguments, where)) from None
 
 
+def _refuse_doubles(arguments: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for argument in arguments:
+        before = seen.setdefault(argument.partition("=")[0], argument)
+        if before != argument:
+            raise UsageError(f"{before} and {argument}: an override is given twice with two values; give it once")
+
+
 def _admit(config: ConfigDict, argument: str) -> None:
     """Gives an open section the key that an override names; refuses an override of what is not there."""
     dotted = argument.partition("=")[0].removeprefix("--config.")
     try:
         keys = config_path.split(dotted)
     except Exception:
-        raise UsageError(f'{argument}: {dotted!r} is no path; write a key that is no word as ["KEY"]') from None
+        raise UsageError(f"{argument}: {dotted!r} is no path{_spelling(argument)}") from None
     holder: Any = config
     for depth, key in enumerate(keys):
         if not isinstance(holder, ConfigDict):
             return  # into a tuple: ml_collections knows
         kind = _OPEN.get(".".join(map(str, keys[:depth])))
+        if re.search(r"[.\s]", str(key)):
+            plain = argument.replace(str(key), re.sub(r"[.\s]", "_", str(key)))
+            raise UsageError(f"{argument}: the key {key!r} has dots or blanks, which no key may have; write {plain}")
         if kind is not None and depth == len(keys) - 1:
             _open(holder, key, kind)
         elif key not in holder:
             where = ".".join(map(str, ("config", *keys[: depth + 1])))
             raise UsageError(f"{argument}: {where} is unknown{f'; {nearest(str(key), holder)}' if len(holder) else ''}")
         holder = holder[key]
+
+
+def _spelling(argument: str) -> str:
+    """How a path with a key that is no word, such as a-b, is written."""
+    dotted, _, value = argument.removeprefix("--config.").partition("=")
+    section, _, key = dotted.rpartition(".")
+    if not key or '"' in dotted or "'" in dotted or not section:
+        return '; write a key that is no word as SECTION["KEY"]'
+    return f"""; write '--config.{section}["{"_".join(key.split())}"]={value}'"""
 
 
 def _open(section: Any, key: str, kind: type) -> None:

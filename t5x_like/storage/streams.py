@@ -19,7 +19,7 @@ import tensorstore as ts
 
 from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
-from t5x_like.storage.model_directory import METADATA, DamagedCheckpoint, read_metadata
+from t5x_like.storage.model_directory import COMMITTED, METADATA, DamagedCheckpoint, read_metadata
 
 # One half-open interval (begin, end) for each dim of an array.
 Region = tuple[tuple[int, int], ...]
@@ -140,7 +140,8 @@ class ItemWriter:
 
 
 def write_note(checkpoint: str, note: Mapping[str, Any]) -> None:
-    """Completes a checkpoint whose items are written: its metadata, and the file that tells Orbax what each item is."""
+    """Completes a checkpoint whose items are written: its metadata, and the files that tell Orbax what each item is and
+    that all are there, which counts once the checkpoint is copied into a bucket."""
     if not paths.is_remote(checkpoint):
         _sync(checkpoint)
     folder = paths.join(checkpoint, METADATA)
@@ -156,6 +157,7 @@ def write_note(checkpoint: str, note: Mapping[str, Any]) -> None:
         "custom_metadata": {},
     }
     paths.write_text_atomic(paths.join(checkpoint, "_CHECKPOINT_METADATA"), json.dumps(content))
+    paths.write_text_atomic(paths.join(checkpoint, COMMITTED), "")
 
 
 def chunks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[Region]:

@@ -25,7 +25,7 @@ from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UserError
 from t5x_like.parallel import multihost
 from t5x_like.parallel.multihost import ALONE, Processes
-from t5x_like.training.signals import Signals
+from t5x_like.training.signals import WARNINGS, Signals
 
 PREEMPTED = 75  # exit status: saved (or nothing to save), start again
 
@@ -211,11 +211,15 @@ class Faults:
         return f"process {self._processes.index}: " if self._processes.count > 1 else ""
 
     def _on_signal(self, name: str) -> None:
-        if self._state.signal:
+        before = self._state.signal
+        if before and name in WARNINGS:
+            return
+        if before and before not in WARNINGS:
             self._end(f"{self._name}second signal ({name}): ends at once, without saving")
         self._state.signal = name
         if self._state.phase[0] not in _UNSAVED:
-            self._say(f"{self._name}{name}: saves after this step and ends; a second signal ends at once")
+            more = "SIGTERM or SIGINT twice" if name in WARNINGS else "a second signal"
+            self._say(f"{self._name}{name}: saves after this step and ends; {more} ends at once")
 
     # Ending.
 
@@ -241,7 +245,8 @@ class Faults:
 
     def _say(self, line: str) -> None:
         # Not through sys.stderr, whose lock may be held by a thread that hangs.
-        os.write(2, f"t5x_like: {line}\n".encode())
+        with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+            os.write(2, f"t5x_like: {line}\n".encode())
         self._record(line)
 
     def _record(self, text: str) -> None:

@@ -199,7 +199,9 @@ class Session:
 
 
 def warn(text: str) -> None:
-    print(f"t5x_like: {text}", file=sys.stderr, flush=True)
+    """A line on the terminal, if that is still there."""
+    with contextlib.suppress(OSError):
+        print(f"t5x_like: {text}", file=sys.stderr, flush=True)
 
 
 def _is_saved(vocabulary: str, folder: str) -> bool:

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT, noticed at once by a thread, also while C++ code keeps Python's own handlers from running.
+"""The signals that ask a run to save and end: SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's warning).
 
-With several processes jax's own SIGTERM handler starts the agreement on a step to save at. A Python handler would
-silently disable it, so ours stands before it and calls it. What a signal means is decided in faults.py.
+A thread notices them at once, also while C++ code keeps Python's own handlers from running. With several processes
+jax's own SIGTERM handler starts the agreement on a step to save at. A Python handler would silently disable it, so ours
+stands before it and calls it. What a signal means is decided in faults.py.
 """
 
 import ctypes
@@ -11,6 +12,14 @@ import signal
 import threading
 import time
 from typing import Any
+
+WARNINGS = ("SIGHUP", "SIGUSR1")  # they announce the end: a closed terminal may send several, Slurm a SIGTERM later
+
+
+def asked() -> list[signal.Signals]:
+    """The signals at which a run saves and ends. Who started it by nohup has set SIGHUP to be ignored, and so it is."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+    return [each for each in numbers if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
 class Signals:
@@ -31,7 +40,7 @@ class Signals:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in asked():
             self._before[number] = signal.signal(number, _noted)
 
     def wait(self, seconds: float) -> list[str]:
@@ -43,7 +52,7 @@ class Signals:
         poll.register(self._reader, select.POLLIN)
         if not poll.poll(seconds * 1000):
             return []
-        numbers = [number for number in os.read(self._reader, 64) if number in (signal.SIGTERM, signal.SIGINT)]
+        numbers = [number for number in os.read(self._reader, 64) if number in self._before]
         if numbers and self._jax_handler:
             self._jax_handler(int(signal.SIGTERM))
         return [signal.Signals(number).name for number in numbers]

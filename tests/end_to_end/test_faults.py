@@ -8,7 +8,9 @@ where a remedy is named, it is followed. In process, on 8 fake devices, with the
 import contextlib
 import os
 import pathlib
+import pty
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -344,3 +346,23 @@ def test_a_spike_stops_the_run_its_text_is_found_and_it_can_be_skipped(noise, tm
     rows = {row["step"]: row for row in _rows(workdir)}
     assert [step for step, row in rows.items() if "train/skipped" in row] == [10]
     assert rows[11]["train/loss"] < rows[9]["train/loss"] < rows[10]["train/loss"] / 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:")  # the child becomes another program at once
+def test_a_run_whose_terminal_is_closed_saves_and_says_75(runs, tmp_path):
+    workdir = tmp_path / "run"
+    command = ["-m", "t5x_like", "train", CONFIG, _cache(runs / "cache"), _to(workdir), "--config.loop.steps=100000"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, *command])
+    shown = b""
+    with contextlib.suppress(OSError):  # the child has ended
+        while b"step 3/" not in shown:
+            shown += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 75, shown[-2000:]
+    steps = _steps(workdir)
+    assert steps and "SIGHUP: saves after this step and ends" in (workdir / "log.txt").read_text()
+    assert _rows(workdir)[-1]["step"] == int(steps[-1])

@@ -1,8 +1,11 @@
 """Runs whose checkpoints hold the trained part alone, and models loaded onto a mesh and in a chosen type."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +120,12 @@ def test_a_run_begins_with_the_parameters_of_a_hugging_face_folder(runs, tmp_pat
     apart = ["--config.checkpoint.holds=trained", "--config.optim.freeze=(('final_norm/.*',False),('.*',True))"]
     assert main([*fixed, begin, *apart]) == 2
     assert "needs a base in our own form" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_loading_a_model_is_quiet_where_libtpu_is_installed_and_no_tpu_is_there(runs):
+    pytest.importorskip("libtpu")
+    program = "import sys, t5x_like; print(t5x_like.load(sys.argv[1]).platform)"
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [sys.executable, "-c", program, str(runs / "base")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "cpu\n" and done.stderr == ""

@@ -1,5 +1,8 @@
 """Config files and overrides: a mistake is one line with its place, and open sections take the keys of the run."""
 
+import pathlib
+import re
+
 import pytest
 
 from t5x_like.core.errors import UsageError
@@ -114,8 +117,14 @@ def test_a_resume_may_change_what_an_override_has_added():
         ("--config.loop.stepz=3", "--config.loop.stepz=3: config.loop.stepz is unknown; did you mean 'steps'?"),
         ("--config.data.mixture.sourcez.a=b", "config.data.mixture.sourcez is unknown; did you mean 'sources'?"),
         ("--config.data.mixture.sources.a.b=c", "config.data.mixture.sources.a is unknown"),
-        ("--config.data.mixture.sources.a-b=c", "'data.mixture.sources.a-b' is no path; write"),
-        ('--config.data.mixture.sources["a.b"]=c', "dots"),
+        (
+            "--config.data.mixture.sources.a-b=c",
+            """'data.mixture.sources.a-b' is no path; write '--config.data.mixture.sources["a-b"]=c'""",
+        ),
+        (
+            '--config.data.mixture.sources["a.b"]=c',
+            """the key 'a.b' has dots or blanks, which no key may have; write --config.data.mixture.sources["a_b"]=c""",
+        ),
         ("--config.data.mixture.rates.a=b", "--config.data.mixture.rates.a=b: could not convert string to float"),
         ("--config.runtime.compiler_options.cpuz.a=1", "config.runtime.compiler_options.cpuz is unknown; did you"),
         ("--config.loop.steps=many", "--config.loop.steps=many: invalid literal for int()"),
@@ -137,3 +146,37 @@ def test_split_config_takes_both_spellings():
         ["--config=a.py", "--config.b=1"],
         ["--workdir=w"],
     )
+
+
+@pytest.mark.parametrize("key", ["a-b", "a b", "1a", "a/b"])
+def test_the_spelling_that_a_message_gives_works(key):
+    with pytest.raises(UsageError, match="write '(.*)'$") as raised:
+        load_config([TEST, f"--config.data.mixture.sources.{key}=text:x"])
+    spelling = re.search("write '(.*)'$", str(raised.value))
+    assert spelling and load_config([TEST, spelling[1]])[0]["data"]["mixture"]["sources"] == {
+        key.replace(" ", "_"): "text:x"
+    }
+
+
+def test_an_override_that_is_given_twice_is_named():
+    twice = ["--config.loop.steps=2", "--config.seed=1", "--config.loop.steps=3"]
+    for call in (lambda: load_config([TEST, *twice]), lambda: override(load_config([TEST])[0], twice)):
+        with pytest.raises(UsageError, match="^--config.loop.steps=2 and --config.loop.steps=3: an override is given"):
+            call()
+    assert load_config([TEST, *twice[:2], twice[0]])[1] == {"loop.steps": 2, "seed": 1}
+
+
+@pytest.mark.parametrize("name", ["tiny", "pretrain/tiny", "configs/pretrain/tiny.py"])
+def test_a_shipped_config_is_found_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _ = load_config([f"--config={name}"])
+    assert config["optim"]["name"] == "muon"
+    text = pathlib.Path(config["data"]["source"].removeprefix("text:"))
+    assert text.is_absolute() and text.read_text().startswith("First Citizen:")
+
+
+def test_a_name_of_no_config_or_of_several_is_one_line():
+    with pytest.raises(UsageError, match="^--config=tiney: there is no file tiney, .* did you mean 'tiny'\\?$"):
+        load_config(["--config=tiney"])
+    with pytest.raises(UsageError, match="several shipped configs; use distill/test or pretrain/test$"):
+        load_config(["--config=test"])

@@ -231,13 +231,49 @@ def test_the_loop_pays_less_than_20_microseconds_a_step(tmp_path):
 
 
 def test_signal_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     with Faults(CONFIG, log_path=None):
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] != before
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+        during = [signal.getsignal(number) for number in numbers]
+        assert all(one != two for one, two in zip(before, during, strict=True))
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nohup_keeps_a_run_from_the_end_of_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Faults(CONFIG, log_path=None) as faults:
+            faults.enter("step")
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.6)  # the monitor has looked twice
+            assert not faults.should_stop(1) and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("names", "ends_at"),
+    [
+        (["SIGHUP", "SIGHUP", "SIGUSR1"], None),
+        (["SIGUSR1", "SIGTERM"], None),
+        (["SIGUSR1", "SIGTERM", "SIGTERM"], 2),
+        (["SIGTERM", "SIGHUP"], None),
+        (["SIGINT", "SIGTERM"], 1),
+    ],
+)
+def test_a_warning_is_not_the_signal_that_ends_at_once(monkeypatch, names, ends_at):
+    """A shell and the kernel both say that a terminal is closed; Slurm warns, and sends SIGTERM while the run saves."""
+    ended = []
+    monkeypatch.setattr(Faults, "_end", lambda self, line, status=1: ended.append(line))
+    with Faults(CONFIG, log_path=None) as faults:
+        faults.enter("save")
+        for index, name in enumerate(names):
+            assert not ended
+            faults._on_signal(name)
+            assert bool(ended) == (index == ends_at) and faults.should_stop(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_a_single_process_stops_it_within_the_step(number):
     with Faults(CONFIG, log_path=None) as faults:
         faults.enter("step")

@@ -1,0 +1,3 @@
+"""Fixtures of the tests of conversion."""
+
+from tests.storage.fake_gcs import fake_gcs  # noqa: F401
