@@ -134,7 +134,7 @@ class _Section:
     """A section that grows while the tokens are written before it: in memory while small, else in a file beside it."""
 
     def __init__(self, folder: pathlib.Path, kind: str):
-        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=folder)
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder))
         self._kind, self.entries = kind, 0
 
     def append(self, array: np.ndarray) -> None:

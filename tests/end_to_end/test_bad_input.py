@@ -1,6 +1,7 @@
 """Every kind of bad input to the commands ends in one line and the right status, and loses nothing that was there."""
 
 import dataclasses
+import gzip
 import json
 import pathlib
 import shutil
@@ -48,7 +49,7 @@ def test_an_empty_prompt_of_a_tokenizer_without_special_tokens_is_one_line(finis
         dataclasses.replace(lm, vocabulary=Bare()).generate("", max_new_tokens=2)
 
 
-# {files} holds broken.txt and empty.txt, {finished} is a finished run.
+# {files} holds files that cannot be read as they are named, {finished} is a finished run.
 BAD_CONFIG = {
     "an unknown key": (["--config.loop.stepz=5"], 2, "stepz"),
     "a wrong type": (["--config.loop.steps=2.5"], 2, "steps"),
@@ -76,6 +77,25 @@ BAD_CONFIG = {
         "broken.txt: byte 0xff at offset 3",
     ),
     "an empty file": (["--config.data.source=text:{files}/empty.txt"], 1, "empty.txt: the file is empty"),
+    "one JSON array": (["--config.data.source=jsonl:{files}/array.json"], 1, "array.json: begins with a JSON array"),
+    "an archive that is not read": (["--config.data.source=text:{files}/text.zip"], 1, "text.zip: is a zip archive"),
+    "half a compressed file": (["--config.data.source=text:{files}/half.gz"], 1, "half.gz: its gzip data is damaged"),
+    "a null in a record": (
+        ["--config.data.source=jsonl:{files}/null.jsonl"],
+        1,
+        "null.jsonl:2 (byte 14): field 'text' should be a text, is null; mend it, or leave such records out",
+    ),
+    "more bad records than allowed": (
+        ["--config.data.source=jsonl:{files}/null.jsonl", "--config.data.on_bad_record=skip"],
+        1,
+        "1 of 2 records are bad, which is more than config.data.max_bad_share=0.01",
+    ),
+    "a rule for bad records that is none": (["--config.data.on_bad_record=skp"], 2, "did you mean 'skip'"),
+    "a list of files with one that is missing": (
+        ["--config.data.source=text:{files}/array.json,{files}/no.txt"],
+        1,
+        "no.txt: no such file",
+    ),
     "a workdir of another config": (
         ["--workdir={finished}", "--config.optim.weight_decay=0.5"],
         2,
@@ -149,6 +169,10 @@ def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsy
     before = _sizes(finished)
     (tmp_path / "broken.txt").write_bytes(b"gut" + b"\xff\xfe" + b"x" * 100)
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "array.json").write_text('[\n{"text": "a"},\n{"text": "b"}\n]')
+    (tmp_path / "text.zip").write_bytes(b"PK\x03\x04" + b"x" * 100)
+    (tmp_path / "half.gz").write_bytes(gzip.compress(b"some text" * 100)[:30])
+    (tmp_path / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     arguments, status, part = BAD_CONFIG[case]
     arguments = [argument.format(files=tmp_path, finished=finished) for argument in arguments]
     assert train(tmp_path / "run", *arguments) == status

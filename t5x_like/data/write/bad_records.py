@@ -30,7 +30,7 @@ class Tally:
         if len(self.first) < FIRST:
             self.first.append([file, offset, problem])
         if self._rule == "stop":
-            raise UserError(f"{place(self._kind, self._files[file], offset)}: {problem}; {_REMEDY}")
+            raise UserError(f"{place(self._kind, self._files[int(file)], offset)}: {problem}; {_REMEDY}")
         if self.count == self.records == _HOPELESS:
             at = place(self._kind, self._files[file], offset)
             raise UserError(f"{at}: {problem}; all {_HOPELESS} first records are bad: check config.data.fields")
@@ -54,7 +54,7 @@ def check(
     if not found:
         return
     count, (file, offset, problem) = found["bad"]["count"], found["bad"]["first"][0]
-    first = f"{place(kind, files[file], offset)}: {problem}"
+    first = f"{place(kind, files[int(file)], offset)}: {problem}"
     if rule == "stop":
         raise UserError(f"{first}; {_REMEDY}")
     records = count + sum(shard["documents"] + shard["skipped"] for shard in shards)
@@ -68,7 +68,7 @@ def check(
 def lines(index: dict[str, Any], kind: str, files: Sequence[str]) -> list[str]:
     """One line for each of the first bad records of a token set."""
     bad = index.get("bad", {"first": []})
-    return [f"{place(kind, files[file], offset)}: {problem}" for file, offset, problem in bad["first"]]
+    return [f"{place(kind, files[int(file)], offset)}: {problem}" for file, offset, problem in bad["first"]]
 
 
 def place(kind: str, path: str, offset: int) -> str:

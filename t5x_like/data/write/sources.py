@@ -153,8 +153,9 @@ class Cursor:
         self._read = read
         self._ends: dict[Piece, int] = {}
         for piece, after in zip(reversed(pieces), [None, *reversed(pieces)], strict=False):
-            joined = after is not None and (after.file, after.begin) == (piece.file, piece.end)
-            self._ends[piece] = self._ends[after] if joined else piece.end
+            self._ends[piece] = piece.end
+            if after is not None and (after.file, after.begin) == (piece.file, piece.end):
+                self._ends[piece] = self._ends[after]
         self._at: tuple[int, int] | None = None
         self._records: Iterator[Record] = iter(())
         self._next: Record | None = None
@@ -184,8 +185,8 @@ def unit(kind: str) -> str:
 def _names(source: Source, place: str) -> list[str]:
     for part in patterns.parts(source.path):
         if not patterns.expand(part, inside=lambda folder: [folder]):
-            several = patterns.is_pattern(part)
-            raise MissingSource(f"{place}: no file has a name like this" if several else f"{place}: no such file")
+            reason = "no file has a name like this" if patterns.is_pattern(part) else "no such file"
+            raise MissingSource(f"{place.removesuffix(source.path)}{part}: {reason}")
     return patterns.expand(source.path, inside=lambda folder: _inside(source.kind, folder, place))
 
 

@@ -12,6 +12,7 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import token_set
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.write import prepare, progress
+from t5x_like.runs import summary
 from tests.data import corpus
 from tests.data.write.test_prepare import contents, documents
 
@@ -109,6 +110,8 @@ def test_many_workers_leave_out_what_one_does_and_ten_places_are_named(tmp_path,
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     facts = open_data(config, cache_dir=str(tmp_path / "two"), seed=0).describe()["components"]["train"]
     assert facts["bad"] == 20 and facts["documents"] == 400
+    shown = summary._data(open_data(config, cache_dir=str(tmp_path / "two"), seed=0).describe(steps=1))
+    assert str(shown["train"]).endswith(", 20 bad records left out")
 
 
 def test_a_wrong_field_is_found_before_all_is_read(tmp_path):
