@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import resource
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -120,7 +121,7 @@ def write_shard(
 @contextlib.contextmanager
 def _whole(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """A file that becomes `path` when the body ends well; the lock on it says that its writer lives."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.writing")
     try:
         with paths.writing(str(path)), open(temporary, "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -154,7 +155,7 @@ def write_index(folder: pathlib.Path, *, fingerprint: str, kind: str, unit: str,
     columns = {"columns": shards[0]["columns"]} if shards and "columns" in shards[0] else {}
     version = VERSION + 1 if columns else VERSION
     index = {"version": version, **columns, "fingerprint": fingerprint, "token_type": kind, "unit": unit, **total}
-    paths.write_json_atomic(str(folder / INDEX), index | {"shards": shards})
+    paths.write_json_if_other(str(folder / INDEX), index | {"shards": shards})
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
