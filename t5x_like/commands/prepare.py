@@ -2,11 +2,14 @@
 
     t5x_like prepare --config=configs/pretrain/tiny.py --workdir=runs/tiny
     t5x_like prepare --config=... --config.data.cache=gs://BUCKET/cache
+    t5x_like prepare --config=... --config.data.cache=gs://BUCKET/cache --part=3/8   on several machines, then
+    t5x_like prepare --config=... --config.data.cache=gs://BUCKET/cache --finish     on one
 
 `train` does the same when it starts, so this is for data that takes long, or a machine that is cheaper. Killed and
 started again it goes on with the shards that are missing.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +23,15 @@ def run(arguments: Sequence[str]) -> int:
     config_arguments, others = split_config(arguments)
     parser = Parser(prog="t5x_like prepare", description=__doc__)
     parser.add_argument("--workdir", default="", help="folder of the run; needed unless config.data.cache is given")
+    parser.add_argument("--part", default="", metavar="I/N", help="write part I of N (from 1) of a shared cache alone")
+    parser.add_argument("--finish", action="store_true", help="check that all parts are there and complete the cache")
     options = parser.parse_args(others)
     config, _ = load_config(config_arguments)
 
     from t5x_like.data.config import DataConfig
     from t5x_like.data.read import features
     from t5x_like.data.read.loader import cuts
+    from t5x_like.data.write.prepare_parts import finish, prepare_part
     from t5x_like.data.write.progress import show_progress
     from t5x_like.storage import paths
 
@@ -34,10 +40,33 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("t5x_like prepare: give --workdir=DIR, or --config.data.cache=DIR")
     cache_dir = data.cache or paths.join(paths.normal(options.workdir), "cache")
     features.check(data)
-    print(summary(show_progress(data, cache_dir), cache_dir))
+    if options.part:
+        if options.finish:
+            raise UsageError("t5x_like prepare: give --part=I/N or --finish, not both; finish when all parts are done")
+        part, count = _part(options.part)
+        done = show_progress(
+            data, cache_dir, run=lambda report: prepare_part(data, cache_dir, part, count, report=report)
+        )
+        print(
+            f"{cache_dir}: part {part} of {count} is there: {done.shards} of {done.total} shards, {done.written} of "
+            "them written now; when all parts are, run it with --finish"
+        )
+        return 0
+    if options.finish:
+        done = show_progress(data, cache_dir, run=functools.partial(finish, data, cache_dir))
+    else:
+        done = show_progress(data, cache_dir)
+    print(summary(done, cache_dir))
     for name, cut in cuts(data, cache_dir=cache_dir).items():
         print(f"  {name:<12} {cut} (config.data.truncate)")
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, count = text.partition("/")
+    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
+        raise UsageError(f"t5x_like prepare: --part={text} should be I/N, such as 1/8 to 8/8")
+    return int(part), int(count)
 
 
 def summary(done: Any, cache_dir: str) -> str:

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from t5x_like.core.errors import UserError
+from t5x_like.data import token_set
 from t5x_like.data.config import DataConfig
 from t5x_like.storage import paths
 
@@ -69,14 +71,16 @@ def name(config: DataConfig) -> str:
     return f"prepared-{key(config)}.json"
 
 
-def write_manifest(config: DataConfig, cache_dir: str, manifest: Manifest) -> None:
-    """Declares the config's data prepared; in a bucket only after everything it names is there."""
+def write_manifest(config: DataConfig, cache_dir: str, manifest: Manifest, *, parts_sent: bool = False) -> None:
+    """Declares the config's data prepared; in a bucket only after everything it names is there, as with `parts_sent`
+    it is."""
     folder = local_folder(cache_dir)
-    paths.write_json_atomic(str(folder / name(config)), {"version": VERSION, **dataclasses.asdict(manifest)})
+    content = {"version": VERSION, **dataclasses.asdict(manifest)}
+    paths.write_json_if_other(str(folder / name(config)), content)
     if paths.is_remote(cache_dir):
-        for part in _parts(manifest):
+        for part in [] if parts_sent else _parts(manifest):
             _copy_missing(str(folder / part), paths.join(cache_dir, part))
-        paths.copy_file(str(folder / name(config)), paths.join(cache_dir, name(config)))
+        paths.write_json_if_other(paths.join(cache_dir, name(config)), content)
 
 
 def fetch(config: DataConfig, cache_dir: str) -> None:
@@ -126,3 +130,73 @@ def _copy_missing(source: str, target: str) -> None:
     for file in sorted(wanted, key=lambda file: (file == "index.json", file)):
         if there.get(file) != wanted[file]:
             paths.copy_file(paths.join(source, *file.split("/")), paths.join(target, *file.split("/")))
+
+
+# What machines that write parts of one cache say to each other over a bucket. A shared folder needs nothing of it.
+
+
+def fetch_tokenizers(cache_dir: str) -> None:
+    """Copies the tokenizers of a cache in a bucket, and which text each was trained on."""
+    if not paths.is_remote(cache_dir):
+        return
+    for there in paths.list_names(cache_dir):
+        if there.startswith("tokenizer-"):
+            _copy_missing(paths.join(cache_dir, there), str(local_folder(cache_dir) / there))
+        elif there.startswith("trained-"):
+            paths.copy_file(paths.join(cache_dir, there), str(local_folder(cache_dir) / there))
+
+
+def send_tokenizer(cache_dir: str, tokenizer: str) -> None:
+    if not paths.is_remote(cache_dir):
+        return
+    folder = local_folder(cache_dir)
+    _copy_missing(str(folder / tokenizer), paths.join(cache_dir, tokenizer))
+    for memory in folder.glob("trained-*.json"):
+        if paths.read_json(str(memory))["tokenizer"] == tokenizer:
+            paths.copy_file(str(memory), paths.join(cache_dir, memory.name))
+
+
+def fetch_shards(cache_dir: str, part: str, shards: Iterable[int]) -> None:
+    """Copies those of these shards that are finished in a bucket, so that a part that is repeated keeps them."""
+    if not paths.is_remote(cache_dir):
+        return
+    there, folder = paths.tree_files(paths.join(cache_dir, part)), local_folder(cache_dir) / part
+    for index in shards:
+        names = _shard_files(index)
+        if all(file in there for file in names) and token_set.shard_facts(folder, index) is None:
+            for file in names:
+                paths.copy_file(paths.join(cache_dir, part, file), str(folder / file))
+
+
+def send_shards(cache_dir: str, part: str, shards: Iterable[int]) -> None:
+    """Copies finished shards to a bucket: the JSON that declares one complete after its tokens."""
+    if not paths.is_remote(cache_dir):
+        return
+    there, folder = paths.tree_files(paths.join(cache_dir, part)), local_folder(cache_dir) / part
+    for index in shards:
+        for file in _shard_files(index):
+            if there.get(file) != (folder / file).stat().st_size:
+                paths.copy_file(str(folder / file), paths.join(cache_dir, part, file))
+
+
+def send_index(cache_dir: str, part: str) -> None:
+    if paths.is_remote(cache_dir):
+        index = token_set.INDEX
+        paths.copy_file(str(local_folder(cache_dir) / part / index), paths.join(cache_dir, part, index))
+
+
+def shard_facts(cache_dir: str, part: str, shards: Iterable[int]) -> list[dict[str, Any] | None]:
+    """What each shard says of itself where the cache is, None for one that is not there whole; copies no tokens."""
+    if not paths.is_remote(cache_dir):
+        return [token_set.shard_facts(local_folder(cache_dir) / part, index) for index in shards]
+    there = paths.tree_files(paths.join(cache_dir, part))
+    found: list[dict[str, Any] | None] = []
+    for index in shards:
+        tokens, declared = _shard_files(index)
+        facts = paths.read_json(paths.join(cache_dir, part, declared)) if declared in there else None
+        found.append(facts if facts is not None and there.get(tokens) == facts["size"] else None)
+    return found
+
+
+def _shard_files(index: int) -> tuple[str, str]:
+    return f"{token_set.shard_name(index)}.bin", f"{token_set.shard_name(index)}.json"

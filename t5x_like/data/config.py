@@ -66,7 +66,7 @@ class MixtureConfig:
     counts: what rates count, "examples" (documents, as SeqIO does) or "tokens"
     """
 
-    sources: dict[str, str]
+    sources: dict[str, str] = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     rates: dict[str, float]
     maximum: float | None
     scale: float
@@ -162,16 +162,18 @@ class DataConfig:
     verify: compare the checksums of all cache files when they are opened
     """
 
-    source: str
+    # What sources, tokenizer and held-out text hold is told by the fingerprint of the data, which a resume compares;
+    # where they lie may change.
+    source: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     mixture: MixtureConfig
     fields: FieldsConfig
     on_bad_record: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     max_bad_share: float = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     preprocessors: tuple[str, ...]
-    tokenizer: str
+    tokenizer: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     extra_ids: int
     tokenizer_training_bytes: int
-    validation: str
+    validation: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     validation_stride: int
     validation_batches: int
     batch_size: int

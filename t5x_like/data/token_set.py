@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import resource
+import socket
 import tempfile
 import threading
 import types
@@ -156,7 +157,7 @@ class _Section:
 @contextlib.contextmanager
 def _whole(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """A file that becomes `path` when the body ends well; the lock on it says that its writer lives."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.writing")
     try:
         with paths.writing(str(path)), open(temporary, "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -198,7 +199,7 @@ def write_index(
     columns = {"columns": shards[0]["columns"]} if shards and "columns" in shards[0] else {}
     version = VERSION + 1 if columns else VERSION
     index = {"version": version, **columns, "fingerprint": fingerprint, "token_type": kind, "unit": unit, **total}
-    paths.write_json_atomic(str(folder / INDEX), index | dict(notes) | {"shards": shards})
+    paths.write_json_if_other(str(folder / INDEX), index | dict(notes) | {"shards": shards})
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:

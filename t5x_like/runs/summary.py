@@ -143,7 +143,9 @@ def _data(data: Mapping[str, Any]) -> dict[str, object]:
     for name, source in data["unevaluated"].items():
         rows[f"held out: {name}"] = f"{source}: nothing (config.data.validation is too small a share), not evaluated"
     tokens = format_count(data["tokens_to_come"])
-    rows["tokens"] = f"{tokens} in all steps, vocabulary of {data['tokenizer']['size']} ({data['tokenizer']['kind']})"
+    tokenizer = data["tokenizer"]
+    lossless = f"not lossless ({tokenizer['loses']})" if tokenizer["loses"] else "lossless"
+    rows["tokens"] = f"{tokens} in all steps, vocabulary of {tokenizer['size']} ({tokenizer['kind']}, {lossless})"
     rows["fingerprint"] = data["fingerprint"][:16]
     return rows
 

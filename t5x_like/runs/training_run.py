@@ -3,10 +3,10 @@
 The order of training itself stands in training/loop.py, what stands around a loop in training/session.py.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from t5x_like.core.config import nearest
 from t5x_like.core.environment import Environment
 from t5x_like.core.errors import UsageError
 from t5x_like.data.read.loader import HeldOut, Prefetch, TrainData, open_data
+from t5x_like.data.tokenizers.vocabularies import SETTINGS
 from t5x_like.data.write.progress import show_progress
 from t5x_like.objectives.interface import Batch
 from t5x_like.optim.optimizers import describe
@@ -27,8 +28,10 @@ from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
 from t5x_like.runs.roles import check_tokenizers
 from t5x_like.runs.train import Experiment
+from t5x_like.storage import paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.model_directory import DamagedCheckpoint
+from t5x_like.storage.workdir import Workdir
 from t5x_like.training import loop as loops
 from t5x_like.training.faults import PREEMPTED, Faults
 from t5x_like.training.saver import Saver, take
@@ -59,7 +62,7 @@ def run(
         experiments.check_schedule(experiment)
         with session.faults.phase("prepare"):
             data = _open_data(experiment, session)
-        session.hold(closing(data))
+        session.hold(contextlib.closing(data))
         check_tokenizers(program.roles, data.vocabulary.fingerprint)
         _check_best_metric(experiment.checkpoint.best_metric, program, data)
         return (_check if request.check else _train)(experiment, session, program, data)
@@ -100,7 +103,8 @@ def _open_data(experiment: Experiment, session: Session) -> TrainData:
     processes, workdir = session.processes, session.workdir
     cache = experiment.data.cache or workdir.path("cache")
     if processes.primary:
-        show_progress(experiment.data, cache)
+        with _saved_tokenizer(experiment.data.tokenizer, workdir) as saved:
+            show_progress(experiment.data, cache, tokenizer=saved)
     processes.broadcast("data is prepared", True, timeout=math.inf)
     data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
     processes.agree("data fingerprint", data.fingerprint)
@@ -111,6 +115,19 @@ def _open_data(experiment: Experiment, session: Session) -> TrainData:
             f"has {data.vocabulary.size} tokens; set config.model.vocab_size={data.vocabulary.size}"
         )
     return data
+
+
+@contextlib.contextmanager
+def _saved_tokenizer(named: str, workdir: Workdir) -> Iterator[str]:
+    """A local folder with the tokenizer of a run that is resumed, "" where it has none or another is named now."""
+    stored = workdir.config()
+    if stored is None or stored["data"]["tokenizer"] != named or named == "task":
+        yield ""
+    elif not paths.exists(paths.join(workdir.tokenizer, SETTINGS)):
+        yield ""
+    else:
+        with paths.local_copy(workdir.tokenizer) as folder:
+            yield folder
 
 
 def _check_best_metric(wanted: str | None, program: Program, data: TrainData) -> None:

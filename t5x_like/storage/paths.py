@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -171,6 +172,14 @@ def write_json_atomic(path: str, value: Any) -> None:
     write_text_atomic(path, json_text(value))
 
 
+def write_json_if_other(path: str, value: Any) -> None:
+    """Writes nothing where the file holds this already, so that a folder that is complete may be read-only."""
+    with contextlib.suppress(UserError):
+        if read_text(path) == json_text(value):
+            return
+    write_json_atomic(path, value)
+
+
 def make_directory(path: str) -> None:
     """Makes a directory and its parents. Buckets have no directories: there it only checks that the bucket is there."""
     if not is_remote(path):
@@ -302,7 +311,7 @@ class StagedDirectory:
 @contextlib.contextmanager
 def _renamed_at_end(path: str) -> Iterator[str]:
     """A temporary name beside `path` that becomes `path` if the body ends well, and vanishes if not."""
-    temporary = f"{path}.tmp.{os.getpid()}"
+    temporary = f"{path}.tmp.{socket.gethostname()}.{os.getpid()}"
     try:
         with writing(path):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

@@ -209,8 +209,8 @@ class Workdir:
         if before != fingerprint:
             raise UserError(
                 f"{self.root}: the data has changed since the run was started (fingerprint {before[:12]}, now "
-                f"{fingerprint[:12]}); restore the source files (or config.data.truncate), or use a new --workdir with "
-                f"--config.checkpoint.init_from={self.root}"
+                f"{fingerprint[:12]}); give it the text, tokenizer and config.data that it was started "
+                f"with, or use a new --workdir with --config.checkpoint.init_from={self.root}"
             )
 
     def _refuse_foreign(self) -> None:

@@ -15,6 +15,7 @@ import pytest
 import t5x_like
 from t5x_like.__main__ import main
 from t5x_like.data.read.loader import open_data
+from t5x_like.data.tokenizers import tokenizer_training
 from t5x_like.runs import train as experiments
 from t5x_like.runs import training_run
 from t5x_like.storage import model_directory, workdir
@@ -230,3 +231,27 @@ def test_a_warm_start_takes_the_chosen_parameters(finished, tmp_path, capsys):
     assert "1 of 11 parameters" in capsys.readouterr().out
     assert train(tmp_path / "other", *arguments, "--config.model.decoder.mlp=96") == 1
     assert "layers/mlp/" in capsys.readouterr().err
+
+
+def test_a_resume_finds_its_text_elsewhere_and_does_not_ask_for_its_tokenizer(tmp_path, capsys):
+    text, tokenizer = tmp_path / "a.txt", tmp_path / "tokenizer"
+    text.write_text("to be, or not to be, that is the question\n" * 200)
+    tokenizer_training.train("bpe", 270, [text.read_text()]).save(str(tokenizer))
+    given = [f"--config.data.source=text:{text}", "--config.data.validation=", f"--config.data.tokenizer={tokenizer}"]
+    given += ["--config.model.vocab_size=270", f"--config.data.cache={tmp_path / 'cache'}"]
+    assert train(tmp_path / "run", *given, "--config.loop.steps=4") == 0
+    shutil.rmtree(tokenizer)
+    shutil.rmtree(tmp_path / "cache")
+    assert train(tmp_path / "run", "--config.loop.steps=5", config=None) == 0
+    text.rename(tmp_path / "b.txt")
+    shutil.rmtree(tmp_path / "cache")
+    assert train(tmp_path / "run", "--config.loop.steps=6", config=None) == 1
+    assert "a.txt: no such file" in capsys.readouterr().err
+    moved = f"--config.data.source=text:{tmp_path / 'b.txt'}"
+    assert train(tmp_path / "run", moved, "--config.loop.steps=6", config=None) == 0
+    assert "config.data.source: 'text:" in capsys.readouterr().out
+    starts = json.loads((tmp_path / "run" / "manifest.json").read_text())["starts"]
+    assert len({start["data"] for start in starts}) == 1 and len(starts) == 3
+    other = f"--config.data.tokenizer={tmp_path / 'none'}"  # another one is named: it must be there
+    assert train(tmp_path / "run", other, "--config.loop.steps=7", config=None) == 1
+    assert "tokenizer" in capsys.readouterr().err

@@ -83,6 +83,7 @@ def test_a_start_is_recorded_and_read_back(tmp_path):
     [
         {"loop__steps": 200},
         {"loop__on_spike": "skip"},
+        {"data__source": "text:b"},
         {"mesh__preset": "data"},
         {"runtime__threads": 1},
         {"telemetry__plot": False},
@@ -104,7 +105,6 @@ def test_a_resume_may_change_where_and_how_long_it_runs(tmp_path, changes):
         ({"seed": 1}, "config.seed: 0 -> 1"),
         ({"model__layers": 4}, "config.model.layers: 2 -> 4"),
         ({"model__windows": [8, 8]}, r"config.model.windows: \[None, 8\] -> \[8, 8\]"),
-        ({"data__source": "text:b"}, "config.data.source: 'text:a' -> 'text:b'"),
         ({"optim__weight_decay": 0.2, "mesh__preset": "data"}, "config.optim.weight_decay: 0.1 -> 0.2"),
         ({"objective__name": "dpo"}, "config.objective.name: 'lm' -> 'dpo'"),
         ({"loop__micro_batches": 2}, "config.loop.micro_batches: 1 -> 2"),

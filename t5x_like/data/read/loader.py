@@ -139,7 +139,7 @@ class TrainData:
             components[component.name] = facts
         summary: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "tokenizer": {"kind": self.vocabulary.kind, "size": self.vocabulary.size},
+            "tokenizer": {"kind": self.vocabulary.kind, "size": self.vocabulary.size, "loses": self.vocabulary.loses},
             "components": components,
             "validation": {component.name: _facts(component) for component in self._validation},
             "unevaluated": self._unevaluated,

@@ -151,7 +151,9 @@ class BestFit:
         valid = np.bincount(row, weights=lengths, minlength=len(rows)).astype(np.int64)
         return Rows(tokens, counts, begins, trained, valid)
 
-    def _spans(self, examples: np.ndarray, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _spans(
+        self, examples: np.ndarray, row: np.ndarray, column: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(first tokens, numbers of tokens, rows, columns) of what is read: two spans for inputs without their end."""
         begins, lengths, inputs = self._begins[examples], self._lengths[examples], self._inputs[examples]
         targets = self._targets[examples]
@@ -159,7 +161,8 @@ class BestFit:
         first = np.where(apart, inputs, lengths)
         more = (targets[apart], (lengths - inputs)[apart], row[apart], (column + inputs)[apart])
         spans = zip((begins, first, row, column), more, strict=True)
-        return tuple(np.concatenate(parts) for parts in spans)
+        starts, counts, rows, columns = (np.concatenate(parts) for parts in spans)
+        return starts, counts, rows, columns
 
     def documents(self, row: int) -> list[Span]:
         examples = self._order[self._edges[row] : self._edges[row + 1]]

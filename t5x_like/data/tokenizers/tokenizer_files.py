@@ -17,6 +17,7 @@ import numpy as np
 
 from t5x_like.core.errors import UserError
 from t5x_like.data.tokenizers import cuts
+from t5x_like.data.tokenizers.added_tokens import AddedToken, Division
 from t5x_like.data.tokenizers.word_cache import WordCache, pattern_of
 
 _BYTES_OFFSET = 3  # ids 0, 1, 2 are padding, end of text and unknown, as in ByT5 and seqio.ByteVocabulary
@@ -52,6 +53,8 @@ class TokenizerFile:
     extra_ids: int  # ids without text behind those of the file (T5's sentinels)
     cuts: str  # a pattern of the places where a text may be cut in two without other ids, "" for none
     named_sentinels: int  # ids at the end that the file itself names <extra_id_0> (the last one), <extra_id_1>, ...
+    added: tuple[AddedToken, ...] = ()  # behind the pieces of a SentencePiece model
+    legacy: bool = False  # with those: a space is put before the text behind one too
 
 
 # Bytes.
@@ -77,26 +80,104 @@ def read_bytes(*, extra_ids: int) -> TokenizerFile:
 
 
 class _SentencePiece:
-    def __init__(self, processor: Any):
-        self._processor = processor
+    def __init__(self, processor: Any, division: Division, plain: Any, *, legacy: bool):
+        self._processor, self._division, self._plain, self._legacy = processor, division, plain, legacy
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self._division.divides:
+            return self._encode(texts)
+        return [[*self._division.encode(text, self._encode, self._encode_later)] for text in texts]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
 
+    def _encode_later(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._behind_added(text).encode(text, num_threads=1) for text in texts]
+
+    def _behind_added(self, text: str) -> Any:
+        """What encodes a text behind an added token: `plain` puts no space before it."""
+        return self._processor if self._legacy and not text.startswith(" ") else self._plain
+
     def count_bytes(self, text: str) -> list[int]:
-        try:
-            proto = self._processor.encode(text, out_type="proto")
-        except ValueError:  # the name before sentencepiece 0.2.2
-            proto = self._processor.encode(text, out_type="immutable_proto")
-        counts = [len(piece.surface.encode()) for piece in proto.pieces]
-        return _spread(counts, [self._processor.is_byte(piece.id) for piece in proto.pieces], len(text.encode()))
+        counts: list[int] = []
+        divided = self._division.divide(text)
+        contents = self._division.contents
+        for index, part in enumerate(divided):
+            if isinstance(part, int):
+                counts.append(len(contents[part].encode()))
+            elif part:
+                found = _count_pieces(self._behind_added(part) if index else self._processor, part)
+                if not found and counts:
+                    counts[-1] += len(part.encode())
+                counts += found
+        return counts
 
     def decode(self, ids: list[int]) -> str | None:
         return None
 
 
-def read_sentencepiece(content: bytes, path: pathlib.Path, *, extra_ids: int) -> TokenizerFile:
-    """From a serialized SentencePiece model; `path` is its name in messages."""
+def _count_pieces(processor: Any, text: str) -> list[int]:
+    try:
+        proto = processor.encode(text, out_type="proto")
+    except ValueError:  # the name before sentencepiece 0.2.2
+        proto = processor.encode(text, out_type="immutable_proto")
+    counts = [len(piece.surface.encode()) for piece in proto.pieces]
+    return _spread(counts, [processor.is_byte(piece.id) for piece in proto.pieces], len(text.encode()))
+
+
+# A second normalizer_spec of a ModelProto, which protobuf merges into the first: add_dummy_prefix = false.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+def read_sentencepiece(
+    content: bytes,
+    path: pathlib.Path,
+    *,
+    extra_ids: int,
+    added: Sequence[AddedToken] = (),
+    legacy: bool = False,
+) -> TokenizerFile:
+    """From a serialized SentencePiece model; `path` is its name in messages. `added` stand behind its pieces."""
+    processor = _processor(content, path)
+    size = processor.get_piece_size()
+    for token in added:
+        if token.id < size and processor.id_to_piece(token.id) != token.content:
+            raise UserError(
+                f"{path}: its token {token.id} is {processor.id_to_piece(token.id)!r}, and the files beside it add "
+                f"{token.content!r} with the same id; give the model that the added tokens belong to"
+            )
+    more = tuple(token for token in added if token.id >= size)
+    surfaces = [_sentencepiece_surface(processor, token) for token in range(size)]
+    surfaces += [b""] * (max((token.id + 1 for token in more), default=size) - size)
+    for token in more:
+        surfaces[token.id] = b"" if token.special else token.content.encode()
+    division = Division(more)
+    plain = _processor(content + _NO_DUMMY_PREFIX, path) if division.divides else processor
+    bos, eos = processor.bos_id(), processor.eos_id()
+    return TokenizerFile(
+        "sentencepiece",
+        "tokenizer.model",
+        content,
+        _SentencePiece(processor, division, plain, legacy=legacy),
+        (*surfaces, *(b"",) * extra_ids),
+        bos if bos >= 0 else None,
+        eos if eos >= 0 else None,
+        extra_ids,
+        cuts.between_tokens(surfaces),
+        named_sentinels=0 if more else _named_sentinels(processor.id_to_piece, size),
+        added=more,
+        legacy=legacy and bool(more),
+    )
+
+
+def token_ids(file: TokenizerFile, content: bytes, path: pathlib.Path) -> dict[str, int]:
+    """{piece: id} of a SentencePiece model and its added tokens."""
+    processor = _processor(content, path)
+    pieces = {processor.id_to_piece(token): token for token in range(processor.get_piece_size())}
+    return pieces | {token.content: token.id for token in file.added}
+
+
+def _processor(content: bytes, path: pathlib.Path) -> Any:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
@@ -104,21 +185,7 @@ def read_sentencepiece(content: bytes, path: pathlib.Path, *, extra_ids: int) ->
         processor.LoadFromSerializedProto(content)
     except (RuntimeError, ValueError):
         raise UserError(f"{path}: not a SentencePiece model nor a tokenizer.json") from None
-    size = processor.get_piece_size()
-    surfaces = [_sentencepiece_surface(processor, token) for token in range(size)] + [b""] * extra_ids
-    bos, eos = processor.bos_id(), processor.eos_id()
-    return TokenizerFile(
-        "sentencepiece",
-        "tokenizer.model",
-        content,
-        _SentencePiece(processor),
-        tuple(surfaces),
-        bos if bos >= 0 else None,
-        eos if eos >= 0 else None,
-        extra_ids,
-        cuts.between_tokens(surfaces),
-        named_sentinels=_named_sentinels(processor.id_to_piece, size),
-    )
+    return processor
 
 
 def _sentencepiece_surface(processor: Any, token: int) -> bytes | None:
@@ -217,7 +284,7 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
     for token, piece in pieces.items():
         surfaces[token] = _token_surface(piece, added.get(token), style, unknown)
     ids = {piece: token for token, piece in pieces.items()}
-    bos, eos = (_named(ids, name, path) for name in names)
+    bos, eos = (named_token(ids, name, path) for name in names)
     specials = {token["content"]: token["id"] for token in added.values() if token["special"]}
     bos = next((specials[n] for n in _BOS_NAMES if n in specials), None) if names == (None, None) else bos
     eos = next((specials[n] for n in _EOS_NAMES if n in specials), None) if eos is None else eos
@@ -235,7 +302,7 @@ def _named_sentinels(name: Callable[[int], str], size: int) -> int:
     return count
 
 
-def _named(ids: dict[str, int], name: str | None, path: pathlib.Path) -> int | None:
+def named_token(ids: dict[str, int], name: str | None, path: pathlib.Path) -> int | None:
     if name is not None and name not in ids:
         raise UserError(f"{path}: tokenizer_config.json beside it names the token {name!r}, which it lacks")
     return None if name is None else ids[name]
@@ -276,17 +343,3 @@ def _token_surface(piece: str, added: dict[str, Any] | None, style: str, unknown
         return bytes(map(_byte_letters().__getitem__, piece))
     except KeyError:  # a letter that stands for no byte
         return piece.encode()
-
-
-def special_names(folder: pathlib.Path) -> tuple[str | None, str | None]:
-    """(bos, eos) as `tokenizer_config.json` names them, None where it does not."""
-    place = folder / "tokenizer_config.json"
-    if not place.is_file():
-        return None, None
-    try:
-        settings = json.loads(place.read_text())
-        named = [settings.get(key) for key in ("bos_token", "eos_token")]
-        bos, eos = (name["content"] if isinstance(name, dict) else name for name in named)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{place}: not the JSON of a tokenizer ({error})") from None
-    return bos, eos

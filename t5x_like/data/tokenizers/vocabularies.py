@@ -16,13 +16,19 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers import cuts, tokenizer_files
+from t5x_like.data.tokenizers import cuts, folders, tokenizer_files
+from t5x_like.data.tokenizers.added_tokens import AddedToken
+from t5x_like.data.tokenizers.folders import Folder
 from t5x_like.data.tokenizers.tokenizer_files import TokenizerFile
 from t5x_like.storage import paths
 
 SETTINGS = "vocabulary.json"  # in a saved folder: kind, file and special ids
 _UNKNOWN_BYTES = -(1 << 40)  # surface length of a token whose surface depends on the text: forces the offsets
 _UNKNOWN_TEXT = " \u2047 ".encode()  # what SentencePiece decodes an unknown piece to
+_HARD_TEXTS = (  # case, spaces, ends of lines, forms of one character, scripts and signs, what spells a special token
+    *("Aa", "a  b", " a", "a ", "a\n\nb", "a\tb", "\r\n", "\u00e9", "e\u0301", "\ufb01", "\u3000a", "\u732b\u3042"),
+    *("\u0436\u0627", "\U0001f600", "\x01", "\u00a0", "</s><|endoftext|>[UNK]"),
+)
 
 
 class Vocabulary:
@@ -54,6 +60,8 @@ class Vocabulary:
         """Equal exactly when encode and decode are the same functions; 64 hexadecimal digits."""
         digest = hashlib.sha256(self._file.content)
         digest.update(json.dumps([self.kind, self.bos_id, self.eos_id, self._file.extra_ids]).encode())
+        if self._file.added:
+            digest.update(json.dumps([self._file.added, self._file.legacy]).encode())
         return digest.hexdigest()
 
     @functools.cached_property
@@ -103,6 +111,15 @@ class Vocabulary:
     def exact(self) -> bool:
         """Whether decoding is joining surfaces."""
         return self._engine.decode([]) is None
+
+    @functools.cached_property
+    def loses(self) -> str:
+        """The first of some texts that does not come back, as "'A' becomes 'a'"; "" where all do: lossless."""
+        for text in _HARD_TEXTS:
+            again = self.decode(self.encode(text))
+            if again != text:
+                return f"{text!a} becomes {again!a}"
+        return ""
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "tokens"], Int[np.ndarray, "texts"]]:
         """All ids one after the other, and the number of ids of each text; no special tokens."""
@@ -154,7 +171,7 @@ class Vocabulary:
             "extra_ids": self._file.extra_ids,
             "sha256": hashlib.sha256(self._file.content).hexdigest(),
             "fingerprint": self.fingerprint,
-        }
+        } | ({"added": self._file.added, "legacy": self._file.legacy} if self._file.added else {})
         if self._file.name:
             paths.write_bytes_atomic(str(folder / self._file.name), self._file.content)
         paths.write_json_atomic(str(folder / SETTINGS), settings)
@@ -174,25 +191,65 @@ def load(path: str) -> Vocabulary:
     if not place.is_file():
         raise UserError(f"tokenizer {path}: no such file; give a tokenizer.json, a SentencePiece model or 'bytes'")
     content = place.read_bytes()
+    folder = Folder(place.parent)
     if content.lstrip()[:1] == b"{":
-        names = tokenizer_files.special_names(place.parent)
-        return Vocabulary(tokenizer_files.read_tokenizer_json(content, place, names))
-    return Vocabulary(tokenizer_files.read_sentencepiece(content, place, extra_ids=0))
+        if place.name == "tekken.json":
+            raise folders.foreign(place)
+        return _of_layout(content, place, folder)
+    if place.suffix == ".tiktoken" or folders.is_foreign(content):
+        raise folders.foreign(place)
+    return _of_model(content, place, folder)
 
 
-def _load_folder(folder: pathlib.Path) -> Vocabulary:
-    if (folder / SETTINGS).is_file():
-        return _load_saved(folder)
-    if (folder / "tokenizer.json").is_file():
-        return load(str(folder / "tokenizer.json"))
-    models = sorted(folder.glob("*.model"))
-    if not models and _is_bytes(folder / "tokenizer_config.json"):
+def _load_folder(path: pathlib.Path) -> Vocabulary:
+    if (path / SETTINGS).is_file():
+        return _load_saved(path)
+    if (path / "tokenizer.json").is_file():
+        return load(str(path / "tokenizer.json"))
+    folder = Folder(path)
+    model = folder.model()
+    if model is not None:
+        return load(str(model))
+    layout = folder.layout()
+    if layout is not None:
+        return _of_layout(json.dumps(layout, ensure_ascii=False).encode(), path / "tokenizer.json", folder)
+    if _is_bytes(path / folders.SETTINGS):
         return load("bytes")
-    if len(models) != 1:
-        raise UserError(
-            f"tokenizer {folder}: needs {SETTINGS}, tokenizer.json or one *.model, has {len(models)} *.model"
-        )
-    return load(str(models[0]))
+    raise UserError(
+        f"tokenizer {path}: needs {SETTINGS}, tokenizer.json, one *.model, vocab.txt, or vocab.json and merges.txt"
+    )
+
+
+def _of_layout(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabulary:
+    """Of a tokenizer.json; its bytes are kept where the files beside it add nothing."""
+    names = folder.names
+    try:
+        layout = json.loads(content)
+        whole = folder.complete(layout)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return Vocabulary(tokenizer_files.read_tokenizer_json(content, place, names))  # which says what is wrong
+    if whole is not layout:
+        content = json.dumps(whole, ensure_ascii=False).encode()
+    return Vocabulary(tokenizer_files.read_tokenizer_json(content, place, names))
+
+
+def _of_model(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabulary:
+    """Of a SentencePiece model with what the files beside it say."""
+    folder.refuse_class(place.name, folders.MADE_OF_MODEL)
+    sentinels = folder.sentinels()
+    added = [token for token in folder.added() if not (sentinels and token.content.startswith("<extra_id_"))]
+    legacy = bool(folder.settings.get("legacy", False))
+    file = tokenizer_files.read_sentencepiece(content, place, extra_ids=0, added=added, legacy=legacy)
+    if sentinels and not file.named_sentinels:
+        if file.added:
+            raise UserError(f"{folder.path}: a T5Tokenizer with added tokens beside its sentinels is not supported")
+        file = tokenizer_files.read_sentencepiece(content, place, extra_ids=sentinels)
+    if folder.names != (None, None):
+        ids = tokenizer_files.token_ids(file, content, place)
+        bos, eos = (tokenizer_files.named_token(ids, name, place) for name in folder.names)
+        bos, eos = file.bos_id if bos is None else bos, file.eos_id if eos is None else eos
+        file = dataclasses.replace(file, bos_id=None if bos == eos else bos, eos_id=eos)
+    return Vocabulary(file)
 
 
 def _is_bytes(settings: pathlib.Path) -> bool:
@@ -215,8 +272,13 @@ def _load_saved(folder: pathlib.Path) -> Vocabulary:
         if kind == "bytes":
             return Vocabulary(tokenizer_files.read_bytes(extra_ids=settings["extra_ids"]))
         if kind == "sentencepiece":
-            extra = settings["extra_ids"]
-            return Vocabulary(tokenizer_files.read_sentencepiece(content, folder / name, extra_ids=extra))
+            more = {
+                "extra_ids": settings["extra_ids"],
+                "added": [AddedToken(*token) for token in settings.get("added", [])],
+                "legacy": settings.get("legacy", False),
+            }
+            file = tokenizer_files.read_sentencepiece(content, folder / name, **more)
+            return Vocabulary(dataclasses.replace(file, bos_id=settings["bos_id"], eos_id=settings["eos_id"]))
         file = tokenizer_files.read_tokenizer_json(content, folder / name, (None, None))
         named = dataclasses.replace(file, bos_id=settings["bos_id"], eos_id=settings["eos_id"])
         return Vocabulary(named).with_extra_ids(settings["extra_ids"])

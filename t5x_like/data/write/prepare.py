@@ -8,7 +8,7 @@ result is does not depend on the number of workers. Reading the cache is data/re
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from t5x_like.core.environment import cores
@@ -69,11 +69,66 @@ class Prepared:
     seconds: float
 
 
-def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Prepared:
+@dataclasses.dataclass(frozen=True)
+class SetPlan:
+    """How a token set is written: `jobs` of a worker's `function`, one a shard; `weight`: bytes of each unit read."""
+
+    place: pathlib.Path
+    fingerprint: str
+    unit: str
+    kind: str
+    function: str
+    jobs: list[dict[str, Any]]
+    weight: float
+    part: Part
+    config: DataConfig
+
+    def facts(self) -> list[dict[str, Any] | None]:
+        """What each shard says of itself, None for those that are not there."""
+        return [token_set.shard_facts(self.place, job["index"]) for job in self.jobs]
+
+    def todo(self, shards: Container[int] | None = None) -> list[tuple[str, dict[str, Any], float]]:
+        """The jobs of the shards that are not there, of all or of those with these numbers."""
+        pairs = zip(self.jobs, self.facts(), strict=True)
+        missing = [job for job, facts in pairs if facts is None and (shards is None or job["index"] in shards)]
+        return [(self.function, job, self.weight) for job in _joined(self.function, missing, self.part)]
+
+    def write_index(self, shards: list[dict[str, Any]]) -> None:
+        """Declares the set complete. UserError for too many bad records."""
+        token_set.write_index(
+            self.place,
+            fingerprint=self.fingerprint,
+            kind=self.kind,
+            unit=self.unit,
+            shards=shards,
+            notes=_notes(self.config, self.part, shards),
+        )
+
+
+def prepare(config: DataConfig, cache_dir: str, *, report: Report | None, tokenizer: str = "") -> Prepared:
     """Makes the token cache of `config` complete in `cache_dir` (local or gs://). `report` is called with progress.
+    `tokenizer` is a folder where the config's tokenizer was saved before; then it is not looked for, nor trained.
 
     Where the sources are not on this machine, a cache that was prepared for the same config elsewhere is enough.
     """
+    check(config)
+    started = time.monotonic()
+    cache.fetch(config, cache_dir)
+    folder = cache.local_folder(cache_dir)
+    paths.make_directory(str(folder))
+    written: list[dict[str, Any]] = []
+    try:
+        with workers.Pool(config.workers or cores()) as pool:
+            manifest, written = _write(config, folder, pool, report, tokenizer)
+        cache.write_manifest(config, cache_dir, manifest)
+    except sources.MissingSource:
+        if not (folder / cache.name(config)).is_file():
+            raise
+        manifest = cache.read_manifest(config, cache_dir)
+    return prepared(manifest, folder, written, started)
+
+
+def check(config: DataConfig) -> None:
     preprocessors.check(config.preprocessors, config.fields)
     if config.extra_ids < 0:
         raise UsageError(f"config.data.extra_ids={config.extra_ids} should be at least 0; T5 has 100")
@@ -83,19 +138,9 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None) -> Pre
         raise UsageError("config.data.tokenizer is empty; give bytes, a path, or train:bpe:SIZE")
     if config.tokenizer_training_bytes < 1:
         raise UsageError(f"config.data.tokenizer_training_bytes={config.tokenizer_training_bytes} should be at least 1")
-    started = time.monotonic()
-    cache.fetch(config, cache_dir)
-    folder = cache.local_folder(cache_dir)
-    paths.make_directory(str(folder))
-    written: list[dict[str, Any]] = []
-    try:
-        with workers.Pool(config.workers or cores()) as pool:
-            manifest, written = _write(config, folder, pool, report)
-        cache.write_manifest(config, cache_dir, manifest)
-    except sources.MissingSource:
-        if not (folder / cache.name(config)).is_file():
-            raise
-        manifest = cache.read_manifest(config, cache_dir)
+
+
+def prepared(manifest: cache.Manifest, folder: pathlib.Path, written: list[dict[str, Any]], started: float) -> Prepared:
     entries = [*manifest.train.values(), *manifest.validation.values()]
     indexes = [token_set.read_index(folder / entry.folder) for entry in entries]
     totals = [sum(index[key] for index in indexes) for key in ("documents", "tokens", "text_bytes", "skipped")]
@@ -119,13 +164,34 @@ def _bad_places(entries: list[cache.SetEntry], indexes: list[dict[str, Any]]) ->
 
 
 def _write(
-    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None
+    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None, saved: str
 ) -> tuple[cache.Manifest, list[dict[str, Any]]]:
     """Writes what is missing; (manifest, facts of the shards written)."""
+    found, tokenizer, plans = plan(config, folder, pool, report, saved)
+    written = _write_sets(config, plans, pool, report)
+    return manifest_of(config, folder, found, tokenizer, plans, pool), written
+
+
+def plan(
+    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None, saved: str
+) -> tuple[Parts, str, list[SetPlan]]:
+    """(text, the tokenizer's folder, the token sets to train on and those held out)."""
     found = parts.find(config, folder, pool)
-    tokenizer = _tokenizer(config, folder, found, report)
-    train, validation = list(found.train.values()), list(found.validation.values())
-    folders, written = _write_sets(config, folder, [*train, *validation], tokenizer, pool, report)
+    tokenizer = _tokenizer(config, folder, found, report, saved)
+    given = [*found.train.values(), *found.validation.values()]
+    return found, tokenizer, _plan_sets(config, folder, given, tokenizer)
+
+
+def manifest_of(
+    config: DataConfig,
+    folder: pathlib.Path,
+    found: Parts,
+    tokenizer: str,
+    plans: list[SetPlan],
+    pool: workers.Pool,
+) -> cache.Manifest:
+    """Of sets that are all written."""
+    train, folders = list(found.train.values()), [plan.place.name for plan in plans]
     rates: dict[str, float] = {}
     if _is_task_mixture(config, train):
         counts = [token_set.read_index(folder / name)["documents"] for name in folders[: len(train)]]
@@ -138,7 +204,7 @@ def _write(
         name: cache.SetEntry(place, str(part.source), tuple(file.path for file in part.files), None)
         for place, (name, part) in zip(folders[len(train) :], found.validation.items(), strict=True)
     }
-    return cache.Manifest(tokenizer, entries, held_out), written
+    return cache.Manifest(tokenizer, entries, held_out)
 
 
 def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
@@ -149,7 +215,7 @@ def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
 # The tokenizer.
 
 
-def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report | None) -> str:
+def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report | None, saved: str) -> str:
     """The tokenizer's folder within the cache."""
     if config.tokenizer == "task":
         if config.extra_ids:
@@ -158,8 +224,9 @@ def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: R
             raise UsageError("config.data.tokenizer=task: no seqio: source here has a vocabulary; give a tokenizer")
         return found.vocabulary
     trained = tokenizer_training.parse(config.tokenizer, where="config.data.tokenizer")
-    if trained is None:
-        with patterns.staged(config.tokenizer, endings=_TOKENIZER_FILES, most=_MOST_STAGED) as place:
+    if saved or trained is None:
+        staged = patterns.staged(saved or config.tokenizer, endings=_TOKENIZER_FILES, most=_MOST_STAGED)
+        with staged as place:
             vocabulary = vocabularies.load(place)
     else:
         name = _trained(config, folder, list(found.train.values()), trained, report)
@@ -218,20 +285,11 @@ def _reading(config: DataConfig, part: Part) -> list[Any]:
 # Token sets.
 
 
-def _write_sets(
-    config: DataConfig,
-    folder: pathlib.Path,
-    given: list[Part],
-    tokenizer: str,
-    pool: workers.Pool,
-    report: Report | None,
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Writes the shards that are missing; (folder of each part, facts of the shards written)."""
+def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], tokenizer: str) -> list[SetPlan]:
+    """The token set of each part; makes their folders."""
     vocabulary = encoding.load_vocabulary(str(folder / tokenizer))
     kind = token_set.token_type(vocabulary.size)
-    folders: list[str] = []
-    todo: list[tuple[str, dict[str, Any], float]] = []
-    plans: list[tuple[Part, str, int]] = []
+    plans = []
     for part in given:
         fingerprint = cache.digest(
             [
@@ -246,21 +304,24 @@ def _write_sets(
         )
         place = folder / f"tokens-{fingerprint[:16]}"
         paths.make_directory(str(place))
-        token_set.remove_leftovers(place)
         function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind)
-        plans.append((part, fingerprint, len(jobs)))
         weight = sum(file.size for file in part.files) / max(sum(file.measure for file in part.files), 1)
-        missing = [job for job in jobs if token_set.shard_facts(place, job["index"]) is None]
-        todo += [(function, job, weight) for job in _joined(function, missing, part)]
-        folders.append(place.name)
-    written = _run(todo, pool, config.workers, report)
-    for name, (part, fingerprint, count) in zip(folders, plans, strict=True):
-        place = folder / name
-        shards = [facts for index in range(count) if (facts := token_set.shard_facts(place, index)) is not None]
-        token_set.remove_leftovers(place)  # of a killed writer that was still in the kernel at the start
-        notes, unit = _notes(config, part, shards), sources.unit(part.source.kind)
-        token_set.write_index(place, fingerprint=fingerprint, kind=kind, unit=unit, shards=shards, notes=notes)
-    return folders, written
+        unit = sources.unit(part.source.kind)
+        plans.append(SetPlan(place, fingerprint, unit, kind, function, jobs, weight, part, config))
+    return plans
+
+
+def _write_sets(
+    config: DataConfig, plans: list[SetPlan], pool: workers.Pool, report: Report | None
+) -> list[dict[str, Any]]:
+    """Writes the shards that are missing, and the indexes; facts of the shards written."""
+    for plan in plans:
+        token_set.remove_leftovers(plan.place)
+    written = run_jobs([job for plan in plans for job in plan.todo()], pool, config.workers, report)
+    for plan in plans:
+        token_set.remove_leftovers(plan.place)  # of a killed writer that was still in the kernel at the start
+        plan.write_index([facts for facts in plan.facts() if facts])
+    return written
 
 
 def _jobs(
@@ -320,7 +381,7 @@ def _notes(config: DataConfig, part: Part, shards: list[dict[str, Any]]) -> dict
     return bad_records.total(shards) | ({"empty_files": empty} if empty else {})
 
 
-def _run(
+def run_jobs(
     todo: list[tuple[str, dict[str, Any], float]], pool: workers.Pool, size: int, report: Report | None
 ) -> list[dict[str, Any]]:
     """Runs jobs, few small ones in this process; the facts of their shards."""

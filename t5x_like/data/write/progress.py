@@ -1,15 +1,19 @@
 """`prepare` with its progress on the terminal, for whoever starts it there."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from t5x_like.core.terminal import Progress, StatusLine, format_bytes
 from t5x_like.data.config import DataConfig
-from t5x_like.data.write.prepare import Prepared, Training, Writing, prepare
+from t5x_like.data.write.prepare import Training, Writing, prepare
 
 
-def show_progress(config: DataConfig, cache_dir: str) -> Prepared:
-    """Makes the token cache of a config complete, and shows on stderr how far it is."""
+def show_progress(
+    config: DataConfig, cache_dir: str, *, tokenizer: str = "", run: Callable[..., Any] | None = None
+) -> Any:
+    """Makes the token cache of a config complete, and shows on stderr how far it is. `tokenizer` as in `prepare`.
+    `run`: what is done instead; its result."""
     shown: dict[str, Progress] = {}
 
     def report(state: Training | Writing) -> None:
@@ -27,10 +31,13 @@ def show_progress(config: DataConfig, cache_dir: str) -> Prepared:
             shown.popitem()[1].close()
 
     try:
-        done = prepare(config, cache_dir, report=report)
+        if run is not None:
+            done = run(report=report)
+        else:
+            done = prepare(config, cache_dir, report=report, tokenizer=tokenizer)
     finally:
         end()
-    for line in left_out(done):
+    for line in left_out(done) if isinstance(done, Prepared) else ():
         StatusLine(sys.stderr).print(f"prepare: {line}")
     return done
 

@@ -389,6 +389,22 @@ def test_a_complete_cache_is_enough_where_the_text_is_not(tmp_path):
         prepare.prepare(dataclasses.replace(config, validation="0.1"), str(tmp_path / "cache"), report=None)
 
 
+def test_a_complete_cache_is_not_written_to(tmp_path, monkeypatch):
+    source = corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(30))
+    config = corpus.config(source=source, tokenizer="train:bpe:300", validation="0.2", verify=True)
+    before = prepare.prepare(config, str(tmp_path / "cache"), report=None)
+
+    def refused(path, *_):
+        raise AssertionError(f"{path} is written")
+
+    monkeypatch.setattr("t5x_like.storage.paths.write_bytes_atomic", refused)
+    monkeypatch.setattr("t5x_like.storage.paths._renamed_at_end", refused)
+    monkeypatch.setattr("t5x_like.data.token_set._whole", refused)
+    after = prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert after.manifest == before.manifest and after.shards_written == 0
+    open_data(config, cache_dir=str(tmp_path / "cache"), seed=0).close()
+
+
 def test_sentinels_are_added_to_a_trained_tokenizer_that_is_trained_once(tmp_path, monkeypatch):
     source = corpus.write_jsonl(tmp_path / "text.jsonl", corpus.paragraphs(30))
     plain = corpus.opened(corpus.config(source=source, tokenizer="train:bpe:300"), tmp_path / "cache").vocabulary
