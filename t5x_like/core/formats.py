@@ -91,6 +91,13 @@ _FEATURES = Change(
 _ROLES = Change(adds={"roles": {}})
 # A run began with parameters alone.
 _BRANCH = Change(adds={"checkpoint.branch_from": None})
+# Metrics went to metrics.jsonl and TensorBoard alone.
+_TRACKERS = Change(
+    adds={
+        "telemetry.wandb": {"project": "", "mode": "offline"},
+        "telemetry.mlflow": {"uri": "", "experiment": "t5x_like"},
+    }
+)
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -107,7 +114,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _FEATURES,
         _ROLES,
     ),
-    3: (_BRANCH,),
+    3: (_BRANCH, _TRACKERS),
 }
 
 
