@@ -59,9 +59,9 @@ class _Wandb:
     def __init__(self, config: WandbConfig, place: "_Place"):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self._library = wandb
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True)
-        self._run: Any = wandb.init(
+        self._library: Any = wandb
+        settings = self._library.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True)
+        self._run: Any = self._library.init(
             project=config.project,
             name=place.name,
             id=place.known("wandb", lambda: secrets.token_hex(8)),
