@@ -8,4 +8,6 @@ def telemetry() -> dict:
         "plot_every_seconds": 60.0,
         "measure_cpu_peak": True,
         "profile": {"start_step": 10, "steps": 0},
+        "wandb": {"project": "", "mode": "offline"},
+        "mlflow": {"uri": "", "experiment": "t5x_like"},
     }

@@ -95,6 +95,13 @@ _BAD_RECORDS = Change(adds={"data.on_bad_record": "stop", "data.max_bad_share": 
 _ROLES = Change(adds={"roles": {}})
 # A run began with parameters alone.
 _BRANCH = Change(adds={"checkpoint.branch_from": None})
+# Metrics went to metrics.jsonl and TensorBoard alone.
+_TRACKERS = Change(
+    adds={
+        "telemetry.wandb": {"project": "", "mode": "offline"},
+        "telemetry.mlflow": {"uri": "", "experiment": "t5x_like"},
+    }
+)
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -111,7 +118,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _FEATURES,
         _ROLES,
     ),
-    3: (_TRUNCATE, _BAD_RECORDS, _BRANCH),
+    3: (_TRUNCATE, _BAD_RECORDS, _BRANCH, _TRACKERS),
 }
 
 

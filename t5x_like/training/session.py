@@ -146,6 +146,7 @@ class Session:
             compiler_options=self._runtime.compiler_options.of(jax.default_backend()),
             total_steps=total_steps,
             start_step=start_step,
+            run_config=self._config,
         )
         self._loop.enter_context(telemetry)
         self.faults.log_to(telemetry.log_path)

@@ -25,6 +25,7 @@ from t5x_like.training import curves
 from t5x_like.training.logs import close_logs, open_logs
 from t5x_like.training.peaks import cpu_matmul_peak, device_peak
 from t5x_like.training.rates import Rates
+from t5x_like.training.trackers import MlflowConfig, WandbConfig, open_trackers
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class TelemetryConfig:
 
     tensorboard: events in WORKDIR/tensorboard
     plot: loss.png at the end, and at evaluations at least `plot_every_seconds` apart
+    wandb, mlflow: training/trackers.py
     measure_cpu_peak: on CPU, time a matmul at the start (0.3 s), so that there is an MFU
     """
 
@@ -58,6 +60,8 @@ class TelemetryConfig:
     plot_every_seconds: float
     measure_cpu_peak: bool
     profile: ProfileConfig
+    wandb: WandbConfig
+    mlflow: MlflowConfig
 
     def check(self, path: str) -> None:
         if self.plot_every_seconds < 0:
@@ -68,7 +72,8 @@ class Telemetry:
     """Writes the metrics and logs of one run, and shows its progress on the terminal; use as a context manager.
 
     `workdir` may be gs://: files then grow in a local folder, which `flush` and `close` upload. `start_step` is the
-    number of updates that a restored state has behind it: rows of later steps are cut.
+    number of updates that a restored state has behind it: rows of later steps are cut. `run_config`, as it is stored,
+    is for the trackers.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Telemetry:
         compiler_options: Mapping[str, Any] | None,
         total_steps: int,
         start_step: int,
+        run_config: Mapping[str, Any] | None = None,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -106,6 +112,11 @@ class Telemetry:
         self._line = StatusLine(stream if stream is not None else sys.stdout)
         with paths.writing(self.log_path):
             self._handlers = open_logs(self.log_path, self._line)
+        self._trackers = (
+            open_trackers(config.wandb, config.mlflow, root=workdir, local=directory, config=run_config or {})
+            if self._process == 0
+            else []
+        )
         self._rows: JsonlWriter | None = None
         self._events: TensorBoardWriter | None = None
         if self._process == 0:
@@ -147,6 +158,9 @@ class Telemetry:
         sections = {**sections, "speed": self._speed()}
         for line in screen(sections):
             self._say(line)
+        facts = {f"{title}/{name}": str(value) for title, rows in sections.items() for name, value in rows.items()}
+        for tracker in self._trackers:
+            tracker.describe(facts)
 
     def _speed(self) -> dict[str, object]:
         speed: dict[str, object] = {}
@@ -230,15 +244,26 @@ class Telemetry:
                     self._plot()
             if self._events is not None:
                 self._events.close()
+            self._close_trackers()
         finally:
             close_logs(self._handlers)
             self._staged.close()
+
+    def _close_trackers(self) -> None:
+        image = os.path.join(self._directory, "loss.png")
+        for tracker in self._trackers:
+            if self._config.plot and os.path.exists(image):
+                tracker.picture(image)
+        for tracker in self._trackers:
+            tracker.close()
 
     def _row(self, step: int, values: Mapping[str, float]) -> None:
         assert self._rows is not None
         self._rows.write(step, values)
         if self._events is not None:
             self._events.write(step, values)
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def _step_text(self, step: int, values: Mapping[str, float], rates: Mapping[str, float], now: float) -> str:
         parts = [f"step {step}/{self._total_steps}"]

@@ -13,9 +13,11 @@ from t5x_like.storage.workdir import Workdir
 from t5x_like.training.keep import CheckpointConfig
 from t5x_like.training.session import Request, Session
 from t5x_like.training.telemetry import ProfileConfig, Telemetry, TelemetryConfig
+from t5x_like.training.trackers import MlflowConfig, WandbConfig
 
 CHECKPOINT = CheckpointConfig(4, False, 60, 2, None, None, "min", 1, None, (".*",), "model", None)
-TELEMETRY = TelemetryConfig(False, False, 60.0, False, ProfileConfig(0, 0))
+NO_WANDB, NO_MLFLOW = WandbConfig("", "offline"), MlflowConfig("", "")
+TELEMETRY = TelemetryConfig(False, False, 60.0, False, ProfileConfig(0, 0), NO_WANDB, NO_MLFLOW)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from t5x_like.core.metrics import is_measurement, read_rows
 from t5x_like.storage import paths
 from t5x_like.training import curves
 from t5x_like.training.telemetry import ProfileConfig, Telemetry, TelemetryConfig
+from t5x_like.training.trackers import MlflowConfig, WandbConfig
 from tests.storage.fake_gcs import fake_gcs  # noqa: F401
 
 
@@ -32,11 +33,13 @@ def config(**changes):
         "plot_every_seconds": 60.0,
         "measure_cpu_peak": False,
         "profile": ProfileConfig(start_step=0, steps=0),
+        "wandb": WandbConfig("", "offline"),
+        "mlflow": MlflowConfig("", ""),
     }
     return TelemetryConfig(**(fields | changes))
 
 
-def make(directory, clock=None, *, start_step=0, **changes):
+def make(directory, clock=None, *, start_step=0, run_config=None, **changes):
     stream = io.StringIO()
     telemetry = Telemetry(
         config(**changes),
@@ -47,6 +50,7 @@ def make(directory, clock=None, *, start_step=0, **changes):
         compiler_options=None,
         total_steps=10,
         start_step=start_step,
+        run_config=run_config,
         stream=stream,
         clock=clock or Clock(),
     )
