@@ -6,7 +6,7 @@ from typing import Any
 
 from t5x_like.core.terminal import Progress, StatusLine, format_bytes
 from t5x_like.data.config import DataConfig
-from t5x_like.data.write.prepare import Training, Writing, prepare
+from t5x_like.data.write.prepare import Prepared, Training, Writing, prepare
 
 
 def show_progress(

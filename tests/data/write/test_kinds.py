@@ -263,7 +263,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, kind, form):
 def test_empty_files_are_counted_and_only_all_of_them_are_an_error(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"")
     (tmp_path / "b.txt").write_text("one")
-    (tmp_path / "c.txt").write_bytes(gzip.compress(b""))
+    (tmp_path / "c.txt").write_bytes(gzip.compress(b"", mtime=0))
     config = corpus.config(source=f"text:{tmp_path}/*.txt")
     done = prepare.prepare(config, str(tmp_path / "cache"), report=None)
     assert done.empty_files == 2 and documents(config, tmp_path / "cache") == ["one"]
@@ -297,7 +297,7 @@ def test_of_a_tsv_with_one_column_commas_are_text(tmp_path):
         ("jsonl", b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n', "begins with a JSON array.*jq -c '.\\[\\]' FILE"),
         ("jsonl", b'[{"text": "a"}, {"text": "b"}]', "begins with a JSON array.*jq"),
         ("text", b"PK\x03\x04 a zip", "is a zip archive.*unpack it"),
-        ("lines", gzip.compress(b"a line\n" * 99)[:-9], "gzip data is damaged or cut off"),
+        ("lines", gzip.compress(b"a line\n" * 99, mtime=0)[:-9], "gzip data is damaged or cut off"),
         ("lines", frames(b"a line\n" * 99)[:-3], "zstd data is damaged or cut off"),
         ("lines", lzma.compress(b"a line\n" * 99)[:-9], "xz data is damaged or cut off"),
         ("text", tar()[:700], "not a whole tar archive"),
