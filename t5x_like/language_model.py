@@ -32,22 +32,24 @@ from t5x_like.layers.scoring.head import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import named
-from t5x_like.runs import roles
+from t5x_like.runs import adapters, roles
 from t5x_like.storage import model_directory, paths
-from t5x_like.storage.base import restore_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """Functions of a model, its parameters and its vocabulary. Made by `t5x_like.load`.
 
-    start_id: the token that the decoder of an encoder-decoder begins with.
+    start_id: the token that the decoder of an encoder-decoder begins with. checkpoint: where the parameters were read,
+    if that is one of ours. mesh: where they lie, None for one device.
     """
 
     model: Model
     params: Tree
     vocabulary: Vocabulary
     start_id: int = 0
+    checkpoint: str | None = None
+    mesh: Mesh | None = None
 
     @property
     def platform(self) -> str:
@@ -240,8 +242,12 @@ def load(
     mesh: Mesh | None = None,
     rules: str = "",
     dtype: str = "compute",
+    base: LanguageModel | None = None,
 ) -> LanguageModel:
     """The model of a workdir, model directory or Hugging Face folder.
+
+    base: of an adapter, the model that it was trained on, if that is loaded already; then its parameters serve both,
+    and any number of adapters.
 
     step: of a workdir, its newest checkpoint if None; `ema` takes the averaged parameters. They lie on the first
     device, or on `mesh` as `rules` (as in `config.mesh.rules`) say; then call it under `jax.set_mesh(mesh)`. `dtype`:
@@ -254,6 +260,8 @@ def load(
     spare_search()
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     platform = devices[0].platform
+    if base is not None and (mesh is not None or rules or dtype != "compute"):
+        raise UsageError("load: an adapter lies on mesh, rules and dtype of its base; give them there")
     if is_foreign(os.fspath(directory)):
         if step is not None or ema:
             raise UsageError(f"{directory} is no workdir: it holds no steps and no averaged parameters")
@@ -272,10 +280,16 @@ def load(
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
-    model = roles.build_model(config, rules=rules, platform=platform)
-    wanted = _templates(model, mesh, dtype)
-    params = restore_whole(place.checkpoint, "ema" if ema else "params", wanted)
-    return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary))
+    item = "ema" if ema else "params"
+    model = roles.build_model(config, rules=rules, platform=platform) if base is None else base.model
+    mesh = mesh if base is None else base.mesh
+    put = functools.partial(_templates, model, mesh, dtype="stored")
+    if base is None:
+        wanted = _templates(model, mesh, model.specs(), dtype)
+        params = adapters.restore_attached(place.checkpoint, item, model, wanted, put)
+    else:
+        params = adapters.restore_onto(base.params, model, base.checkpoint, place.checkpoint, item, put)
+    return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary), place.checkpoint, mesh)
 
 
 def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> int:
@@ -288,10 +302,10 @@ def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> 
     return next((token for token in stored if isinstance(token, int)), 0)
 
 
-def _templates(model: Model, mesh: Mesh | None, dtype: str) -> dict[str, Any]:
+def _templates(model: Model, mesh: Mesh | None, specs: Tree, dtype: str) -> dict[str, Any]:
     """Where each parameter shall lie, and in which type."""
     held = {"compute": model.dtypes.compute, "stored": None}.get(dtype, dtype)
-    specs = model.specs() if held is None else in_dtype(model.specs(), held)
+    specs = specs if held is None else in_dtype(specs, held)
 
     def template(path: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = None if mesh is None else named(mesh, model.rules, spec.axes, spec.shape)
@@ -309,7 +323,7 @@ def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, 
 
         def templates(config: model_config.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
             models.append(roles.build_model(config, rules=rules, platform=platform))
-            return tree.flatten(_templates(models[0], mesh, dtype))
+            return tree.flatten(_templates(models[0], mesh, models[0].specs(), dtype))
 
         params = load_params(foreign, templates)
     return LanguageModel(models[0], params, vocabulary, _start_id(models[0], foreign.extra, vocabulary))
