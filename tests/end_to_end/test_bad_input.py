@@ -49,6 +49,8 @@ def test_an_empty_prompt_of_a_tokenizer_without_special_tokens_is_one_line(finis
         dataclasses.replace(lm, vocabulary=Bare()).generate("", max_new_tokens=2)
 
 
+_ADAPTED = ["--config.checkpoint.init_from={finished}", "--config.checkpoint.holds=trained"]
+_LORA = [*_ADAPTED, "--config.adapter.name=lora"]
 # {files} holds files that cannot be read as they are named, {finished} is a finished run.
 BAD_CONFIG = {
     "an unknown key": (["--config.loop.stepz=5"], 2, "stepz"),
@@ -151,6 +153,20 @@ BAD_CONFIG = {
     "no angles": (["--config.model.decoder.rope.theta=(0.0,)"], 2, "rope.theta=(0.0,) should be numbers above 0"),
     "a schedule of no steps": (["--config.optim.schedule.steps=0"], 2, "config.optim.schedule.steps=0"),
     "all smoothed": (["--config.objective.lm.label_smoothing=1.0"], 2, "label_smoothing=1 should be in [0, 1)"),
+    "an adapter of no model": (["--config.adapter.name=lora"], 2, "give its directory as config.checkpoint.init_from"),
+    "an adapter that is none": ([*_ADAPTED, "--config.adapter.name=lorra"], 2, "did you mean 'lora'"),
+    "a field of an adapter that is not named": (["--config.adapter.lora.rank=2"], 2, "config.adapter.name='none'"),
+    "an adapter of nothing": (
+        [*_LORA, "--config.adapter.lora.targets=('layers/attention/quer',)"],
+        2,
+        "'layers/attention/quer' matches no matrix of the layers; did you mean 'layers/attention/q",
+    ),
+    "an adapter without rank": ([*_LORA, "--config.adapter.lora.rank=0"], 2, "lora.rank=0 should be at least 1"),
+    "an adapter of a rank that no weight has": (
+        [*_LORA, "--config.adapter.lora.rank=17"],
+        2,
+        "rank=17 is more than 'layers/attention/k' has, a matrix of 32 x 16; use at most 16",
+    ),
     "best by a metric that checkpoints miss": (
         ["--config.checkpoint.best_metric=eval/validation/loss", "--config.evaluate.every_steps=7"],
         2,
