@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 
 from configs.pretrain import test as test_config
 from t5x_like.core import tree
+from t5x_like.core.types import Tree
 from t5x_like.parallel import mesh as meshes
+from t5x_like.peft.attach import is_adapter
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 
@@ -30,9 +32,14 @@ FAMILIES = {
     "gpt2": {"kv_heads": 8},
     "t5": {"kv_heads": 8},
 }
+# Runs that train otherwise than by the objective and parameters of a config: by name, the family and what changes.
+RUNS = {
+    "lora": ("llama", {"adapter": {"name": "lora"}, "checkpoint": {"init_from": "not read here"}}),
+}
 
 
-def _config(family: str) -> ConfigDict:
+def _config(name: str) -> ConfigDict:
+    family, changes = RUNS.get(name, (name, {}))
     config = test_config.get_config()
     config.model.family = family
     stack = {"layers": 2, "heads": 8, "head_size": 8, "mlp": 64, **FAMILIES[family]}
@@ -48,7 +55,20 @@ def _config(family: str) -> ConfigDict:
     config.objective.lm.z_loss = 1e-2
     config.objective.lm.label_smoothing = 0.1 if family == "gpt2" else 0.0
     config.runtime.compiler_options.cpu = {"xla_backend_optimization_level": 0}  # compiles sooner, computes the same
+    for section, fields in changes.items():
+        config[section].update(fields)
     return config
+
+
+def _varied(params: Tree) -> Tree:
+    """Where an adapter begins with zeros, half of its gradients are zero: it goes on from elsewhere."""
+    draw = np.random.default_rng(1)
+
+    def away(path: str, leaf: jax.Array) -> jax.Array:
+        noise = draw.standard_normal(leaf.shape).astype(np.float32)
+        return jax.device_put(0.1 * noise, leaf.sharding) if is_adapter(path) else leaf
+
+    return tree.map_with_path(away, params)
 
 
 def _batch() -> dict[str, np.ndarray]:
@@ -93,6 +113,7 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
     with jax.set_mesh(mesh):
         program = programs.step_program(experiment, mesh)
         state, frozen = programs.initialize(program, seed=0)
+        state["params"] = _varied(state["params"])
         host = _batch()
         batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
@@ -104,7 +125,7 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
 @pytest.fixture(scope="module")
 def single():
     """The result of one device, made once for each family."""
-    return {family: _step(family, {"preset": "data"}, 1) for family in FAMILIES}
+    return {name: _step(name, {"preset": "data"}, 1) for name in (*FAMILIES, *RUNS)}
 
 
 CASES = [("llama", name) for name in MESHES] + [
@@ -113,6 +134,8 @@ CASES = [("llama", name) for name in MESHES] + [
     ("t5", "fsdp=8"),
     ("t5", "data=2 fsdp=2 tensor=2"),
     ("t5", "fsdp=2 sequence=2 tensor=2"),
+    ("lora", "data=2 fsdp=2 tensor=2"),
+    ("lora", "fsdp=2 sequence=2 tensor=2"),
 ]
 
 
@@ -121,7 +144,7 @@ def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name)
     _assert_equal(single[family], _step(family, MESHES[name], 8))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *RUNS])
 def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(single, family):
     """Though micro-batches hold different numbers of tokens, as every other row is padded more."""
     result = _step(family, {"preset": "data"}, 1, micro_batches=4)
