@@ -292,8 +292,10 @@ def _open(
     tokens = TokenSet(folder / entry.folder, verify=config.verify, files=files)
     if tokens.tokens < 2:
         raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
-    if "rejected" in tokens.columns and config.features != "pairs":
-        raise UsageError(f"config.data.features={config.features!r} reads no pairs (config.data.fields); use 'pairs'")
+    if "rejected" in tokens.columns and config.features not in ("pairs", "pair_texts"):
+        raise UsageError(
+            f"config.data.features={config.features!r} reads no pairs (config.data.fields); use 'pairs' or 'pair_texts'"
+        )
     reader = FEATURES[config.features].open(tokens, config, vocabulary, stride)
     rows = reader.size.rows
     if held_out and config.validation_batches:
