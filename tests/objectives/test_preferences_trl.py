@@ -82,10 +82,10 @@ def test_dpo_is_that_of_trl(kind, tmp_path, tmp_path_factory):
         output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, loss_type=[kind], beta=0.3, report_to=[],
         use_cpu=True, bf16=False, gradient_checkpointing=False, disable_dropout=True, max_length=None,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    model = transformers.LlamaForCausalLM.from_pretrained(base).double()
     trainer = trl.DPOTrainer(
         model=model,
-        ref_model=transformers.LlamaForCausalLM.from_pretrained(STORIES),
+        ref_model=transformers.LlamaForCausalLM.from_pretrained(STORIES).double(),
         args=arguments,
         train_dataset=rows(),
         processing_class=transformers.AutoTokenizer.from_pretrained(base),
@@ -131,12 +131,14 @@ def test_a_reward_model_is_that_of_trl(tmp_path, tmp_path_factory):
         output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
         gradient_checkpointing=False, disable_dropout=True, max_length=None, center_rewards_coefficient=0.05,
     )  # fmt: skip
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    # With padding that is the end token, transformers would read the reward one token before the end.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, pad_token="<unk>")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0).double()
     trainer = trl.RewardTrainer(
         model=model,
         args=arguments,
         train_dataset=rows(),
-        processing_class=transformers.AutoTokenizer.from_pretrained(base),
+        processing_class=tokenizer,
     )
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
