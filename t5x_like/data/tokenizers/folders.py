@@ -15,7 +15,11 @@ from t5x_like.data.tokenizers import word_cache
 from t5x_like.data.tokenizers.added_tokens import AddedToken
 
 SETTINGS = "tokenizer_config.json"
-MADE_OF_MODEL = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+MADE_OF_MODEL = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer")  # by the model itself
+REBUILT = ("LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer", "GemmaTokenizer", "XLMRobertaTokenizer")
+_OF_FAMILY = {"t5": "T5Tokenizer", "xlm-roberta": "XLMRobertaTokenizer"} | {  # where only config.json says what it is
+    name: "GemmaTokenizer" for name in ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+}
 _WORD_PIECE = ("", "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 _BYTE_LEVEL = ("", "GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer", "Qwen2Tokenizer")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -23,12 +27,16 @@ _REMEDY = "load it with transformers and save_pretrained it, so that it has a to
 
 
 class Folder:
-    """What the settings of a folder say. Raises UserError, which names the file, for settings that are none."""
+    """What the settings of a folder say; `of_model`: also those of the model that it belongs to, which may be all that
+    name the class. Raises UserError, which names the file, for settings that are none.
+    """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, *, of_model: bool = False):
         self.path = path
         self.settings = _object(path / SETTINGS)
-        self.tokenizer_class = str(self.settings.get("tokenizer_class") or "").removesuffix("Fast")
+        model = _object(path / "config.json") if of_model else {}
+        named = self.settings.get("tokenizer_class") or model.get("tokenizer_class")
+        self.tokenizer_class = str(named or _OF_FAMILY.get(str(model.get("model_type")), "")).removesuffix("Fast")
         self._special = _object(path / "special_tokens_map.json")
         self._added = _object(path / "added_tokens.json")
 
@@ -47,6 +55,35 @@ class Folder:
     def names(self) -> tuple[str | None, str | None]:
         """(bos, eos)"""
         return self.name("bos_token"), self.name("eos_token")
+
+    def tokens(
+        self, usual: dict[str, str]
+    ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]] | None, list[dict[str, Any]]]:
+        """What transformers 5 reads of a folder without a tokenizer.json, each token as {"content": text, flag: bool}:
+        (named tokens, where the settings say none the `usual`; extra special ones, None if none are listed; added
+        ones by id). `special_tokens_map.json` and `added_tokens.json` count only without `added_tokens_decoder`.
+        """
+        decoder = self.settings.get("added_tokens_decoder")
+        # Of the extra special tokens of special_tokens_map.json, version 5 follows those under their new name alone.
+        more = {key: value for key, value in self._special.items() if key != "additional_special_tokens"}
+        settings = self.settings if decoder is not None else self.settings | more
+        try:
+            if decoder is not None:
+                given = [dict(decoder[at]) for at in sorted(decoder, key=int)]
+            else:
+                given = [{"content": text} for text, _ in sorted(self._added.items(), key=lambda item: int(item[1]))]
+            listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+            own = listed if isinstance(listed, dict) else {}
+            own = {key: value for key, value in settings.items() if key.endswith("_token")} | own
+            found = {key: _flags(value) for key, value in (usual | own).items() if isinstance(value, str | dict)}
+            extra = [*map(_flags, listed)] if isinstance(listed, list) else None
+            named = {key: found[key] for key in _NAMED if key in found} | found
+            names = {token["content"] for token in [*named.values(), *(extra or [])]}
+            if decoder is None:  # their texts alone are known
+                given = [_flags(token["content"]) if token["content"] in names else token for token in given]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path}: its added tokens are not {{text: id}} ({error!r})") from None
+        return named, extra, given
 
     def added(self) -> list[AddedToken]:
         """The tokens that were added to those of the tokenizer's own file, by id; some may be in that file too."""
@@ -83,7 +120,7 @@ class Folder:
         if len(models) > 1:
             raise UserError(f"tokenizer {self.path}: has {len(models)} *.model; give the path of one of them")
         if models:
-            self.refuse_class(models[0].name, MADE_OF_MODEL)
+            self.refuse_class(models[0].name, ("", *REBUILT))
         return models[0] if models else None
 
     def sentinels(self) -> int:
@@ -132,6 +169,10 @@ def is_foreign(content: bytes) -> bool:
     """Whether it looks like the lines of a tiktoken file: base64 and a rank."""
     first = content[:200].split(b"\n")[0].split(b" ")
     return len(first) == 2 and first[1].strip().isdigit() and len(first[0]) % 4 == 0
+
+
+def _flags(token: str | dict[str, Any]) -> dict[str, Any]:
+    return {"content": token, "special": True} if isinstance(token, str) else {**token, "special": True}
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:

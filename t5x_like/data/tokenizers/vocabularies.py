@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers import cuts, folders, tokenizer_files
+from t5x_like.data.tokenizers import cuts, folders, rebuilt, tokenizer_files
 from t5x_like.data.tokenizers.added_tokens import AddedToken
 from t5x_like.data.tokenizers.folders import Folder
 from t5x_like.data.tokenizers.tokenizer_files import TokenizerFile
@@ -206,8 +206,12 @@ def _load_folder(path: pathlib.Path) -> Vocabulary:
         return _load_saved(path)
     if (path / "tokenizer.json").is_file():
         return load(str(path / "tokenizer.json"))
-    folder = Folder(path)
+    folder = Folder(path, of_model=True)
     model = folder.model()
+    if model is not None and folder.tokenizer_class:
+        made, names = rebuilt.layout(folder, model)
+        content = json.dumps(made, ensure_ascii=False).encode()
+        return Vocabulary(tokenizer_files.read_tokenizer_json(content, path / "tokenizer.json", names))
     if model is not None:
         return load(str(model))
     layout = folder.layout()
