@@ -23,7 +23,7 @@ _OF_FAMILY = {"t5": "T5Tokenizer", "xlm-roberta": "XLMRobertaTokenizer"} | {  # 
 _WORD_PIECE = ("", "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 _BYTE_LEVEL = ("", "GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer", "Qwen2Tokenizer")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_REMEDY = "load it with transformers and save_pretrained it, so that it has a tokenizer.json"
+REMEDY = "save it again with AutoTokenizer.from_pretrained(...).save_pretrained(...), so that it has a tokenizer.json"
 
 
 class Folder:
@@ -67,11 +67,14 @@ class Folder:
         # Of the extra special tokens of special_tokens_map.json, version 5 follows those under their new name alone.
         more = {key: value for key, value in self._special.items() if key != "additional_special_tokens"}
         settings = self.settings if decoder is not None else self.settings | more
+        for key in _NAMED:
+            self.name(key)  # which refuses what is no text
         try:
             if decoder is not None:
-                given = [dict(decoder[at]) for at in sorted(decoder, key=int)]
+                given = [decoder[at] | {"id": int(at)} for at in sorted(decoder, key=int)]
             else:
-                given = [{"content": text} for text, _ in sorted(self._added.items(), key=lambda item: int(item[1]))]
+                given = [{"content": text, "id": int(at)} for text, at in self._added.items()]
+                given.sort(key=lambda token: token["id"])
             listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
             own = listed if isinstance(listed, dict) else {}
             own = {key: value for key, value in settings.items() if key.endswith("_token")} | own
@@ -80,7 +83,9 @@ class Folder:
             named = {key: found[key] for key in _NAMED if key in found} | found
             names = {token["content"] for token in [*named.values(), *(extra or [])]}
             if decoder is None:  # their texts alone are known
-                given = [_flags(token["content"]) if token["content"] in names else token for token in given]
+                given = [token | {"special": token["content"] in names} for token in given]
+            if not all(isinstance(token["content"], str) for token in [*named.values(), *(extra or []), *given]):
+                raise ValueError("a content is no text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path}: its added tokens are not {{text: id}} ({error!r})") from None
         return named, extra, given
@@ -97,21 +102,26 @@ class Folder:
             for token, entry in self.settings.get("added_tokens_decoder", {}).items():
                 special = bool(entry.get("special")) or entry["content"] in named
                 found[int(token)] = (entry["content"], special)
-                if not special and (entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")):
-                    raise UserError(
-                        f"{self.path / SETTINGS}: the added token {entry['content']!r} takes white space with it "
-                        f"(lstrip, rstrip or single_word), which is not supported; {_REMEDY}"
-                    )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path}: its added tokens are not {{text: id}} ({error!r})") from None
         return [AddedToken(token, content, special) for token, (content, special) in sorted(found.items())]
+
+    def refuse_white_space(self) -> None:
+        """UserError for added tokens that a SentencePiece model alone does not find as transformers does."""
+        for entry in self.settings.get("added_tokens_decoder", {}).values():
+            if not entry.get("special") and any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+                raise UserError(
+                    f"{self.path / SETTINGS}: the added token {entry['content']!r} takes white space with it (lstrip, "
+                    "rstrip or single_word), which a model by itself does not do; give the folder, with a "
+                    "tokenizer_class in its settings"
+                )
 
     def refuse_class(self, file: str, known: tuple[str, ...]) -> None:
         """UserError where the class gives other ids than the file alone."""
         if self.tokenizer_class not in known:
             raise UserError(
                 f"{self.path / SETTINGS}: a {self.tokenizer_class} made of {file} is not supported "
-                f"(known: {', '.join(filter(None, known))}); {_REMEDY}"
+                f"(known: {', '.join(filter(None, known))}); {REMEDY}"
             )
 
     def model(self) -> pathlib.Path | None:
@@ -151,7 +161,9 @@ class Folder:
         missing += [AddedToken(own[name], name, True) for name in named if name in own and own[name] not in listed]
         if not missing:
             return layout
-        whole = [*layout.get("added_tokens", []), *map(_entry, missing)]
+        decoder = self.settings.get("added_tokens_decoder", {})
+        entries = [_entry(token, decoder.get(str(token.id), {"normalized": not token.special})) for token in missing]
+        whole = [*layout.get("added_tokens", []), *entries]
         unique = {entry["id"]: entry for entry in whole}
         return layout | {"added_tokens": [unique[token] for token in sorted(unique)]}
 
@@ -187,8 +199,9 @@ def _object(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _entry(token: AddedToken) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+def _entry(token: AddedToken, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    given = given or {}
+    flags = {flag: bool(given.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
     return {"id": token.id, "content": token.content, **flags, "special": token.special}
 
 

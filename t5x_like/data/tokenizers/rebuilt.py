@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers.folders import Folder
+from t5x_like.data.tokenizers.folders import REMEDY, SETTINGS, Folder
+from t5x_like.data.tokenizers.tokenizer_files import model_proto
 
 _SPACE = "\u2581"
 _ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -33,7 +34,7 @@ _KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 def layout(folder: Folder, model: pathlib.Path) -> tuple[dict[str, Any], tuple[str | None, str | None]]:
     """(tokenizer.json, names of BOS and EOS). UserError for files that do not fit together."""
     name = folder.tokenizer_class
-    proto = _proto(model)
+    proto = model_proto(model.read_bytes(), model)
     kind = _KINDS.get(proto.trainer_spec.model_type)
     expected = "BPE" if name in ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer") else "unigram"
     if kind != expected:
@@ -50,6 +51,8 @@ def layout(folder: Folder, model: pathlib.Path) -> tuple[dict[str, Any], tuple[s
     try:
         tokenizer = _MAKE[name](proto, folder, {key: token["content"] for key, token in named.items()})
         tokenizer.add_tokens([*_added(given, named, extra)])
+        for token in given:
+            _expect_id(tokenizer, token, folder)
     except UserError:
         raise
     except Exception as error:  # the library raises plain Exception
@@ -58,18 +61,13 @@ def layout(folder: Folder, model: pathlib.Path) -> tuple[dict[str, Any], tuple[s
     return json.loads(tokenizer.to_str()), (begin, end)
 
 
-def _proto(model: pathlib.Path) -> Any:
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(model.read_bytes())
-    except DecodeError:
-        raise UserError(f"{model}: not a SentencePiece model") from None
-    if not proto.pieces:
-        raise UserError(f"{model}: not a SentencePiece model")
-    return proto
+def _expect_id(tokenizer: Any, token: dict[str, Any], folder: Folder) -> None:
+    found = tokenizer.token_to_id(token["content"])
+    if found != token["id"]:
+        raise UserError(
+            f"{folder.path}: its added token {token['content']!r} should have the id {token['id']}, and transformers 5 "
+            f"gives it {found}, behind the pieces and the tokens before it; {REMEDY}"
+        )
 
 
 def _token(content: str, *, special: bool) -> dict[str, Any]:
@@ -103,7 +101,10 @@ def _bpe(proto: Any, unknown: str | None) -> Any:
 
     ranks = {piece.piece: rank for rank, piece in enumerate(proto.pieces)}
     merges = [
-        (piece[:at], piece[at:]) for piece in ranks for at in range(1, len(piece)) if {piece[:at], piece[at:]} <= ranks.keys()
+        (piece[:at], piece[at:])
+        for piece in ranks
+        for at in range(1, len(piece))
+        if {piece[:at], piece[at:]} <= ranks.keys()
     ]
     return Tokenizer(models.BPE(vocab=ranks, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
 
@@ -148,6 +149,8 @@ def _gemma(proto: Any, folder: Folder, named: Mapping[str, str]) -> Any:
 
 def _t5(proto: Any, folder: Folder, named: Mapping[str, str]) -> Any:
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    if {piece for piece, _ in pieces} & {*_sentinels(folder)}:
+        raise UserError(f'{folder.path / SETTINGS}: its model has <extra_id_0> itself; set "extra_ids": 0 there')
     pieces += [(text, 0.0) for text in reversed(_sentinels(folder))]
     return _unigram(proto, pieces, unknown=2, prepend="always")
 

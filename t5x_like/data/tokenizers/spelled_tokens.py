@@ -12,7 +12,7 @@ _NEVER = "\U0010ffff\U0010fffe"  # no characters: Unicode keeps them out of text
 
 
 def hidden(layout: dict[str, Any]) -> dict[str, Any] | None:
-    """A tokenizer.json with the same ids for all texts but those that spell special tokens; None: it is that already."""
+    """A tokenizer.json with other ids only for texts that spell special tokens; None: those are texts already."""
     model = layout.get("model") or {}
     special = {token["content"] for token in layout.get("added_tokens", []) if token["special"]} - {""}
     if model.get("type") == "Unigram":

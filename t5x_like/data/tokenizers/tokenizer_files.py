@@ -55,6 +55,9 @@ class TokenizerFile:
     named_sentinels: int  # ids at the end that the file itself names <extra_id_0> (the last one), <extra_id_1>, ...
     added: tuple[AddedToken, ...] = ()  # behind the pieces of a SentencePiece model
     legacy: bool = False  # with those: a space is put before the text behind one too
+    rounds: bool = False  # adds up rounded scores along a text, so that near ties depend on how long it is
+    found: tuple[str, ...] = ()  # added tokens that are found in a text
+    hides_sentinels: bool = False  # has <extra_id_0>, and not as its last id
 
 
 # Bytes.
@@ -167,7 +170,28 @@ def read_sentencepiece(
         named_sentinels=0 if more else _named_sentinels(processor.id_to_piece, size),
         added=more,
         legacy=legacy and bool(more),
+        rounds=model_proto(content, path).trainer_spec.model_type == UNIGRAM,
+        found=tuple(division.contents.values()),
+        hides_sentinels=any(token.content == "<extra_id_0>" for token in more),
     )
+
+
+UNIGRAM = 1  # a model_type
+
+
+def model_proto(content: bytes, path: pathlib.Path) -> Any:
+    """A SentencePiece model as its parts. UserError for bytes that are none."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError:
+        raise UserError(f"{path}: not a SentencePiece model") from None
+    if not proto.pieces:
+        raise UserError(f"{path}: not a SentencePiece model")
+    return proto
 
 
 def token_ids(file: TokenizerFile, content: bytes, path: pathlib.Path) -> dict[str, int]:
@@ -290,7 +314,21 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
     engine = _Tokenizers(tokenizer, encoder, exact=style != "opaque", pattern=pattern_of(layout))
     places = cuts.between_words(layout, surfaces)
     named = _named_sentinels(lambda token: pieces.get(token, ""), len(surfaces))
-    return TokenizerFile("tokenizers", "tokenizer.json", content, engine, tuple(surfaces), bos, eos, 0, places, named)
+    return TokenizerFile(
+        "tokenizers",
+        "tokenizer.json",
+        content,
+        engine,
+        tuple(surfaces),
+        bos,
+        eos,
+        0,
+        places,
+        named,
+        rounds=cuts.rounds(layout),
+        found=tuple(token["content"] for token in added.values() if not token["special"]),
+        hides_sentinels=not named and "<extra_id_0>" in ids,
+    )
 
 
 def _named_sentinels(name: Callable[[int], str], size: int) -> int:
