@@ -130,6 +130,9 @@ class Folder:
         if len(models) > 1:
             raise UserError(f"tokenizer {self.path}: has {len(models)} *.model; give the path of one of them")
         if models:
+            with models[0].open("rb") as file:
+                if is_foreign(file.read(200)):  # as Llama 3's own tokenizer.model
+                    raise foreign(models[0])
             self.refuse_class(models[0].name, ("", *REBUILT))
         return models[0] if models else None
 
@@ -145,9 +148,8 @@ class Folder:
         if (self.path / "vocab.json").is_file() and (self.path / "merges.txt").is_file():
             self.refuse_class("vocab.json and merges.txt", _BYTE_LEVEL)
             return _byte_level(self.path, self.tokenizer_class, bool(self.settings.get("add_prefix_space", False)))
-        for name in ("tekken.json", *(path.name for path in sorted(self.path.glob("*.tiktoken")))):
-            if (self.path / name).is_file():
-                raise foreign(self.path / name)
+        for path in (*sorted(self.path.glob("tekken*.json")), *sorted(self.path.glob("*.tiktoken"))):
+            raise foreign(path)
         return None
 
     def complete(self, layout: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +177,11 @@ def foreign(path: pathlib.Path) -> UserError:
         f"{path}: a {kind} file is not supported; use the tokenizer.json of the same model "
         "(transformers' AutoTokenizer.save_pretrained writes one)"
     )
+
+
+def is_tekken(layout: Any) -> bool:
+    """Whether it is the JSON of a tekken file, whatever its name."""
+    return isinstance(layout, dict) and "model" not in layout and "pattern" in (layout.get("config") or ())
 
 
 def is_foreign(content: bytes) -> bool:

@@ -203,8 +203,6 @@ def load(path: str) -> Vocabulary:
     content = place.read_bytes()
     folder = Folder(place.parent)
     if content.lstrip()[:1] == b"{":
-        if place.name == "tekken.json":
-            raise folders.foreign(place)
         return _of_layout(content, place, folder)
     if place.suffix == ".tiktoken" or folders.is_foreign(content):
         raise folders.foreign(place)
@@ -239,6 +237,8 @@ def _of_layout(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabular
     names = folder.names
     try:
         layout = json.loads(content)
+        if folders.is_tekken(layout):
+            raise folders.foreign(place)
         whole = folder.complete(layout)
     except (ValueError, TypeError, KeyError, AttributeError):
         return Vocabulary(tokenizer_files.read_tokenizer_json(content, place, names))  # which says what is wrong

@@ -11,6 +11,7 @@ import sentencepiece
 from t5x_like.core.errors import UserError
 from t5x_like.data.tokenizers import tokenizer_training, vocabularies
 from t5x_like.data.tokenizers.long_texts import encode as encode_long
+from t5x_like.runs import summary
 from tests.data import corpus
 
 STORIES = pathlib.Path(__file__).parents[1] / "stories260K"
@@ -27,6 +28,9 @@ def mixed(count):
 
 
 TEXTS = ("", " ", "  ", "\n", " a", "a ", "  a  b ", "x", *mixed(300), *corpus.SENTENCES)
+TEKKEN = (
+    '{"config": {"pattern": "a", "version": "v3"}, "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": null}]}'
+)
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 LLAMAS = ("llama", "chatml", "mistral", "legacy", "white", "white_legacy", "white_no_prefix", "code_llama")
 OTHERS = ("t5", "t5_listed", "t5_added", "t5_white", "gemma", "gemma_white", "xlm_roberta", "xlm_white", "xlm_family")
@@ -201,23 +205,37 @@ def test_texts_with_added_tokens_come_back(root):
         assert vocabulary.eos_id not in vocabulary.encode("a<|im_end|></s>b")  # a special token in a text is text
 
 
-LOSES = {  # the first loss of each kind; "" for none
+LOSES = {  # what the start screen says of the first loss of each kind; "" for none
     "bert": "'Aa' becomes 'aa'",
     "cased": "'",
-    "qwen": "'e\\u0301' becomes '\\xe9'",
-    "t5": "'",
-    "xlm_roberta": "'",
-    "llama": "' a' becomes 'a'",
     "gpt2": "",
+    "roberta": "",
+    "qwen": "'e\\u0301' becomes '\\xe9'",
     "json": "",
+    "llama": "' a' becomes 'a'",
+    "llama/tokenizer.model": "",
+    "code_llama": "' a' becomes 'a'",
+    "t5": "'",
+    "t5/spiece.model": "'",
     "gemma": "",
+    "xlm_roberta": "'",
+    "bytes": "",
+    "train:bpe:300": "",
+    "train:unigram:270": "",
+    "train:sentencepiece:360": "",
 }
 
 
 @pytest.mark.parametrize("name", LOSES)
-def test_a_tokenizer_says_whether_it_is_lossless(root, name):
-    loses = vocabularies.load(str(root / name)).loses
-    assert loses.startswith(LOSES[name]) and bool(loses) == bool(LOSES[name])
+def test_the_start_screen_says_whether_a_tokenizer_is_lossless(root, name, tmp_path):
+    source = corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(20))
+    tokenizer = str(root / name) if (root / name).exists() else name
+    data = corpus.opened(corpus.config(source=source, tokenizer=tokenizer, validation=""), tmp_path / "cache")
+    shown = summary._data(data.describe(steps=1))["tokens"]
+    data.close()
+    said = f"not lossless ({LOSES[name]}" if LOSES[name] else "lossless)"
+    assert said in shown and ("not lossless" in shown) == bool(LOSES[name])
+    assert " becomes " in shown or not LOSES[name]
 
 
 def test_added_tokens_that_take_white_space_lose_it(root):
@@ -242,7 +260,9 @@ def test_a_text_that_spells_special_tokens_is_text(root, name):
     ("files", "expected"),
     [
         ({"a.tiktoken": "IQ== 0\nIg== 1\n"}, r"a\.tiktoken: a tiktoken file is not supported; use the tokenizer\.json"),
-        ({"tekken.json": '{"vocab": [], "config": {}}'}, r"tekken\.json: a tekken file is not supported"),
+        ({"tekken.json": TEKKEN}, r"tekken\.json: a tekken file is not supported; use the tokenizer\.json"),
+        ({"tekken_240911.json": TEKKEN}, r"tekken_240911\.json: a tekken file is not supported"),
+        ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, r"tokenizer\.model: a tiktoken file is not supported"),
         (
             {"vocab.txt": "[UNK]\na", "tokenizer_config.json": '{"tokenizer_class": "XTokenizer"}'},
             "XTokenizer made of",
@@ -313,3 +333,18 @@ def test_sentinels_that_are_not_last_are_no_others(root):
     with pytest.raises(UserError, match="<extra_id_0> of its own, and not as its last id"):
         vocabulary.with_extra_ids(100)
     assert vocabularies.load(str(root / "t5")).with_extra_ids(100).extra_ids == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.tiktoken", "IQ== 0\nIg== 1\n", "tiktoken"),
+        ("tokenizer.model", "IQ== 0\nIg== 1\n", "tiktoken"),  # as Llama 3's
+        ("tekken.json", TEKKEN, "tekken"),
+        ("other.json", TEKKEN, "tekken"),
+    ],
+)
+def test_files_of_tiktoken_and_tekken_are_named(tmp_path, name, content, kind):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: a {kind} file is not supported; use the tokenizer\.json"):
+        vocabularies.load(str(tmp_path / name))
