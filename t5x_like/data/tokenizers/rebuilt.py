@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from t5x_like.core.errors import UserError
+from t5x_like.data.tokenizers import sentencepiece_files
 from t5x_like.data.tokenizers.folders import REMEDY, SETTINGS, Folder
-from t5x_like.data.tokenizers.tokenizer_files import model_proto
+from t5x_like.data.tokenizers.sentencepiece_files import CONTROL, USER_DEFINED, SentencePieceFile
 
 _SPACE = "\u2581"
 _ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -27,29 +28,28 @@ _NAMES = {  # the named tokens of each class that this file makes, where the set
     "XLMRobertaTokenizer": _BEGIN_END
     | {"sep_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>"},
 }
-_CONTROL, _USER_DEFINED = 3, 4  # types of pieces
 _KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 
 
 def layout(folder: Folder, model: pathlib.Path) -> tuple[dict[str, Any], tuple[str | None, str | None]]:
     """(tokenizer.json, names of BOS and EOS). UserError for files that do not fit together."""
     name = folder.tokenizer_class
-    proto = model_proto(model.read_bytes(), model)
-    kind = _KINDS.get(proto.trainer_spec.model_type)
+    file = sentencepiece_files.read(model.read_bytes(), model)
+    kind = _KINDS.get(file.kind)
     expected = "BPE" if name in ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer") else "unigram"
     if kind != expected:
         raise UserError(f"{model}: a {kind} model, and the {name} that the files beside it name is a {expected}")
     named, extra, given = folder.tokens(_NAMES[name])
     if extra is None:
         extra = [
-            _token(piece.piece, special=piece.type == _CONTROL)
-            for piece in proto.pieces
-            if piece.type in (_CONTROL, _USER_DEFINED)
+            _token(piece, special=type_ == CONTROL)
+            for piece, _, type_ in file.pieces
+            if type_ in (CONTROL, USER_DEFINED)
         ]
         if name == "T5Tokenizer":
             extra += [_token(text, special=True) for text in _sentinels(folder)]
     try:
-        tokenizer = _MAKE[name](proto, folder, {key: token["content"] for key, token in named.items()})
+        tokenizer = _MAKE[name](file, folder, {key: token["content"] for key, token in named.items()})
         tokenizer.add_tokens([*_added(given, named, extra)])
         for token in given:
             _expect_id(tokenizer, token, folder)
@@ -96,10 +96,10 @@ def _sentinels(folder: Folder) -> list[str]:
     return [f"<extra_id_{at}>" for at in range(folder.sentinels())]
 
 
-def _bpe(proto: Any, unknown: str | None) -> Any:
+def _bpe(file: SentencePieceFile, unknown: str | None) -> Any:
     from tokenizers import Tokenizer, models
 
-    ranks = {piece.piece: rank for rank, piece in enumerate(proto.pieces)}
+    ranks = {piece: rank for rank, (piece, _, _) in enumerate(file.pieces)}
     merges = [
         (piece[:at], piece[at:])
         for piece in ranks
@@ -109,23 +109,23 @@ def _bpe(proto: Any, unknown: str | None) -> Any:
     return Tokenizer(models.BPE(vocab=ranks, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
 
 
-def _unigram(proto: Any, pieces: list[tuple[str, float]], *, unknown: int, prepend: str) -> Any:
+def _unigram(file: SentencePieceFile, pieces: list[tuple[str, float]], *, unknown: int, prepend: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
-    if proto.normalizer_spec.precompiled_charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
+    if file.charsmap:
+        tokenizer.normalizer = normalizers.Precompiled(file.charsmap)
     spaces = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=prepend)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
     tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme=prepend)
     return tokenizer
 
 
-def _llama(proto: Any, folder: Folder, named: Mapping[str, str]) -> Any:
+def _llama(file: SentencePieceFile, folder: Folder, named: Mapping[str, str]) -> Any:
     from tokenizers import decoders, pre_tokenizers
 
     code = folder.tokenizer_class == "CodeLlamaTokenizer"
-    tokenizer = _bpe(proto, named.get("unk_token") if code else None)
+    tokenizer = _bpe(file, named.get("unk_token") if code else None)
     prefix = folder.settings.get("add_prefix_space")
     prefix = True if prefix is None else bool(prefix)
     everywhere = bool(folder.settings.get("legacy", False)) and not code
@@ -136,10 +136,10 @@ def _llama(proto: Any, folder: Folder, named: Mapping[str, str]) -> Any:
     return tokenizer
 
 
-def _gemma(proto: Any, folder: Folder, named: Mapping[str, str]) -> Any:
+def _gemma(file: SentencePieceFile, folder: Folder, named: Mapping[str, str]) -> Any:
     from tokenizers import decoders, normalizers, pre_tokenizers
 
-    tokenizer = _bpe(proto, named.get("unk_token"))
+    tokenizer = _bpe(file, named.get("unk_token"))
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -147,19 +147,19 @@ def _gemma(proto: Any, folder: Folder, named: Mapping[str, str]) -> Any:
     return tokenizer
 
 
-def _t5(proto: Any, folder: Folder, named: Mapping[str, str]) -> Any:
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+def _t5(file: SentencePieceFile, folder: Folder, named: Mapping[str, str]) -> Any:
+    pieces = [(piece, score) for piece, score, _ in file.pieces]
     if {piece for piece, _ in pieces} & {*_sentinels(folder)}:
         raise UserError(f'{folder.path / SETTINGS}: its model has <extra_id_0> itself; set "extra_ids": 0 there')
     pieces += [(text, 0.0) for text in reversed(_sentinels(folder))]
-    return _unigram(proto, pieces, unknown=2, prepend="always")
+    return _unigram(file, pieces, unknown=2, prepend="always")
 
 
-def _xlm_roberta(proto: Any, folder: Folder, named: Mapping[str, str]) -> Any:
+def _xlm_roberta(file: SentencePieceFile, folder: Folder, named: Mapping[str, str]) -> Any:
     first = [(named[f"{name}_token"], 0.0) for name in ("bos", "pad", "eos", "unk")]
-    pieces = [*first, *((piece.piece, piece.score) for piece in proto.pieces[3:]), (named["mask_token"], 0.0)]
+    pieces = [*first, *((piece, score) for piece, score, _ in file.pieces[3:]), (named["mask_token"], 0.0)]
     prefix = folder.settings.get("add_prefix_space", True)
-    return _unigram(proto, pieces, unknown=3, prepend="always" if prefix else "never")
+    return _unigram(file, pieces, unknown=3, prepend="always" if prefix else "never")
 
 
 _MAKE = {

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers import cuts, spelled_tokens
+from t5x_like.data.tokenizers import cuts, sentencepiece_files, spelled_tokens
 from t5x_like.data.tokenizers.added_tokens import AddedToken, Division
 from t5x_like.data.tokenizers.word_cache import WordCache, pattern_of
 
@@ -170,28 +170,10 @@ def read_sentencepiece(
         named_sentinels=0 if more else _named_sentinels(processor.id_to_piece, size),
         added=more,
         legacy=legacy and bool(more),
-        rounds=model_proto(content, path).trainer_spec.model_type == UNIGRAM,
+        rounds=sentencepiece_files.read(content, path).kind == sentencepiece_files.UNIGRAM,
         found=tuple(division.contents.values()),
         hides_sentinels=any(token.content == "<extra_id_0>" for token in more),
     )
-
-
-UNIGRAM = 1  # a model_type
-
-
-def model_proto(content: bytes, path: pathlib.Path) -> Any:
-    """A SentencePiece model as its parts. UserError for bytes that are none."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(content)
-    except DecodeError:
-        raise UserError(f"{path}: not a SentencePiece model") from None
-    if not proto.pieces:
-        raise UserError(f"{path}: not a SentencePiece model")
-    return proto
 
 
 def token_ids(file: TokenizerFile, content: bytes, path: pathlib.Path) -> dict[str, int]:
