@@ -8,6 +8,8 @@ import json
 import re
 from typing import Any
 
+import numpy as np
+
 _NEVER = "\U0010ffff\U0010fffe"  # no characters: Unicode keeps them out of texts
 
 
@@ -51,6 +53,12 @@ def encoder(layout: dict[str, Any], tokenizer: Any) -> Any:
     changed = hidden(layout)
     if changed is not None:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    model = (changed or layout).get("model") or {}
+    if model.get("type") == "Unigram" and all(score == np.float32(score) for _, score in model["vocab"]):
+        # Of a SentencePiece model. The library's JSON reader is off by a last bit, which would decide exact ties.
+        pieces = [(piece, float(score)) for piece, score in model["vocab"]]
+        unknown, fallback = model.get("unk_id"), bool(model.get("byte_fallback"))
+        tokenizer.model = tokenizers.models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -27,7 +27,8 @@ def mixed(count):
     return ["".join(draw.choices(PARTS, k=draw.randint(1, 9))) for _ in range(count)]
 
 
-TEXTS = ("", " ", "  ", "\n", " a", "a ", "  a  b ", "x", *mixed(300), *corpus.SENTENCES)
+TIES = [letter * count for letter in "ae." for count in range(1, 40)]  # of unigrams, decided by a score's last bit
+TEXTS = ("", *TIES, " ", "  ", "\n", " a", "a ", "  a  b ", "x", *mixed(300), *corpus.SENTENCES)
 TEKKEN = (
     '{"config": {"pattern": "a", "version": "v3"}, "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": null}]}'
 )
