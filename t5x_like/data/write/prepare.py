@@ -266,7 +266,13 @@ def _training_texts(config: DataConfig, given: list[Part], limit: int) -> Iterat
     for part in given:
         pieces = sources.pieces(part.source.kind, part.files, part.begin, part.end)
         documents = encoding.read_pieces(
-            part.source, part.files, pieces, config.fields, config.preprocessors, on_bad_record=config.on_bad_record
+            part.source,
+            part.files,
+            pieces,
+            config.fields,
+            config.preprocessors,
+            separator=config.separator,
+            on_bad_record=config.on_bad_record,
         )
         yield from encoding.first_texts(documents, limit)
 
@@ -279,7 +285,8 @@ def _most_text(part: Part, limit: int) -> int:
 def _reading(config: DataConfig, part: Part) -> list[Any]:
     """What decides the text of a document besides the file."""
     plain = part.source.kind in ("text", "lines", "seqio")
-    return [part.source.kind, None if plain else config.fields.given, list(config.preprocessors)]
+    separator = [config.separator] if part.source.kind == "csv" and config.separator else []
+    return [part.source.kind, None if plain else config.fields.given, list(config.preprocessors), *separator]
 
 
 # Token sets.
@@ -344,6 +351,7 @@ def _jobs(
         "files": [file.path for file in part.files],
         "fields": dataclasses.asdict(config.fields),
         "preprocessors": list(config.preprocessors),
+        "separator": config.separator,
         "on_bad_record": config.on_bad_record,
     }
     return "encode_shards", [

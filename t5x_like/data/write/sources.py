@@ -172,8 +172,15 @@ class Cursor:
             yield record
 
 
-def read(kind: str, path: str, begin: int, end: int, *, name: str, wanted: tuple[str, ...] = ()) -> Iterator[Record]:
-    """The records of a file that begin in [begin, end), of tables with the fields that are wanted (all where none)."""
+def read(
+    kind: str, path: str, begin: int, end: int, *, name: str, wanted: tuple[str, ...] = (), separator: str = ""
+) -> Iterator[Record]:
+    """The records of a file that begin in [begin, end), of tables with the fields that are wanted (all where none).
+
+    name: the split of tfds; separator: of csv, "" for the one by which its header names the wanted fields
+    """
+    if kind == "csv":
+        return csv_reader.read_csv(path, begin, end, wanted, separator)
     return KINDS[kind].read(f"{path}\n{name}" if kind == "tfds" else path, begin, end, wanted)
 
 
