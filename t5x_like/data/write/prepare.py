@@ -338,6 +338,7 @@ def _jobs(
     job: dict[str, Any] = {"folder": str(place), "tokenizer": tokenizer, "token_type": kind}
     if part.task is not None:
         named = {"module": part.source.path, "name": f"{part.task['task']}:{part.task['split']}"}
+        named |= {"files": [file.path for file in part.files], "on_bad_record": config.on_bad_record}
         shards = range(part.task["shards"])
         return "encode_task_shard", [
             {**job, **named, "index": shard, "shard": shard, "shards": len(shards)} for shard in shards
