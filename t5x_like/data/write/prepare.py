@@ -16,7 +16,7 @@ from t5x_like.core.errors import UsageError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import tokenizer_training, vocabularies
-from t5x_like.data.write import bad_records, encoding, parts, preprocessors, sources, workers
+from t5x_like.data.write import bad_records, encoding, memory, parts, preprocessors, sources, workers
 from t5x_like.data.write.parts import Part, Parts
 from t5x_like.storage import paths, patterns
 
@@ -173,10 +173,15 @@ def _write(
 
 
 def plan(
-    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None, saved: str
+    config: DataConfig,
+    folder: pathlib.Path,
+    pool: workers.Pool,
+    report: Report | None,
+    saved: str,
+    share: memory.Share | None = None,
 ) -> tuple[Parts, str, list[SetPlan]]:
     """(text, the tokenizer's folder, the token sets to train on and those held out)."""
-    found = parts.find(config, folder, pool)
+    found = parts.find(config, folder, pool, share)
     tokenizer = _tokenizer(config, folder, found, report, saved)
     given = [*found.train.values(), *found.validation.values()]
     return found, tokenizer, _plan_sets(config, folder, given, tokenizer)
