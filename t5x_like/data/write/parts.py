@@ -169,6 +169,13 @@ def _hash(path: str) -> str:
     return digest.hexdigest()
 
 
+def reading(config: DataConfig, part: Part) -> list[Any]:
+    """What decides the text of a document besides the file."""
+    plain = part.source.kind in ("text", "lines", "seqio")
+    separator = [config.separator] if part.source.kind == "csv" and config.separator else []
+    return [part.source.kind, None if plain else config.fields.given, list(config.preprocessors), *separator]
+
+
 # SeqIO
 
 

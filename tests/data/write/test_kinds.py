@@ -21,7 +21,7 @@ import pytest
 
 from t5x_like.core.errors import UserError
 from t5x_like.data.read.loader import open_data
-from t5x_like.data.write import prepare, sources
+from t5x_like.data.write import chosen_tokenizer, prepare, sources
 from t5x_like.data.write.sources import Piece, SourceFile
 from t5x_like.storage import paths, patterns
 from tests.data import corpus
@@ -365,7 +365,7 @@ def test_a_tokenizer_may_lie_in_a_bucket_or_below_the_home_folder(fake_gcs, tmp_
     assert len({done.manifest.tokenizer for done in made}) == 1
     with pytest.raises(UserError, match=f"{bucket}/no: no such file or folder"):
         prepare.prepare(corpus.config(source=source, tokenizer=f"{bucket}/no"), str(tmp_path / "c"), report=None)
-    monkeypatch.setattr(prepare, "_MOST_STAGED", 99)
+    monkeypatch.setattr(chosen_tokenizer, "_MOST_STAGED", 99)
     with pytest.raises(UserError, match="more than 99; copy what is needed"):
         prepare.prepare(corpus.config(source=source, tokenizer=bucket), str(tmp_path / "c"), report=None)
 
