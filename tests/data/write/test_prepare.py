@@ -20,6 +20,7 @@ import pytest
 
 from t5x_like.core.errors import UserError
 from t5x_like.data import cache, token_set
+from t5x_like.data.open_files import open_files
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.write import chosen_tokenizer, parts, prepare, workers
@@ -52,7 +53,7 @@ def contents(folder):
 def tokens_of(config, folder, name="train"):
     manifest = cache.read_manifest(config, str(folder))
     entry = {**manifest.train, **manifest.validation}[name]
-    opened = token_set.TokenSet(folder / entry.folder, verify=True, files=token_set.open_files())
+    opened = token_set.TokenSet(folder / entry.folder, verify=True, files=open_files())
     one = np.array([0])
     ids, counts = opened.read(one, np.array([opened.tokens]), one, one, (1, opened.tokens))
     return vocabularies.load(str(folder / manifest.tokenizer)), opened, ids[0], counts[0]
