@@ -103,20 +103,22 @@ def _records(
         for start in range(low, high, rows):
             part = batch.slice(start, min(rows, high - start))
             for index, fields in enumerate(_values(part), first + start):
-                if fields is None:
-                    yield bad(index, "a text is not UTF-8; write the column as binary, or mend it")
+                if isinstance(fields, str):
+                    yield bad(index, fields)
                 else:
                     yield Record(index, others | fields if others else fields)
         first += batch.num_rows
 
 
-def _values(part: Any) -> list[dict[str, Any] | None]:
-    """The rows of a batch; None for one with a text that is no UTF-8."""
+def _values(part: Any) -> list[dict[str, Any] | str]:
+    """The rows of a batch; of one that Python cannot hold (a text that is no UTF-8, a time in the year 33658) why."""
     try:
         return part.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError) as error:
         if part.num_rows == 1:
-            return [None]
+            if isinstance(error, UnicodeDecodeError):
+                return ["a text is not UTF-8; write the column as binary, or mend it"]
+            return [f"a value cannot be read ({first_line(error)})"]
     return [value for index in range(part.num_rows) for value in _values(part.slice(index, 1))]
 
 
@@ -198,7 +200,8 @@ def _column(batch: Any, name: str) -> Any:
     import pyarrow.compute
 
     outer, *inner = name.split(".")
-    return pyarrow.compute.struct_field(batch.column(outer), inner)
+    functions: Any = pyarrow.compute
+    return functions.struct_field(batch.column(outer), inner)
 
 
 def arrow_files(folder: str, where: str) -> list[str] | None:

@@ -91,6 +91,21 @@ def test_a_text_of_a_table_that_is_no_text_is_left_out(tmp_path, binary):
     assert [place.partition("a.parquet: ")[2][:9] for place in done.bad_places] == ["record 30", "record 31"]
 
 
+def test_a_time_that_python_does_not_have_is_a_bad_record(tmp_path):
+    rows = [{"body": {"text": text, "time": 10**18 if index == 4 else 0}} for index, text in enumerate(GOOD)]
+    schema = pyarrow.schema({"body": pyarrow.struct({"text": pyarrow.string(), "time": pyarrow.timestamp("us")})})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / "a")
+    config = corpus.config(source=f"parquet:{tmp_path}/a", fields={"text": "body.text"})
+    prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert documents(config, tmp_path / "cache") == GOOD  # nobody asked for the time
+    with pytest.raises(UserError, match=r"a: record 0: field 'body.time' should be a text, is datetime"):
+        config = corpus.config(source=f"parquet:{tmp_path}/a", fields={"text": "body.time"})
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    given = {"fields": {"text": "body.time"}, "on_bad_record": "skip", "max_bad_share": 1.0}
+    done = prepare.prepare(corpus.config(source=f"parquet:{tmp_path}/a", **given), str(tmp_path / "cache"), report=None)
+    assert done.bad_places[4] == f"{tmp_path}/a: record 4: a value cannot be read (date value out of range)"
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 @pytest.mark.parametrize(
     ("field", "expected"),
