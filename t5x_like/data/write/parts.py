@@ -18,7 +18,7 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache
 from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import vocabularies
-from t5x_like.data.write import sources, workers
+from t5x_like.data.write import sources, tfds_reader, workers
 from t5x_like.data.write.records import BOM
 from t5x_like.data.write.sources import Source, SourceFile
 from t5x_like.storage import paths
@@ -131,7 +131,10 @@ def _contents(source: Source, files: tuple[SourceFile, ...], folder: pathlib.Pat
     """The facts of all files; of files in a bucket those that the cache remembers while the bucket's facts stay."""
     if not any(paths.is_remote(file.path) for file in files):
         return [_content(source, file) for file in files]
-    states = [[file.path, *paths.state(file.path)] for file in files]
+    if source.kind == "tfds":
+        states: list[Any] = [[source.name, file.path, paths.states(file.path)] for file in files]
+    else:
+        states = [[file.path, *paths.state(file.path)] for file in files]
     memory = folder / f"contents-{cache.digest([source.kind, states])[:16]}.json"
     if memory.is_file():
         return paths.read_json(str(memory))
@@ -143,8 +146,8 @@ def _contents(source: Source, files: tuple[SourceFile, ...], folder: pathlib.Pat
 def _content(source: Source, file: SourceFile) -> list[Any]:
     """Facts that change when the content of a file does."""
     if source.kind == "tfds":
-        inside = [path for path in sorted(pathlib.Path(file.path).iterdir()) if path.is_file()]
-        return [source.name, *([path.name, _hash(str(path))] for path in inside)]
+        inside = sorted(tfds_reader.names(file.path))
+        return [source.name, *([name, _hash(paths.join(file.path, name))] for name in inside)]
     return [paths.size(file.path), _hash(file.path), *_marked(source, file)]
 
 
