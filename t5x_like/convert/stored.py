@@ -16,7 +16,7 @@ from t5x_like.core.types import Tree
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.models import config as model_config
 from t5x_like.models.config import ModelConfig
-from t5x_like.storage import model_directory
+from t5x_like.storage import model_directory, patterns
 from t5x_like.storage.base import restore_whole
 from t5x_like.storage.reading import check_templates
 
@@ -43,6 +43,7 @@ def open_model(directory: str) -> StoredModel:
 
     Reads no parameters. Raises UserError where there is no model.
     """
+    directory = patterns.one(directory)
     if is_foreign(directory):
         return _foreign(directory)
     place = model_directory.locate(directory)

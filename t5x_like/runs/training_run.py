@@ -28,7 +28,7 @@ from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
 from t5x_like.runs.roles import check_tokenizers
 from t5x_like.runs.train import Experiment
-from t5x_like.storage import paths
+from t5x_like.storage import paths, patterns
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.model_directory import DamagedCheckpoint
 from t5x_like.storage.workdir import Workdir
@@ -224,9 +224,10 @@ def _start(
     tokenizer = inputs.vocabulary.fingerprint
     if config.branch_from is not None:
         return _branch(experiment, session, saver, branch.checkpoint(config.branch_from), inputs)
-    if config.init_from is not None:
-        taken, origin = take(config.init_from, select=config.init_select, layout=program.layout, tokenizer=tokenizer)
-    saver.begin(config.init_from, taken.keys())
+    source = config.init_from and patterns.one(config.init_from, what="config.checkpoint.init_from=")
+    if source is not None:
+        taken, origin = take(source, select=config.init_select, layout=program.layout, tokenizer=tokenizer)
+    saver.begin(source, taken.keys())
     state, frozen = programs.initialize(program, seed=experiment.seed, taken=taken)
     return 0, state, frozen, {}, origin
 

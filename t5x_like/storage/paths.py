@@ -7,6 +7,7 @@ gs:// needs the extra [gcs]; nothing of it is imported before the first such pat
 
 import contextlib
 import errno
+import glob as _glob
 import io
 import json
 import logging
@@ -97,8 +98,21 @@ def state(path: str) -> list[Any]:
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns]
     with _clear_errors(path):
-        facts = _bucket_files().info(path)
+        return _state(_bucket_files().info(path))
+
+
+def _state(facts: dict[str, Any]) -> list[Any]:
     return [facts["size"], facts.get("md5Hash") or facts.get("crc32c") or facts.get("generation")]
+
+
+def states(directory: str) -> dict[str, list[Any]]:
+    """The `state` of every file below a directory, by its path relative to it; in a bucket by one listing."""
+    if not is_remote(directory):
+        return {name: state(os.path.join(directory, *name.split("/"))) for name in tree_files(directory)}
+    with _clear_errors(directory):
+        found = _bucket_files().find(directory, detail=True)
+    prefix = len(directory.rstrip("/")) + 1
+    return {(_REMOTE + name)[prefix:]: _state(facts) for name, facts in sorted(found.items())}
 
 
 def open_binary(path: str) -> IO[bytes]:
@@ -203,7 +217,7 @@ def remove_tree(path: str) -> None:
     """Removes a file or a directory with all it holds; fine if it is not there."""
     if is_remote(path):
         with _clear_errors(path), contextlib.suppress(FileNotFoundError):
-            _bucket_files().rm(path, recursive=True)
+            _remove_objects(_bucket_files(), path)
     elif os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
@@ -220,8 +234,8 @@ def rename(source: str, target: str) -> None:
     with _clear_errors(source):
         files = _bucket_files()
         for name in files.find(source):
-            files.copy(_REMOTE + name, target + (_REMOTE + name)[len(source) :])
-        files.rm(source, recursive=True)
+            files.cp_file(_REMOTE + name, target + (_REMOTE + name)[len(source) :])
+        _remove_objects(files, source)
 
 
 def copy_file(source: str, target: str) -> None:
@@ -229,7 +243,7 @@ def copy_file(source: str, target: str) -> None:
     if is_remote(target):
         with _clear_errors(target, writing=is_remote(target) and not is_remote(source)):
             if is_remote(source):
-                _bucket_files().copy(source, target)
+                _bucket_files().cp_file(source, target)  # not `copy`, which takes a name with [ or * for a pattern
             else:
                 _bucket_files().put_file(source, target)
         return
@@ -358,6 +372,15 @@ def _bucket_files() -> Any:
     files = fsspec.filesystem("gcs", finalize_on_close=True)
     files.invalidate_cache()
     return files
+
+
+def _remove_objects(files: Any, path: str) -> None:
+    """Removes what lies at and below a gs:// path; one with [ or * in it the client would take for a pattern."""
+    if not _glob.has_magic(path):
+        files.rm(path, recursive=True)
+        return
+    for name in files.find(path):
+        files.rm_file(name)
 
 
 @contextlib.contextmanager
