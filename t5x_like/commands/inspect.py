@@ -80,8 +80,9 @@ def documents(directory: str, step: int) -> Iterator[str]:
     experiment = experiments.from_config(config)
     if step > experiment.loop.steps:
         raise UsageError(f"--step={step}: the run in {directory} has {experiment.loop.steps} steps (config.loop.steps)")
-    cache = experiment.data.cache or paths.join(paths.normal(directory), "cache")
-    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
+    beside = paths.join(paths.normal(directory), "cache")
+    cache = experiment.data.cache or beside
+    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed, beside=beside)
     try:
         starts = manifest.read(paths.normal(directory))["starts"]
         if not starts:

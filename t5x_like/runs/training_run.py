@@ -101,12 +101,13 @@ def _is_finished(experiment: Experiment, session: Session, program: Program) -> 
 def _open_data(experiment: Experiment, session: Session) -> TrainData:
     """The prepared data; process 0 prepares what is missing while the others wait."""
     processes, workdir = session.processes, session.workdir
-    cache = experiment.data.cache or workdir.path("cache")
+    beside = workdir.path("cache")
+    cache = experiment.data.cache or beside
     if processes.primary:
         with _saved_tokenizer(experiment.data.tokenizer, workdir) as saved:
-            show_progress(experiment.data, cache, tokenizer=saved)
+            show_progress(experiment.data, cache, tokenizer=saved, beside=beside)
     processes.broadcast("data is prepared", True, timeout=math.inf)
-    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
+    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed, beside=beside)
     processes.agree("data fingerprint", data.fingerprint)
     workdir.check_data(data.fingerprint)
     if experiment.model.vocab_size != data.vocabulary.size:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -139,7 +139,7 @@ def _contents(source: Source, files: tuple[SourceFile, ...], folder: pathlib.Pat
     if memory.is_file():
         return paths.read_json(str(memory))
     found = [_content(source, file) for file in files]
-    paths.write_json_atomic(str(memory), found)
+    cache.remember(memory, found)
     return found
 
 
@@ -195,16 +195,13 @@ def _described(source: Source, folder: pathlib.Path, pool: workers.Pool) -> dict
             return facts
     if source.path.endswith(".py") and not os.path.isfile(source.path):
         raise sources.MissingSource(f"{source}: there is no file {source.path}")
-    staging = folder / f".task-vocabulary.{os.getpid()}"
-    job = {"module": source.path, "name": source.name, "folder": str(staging), "source": str(source)}
-    [facts] = pool.run("describe_task", [job], lambda index, amount: None)
+    with tempfile.TemporaryDirectory(prefix="t5x_like-task-") as staging:
+        job = {"module": source.path, "name": source.name, "folder": staging, "source": str(source)}
+        [facts] = pool.run("describe_task", [job], lambda index, amount: None)
+        there = facts["vocabulary"]
+        facts["vocabulary"] = place_vocabulary(vocabularies.load(staging), folder) if there else None
     facts["files"] = {path: _state(path) for path in facts["files"]}
-    if facts["vocabulary"]:
-        facts["vocabulary"] = place_vocabulary(vocabularies.load(str(staging)), folder)
-        shutil.rmtree(staging)
-    else:
-        facts["vocabulary"] = None
-    paths.write_json_atomic(str(memory), facts)
+    cache.remember(memory, facts)
     return facts
 
 
@@ -226,7 +223,7 @@ def task_rates(
         return paths.read_json(str(memory))
     job = {"module": source.path, "name": source.name, "examples": dict(examples), "source": str(source)}
     [rates] = pool.run("task_rates", [job], lambda index, amount: None)
-    paths.write_json_atomic(str(memory), rates)
+    cache.remember(memory, rates)
     return rates
 
 

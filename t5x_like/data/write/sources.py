@@ -24,6 +24,7 @@ from t5x_like.storage import paths, patterns
 
 __all__ = ["MissingSource", "Piece", "Record", "Source", "SourceFile", "divide", "files", "parse", "pieces", "read"]
 
+_SHIPPED = pathlib.Path(__file__).parents[2] / "configs" / "data"
 _READ_TWICE = 8  # a job begins anew where that reads no more than this part of it twice
 
 
@@ -195,11 +196,21 @@ def unit(kind: str) -> str:
 
 
 def _names(source: Source, place: str) -> list[str]:
+    names: list[str] = []
     for part in patterns.parts(source.path):
-        if not patterns.expand(part, inside=lambda folder: [folder]):
+        found = patterns.expand(part, inside=lambda folder: _inside(source.kind, folder, place)) or _shipped(part)
+        if not found:
             reason = "no file has a name like this" if patterns.is_pattern(part) else "no such file"
             raise MissingSource(f"{place.removesuffix(source.path)}{part}: {reason}")
-    return patterns.expand(source.path, inside=lambda folder: _inside(source.kind, folder, place))
+        names += found
+    return list(dict.fromkeys(names))
+
+
+def _shipped(path: str) -> list[str]:
+    """The text that comes with the program, for its path in a checkout or an installation that is elsewhere now."""
+    _, named, name = path.rpartition("configs/data/")
+    here = _SHIPPED / name
+    return [str(here)] if named and ".." not in name and here.is_file() else []
 
 
 _TEXT_NAMES = ("", ".gz", ".zst", ".bz2", ".xz")
@@ -245,7 +256,7 @@ def _measured(kind: str, names: list[str], memory: pathlib.Path | None) -> list[
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         found = list(pool.map(lambda name: _file(kind, name), names))
     if known is not None and any(paths.is_remote(file.path) or file.starts == (0,) for file in found):
-        paths.write_json_atomic(str(known), [[file.measure, file.size, file.starts] for file in found])
+        cache.remember(known, [[file.measure, file.size, file.starts] for file in found])
     return found
 
 
