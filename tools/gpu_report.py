@@ -1,4 +1,4 @@
-"""One table of what this program does on a GPU: its GPU tests, the MFU of training, tokens a second of decoding.
+"""One table of what this program does on a GPU: its GPU tests, MFU of training, decoding, transformers beside it.
 
     make gpu-wheels                          here, with a network: what a bare image lacks, into build/gpu-wheels
     python -m tools.gpu_report --output=DIR  there, without one: at most 9 minutes, DIR/gpu_report.md and a log a part
@@ -29,8 +29,24 @@ WHEELS = ROOT / "build/gpu-wheels"
 SECONDS = 9 * 60
 # "1b" is Llama 3.2 1B, for the report; "tiny" tries the program out where there is no GPU.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "1b": {"size": "3_2_1b", "rows": 8, "length": 2048, "remat": "minimal", "decode": (1, 16, 64), "new": 128},
-    "tiny": {"size": "tiny", "rows": 8, "length": 64, "remat": "minimal", "decode": (1, 2), "new": 8},
+    "1b": {
+        "size": "3_2_1b",
+        "rows": 8,
+        "length": 2048,
+        "packed": (2, 8192),
+        "remat": "minimal",
+        "decode": (1, 16, 64),
+        "new": 128,
+    },
+    "tiny": {
+        "size": "tiny",
+        "rows": 8,
+        "length": 64,
+        "packed": (8, 64),
+        "remat": "minimal",
+        "decode": (1, 2),
+        "new": 8,
+    },
 }
 STEPS = 8
 
@@ -226,6 +242,89 @@ def _train(shape: Mapping[str, Any]) -> dict[str, Any]:
     return measured | {"tokens": shape["rows"] * shape["length"], **_device()}
 
 
+def _packed(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in longer rows, in each of which four documents are kept apart."""
+    import numpy as np
+
+    from configs import common
+    from tools.benchmark import train_step
+
+    rows, length = shape["packed"]
+    document = length // 4
+    config = common.config()
+    config.model.update({"family": "llama", "size": shape["size"], "remat": shape["remat"]})
+    config.model.dtype.compute = "bfloat16"
+    config.data.update({"batch_size": rows, "length": length, "attend_across_documents": False})
+    tokens = np.random.default_rng(0).integers(0, 512, (rows, length + 1))
+    places = np.broadcast_to(np.arange(length), (rows, length))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    batch |= {"segment_ids": places // document + 1, "positions": places % document}
+    measured = train_step.ours(config, batch, STEPS)
+    return measured | {"tokens": rows * length, **_device()}
+
+
+def _torch_model(shape: Mapping[str, Any], **options: Any) -> Any:
+    """transformers' Llama of the same numbers on the GPU, with random weights."""
+    import torch
+    import transformers
+
+    from configs import common
+    from t5x_like.convert.families.llama import settings
+    from t5x_like.models import config as model_config
+
+    config = common.config()
+    config.model.update({"family": "llama", "size": shape["size"]})
+    numbers = settings(model_config.resolve(config.model))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**numbers), **options)
+
+
+def _train_torch(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The same step by transformers and torch: float32 weights, bfloat16 by autocast, layers checkpointed."""
+    import torch
+
+    from tools.benchmark import train_step
+
+    model = _torch_model(shape, dtype=torch.float32)
+    model.gradient_checkpointing_enable()
+    model.train()
+    tokens = torch.randint(0, 512, (shape["rows"], shape["length"]), device=model.device)
+
+    def loss() -> Any:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    return train_step.in_torch(model, loss, STEPS) | {"tokens": shape["rows"] * shape["length"]}
+
+
+def _decode_torch(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """`generate` of transformers on such prompts, bfloat16."""
+    import torch
+
+    from tools.benchmark import timing
+
+    model = _torch_model(shape, dtype=torch.bfloat16).eval()
+    rates = {}
+    for rows in shape["decode"]:
+        prompts = torch.randint(0, 512, (rows, shape["new"]), device=model.device)
+
+        @torch.inference_mode()
+        def run(prompts: Any = prompts) -> object:
+            text = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=shape["new"],
+                min_new_tokens=shape["new"],
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+            return text.cpu()
+
+        rates[str(rows)] = rows * shape["new"] / timing.seconds(run, 3, warmup=1)
+    return {"tokens_per_second": rates, "parameters": sum(value.numel() for value in model.parameters())}
+
+
 def _decode(shape: Mapping[str, Any]) -> dict[str, Any]:
     """Greedy text after prompts of as many random tokens; matrices in bfloat16."""
     from t5x_like.core import environment
@@ -285,6 +384,10 @@ def _train_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _torch_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [("step", f"{result['seconds']:.4f} s, {result['tokens'] / result['seconds']:.0f} tokens/s")]
+
+
 def _decode_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rates = result["tokens_per_second"].items()
     return [
@@ -301,12 +404,18 @@ WORK: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "tests": _gpu_tests,
     "train": _train,
     "decode": _decode,
+    "packed": _packed,
+    "train_torch": _train_torch,
+    "decode_torch": _decode_torch,
 }
 # The limits and the minute of unpacking wheels are the 9 minutes.
 PARTS: Mapping[str, Part] = {
-    "tests": Part("GPU tests", 180, _worker("tests"), _test_rows),
-    "train": Part("training", 150, _worker("train"), _train_rows),
-    "decode": Part("decoding", 150, _worker("decode"), _decode_rows),
+    "train": Part("training", 110, _worker("train"), _train_rows),
+    "decode": Part("decoding", 100, _worker("decode"), _decode_rows),
+    "tests": Part("GPU tests", 110, _worker("tests"), _test_rows),
+    "train_torch": Part("training, transformers", 40, _worker("train_torch"), _torch_rows),
+    "decode_torch": Part("decoding, transformers", 50, _worker("decode_torch"), _decode_rows),
+    "packed": Part("training, four documents a row", 70, _worker("packed"), _train_rows),
 }
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ TRAIN = {"seconds": 0.5, "tokens": 1000, "flops": 1e14, "first": 40.0, "loss": 1
 DECODE = {"tokens_per_second": {"1": 250.4, "16": 3000.0}, "parameters": 1.236e9}
 
 
+BESIDE = {"packed": TRAIN, "train_torch": {"seconds": 1.0, "tokens": 1000}, "decode_torch": DECODE}
+
+
 def stub(results):
     """A runner that answers by the part that is asked for; None is a part that goes past its limit."""
     limits = []
@@ -28,7 +31,7 @@ def stub(results):
 
 
 def outcomes(results, left=1000.0):
-    run, limits = stub(results)
+    run, limits = stub(BESIDE | results)
     return {
         name: gpu_report.attempt(part, "tiny", left=left, run=run) for name, part in gpu_report.PARTS.items()
     }, limits
@@ -43,6 +46,7 @@ def test_the_table_holds_what_each_part_found():
         "| training | step | 0.5000 s, 2000 tokens/s |",
         "| training | MFU, bf16 | 200.00 TFLOP/s, 20.2% of 989 TFLOP/s |",
         "| decoding | 16 rows | 3000 tokens/s |",
+        "| training, transformers | step | 1.0000 s, 1000 tokens/s |",
     ):
         assert row in text.splitlines()
     assert limits == [part.seconds for part in gpu_report.PARTS.values()]
@@ -72,7 +76,7 @@ def test_all_limits_together_are_the_nine_minutes():
     unpacking = 60
     assert unpacking + sum(part.seconds for part in gpu_report.PARTS.values()) == gpu_report.SECONDS == 540
     _, limits = outcomes({"tests": TESTS, "train": TRAIN, "decode": DECODE}, left=70.0)
-    assert limits == [70.0] * 3
+    assert limits == [min(70.0, part.seconds) for part in gpu_report.PARTS.values()]
     found, limits = outcomes({"tests": TESTS, "train": TRAIN, "decode": DECODE}, left=0.0)
     assert not limits and all("not started" in outcome.failure for outcome in found.values())
 
@@ -99,8 +103,13 @@ def test_wheels_of_missing_packages_alone_are_unpacked(tmp_path):
     assert gpu_report.install_missing(tmp_path / "none", tmp_path / "site") == "All packages were there."
 
 
-@pytest.mark.parametrize("name", ["train", "decode"])
+@pytest.mark.parametrize("name", ["train", "packed", "decode", "train_torch", "decode_torch"])
 def test_the_parts_run_on_a_tiny_model(name):
     result = gpu_report.WORK[name](gpu_report.SHAPES["tiny"])
     rows = dict(gpu_report.PARTS[name].rows(json.loads(json.dumps(result))))
-    assert "unknown" in rows["MFU, bf16"] if name == "train" else set(rows) == {"parameters", "1 rows", "2 rows"}
+    if name in ("train", "packed"):
+        assert "unknown" in rows["MFU, bf16"]
+    else:
+        assert set(rows) == ({"step"} if name == "train_torch" else {"parameters", "1 rows", "2 rows"})
+    if name == "packed":
+        assert result["loss"] != gpu_report.WORK["train"](gpu_report.SHAPES["tiny"])["loss"]

@@ -110,7 +110,10 @@ def _fraction(validation: str) -> fractions.Fraction | None:
     except ValueError:
         fraction = fractions.Fraction(0)
     if not 0 < fraction < 1:
-        raise UsageError(f"config.data.validation={validation}: a fraction lies between 0 and 1; or give KIND:PATH")
+        raise UsageError(
+            f"config.data.validation={validation}: a fraction lies between 0 and 1; or give KIND:PATH, or nothing for "
+            "none"
+        )
     return fraction
 
 

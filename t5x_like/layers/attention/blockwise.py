@@ -53,14 +53,15 @@ class Blocks:
 
 
 def keys_of(start: int, end: int, k_length: int, causal: bool, window: int | None) -> slice:
-    """The keys that the queries from start to end may see."""
+    """The keys that the queries from start to end may see; a window's ends are moved out to multiples of 64, since
+    kernels want even lengths."""
     first, last = 0, k_length
     if window is not None:
         first = max(0, start - window + 1) // 64 * 64
     if causal:
         last = end
     elif window is not None:
-        last = min(k_length, end + window - 1)
+        last = min(k_length, -(-(end + window - 1) // 64) * 64)
     return slice(min(first, last - 1), last)
 
 
