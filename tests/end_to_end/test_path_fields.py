@@ -1,6 +1,7 @@
 """Fields and arguments that mean one path: below the home folder, by a pattern, with any characters in the name."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_run_branches_from_one_and_goes_on_when_that_is_gone(given, at, home, 
 
 def test_a_run_goes_on_by_a_pattern_of_its_workdir(finished, tmp_path):
     workdir = unfinished(finished, tmp_path / "other")
-    assert train("~/oth*/r?n", config=None) == 0
+    assert train(pathlib.Path("~/oth*/r?n"), config=None) == 0
     assert (workdir / "checkpoints" / "12").exists()
 
 
@@ -79,7 +80,7 @@ def test_a_folder_with_a_step_in_its_name_is_itself_unless_there_is_one_of_that_
 
 def test_configs_and_tokenizers_are_found_below_the_home_folder(home, capsys):
     shutil.copy(ROOT / "configs" / "pretrain" / "test.py", home / "mine.py")
-    assert train("~/new", "--check", config="~/m?ne.py") == 0
+    assert train(pathlib.Path("~/new"), "--check", config="~/m?ne.py") == 0
     shutil.copytree(home / "runs" / NAME / "tokenizer", home / "tokenizer [bytes]")
     for name in ("~/tokenizer [bytes]/", "~/token*"):
         assert train(home / "new", "--check", f"--config.data.tokenizer={name}") == 0

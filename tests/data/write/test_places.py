@@ -1,4 +1,4 @@
-"""A source that lies elsewhere now, with a cache that may not be written; and the text that comes with the program."""
+"""Where sources lie: any field may name any place; one may move, though its cache may not be written."""
 
 import dataclasses
 import gzip
@@ -14,6 +14,29 @@ from t5x_like.data.write import sources
 from t5x_like.data.write.prepare import prepare
 from t5x_like.storage import paths
 from tests.data import corpus
+
+
+def test_sources_of_a_mixture_and_held_out_text_lie_anywhere(fake_gcs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bucket, texts = fake_gcs.bucket(), corpus.paragraphs(30)
+    places = {}
+    for name, part in (("one", texts[:10]), ("two", texts[10:20]), ("held [out]", texts[20:])):
+        places[name] = corpus.write_jsonl(tmp_path / f"{name}.jsonl", part)
+        paths.copy_file(str(tmp_path / f"{name}.jsonl"), f"{bucket}/in/{name}.jsonl")
+
+    def given(one, two, held_out):
+        return corpus.config(mixture={"sources": {"one": one, "two": two}}, validation=held_out)
+
+    expected = prepare(given(*places.values()), str(tmp_path / "cache"), report=None).manifest
+    for chosen in (
+        given("jsonl:~/one.jsonl", f"jsonl:{bucket}/in/two.jsonl", f"jsonl:{bucket}/in/held [out].jsonl"),
+        given(f"jsonl:{bucket}/*/one.jsonl", "jsonl:~/{two,two}.jsonl", "jsonl:~/held*"),
+        given(f"jsonl:{bucket}/in/{{one,one}}.jsonl", "jsonl:~/tw?.jsonl", "jsonl:~/held [out].jsonl"),
+    ):
+        found = prepare(chosen, str(tmp_path / "other"), report=None).manifest
+        for part in ("train", "validation"):
+            sets = [{name: entry.folder for name, entry in getattr(m, part).items()} for m in (expected, found)]
+            assert sets[0] == sets[1]
 
 
 @pytest.mark.parametrize("packed", [False, True])
