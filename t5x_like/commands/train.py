@@ -21,10 +21,14 @@ def run(arguments: Sequence[str]) -> int:
     config_arguments, others = split_config(arguments)
     options = _parse(others)
     # Light imports only until the environment stands: threads and devices are fixed when jax starts.
+    from t5x_like.storage import patterns
     from t5x_like.storage import workdir as workdirs
 
+    begins = any(argument.startswith("--config=") for argument in config_arguments)
+    if not begins:  # a run that is there already
+        options.workdir = patterns.one(options.workdir, what="--workdir=")
     stored = workdirs.read_config(options.workdir)
-    if any(argument.startswith("--config=") for argument in config_arguments):
+    if begins:
         config, overrides = load_config(config_arguments)
     elif stored is not None:
         config, overrides = override(stored, config_arguments)
@@ -47,7 +51,9 @@ def _threads_of_branch(config: Mapping[str, Any]) -> int | None:
     from t5x_like.storage import workdir as workdirs
 
     given = section(config, "checkpoint").get("branch_from")
-    return workdirs.recorded_threads(model_directory.split(given)[0]) if isinstance(given, str) else None
+    if not isinstance(given, str):
+        return None
+    return workdirs.recorded_threads(model_directory.named(given, what="config.checkpoint.branch_from=")[0])
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

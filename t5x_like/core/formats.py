@@ -104,6 +104,10 @@ _TRACKERS = Change(
 )
 # All parameters of the model were trained.
 _ADAPTER = Change(adds={"adapter": {"name": "none"}})
+# A model had an LM head alone.
+_HEADS = Change(adds={"model.scalar_heads": ()})
+# The separator of CSV was found, never given.
+_CSV = Change(adds={"data.csv_separator": ""})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -121,7 +125,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _ROLES,
     ),
     3: (_TRUNCATE, _BAD_RECORDS, _BRANCH, _TRACKERS),
-    4: (_ADAPTER,),
+    4: (_HEADS, _CSV, _ADAPTER),
 }
 
 

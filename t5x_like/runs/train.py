@@ -111,7 +111,7 @@ def _check_relations(experiment: Experiment) -> None:
                 f"{model.max_length}; shorten the rows or lengthen the model's"
             )
     _check_features(experiment)
-    wanted = objectives.OBJECTIVES[experiment.objective.name].roles
+    wanted = objectives.wanted_roles(experiment.objective)
     check_names(experiment.roles, wanted, objective=experiment.objective.name)
     checkpoint = experiment.checkpoint
     if experiment.adapter.name != "none" and checkpoint.init_from is None and checkpoint.branch_from is None:
