@@ -47,7 +47,7 @@ def child(config, folder, **options):
 def contents(folder):
     """{file: content} of a cache, without times and what it remembers of sources that were not written just before."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if not name.startswith(("prepared-", "contents-"))}
+    return {name: content for name, content in found.items() if not name.startswith(("prepared-", "contents-", "files-"))}
 
 
 def tokens_of(config, folder, name="train"):
