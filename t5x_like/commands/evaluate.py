@@ -115,5 +115,5 @@ def _facts(options: Any) -> dict[str, Any]:
         name: getattr(options, name)
         for name in ("tasks", "limit", "num_fewshot", "chat", "batch_tokens", "seed", "dtype", "ema")
     }
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"date": date, "t5x_like": __version__, **versions, **asked}

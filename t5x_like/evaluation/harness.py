@@ -4,8 +4,10 @@ Tasks are found by name in folders of YAML files: given ones, those that come wi
 own. lm_eval is imported when it is needed: it takes seconds, and is the extra [eval].
 """
 
+import contextlib
 import dataclasses
 import fnmatch
+import io
 import logging
 import os
 import pathlib
@@ -60,19 +62,20 @@ class Tasks:
         from t5x_like.evaluation.backend import Backend
 
         backend = Backend(subject, batch_tokens=settings.batch_tokens, seed=settings.seed)
-        found: Any = lm_eval.simple_evaluate(
-            backend,
-            tasks=self.names,
-            task_manager=self._manager,
-            limit=settings.limit,
-            num_fewshot=settings.shots,
-            bootstrap_iters=2,  # of the standard errors only those of groups of means are used
-            apply_chat_template=settings.chat,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
-        )
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars and notes
+            found: Any = lm_eval.simple_evaluate(
+                backend,
+                tasks=self.names,
+                task_manager=self._manager,
+                limit=settings.limit,
+                num_fewshot=settings.shots,
+                bootstrap_iters=2,  # of its standard errors only those of groups of means are used
+                apply_chat_template=settings.chat,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
+            )
         metrics = [
             metric
             for name, task in self._loaded["tasks"].items()
@@ -123,9 +126,10 @@ def _of_group(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) ->
 
 def _plain(item: Any) -> Any:
     """A number or tuples of plain values, as JSON holds them."""
+    item = item.tolist() if hasattr(item, "tolist") else item  # of numpy
     if isinstance(item, list | tuple):
         return tuple(_plain(each) for each in item)
-    return item.item() if hasattr(item, "item") else float(item) if isinstance(item, bool | int) else item
+    return float(item) if isinstance(item, bool) else item
 
 
 def _manager(include: Sequence[str], names: Sequence[str], data: str) -> Any:
@@ -155,7 +159,6 @@ def _prepare() -> None:
     """Imports lm_eval, quietly, and keeps it from starting processes: a copy of this one would hold jax's threads."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ["DISABLE_MULTIPROC"] = "1"
-    os.environ["TQDM_DISABLE"] = "1"
     try:
         import datasets
         import lm_eval
