@@ -88,6 +88,15 @@ class Tasks:
         return Evaluation(subject.name, tuple(metrics), shots, backend.truncated, found["samples"])
 
 
+def nothing(subject: EvaluatedModel) -> Evaluation:
+    """What is known of a model that no task was asked of."""
+    return Evaluation(subject.name, (), {}, 0, {})
+
+
+def with_metrics(evaluation: Evaluation, metrics: Sequence[Metric]) -> Evaluation:
+    return dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *metrics))
+
+
 def _metrics(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
     from lm_eval.api import metrics
 

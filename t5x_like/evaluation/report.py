@@ -81,17 +81,15 @@ def write(report: Report, output: str, *, samples: bool) -> None:
             paths.write_bytes_atomic(paths.join(folder, f"{task}.jsonl"), lines.encode())
 
 
-def read(path: str) -> list[Evaluation]:
-    """The models of a report.json. Their metrics have no aggregates of their own: the other side of a pair has."""
+def read(path: str) -> Evaluation:
+    """The last model of a report.json. Its metrics have no aggregates of their own: the other side of a pair has."""
     try:
         content = json.loads(paths.read_bytes(path))
         if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, this program reads {FORMAT}")
-        return [
-            Evaluation(name, tuple(_metric(each) for each in found["metrics"]), found["shots"], found["truncated"], {})
-            for name, found in content["models"].items()
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"its format is {content['format']}, this program reads {FORMAT}")
+        found = list(content["models"].values())[-1]
+        return Evaluation(path, tuple(_metric(each) for each in found["metrics"]), found["shots"], 0, {})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not a report of `t5x_like evaluate` ({type(error).__name__}: {error}); give its report.json"
         ) from None
