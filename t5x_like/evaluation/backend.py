@@ -127,6 +127,8 @@ class Backend(TemplateLM):
         for chosen in groups.values():
             limits = _limits(requests[chosen[0]].args[1], seed=self._seed)
             prompts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in chosen]
+            room = generation.room(self._subject, limits)
+            self.truncated += sum(len(prompt) > room for prompt in prompts)
             found = generation.generate(self._subject, prompts, limits, batch_tokens=self._batch_tokens)
             for index, answer in zip(chosen, found, strict=True):
                 answers[index] = answer

@@ -36,13 +36,8 @@ def generate(subject: EvaluatedModel, prompts: Sequence[list[int]], limits: Limi
 
     The beginning of a prompt that leaves no room for the answer is dropped.
     """
-    room = subject.max_length if subject.has_encoder else subject.max_length - limits.max_new_tokens
-    if room < 1:
-        raise UsageError(
-            f"{subject.name}: max_gen_toks={limits.max_new_tokens} leaves no room for a context in this model's "
-            f"max_length={subject.max_length}; set max_gen_toks in the task's generation_kwargs"
-        )
-    prompts = [prompt[-room:] for prompt in prompts]
+    kept = room(subject, limits)
+    prompts = [prompt[-kept:] for prompt in prompts]
     model, params = for_decoding(subject.model, subject.params)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -52,6 +47,17 @@ def generate(subject: EvaluatedModel, prompts: Sequence[list[int]], limits: Limi
             for index, answer in zip(chosen, batch.answers(chosen), strict=True):
                 answers[index] = answer
     return answers
+
+
+def room(subject: EvaluatedModel, limits: Limits) -> int:
+    """Tokens of a prompt at most. An encoder keeps all of its length for it."""
+    left = subject.max_length if subject.has_encoder else subject.max_length - limits.max_new_tokens
+    if left < 1:
+        raise UsageError(
+            f"{subject.name}: max_gen_toks={limits.max_new_tokens} leaves no room for a context in this model's "
+            f"max_length={subject.max_length}; set max_gen_toks in the task's generation_kwargs"
+        )
+    return left
 
 
 def _batches(

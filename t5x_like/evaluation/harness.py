@@ -5,6 +5,7 @@ own. lm_eval is imported when it is needed: it takes seconds, and is the extra [
 """
 
 import contextlib
+import copy
 import dataclasses
 import fnmatch
 import io
@@ -52,9 +53,15 @@ class Tasks:
             raise
         except Exception as error:  # whatever a task file may do wrong, or its data lack
             raise UserError(f"--tasks={','.join(names)}: {_line(error)}") from None
-        # What has been loaded is handed out again: lm_eval would load it for every model.
-        manager.load = lambda _: self._loaded
         self._manager, self.names = manager, chosen
+
+    def of(self, names: Sequence[str]) -> Any:
+        """A TaskManager that hands out what is loaded, where lm_eval would load it again for every model."""
+        manager = copy.copy(self._manager)
+        tasks = {name: task for name, task in self._loaded["tasks"].items() if name in names}
+        loaded = self._loaded if list(names) == self.names else {"tasks": tasks, "groups": {}, "group_map": {}}
+        manager.load = lambda _: loaded
+        return manager
 
     def evaluate(self, subject: EvaluatedModel, settings: Settings) -> Evaluation:
         import lm_eval
@@ -66,7 +73,7 @@ class Tasks:
             found: Any = lm_eval.simple_evaluate(
                 backend,
                 tasks=self.names,
-                task_manager=self._manager,
+                task_manager=self.of(self.names),
                 limit=settings.limit,
                 num_fewshot=settings.shots,
                 bootstrap_iters=2,  # of its standard errors only those of groups of means are used

@@ -72,9 +72,13 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 def write_tasks(folder: pathlib.Path) -> None:
     """Files of tasks `choice`, `word`, `page` and `story` with their records beside them."""
     for name, records in RECORDS.items():
-        file = folder / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        (folder / f"{name}.yaml").write_text(_COMMON.format(file=file, name=name) + _TASKS[name])
+        write_task(folder, name, records)
+
+
+def write_task(folder: pathlib.Path, name: str, records: list[dict]) -> None:
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / f"{name}.yaml").write_text(_COMMON.format(file=file, name=name) + _TASKS[name])
 
 
 def write_model(name: str, folder: pathlib.Path) -> None:
