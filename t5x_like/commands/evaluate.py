@@ -61,6 +61,7 @@ def _parser() -> Parser:
     add("--data", default=os.environ.get(DATA_VARIABLE, ""), help=f"folder of local data (default: ${DATA_VARIABLE})")
     add("--limit", type=int, help="documents of each task at most (default: all)")
     add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
+    add("--gen_kwargs", default="", help="generation_kwargs of all tasks, as max_gen_toks=64,temperature=0.7")
     add("--chat", action="store_true", help="put requests through the tokenizer's chat template")
     add("--batch_tokens", type=int, default=4096, help="tokens of a batch (default 4096)")
     add("--seed", type=int, default=1234, help="of few-shot examples and of sampling (default 1234)")
@@ -105,7 +106,14 @@ def _evaluation(options: Any) -> Any:
     names = [name for name in options.tasks.split(",") if name]
     data = os.path.abspath(os.path.expanduser(options.data)) if options.data else ""
     tasks = harness.Tasks(names, include=options.include_path, data=data) if names else None
-    settings = harness.Settings(options.limit, options.num_fewshot, options.batch_tokens, options.seed, options.chat)
+    settings = harness.Settings(
+        limit=options.limit,
+        shots=options.num_fewshot,
+        generation=options.gen_kwargs,
+        chat=options.chat,
+        batch_tokens=options.batch_tokens,
+        seed=options.seed,
+    )
     mesh = _mesh(options.mesh)
 
     def evaluate(directory: str) -> "Evaluation":
@@ -187,7 +195,7 @@ def _judged(reference: "Evaluation", differences: Any, errors: float) -> int:
 def _facts(options: Any) -> dict[str, Any]:
     """What was asked for, by which versions."""
     packages = ("jax", "lm_eval") if options.tasks else ("jax",)
-    names = ("tasks", "text", "limit", "num_fewshot", "chat", "batch_tokens", "seed", "dtype", "ema", "mesh")
+    names = ("tasks", "text", "limit", "num_fewshot", "gen_kwargs", "chat", "batch_tokens", "seed", "dtype", "ema", "mesh")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "t5x_like": __version__,

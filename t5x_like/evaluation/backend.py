@@ -125,7 +125,7 @@ class Backend(TemplateLM):
             groups.setdefault(repr(request.args[1]), []).append(index)
         answers = [""] * len(requests)
         for chosen in groups.values():
-            limits = _limits(requests[chosen[0]].args[1], seed=self._seed)
+            limits = self._limits(requests[chosen[0]])
             prompts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in chosen]
             room = generation.room(self._subject, limits)
             self.truncated += sum(len(prompt) > room for prompt in prompts)
@@ -135,6 +135,14 @@ class Backend(TemplateLM):
                 if limits.sampling.temperature == 0:
                     self.cache_hook.add_partial("generate_until", requests[index].args, answer)
         return answers
+
+    def _limits(self, request: Instance) -> generation.Limits:
+        try:
+            limits = read_limits(request.args[1], seed=self._seed)
+            generation.room(self._subject, limits)
+            return limits
+        except UsageError as error:
+            raise UsageError(f"task {request.task_name}: {error}") from None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self._subject.chat is None:
@@ -151,7 +159,7 @@ _GENERATION = ("until", "do_sample", "temperature", "top_k", "top_p", *_LENGTHS)
 _DEFAULT_LENGTH = 256
 
 
-def _limits(given: Mapping[str, Any], *, seed: int) -> generation.Limits:
+def read_limits(given: Mapping[str, Any], *, seed: int) -> generation.Limits:
     """Of a task's generation_kwargs, as the harness reads them. EOS always ends an answer."""
     for name in given:
         if name not in _GENERATION:

@@ -27,13 +27,14 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "configs" / "eval"
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """limit: documents of each task at most, None for all. shots: examples before each question, None for what the
-    task says. chat: requests go through the model's chat template. batch_tokens: tokens of a batch."""
+    task says. generation: NAME=VALUE,... over every task's generation_kwargs. chat: requests go through the model's chat template. batch_tokens: tokens of a batch."""
 
     limit: int | None
     shots: int | None
+    generation: str
+    chat: bool
     batch_tokens: int
     seed: int
-    chat: bool
 
 
 class Tasks:
@@ -76,6 +77,7 @@ class Tasks:
                 task_manager=self.of(self.names),
                 limit=settings.limit,
                 num_fewshot=settings.shots,
+                gen_kwargs=settings.generation or None,
                 bootstrap_iters=2,  # of its standard errors only those of groups of means are used
                 apply_chat_template=settings.chat,
                 random_seed=settings.seed,

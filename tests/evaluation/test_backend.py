@@ -161,14 +161,14 @@ def test_a_long_context_loses_its_beginning_and_is_counted(folder_of):
 
 
 def test_generation_arguments_are_read_as_the_harness_reads_them():
-    from t5x_like.evaluation.backend import _limits
+    from t5x_like.evaluation.backend import read_limits
 
-    assert _limits({}, seed=3) == generation.Limits(256, (), GREEDY, 3)
+    assert read_limits({}, seed=3) == generation.Limits(256, (), GREEDY, 3)
     both = {"max_tokens": 5, "max_new_tokens": 7, "until": ["a", ""], "temperature": 0.5}
-    assert _limits(both, seed=0) == generation.Limits(7, ("a",), Sampling(0.5, 0, 1.0), 0)
-    assert _limits({"do_sample": False, "temperature": 0.5, "until": "x"}, seed=0).sampling == GREEDY
+    assert read_limits(both, seed=0) == generation.Limits(7, ("a",), Sampling(0.5, 0, 1.0), 0)
+    assert read_limits({"do_sample": False, "temperature": 0.5, "until": "x"}, seed=0).sampling == GREEDY
     with pytest.raises(UsageError, match="generation_kwargs.top_kk=3 is not supported; did you mean 'top_k'"):
-        _limits({"top_kk": 3}, seed=0)
+        read_limits({"top_kk": 3}, seed=0)
 
 
 # Chats.

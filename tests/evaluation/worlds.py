@@ -14,7 +14,7 @@ from t5x_like.language_model import load
 from tests.convert import folders
 
 STORIES = folders.STORIES
-SETTINGS = Settings(limit=None, shots=None, batch_tokens=1024, seed=1234, chat=False)
+SETTINGS = Settings(limit=None, shots=None, generation="", chat=False, batch_tokens=1024, seed=1234)
 
 _WORDS = (
     "Once upon a time there was a little girl named Lily She loved to play outside in the park with her dog".split()
