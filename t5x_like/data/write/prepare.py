@@ -205,7 +205,17 @@ def manifest_of(
         name: cache.SetEntry(place, str(part.source), tuple(file.path for file in part.files), None)
         for place, (name, part) in zip(folders[len(train) :], found.validation.items(), strict=True)
     }
+    _check_shares(config, [*entries.values(), *held_out.values()], folder)
     return cache.Manifest(tokenizer, entries, held_out)
+
+
+def _check_shares(config: DataConfig, entries: list[cache.SetEntry], folder: pathlib.Path) -> None:
+    """UserError for a source with more bad records than config.data.max_bad_share allows."""
+    by_source: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {}
+    for entry in entries:
+        by_source.setdefault(entry.source, []).append((token_set.read_index(folder / entry.folder), entry.files))
+    for source, sets in by_source.items():
+        bad_records.check_share(source, sets, config.max_bad_share)
 
 
 def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
@@ -306,10 +316,9 @@ def _joined(function: str, jobs: list[dict[str, Any]], part: Part) -> list[dict[
 
 
 def _notes(config: DataConfig, part: Part, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What an index says of bad records and of empty files, where there are any. UserError for too many bad ones."""
-    files = [file.path for file in part.files]
-    rule, share = config.on_bad_record, config.max_bad_share
-    bad_records.check(shards, part.source.kind, files, rule=rule, share=share, where=str(part.source))
+    """What an index says of bad records and of empty files, where there are any."""
+    if config.on_bad_record == "stop":
+        bad_records.check_none(shards, part.source.kind, [file.path for file in part.files])
     empty = sum(not file.measure for file in part.files) if part.begin == 0 else 0
     return bad_records.total(shards) | ({"empty_files": empty} if empty else {})
 
