@@ -16,7 +16,7 @@ from t5x_like.core.errors import UsageError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import tokenizer_training, vocabularies
-from t5x_like.data.write import bad_records, encoding, parts, preprocessors, sources, workers
+from t5x_like.data.write import bad_records, chats, encoding, parts, preprocessors, sources, workers
 from t5x_like.data.write.parts import Part, Parts
 from t5x_like.storage import paths, patterns
 
@@ -204,7 +204,8 @@ def manifest_of(
         name: cache.SetEntry(place, str(part.source), tuple(file.path for file in part.files), None)
         for place, (name, part) in zip(folders[len(train) :], found.validation.items(), strict=True)
     }
-    return cache.Manifest(tokenizer, entries, held_out)
+    chat = chats.job(config, encoding.load_vocabulary(str(folder / tokenizer)))
+    return cache.Manifest(tokenizer, entries, held_out, chat_template=chat.get("template", ""))
 
 
 def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
@@ -231,8 +232,9 @@ def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: R
     else:
         name = _trained(config, folder, list(found.train.values()), trained, report)
         vocabulary = vocabularies.load(str(folder / name))
-    place = parts.place_vocabulary(vocabulary.with_extra_ids(config.extra_ids), folder)
-    if found.vocabulary not in (None, place):  # the name of the folder is the fingerprint
+    vocabulary = vocabulary.with_extra_ids(config.extra_ids)
+    place = parts.place_vocabulary(vocabulary, folder, with_chat_template=config.chat.template == "tokenizer")
+    if found.vocabulary not in (None, parts.folder_name(vocabulary.with_chat_template(""))):  # which is the fingerprint
         raise UsageError(f"config.data.tokenizer={config.tokenizer} is not the vocabulary of the SeqIO task; use task")
     return place
 
@@ -289,6 +291,7 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
     """The token set of each part; makes their folders."""
     vocabulary = encoding.load_vocabulary(str(folder / tokenizer))
     kind = token_set.token_type(vocabulary.size)
+    chat = chats.job(config, vocabulary)
     plans = []
     for part in given:
         fingerprint = cache.digest(
@@ -300,11 +303,12 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
                 part.task,
                 _reading(config, part),
                 vocabulary.fingerprint,
+                *([chat] if chat and part.source.kind not in ("text", "lines") else []),
             ]
         )
         place = folder / f"tokens-{fingerprint[:16]}"
         paths.make_directory(str(place))
-        function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind)
+        function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind, chat)
         weight = sum(file.size for file in part.files) / max(sum(file.measure for file in part.files), 1)
         unit = sources.unit(part.source.kind)
         plans.append(SetPlan(place, fingerprint, unit, kind, function, jobs, weight, part, config))
@@ -325,10 +329,11 @@ def _write_sets(
 
 
 def _jobs(
-    config: DataConfig, part: Part, place: pathlib.Path, tokenizer: str, kind: str
+    config: DataConfig, part: Part, place: pathlib.Path, tokenizer: str, kind: str, chat: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]]]:
     """(worker function, one job a shard)."""
     job: dict[str, Any] = {"folder": str(place), "tokenizer": tokenizer, "token_type": kind}
+    job |= {"chat": chat, "columns": config.columns}
     if part.task is not None:
         named = {"module": part.source.path, "name": f"{part.task['task']}:{part.task['split']}"}
         shards = range(part.task["shards"])
