@@ -260,8 +260,8 @@ class DataConfig:
             )
         if self.chats and self.features not in ("causal", "source_target"):
             raise UsageError(
-                f"{path}.chat.template={self.chat.template!r} does not go with features={self.features!r}; use 'causal' "
-                "or 'source_target'"
+                f"{path}.chat.template={self.chat.template!r} does not go with features={self.features!r}; "
+                "use 'causal' or 'source_target'"
             )
 
     def check(self, path: str) -> None:

@@ -157,7 +157,7 @@ class BestFit:
         return Rows(tokens, counts, begins, trained, valid)
 
     def _begins_with_bos(self, examples: np.ndarray) -> np.ndarray:
-        """Whether an example, as it is before it is cut, begins with that token: what a chat template writes may not."""
+        """Whether an example begins with that token before it is cut: what a chat template writes may not."""
         if not self._set.marks_trained or not len(examples):
             return np.ones(len(examples), bool)
         rows, firsts = np.arange(len(examples)), (self._begins - self._skipped)[examples]

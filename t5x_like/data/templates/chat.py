@@ -123,9 +123,7 @@ class Chat:
         ends = [part for part in answer if isinstance(part, int)][-1:]
         return [*dict.fromkeys([*ends, *([] if self._eos is None else [self._eos])])]
 
-    def _turns(
-        self, messages: Sequence[Message], whole: Rendered | None
-    ) -> Iterator[tuple[Rendered, tuple[int, int]]]:
+    def _turns(self, messages: Sequence[Message], whole: Rendered | None) -> Iterator[tuple[Rendered, tuple[int, int]]]:
         """(the conversation through a turn of the assistant, where in it that turn stands), checked: what is rendered
         of a conversation begins with what is rendered of its begin."""
         for number, message in enumerate(messages):

@@ -24,12 +24,17 @@ def of_value(value: Any, name: str, change: Callable[[str], str]) -> list[Messag
     """The messages of a field `name`; `change` is what preprocessors do to each text. One is the assistant's."""
     if isinstance(value, str | bytes):
         value = _of_json(value, name)
-    if not isinstance(value, list) or not value:
-        raise UserError(f"field {name!r} should be a list of messages, is {_shown(value)}")
-    found = [_message(each, f"message {number} of field {name!r}", change) for number, each in enumerate(value, 1)]
+    found = of_list(value, f"field {name!r}", change)
     if all(message["role"] != "assistant" for message in found):
         raise UserError(f"the conversation of field {name!r} has no turn of the assistant, so nothing of it is trained")
     return found
+
+
+def of_list(value: Any, where: str, change: Callable[[str], str] = str) -> list[Message]:
+    """The messages of a list, whoever speaks last."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} should be a list of messages, is {_shown(value)}")
+    return [_message(each, f"message {number} of {where}", change) for number, each in enumerate(value, 1)]
 
 
 def of_example(inputs: str, targets: str) -> list[Message]:

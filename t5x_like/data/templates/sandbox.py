@@ -164,14 +164,14 @@ class _Generation(jinja2.ext.Extension):
 
 _OF_FILES = (jinja2.nodes.Include, jinja2.nodes.Import, jinja2.nodes.FromImport, jinja2.nodes.Extends)
 _STRING_METHODS = frozenset(
-    ("capitalize count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper "
-     "lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines "
-     "startswith strip swapcase title upper join").split()  # fmt: skip
+    "capitalize count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper "
+    "join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
+    "splitlines startswith strip swapcase title upper".split()
 )
 # Filters that give no more than they are given, and those of the table below.
 _FILTERS = (
-    ("abs attr capitalize count d default dictsort e escape first float groupby int items last length list lower map "
-     "max min reject rejectattr reverse round safe select selectattr sort title trim unique upper").split()  # fmt: skip
+    "abs attr capitalize count d default dictsort e escape first float groupby int items last length list lower map "
+    "max min reject rejectattr reverse round safe select selectattr sort title trim unique upper".split()
 )
 
 

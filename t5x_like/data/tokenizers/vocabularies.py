@@ -39,7 +39,7 @@ class Vocabulary:
     padding token in `bytes` and in T5's models, <unk> in trained SentencePiece models, <|endoftext|> in a trained BPE,
     and the piece of a byte in a trained unigram. EOS is 1 in `bytes` and T5's models.
 
-    `specials`: {name: id} of the tokens that no text gives. `chat_template`: Jinja, how conversations are written for it
+    `specials`: {name: id} of the tokens that no text gives. `chat_template`: Jinja, how conversations are written
     (data/templates); "" for none. It is no part of what encode and decode are.
     """
 

@@ -66,9 +66,7 @@ def job(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def encode(
-    written: Sequence[Written], places: Sequence[tuple[int, int]], vocabulary: Vocabulary
-) -> token_set.Encoded:
+def encode(written: Sequence[Written], places: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> token_set.Encoded:
     """The tokens of conversations, which have what the template writes and no more."""
     encoded = [_encode(each, vocabulary) for each in written]
     kept = [len(ids) > 0 for ids, _, _ in encoded]

@@ -88,9 +88,7 @@ def conversation(record: dict[str, Any], fields: FieldsConfig, names: Sequence[s
         return messages.of_example(found.inputs, found.text)
     value = _value(record, fields.messages)
     if value is _MISSING:
-        raise UserError(
-            f"no field {fields.messages!r} among {', '.join(record)}; set config.data.fields.messages"
-        )
+        raise UserError(f"no field {fields.messages!r} among {', '.join(record)}; set config.data.fields.messages")
     return messages.of_value(value, fields.messages, change)
 
 
