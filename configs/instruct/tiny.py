@@ -29,7 +29,7 @@ def get_config(base: str = "runs/tiny") -> ConfigDict:
     config.data.update({"packing": "examples", "length": 512, "batch_size": 8, "attend_across_documents": False})
     config.data.update({"validation": "0.1", "validation_stride": 0})
     config.optim.update({"name": "muon", "learning_rate": 2e-3, "weight_decay": 0.1})
-    config.loop.update({"steps": 200, "log_every_steps": 10})
+    config.loop.update({"steps": 100, "log_every_steps": 10})
     config.evaluate.every_steps = 50
     config.checkpoint.every_steps = 100
     return config

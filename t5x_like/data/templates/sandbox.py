@@ -25,7 +25,8 @@ from jinja2.visitor import NodeTransformer
 from t5x_like.core.errors import UserError
 
 SECONDS = 5.0
-SIZE = 1 << 22  # characters, or entries of lists
+SIZE = 1 << 22  # characters of a text, or entries of a list
+MADE = 1 << 26  # of all texts and lists that are made on the way
 ROUNDS = 1 << 20  # of loops and macros
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around what {% generation %} marks: noncharacters, which no text holds
 
@@ -83,7 +84,7 @@ class _Meter:
     """What one rendering has used."""
 
     def start(self) -> None:
-        self._rounds, self._size, self._end = 0, 0, time.monotonic() + SECONDS
+        self._rounds, self._size, self._made, self._end = 0, 0, 0, time.monotonic() + SECONDS
 
     def tick(self) -> str:
         self._rounds += 1
@@ -96,11 +97,12 @@ class _Meter:
         self.check(self._size)
 
     def check(self, size: int) -> None:
-        if size > SIZE:
+        if size > SIZE or self._made > MADE:
             raise TemplateRefused(f"it makes a text or a list of more than {SIZE} characters or entries")
 
     def sized(self, value: Any) -> Any:
         if isinstance(value, str | list | tuple | dict):
+            self._made += len(value)
             self.check(len(value))
         return value
 
@@ -135,6 +137,11 @@ class _Counted(NodeTransformer):
     def visit_Concat(self, node: Any) -> Any:
         node = self.generic_visit(node)
         return _call("concatenate", node.nodes, node.lineno)
+
+    def visit_Getitem(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        sliced = isinstance(node.arg, jinja2.nodes.Slice)
+        return _call("measured", [node], node.lineno) if sliced else node
 
     def _ticking(self, node: Any) -> Any:
         node = self.generic_visit(node)
@@ -176,7 +183,7 @@ _FILTERS = (
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """`concatenate` and `tick` are called by compiled templates."""
+    """`concatenate`, `measured` and `tick` are called by compiled templates."""
 
     intercepted_binops = frozenset("+ * ** %".split())
 
@@ -206,10 +213,13 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         return counted
 
+    def measured(self, value: Any) -> Any:
+        return self.meter.sized(value)
+
     def concatenate(self, *values: Any) -> str:
         texts = [str(self.meter.whole(value)) for value in values]
         self.meter.check(sum(map(len, texts)))
-        return "".join(texts)
+        return self.meter.sized("".join(texts))
 
     def _parse(self, source: str, name: Any, filename: Any) -> Any:
         tree = super()._parse(source, name, filename)
