@@ -6,4 +6,6 @@ def objective() -> dict:
         "name": "lm",
         "lm": {"z_loss": 0.0, "label_smoothing": 0.0},
         "distill": {"divergence": "forward_kl", "temperature": 2.0, "weight": 0.5},
+        "reward": {"centering": 0.0},
+        "dpo": {"beta": 0.1, "label_smoothing": 0.0, "length_normalized": False, "reference": "role"},
     }

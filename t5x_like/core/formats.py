@@ -106,6 +106,10 @@ _TRACKERS = Change(
 _CHAT = Change(
     adds={"data.fields.messages": "", "data.chat": {"template": "none", "train_on": "assistant", "system": ""}}
 )
+# A model had an LM head alone.
+_HEADS = Change(adds={"model.scalar_heads": ()})
+# The separator of CSV was found, never given.
+_CSV = Change(adds={"data.csv_separator": ""})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -123,7 +127,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _ROLES,
     ),
     3: (_TRUNCATE, _BAD_RECORDS, _BRANCH, _TRACKERS),
-    4: (_CHAT,),
+    4: (_HEADS, _CSV, _CHAT),
 }
 
 

@@ -109,7 +109,7 @@ def _check_relations(experiment: Experiment) -> None:
                 f"{model.max_length}; shorten the rows or lengthen the model's"
             )
     _check_features(experiment)
-    wanted = objectives.OBJECTIVES[experiment.objective.name].roles
+    wanted = objectives.wanted_roles(experiment.objective)
     check_names(experiment.roles, wanted, objective=experiment.objective.name)
     if loop.ema_decay is not None and model.dtype.params != "float32":
         raise UsageError(

@@ -111,9 +111,10 @@ def theirs(root, model, params) -> Scored:
     rows = datasets.Dataset.from_list([{"messages": conversation} for conversation in CONVERSATIONS])
     trainer = trl.SFTTrainer(network, args=arguments, train_dataset=rows, processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
-    loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
-    each = -outputs.log_probs.detach().numpy()
+    with torch.no_grad():
+        each = -trainer.model(**batch, fused_lm_head=True, use_cache=False).log_probs.numpy()
     each = each[:, : batch["labels"].shape[1] - 1][batch["labels"][:, 1:] != -100]
     return Scored(float(loss.detach()), {name: value.grad.numpy() for name, value in network.named_parameters()}, each)
 
@@ -122,7 +123,7 @@ def test_losses_and_gradients_are_those_of_trl(root, llama):
     model, params, ours = llama
     named = mapping.state(model.config, tree.unflatten(ours.gradients))
     assert_equal(dataclasses.replace(ours, gradients=named), theirs(root, model, params))
-    assert len(ours.each) > 100
+    assert len(ours.each) > 90
     batch = rows(data(root))
     everything = batch | {"loss_weights": (batch["segment_ids"] > 0).astype(np.float32)}
     assert abs(scored(model, params, everything).loss - ours.loss) > 1e-3  # the mask decides

@@ -6,6 +6,7 @@
 | source_target | packed examples, inputs beside targets | encoder-decoders |
 | span_corruption | chunks of text with spans replaced by sentinels | pretraining of encoder-decoders |
 | pairs | a prompt with a chosen and a rejected answer | preferences |
+| pair_texts | the same, each a whole text without targets | reward models |
 | labels | a text with its class | classifiers |
 """
 
@@ -19,7 +20,7 @@ from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import T5_NOISE, DataConfig
 from t5x_like.data.read.causal import CAUSAL
 from t5x_like.data.read.interface import Feature
-from t5x_like.data.read.sequences import LABELS, PAIRS
+from t5x_like.data.read.sequences import LABELS, PAIR_TEXTS, PAIRS
 from t5x_like.data.read.source_target import SOURCE_TARGET
 from t5x_like.data.read.span_corruption import SPAN_CORRUPTION
 
@@ -28,6 +29,7 @@ FEATURES: dict[str, Feature] = {
     "source_target": SOURCE_TARGET,
     "span_corruption": SPAN_CORRUPTION,
     "pairs": PAIRS,
+    "pair_texts": PAIR_TEXTS,
     "labels": LABELS,
 }
 
