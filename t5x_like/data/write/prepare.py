@@ -15,7 +15,17 @@ from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
-from t5x_like.data.write import bad_records, chosen_tokenizer, encoding, memory, parts, preprocessors, sources, workers
+from t5x_like.data.write import (
+    bad_records,
+    chats,
+    chosen_tokenizer,
+    encoding,
+    memory,
+    parts,
+    preprocessors,
+    sources,
+    workers,
+)
 from t5x_like.data.write.chosen_tokenizer import Training
 from t5x_like.data.write.parts import Part, Parts
 from t5x_like.storage import paths
@@ -206,7 +216,8 @@ def manifest_of(
         for place, (name, part) in zip(folders[len(train) :], found.validation.items(), strict=True)
     }
     _check_shares(config, [*entries.values(), *held_out.values()], folder)
-    return cache.Manifest(tokenizer, entries, held_out)
+    chat = chats.job(config, encoding.load_vocabulary(str(folder / tokenizer)))
+    return cache.Manifest(tokenizer, entries, held_out, chat_template=chat.get("template", ""))
 
 
 def _check_shares(config: DataConfig, entries: list[cache.SetEntry], folder: pathlib.Path) -> None:
@@ -230,6 +241,7 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
     """The token set of each part; makes their folders."""
     vocabulary = encoding.load_vocabulary(str(folder / tokenizer))
     kind = token_set.token_type(vocabulary.size)
+    chat = chats.job(config, vocabulary)
     plans = []
     for part in given:
         fingerprint = cache.digest(
@@ -241,11 +253,12 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
                 part.task,
                 parts.reading(config, part),
                 vocabulary.fingerprint,
+                *([chat] if chat and part.source.kind not in ("text", "lines") else []),
             ]
         )
         place = folder / f"tokens-{fingerprint[:16]}"
         paths.make_directory(str(place))
-        function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind)
+        function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind, chat)
         weight = sum(file.size for file in part.files) / max(sum(file.measure for file in part.files), 1)
         unit = sources.unit(part.source.kind)
         plans.append(SetPlan(place, fingerprint, unit, kind, function, jobs, weight, part, config))
@@ -266,10 +279,11 @@ def _write_sets(
 
 
 def _jobs(
-    config: DataConfig, part: Part, place: pathlib.Path, tokenizer: str, kind: str
+    config: DataConfig, part: Part, place: pathlib.Path, tokenizer: str, kind: str, chat: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]]]:
     """(worker function, one job a shard)."""
     job: dict[str, Any] = {"folder": str(place), "tokenizer": tokenizer, "token_type": kind}
+    job |= {"chat": chat, "columns": config.columns}
     if part.task is not None:
         named = {"module": part.source.path, "name": f"{part.task['task']}:{part.task['split']}"}
         named |= {"files": [file.path for file in part.files], "on_bad_record": config.on_bad_record}
