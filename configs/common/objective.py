@@ -6,4 +6,12 @@ def objective() -> dict:
         "name": "lm",
         "lm": {"z_loss": 0.0, "label_smoothing": 0.0},
         "distill": {"divergence": "forward_kl", "temperature": 2.0, "weight": 0.5},
+        "grpo": {
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "kl_coefficient": 0.0,
+            "aggregation": "token",
+            "constant": 0,
+            "temperature": 1.0,
+        },
     }

@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping
 from t5x_like.core.config import VARIANT, named, nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
-from t5x_like.objectives import distill, lm
+from t5x_like.objectives import distill, grpo, lm
 from t5x_like.objectives.distill import DistillConfig
+from t5x_like.objectives.grpo import GrpoConfig
 from t5x_like.objectives.interface import Objective, Role
 from t5x_like.objectives.lm import LmConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One objective: the class of its config, the roles it wants, the features of the data that it can read.
+    """One objective: the class of its config, the roles it wants (and those it may have), the features of the data that
+    it can read.
 
     `build(config, roles, arrays)`: `roles` by name, `arrays` is what the data offers.
     """
@@ -23,12 +25,14 @@ class Entry:
     roles: tuple[str, ...]
     features: tuple[str, ...]
     build: Callable[..., Objective]
+    optional: tuple[str, ...] = ()
 
 
 _TEXT = ("causal", "source_target", "span_corruption")
 OBJECTIVES = {
     "lm": Entry(LmConfig, roles=("policy",), features=_TEXT, build=lm.build),
     "distill": Entry(DistillConfig, roles=("policy", "teacher"), features=_TEXT, build=distill.build),
+    "grpo": Entry(GrpoConfig, roles=("policy",), optional=("reference",), features=("rollouts",), build=grpo.build),
 }
 
 
@@ -37,6 +41,7 @@ class ObjectiveConfig:
     name: str
     lm: LmConfig | None = dataclasses.field(metadata=VARIANT)
     distill: DistillConfig | None = dataclasses.field(metadata=VARIANT)
+    grpo: GrpoConfig | None = dataclasses.field(metadata=VARIANT)
 
     def check(self, path: str) -> None:
         if self.name not in OBJECTIVES:

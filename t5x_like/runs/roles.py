@@ -56,7 +56,7 @@ def build_model(
     return Model(config, sharding_rules.rules(rules, field=field), policy)
 
 
-def check_names(roles: Collection[str], wanted: Collection[str], *, objective: str) -> None:
+def check_names(roles: Collection[str], wanted: Collection[str], *, optional: Collection[str], objective: str) -> None:
     """The section `roles` names the models that the objective reads beside the policy, and no others."""
     needed = [name for name in wanted if name != POLICY]
     for name in needed:
@@ -65,8 +65,8 @@ def check_names(roles: Collection[str], wanted: Collection[str], *, objective: s
                 f"config.objective.name={objective!r} reads a model as {name!r}; give config.roles.{name} with a source"
             )
     for name in roles:
-        if name not in needed:
-            reads = " and ".join(needed) or "no model but the policy, config.model"
+        if name not in needed and name not in optional:
+            reads = " and ".join([*needed, *optional]) or "no model but the policy, config.model"
             raise UsageError(f"config.roles.{name} has no effect: config.objective.name={objective!r} reads {reads}")
 
 
