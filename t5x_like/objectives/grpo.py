@@ -1,4 +1,4 @@
-"""Group relative policy optimisation: a clipped policy gradient on answers that the policy itself gave (arXiv 2402.03300).
+"""Group relative policy optimisation (GRPO, arXiv 2402.03300): a clipped policy gradient on answers of the policy itself.
 
     l = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_coefficient k3,   rho = exp(logp - old_logp)
 
@@ -35,8 +35,8 @@ READ = ("inputs", "targets", "loss_weights", "advantages", "on_policy", "old_log
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
-    """clip_low, clip_high: how far a ratio counts below and above 1. kl_coefficient: of k3 to the model
-    config.roles.reference; 0 needs none. aggregation: AGGREGATIONS; constant: tokens, for that one, else 0.
+    """clip_low, clip_high: how far a ratio counts below and above 1. kl_coefficient: of k3 to the reference, whose
+    log-probabilities are an array of the batch; 0 needs none. aggregation: AGGREGATIONS; constant: tokens, for that one, else 0.
     temperature: of rollouts, and of all log-probabilities."""
 
     clip_low: float
@@ -68,7 +68,6 @@ class GrpoConfig:
 
 def build(config: GrpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
     policy = roles["policy"]
-    _check_reference(config, roles)
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
         return {"answers": total(config, batch["loss_weights"])}
@@ -120,12 +119,13 @@ def terms(config: GrpoConfig, logp_BT: Float[Array, "B T"], batch: Batch) -> tup
     loss_BT = -jnp.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
     low_BT = (ratio_BT < 1 - config.clip_low) & (advantages_B1 < 0)
     high_BT = (ratio_BT > 1 + config.clip_high) & (advantages_B1 > 0)
-    gap_BT = jnp.where(inside_BT, jnp.abs(logp_BT - batch["rollout_logp"]), 0.0) * batch["on_policy"][:, None]
     reported = {
         "ratio_token_mean": ratio_BT,
         "clipped_low_fraction": low_BT,
         "clipped_high_fraction": high_BT,
         "update_kl_token_mean": _k3(-change_BT),
+        # Between what the sampler said of its tokens and what training says with the same parameters.
+        "rollout_gap_token_mean": jnp.where(inside_BT, jnp.abs(old_BT - batch["rollout_logp"]), 0.0),
     }
     if config.kl_coefficient:
         kl_BT = _k3(jnp.where(inside_BT, batch["reference_logp"] - logp_BT, 0.0))
@@ -133,8 +133,6 @@ def terms(config: GrpoConfig, logp_BT: Float[Array, "B T"], batch: Batch) -> tup
         reported["kl_token_mean"] = kl_BT
     count = jnp.sum(weights_BT)
     sums = {name: (jnp.sum(weights_BT * values_BT), count) for name, values_BT in reported.items()}
-    # Of what the sampler said, as long as the parameters are those that it had.
-    sums["rollout_gap_token_mean"] = (jnp.sum(gap_BT * weights_BT), jnp.sum(weights_BT * batch["on_policy"][:, None]))
     summed_B = jnp.sum(weights_BT * loss_BT, axis=1)
     if config.aggregation == "sequence":
         summed_B = summed_B / jnp.maximum(jnp.sum(weights_BT, axis=1), 1.0)
@@ -145,19 +143,3 @@ def terms(config: GrpoConfig, logp_BT: Float[Array, "B T"], batch: Batch) -> tup
 def _k3(difference_BT: jax.Array) -> jax.Array:
     """exp(d) - d - 1: never negative, and 0 where d is."""
     return jnp.expm1(difference_BT) - difference_BT
-
-
-def _check_reference(config: GrpoConfig, roles: Mapping[str, Role]) -> None:
-    path = "config.objective.grpo.kl_coefficient"
-    if config.kl_coefficient and "reference" not in roles:
-        raise UsageError(f"{path}={config.kl_coefficient:g} needs a model; give config.roles.reference with a source")
-    if not config.kl_coefficient and "reference" in roles:
-        raise UsageError(f"config.roles.reference has no effect: {path}=0; remove it, or give a coefficient")
-    if "reference" in roles:
-        mine, theirs = roles["policy"].model.config, roles["reference"].model.config
-        for field in ("vocab_size", "architecture"):
-            if getattr(mine, field) != getattr(theirs, field):
-                raise UsageError(
-                    f"config.model.{field}={getattr(mine, field)!r}, but config.roles.reference has "
-                    f"{getattr(theirs, field)!r}; the divergence needs the same tokens, read from the same arrays"
-                )

@@ -5,15 +5,18 @@ answer, expected]. Answers each by [number, value, error]; value is null where t
 goes to stderr.
 """
 
+import ctypes
 import json
 import math
 import os
+import signal
 import sys
 
 from t5x_like.rl import verifiers
 
 
 def main() -> None:
+    _end_with_parent()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
@@ -40,6 +43,12 @@ def main() -> None:
             continue
         bad = "" if math.isfinite(value) else f"returned {value}"
         answer(number, None if bad else value, bad)
+
+
+def _end_with_parent() -> None:
+    """Linux: a function that hangs must not outlive a run that was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _line(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """A run of reinforcement learning, from its config to its exit status: the session, programs and loop of a training run
 (training_run.py) with a source of batches that the policy makes itself (t5x_like/rl)."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -36,7 +35,6 @@ from t5x_like.runs.roles import check_tokenizers
 from t5x_like.storage import paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.training import loop as loops
-from t5x_like.training.faults import PREEMPTED
 from t5x_like.training.saver import Saver
 from t5x_like.training.session import Inputs, Request, Session, warn
 from t5x_like.training.telemetry import screen

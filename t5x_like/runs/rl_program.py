@@ -11,6 +11,7 @@ import numpy as np
 from t5x_like.core.config import named
 from t5x_like.core.errors import UsageError
 from t5x_like.inference.sampling import GREEDY, Sampling
+from t5x_like.models.model import Model
 from t5x_like.objectives.grpo import GrpoConfig
 from t5x_like.objectives.interface import frozen_role, policy
 from t5x_like.parallel import rules as sharding_rules
@@ -57,6 +58,7 @@ class RlExperiment(Experiment):
             )
         if rl.generate is not None and data.validation:
             raise UsageError("config.data.validation has no effect beside config.rl.generate; set config.rl.held_out")
+        self._check_reference()
         if self.loop.on_spike != "off":
             raise UsageError(
                 f"config.loop.on_spike={self.loop.on_spike!r}: the loss of grpo is near 0 by construction, and says "
@@ -101,6 +103,8 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         return jax.jit(function, out_shardings=replicated(mesh), compiler_options=options)
 
     reference = program.roles.get(REFERENCE)
+    if reference is not None:
+        _check_fit(program.model, reference.model)
     rows = rl.rows or rl.answers
     return RlPrograms(
         sample=rollout(rows, Sampling(temperature=config.temperature, top_k=0, top_p=1.0)),
@@ -109,6 +113,15 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         reference=None if reference is None else scoring(frozen_role(reference.model, REFERENCE)),
         scored={name: program.batch[name] for name in TOKENS if name in program.batch},
     )
+
+
+def _check_fit(mine: Model, theirs: Model) -> None:
+    for field in ("vocab_size", "architecture"):
+        if getattr(mine.config, field) != getattr(theirs.config, field):
+            raise UsageError(
+                f"config.model.{field}={getattr(mine.config, field)!r}, but config.roles.reference has "
+                f"{getattr(theirs.config, field)!r}; the divergence needs the same tokens, read from the same arrays"
+            )
 
 
 def prompt_room(experiment: RlExperiment) -> int:
