@@ -1,5 +1,6 @@
 """GRPO against its definition in numpy at float64 and against TRL's loss on fixed rollouts: values, gradients, metrics."""
 
+import collections
 import dataclasses
 import types
 
@@ -103,7 +104,7 @@ def test_loss_and_gradient_equal_those_of_trl(name):
     logp = as_torch["logp"].clone().requires_grad_()
     mask = as_torch["loss_weights"]
     accelerator = types.SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x)
-    metrics = {"train": __import__("collections").defaultdict(list)}
+    metrics = {"train": collections.defaultdict(list)}
     stub = types.SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logp, torch.zeros_like(logp), None),
         model=types.SimpleNamespace(training=True),
@@ -150,7 +151,7 @@ def test_an_update_on_policy_has_ratio_1_and_clips_nothing_but_has_a_gradient(na
     assert reported["ratio_token_mean"] == 1.0
     assert reported["clipped_low_fraction"] == reported["clipped_high_fraction"] == 0.0
     assert reported["update_kl_token_mean"] == 0.0
-    assert np.abs(gradient).max() > 0.01
+    assert np.abs(gradient).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -30,9 +30,15 @@ FAMILIES = {
     "gpt2": {"kv_heads": 8},
     "t5": {"kv_heads": 8},
 }
+# Other objectives than that of language models: (family, fields of the objective).
+OBJECTIVES = {
+    "grpo": ("llama", {"kl_coefficient": 0.1, "aggregation": "sequence", "temperature": 0.7}),
+    "grpo of t5": ("t5", {"kl_coefficient": 0.1, "aggregation": "token", "temperature": 0.7}),
+}
 
 
-def _config(family: str) -> ConfigDict:
+def _config(name: str) -> ConfigDict:
+    family, fields = OBJECTIVES.get(name, (name, {}))
     config = test_config.get_config()
     config.model.family = family
     stack = {"layers": 2, "heads": 8, "head_size": 8, "mlp": 64, **FAMILIES[family]}
@@ -42,6 +48,10 @@ def _config(family: str) -> ConfigDict:
         config.model.encoder.update(stack)
         config.data.update({"features": "source_target", "encoder_length": 16, "packing": "examples"})
         config.data.fields.update({"inputs": "inputs", "targets": "targets"})
+    if fields:
+        config.objective.name = "grpo"
+        config.objective.grpo.update(fields)
+        config.data.update({"features": "rollouts", "packing": "single"})
     config.optim.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 0})
     config.optim.sgd.momentum = 0.9
@@ -63,7 +73,13 @@ def _batch() -> dict[str, np.ndarray]:
     sources = np.ones((rows, 16), np.int32)  # of the two documents, and padding in every other row
     sources[:, 9:] = 2
     sources[::2, 14:] = 0
+    logp = rng.normal(-5.0, 1.0, (3, rows, length)).astype(np.float32)
     return {
+        "old_logp": logp[0],
+        "reference_logp": logp[1],
+        "rollout_logp": logp[2],
+        "advantages": rng.normal(size=rows).astype(np.float32),
+        "on_policy": (np.arange(rows) % 2).astype(np.float32),
         "encoder_inputs": rng.integers(0, 256, (rows, 16)).astype(np.int32),
         "encoder_segment_ids": sources,
         "encoder_positions": np.tile(np.concatenate([np.arange(9), np.arange(7)]), (rows, 1)).astype(np.int32),
@@ -104,7 +120,7 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
 @pytest.fixture(scope="module")
 def single():
     """The result of one device, made once for each family."""
-    return {family: _step(family, {"preset": "data"}, 1) for family in FAMILIES}
+    return {name: _step(name, {"preset": "data"}, 1) for name in (*FAMILIES, *OBJECTIVES)}
 
 
 CASES = [("llama", name) for name in MESHES] + [
@@ -113,6 +129,9 @@ CASES = [("llama", name) for name in MESHES] + [
     ("t5", "fsdp=8"),
     ("t5", "data=2 fsdp=2 tensor=2"),
     ("t5", "fsdp=2 sequence=2 tensor=2"),
+    ("grpo", "data=2 fsdp=2 tensor=2"),
+    ("grpo", "fsdp=2 sequence=2 tensor=2"),
+    ("grpo of t5", "data=2 fsdp=2 tensor=2"),
 ]
 
 
@@ -121,7 +140,7 @@ def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name)
     _assert_equal(single[family], _step(family, MESHES[name], 8))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OBJECTIVES])
 def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(single, family):
     """Though micro-batches hold different numbers of tokens, as every other row is padded more."""
     result = _step(family, {"preset": "data"}, 1, micro_batches=4)
