@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (GRPO, arXiv 2402.03300): a clipped policy gradient on answers of the policy itself.
+"""Group relative policy optimisation (GRPO, arXiv 2402.03300): a clipped policy gradient on answers of the policy.
 
     l = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_coefficient k3,   rho = exp(logp - old_logp)
 
@@ -36,8 +36,8 @@ READ = ("inputs", "targets", "loss_weights", "advantages", "on_policy", "old_log
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
     """clip_low, clip_high: how far a ratio counts below and above 1. kl_coefficient: of k3 to the reference, whose
-    log-probabilities are an array of the batch; 0 needs none. aggregation: AGGREGATIONS; constant: tokens, for that one, else 0.
-    temperature: of rollouts, and of all log-probabilities."""
+    log-probabilities are an array of the batch; 0 needs none. aggregation: AGGREGATIONS; constant: tokens, for the one
+    of that name, else 0. temperature: of rollouts, and of all log-probabilities."""
 
     clip_low: float
     clip_high: float

@@ -1,4 +1,4 @@
-"""GRPO against its definition in numpy at float64 and against TRL's loss on fixed rollouts: values, gradients, metrics."""
+"""GRPO against its definition in numpy at float64 and against TRL's loss on fixed rollouts."""
 
 import collections
 import dataclasses
