@@ -69,6 +69,13 @@ class RlExperiment(Experiment):
                 f"config.model.dropout={self.model.dropout:g}: ratios need a policy without dropout; set 0"
             )
 
+    def _check_reference(self) -> None:
+        path, coefficient = "config.objective.grpo.kl_coefficient", named(self.objective).kl_coefficient
+        if coefficient and REFERENCE not in self.roles:
+            raise UsageError(f"{path}={coefficient:g} needs a model; give config.roles.reference with a source")
+        if not coefficient and REFERENCE in self.roles:
+            raise UsageError(f"config.roles.reference has no effect: {path}=0; remove it, or give a coefficient")
+
 
 @dataclasses.dataclass(frozen=True)
 class RlPrograms:
