@@ -128,8 +128,8 @@ def _asked(experiment: RlExperiment, functions: Functions, session: Session) -> 
         others = Generated(function, HELD_OUT_SEED, config.generate)
         held_out = [others.at(index) for index in range(config.held_out)]
         # A later prompt that has no room ends the run; the first ones say so before anything is compiled.
-        first = [prompts.at(index) for index in range(config.prompts)]
-        assert len(list(prompting.fitting([*first, *held_out], encoder, drop=False))) == len(first) + len(held_out)
+        for text in (*held_out, *(prompts.at(index) for index in range(config.prompts))):
+            encoder.ids(text)
         source, count, left_out = config.generate, "any number of", 0
     else:
         read = prompting.read(data, data.source, where="config.data.source")
