@@ -23,6 +23,7 @@ def data() -> dict:
             "rejected": "",
             "label": "",
         },
+        "csv_separator": "",
         "on_bad_record": "stop",
         "max_bad_share": 0.01,
         "preprocessors": (),

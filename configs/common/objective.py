@@ -10,8 +10,11 @@ def objective() -> dict:
             "clip_low": 0.2,
             "clip_high": 0.2,
             "kl_coefficient": 0.0,
+            "reference": "none",
             "aggregation": "token",
             "constant": 0,
             "temperature": 1.0,
         },
+        "reward": {"centering": 0.0},
+        "dpo": {"beta": 0.1, "label_smoothing": 0.0, "length_normalized": False, "reference": "role"},
     }

@@ -45,6 +45,8 @@ def key(config: DataConfig) -> str:
     named = ("source", "fields", "preprocessors", "tokenizer", "validation")
     chosen: dict[str, Any] = {name: getattr(config, name) for name in named}
     chosen["fields"] = config.fields.given
+    if config.separator:
+        chosen["csv_separator"] = config.separator
     if config.extra_ids:
         chosen["extra_ids"] = config.extra_ids
     chosen["sources"] = sorted(config.mixture.sources.items())

@@ -133,6 +133,8 @@ class DataConfig:
 
     source: `KIND:PATH`, KIND one of text, lines, jsonl, csv, parquet, arrow, tfds, seqio (docs/data.md); PATH is a
         file, a folder, a glob or a list of these, local or gs://
+    csv_separator: the character between the fields of all csv sources (a tab may be spelled "\\t"); "" for the one by
+        which the header names the fields that are read
     on_bad_record: what happens at a record that cannot be used (no such field, null, not text, not UTF-8, not JSON):
         "stop" names it, "skip" leaves it out and counts it; of a source at most max_bad_share of the records
     preprocessors: names in data/write/preprocessors.py, applied to every text in this order
@@ -167,6 +169,7 @@ class DataConfig:
     source: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     mixture: MixtureConfig
     fields: FieldsConfig
+    csv_separator: str
     on_bad_record: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     max_bad_share: float = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     preprocessors: tuple[str, ...]
@@ -206,6 +209,8 @@ class DataConfig:
             raise UsageError(
                 f"{path}.validation_stride={self.validation_stride} should lie between 0 and length={self.length}"
             )
+        if self.csv_separator:
+            self._check_separator(f"{path}.csv_separator={self.csv_separator!r}")
         if self.on_bad_record not in ON_BAD_RECORD:
             known = nearest(self.on_bad_record, ON_BAD_RECORD)
             raise UsageError(f"{path}.on_bad_record={self.on_bad_record!r} is unknown; {known}")
@@ -213,3 +218,16 @@ class DataConfig:
             raise UsageError(f"{path}.max_bad_share={self.max_bad_share} should lie between 0 and 1")
         if self.packing not in PACKINGS:
             raise UsageError(f"{path}.packing={self.packing!r} is unknown; {nearest(self.packing, PACKINGS)}")
+
+    def _check_separator(self, given: str) -> None:
+        if len(self.separator) != 1 or self.separator in '"\r\n\0':
+            raise UsageError(f'{given} should be one character, such as ";" or "\\t", and no quote or end of a line')
+        if not any(
+            source.startswith("csv:") for source in (self.source, self.validation, *self.mixture.sources.values())
+        ):
+            raise UsageError(f"{given} is for csv: sources, and there is none; leave it empty")
+
+    @property
+    def separator(self) -> str:
+        """`csv_separator` as it stands in a file: a tab is hard to type."""
+        return self.csv_separator.replace("\\t", "\t")

@@ -2,11 +2,10 @@
 
 A folder of shards. A shard is one file of sections (tokens, bytes per token, document ends, ...) and a JSON beside it
 that is written last and holds sizes and checksum; `index.json` is written when all shards are there. Reading goes
-through `os.preadv`: a memory map of a truncated file would end the process. Few of the files are open at once, as
-large sources have more shards than a process may open. Which rows are read is data/read/packing.py.
+through `os.preadv`: a memory map of a truncated file would end the process. Which files are open is data/open_files.py,
+and which rows are read data/read/packing.py.
 """
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -14,10 +13,8 @@ import hashlib
 import json
 import os
 import pathlib
-import resource
 import socket
 import tempfile
-import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -26,13 +23,13 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UserError
+from t5x_like.data.open_files import OpenFile, OpenFiles
 from t5x_like.storage import paths
 
 VERSION = 1  # of sets without columns, 2 of sets with them
 INDEX = "index.json"
 _READ_AT_ONCE = 1 << 20  # tokens, where many are only counted
 _IN_MEMORY = 4 << 20  # bytes of a section that is being written
-_MANY_FILES = 4096  # where a process may open any number
 _LARGE = 255  # in the section `bytes`: the value is in the list of large ones
 _READ_AT_OPENING = ("ends", "inputs", "large_positions", "large_values")
 _SECTIONS = (  # (name, numpy type or None for the tokens' own, entries per)
@@ -210,58 +207,6 @@ def remove_leftovers(folder: pathlib.Path) -> None:
             path.unlink()
 
 
-class OpenFiles:
-    """At most `limit` files open for reading: those that were read last. Safe from several threads.
-
-    Files are closed when nobody refers to them any more, so none is closed under a thread that reads from it.
-    """
-
-    def __init__(self, limit: int):
-        self._limit, self._lock = limit, threading.Lock()
-        self._files: collections.OrderedDict[str, _File] = collections.OrderedDict()  # read last: at the end
-
-    def get(self, path: str) -> "_File":
-        """The open file. Hold it while reading, no longer."""
-        with self._lock:
-            file = self._files.get(path)
-            if file is not None:
-                self._files.move_to_end(path)
-                return file
-        try:
-            opened = _File(os.open(path, os.O_RDONLY))  # without the lock: on a shared disk this takes long
-        except OSError as error:
-            raise _unreadable(path, error) from None
-        with self._lock:
-            file = self._files.setdefault(path, opened)  # of two threads that opened it the first one's is kept
-            if len(self._files) > self._limit:
-                self._files.popitem(last=False)
-        return file
-
-    def close(self, paths: Iterable[str]) -> None:
-        """Closes these; the others stay open."""
-        with self._lock:
-            for path in paths:
-                self._files.pop(path, None)
-
-
-class _File:
-    """A file descriptor, closed with the last reference to this."""
-
-    __slots__ = ("descriptor",)
-
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit, `os` may be gone
-        close(self.descriptor)
-
-
-def open_files() -> OpenFiles:
-    """For all token sets of a process: half of the files it may have open, as others need some too."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return OpenFiles(_MANY_FILES if limit == resource.RLIM_INFINITY else max(limit // 2, 1))
-
-
 class TokenSet:
     """A complete token set, open for reading. `documents`, `tokens`, `text_bytes`, `skipped`, `bad`: totals.
 
@@ -383,17 +328,23 @@ class _Shard:
             raise UserError(f"{self.path}: its sha256 is not the one in its index; {_REMEDY}")
 
     def read_into(self, tokens: np.ndarray, counts: np.ndarray, local: int) -> None:
-        file = self._files.get(self.path)
+        file = self._open()
         self._fill(file, tokens, self._sections["tokens"][0] + local * tokens.itemsize)
         self._fill(file, counts, self._sections["bytes"][0] + local)
 
     def column(self, name: str, first: int, count: int | None) -> np.ndarray:
         position, entry, entries = self._sections[name]
         column = np.empty(entries if count is None else count, entry)
-        self._fill(self._files.get(self.path), column, position + first * entry.itemsize)
+        self._fill(self._open(), column, position + first * entry.itemsize)
         return column
 
-    def _fill(self, file: _File, out: np.ndarray, position: int) -> None:
+    def _open(self) -> OpenFile:
+        try:
+            return self._files.get(self.path)
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+
+    def _fill(self, file: OpenFile, out: np.ndarray, position: int) -> None:
         """Reads exactly the bytes of `out`; the kernel may give fewer at a time."""
         rest: Any = out
         while (count := self._read(file, rest, position)) < rest.nbytes:
@@ -401,7 +352,7 @@ class _Shard:
                 raise UserError(f"{self.path}: ends at byte {position}, within its data; {_REMEDY}")
             rest, position = memoryview(rest).cast("B")[count:], position + count
 
-    def _read(self, file: _File, out: Any, position: int) -> int:
+    def _read(self, file: OpenFile, out: Any, position: int) -> int:
         try:
             return os.preadv(file.descriptor, [out], position)
         except OSError as error:
@@ -409,7 +360,7 @@ class _Shard:
 
     def _checksum(self) -> str:
         digest, buffer, position = hashlib.sha256(), memoryview(bytearray(1 << 20)), 0
-        file = self._files.get(self.path)
+        file = self._open()
         while count := self._read(file, buffer, position):
             digest.update(buffer[:count])
             position += count

@@ -103,6 +103,11 @@ class Model:
         with use_rules(self.rules), float32_products(self.dtypes.compute):
             return self._architecture.score_input(params, output)
 
+    def read(self, params: Tree, output: Output, name: str) -> Float[Array, "B T"]:
+        """What the head of this name (config.model.scalar_heads) says of each token, in float32."""
+        with use_rules(self.rules), float32_products(self.dtypes.compute):
+            return self._architecture.read(params, output, name)
+
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         """The cache of `rows` texts of up to `length` tokens before the first of them. An encoder-decoder runs its
         encoder on `encoder_inputs` of the batch."""

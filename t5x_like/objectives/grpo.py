@@ -30,21 +30,30 @@ from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.objectives.interface import Batch, Objective, Role, Sums, inputs
 
 AGGREGATIONS = ("token", "sequence", "constant")
+# "role" is the model config.roles.reference, "base" the policy without its adapters. Either is scored before the
+# updates, which read its log-probabilities as an array of the batch.
+REFERENCES = ("none", "role", "base")
 READ = ("inputs", "targets", "loss_weights", "advantages", "on_policy", "old_logp", "rollout_logp")
 
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
-    """clip_low, clip_high: how far a ratio counts below and above 1. kl_coefficient: of k3 to the reference, whose
-    log-probabilities are an array of the batch; 0 needs none. aggregation: AGGREGATIONS; constant: tokens, for the one
-    of that name, else 0. temperature: of rollouts, and of all log-probabilities."""
+    """clip_low, clip_high: how far a ratio counts below and above 1. kl_coefficient: of k3 to the reference.
+    reference: REFERENCES. aggregation: AGGREGATIONS; constant: tokens, for the one of that name, else 0. temperature:
+    of rollouts, and of all log-probabilities."""
 
     clip_low: float
     clip_high: float
     kl_coefficient: float
+    reference: str
     aggregation: str
     constant: int
     temperature: float
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The models that are read besides the policy."""
+        return ("reference",) if self.reference == "role" else ()
 
     def check(self, path: str) -> None:
         if not 0 < self.clip_low <= 1:
@@ -53,6 +62,13 @@ class GrpoConfig:
             raise UsageError(f"{path}.clip_high={self.clip_high:g} should be above 0")
         if self.kl_coefficient < 0:
             raise UsageError(f"{path}.kl_coefficient={self.kl_coefficient:g} should not be negative")
+        if self.reference not in REFERENCES:
+            raise UsageError(f"{path}.reference={self.reference!r} is unknown; {nearest(self.reference, REFERENCES)}")
+        if (self.reference == "none") != (self.kl_coefficient == 0):
+            raise UsageError(
+                f"{path}.kl_coefficient={self.kl_coefficient:g} and reference={self.reference!r} do not fit: a "
+                "divergence needs a reference, 'role' or 'base', and none is read at a coefficient of 0"
+            )
         if self.aggregation not in AGGREGATIONS:
             raise UsageError(
                 f"{path}.aggregation={self.aggregation!r} is unknown; {nearest(self.aggregation, AGGREGATIONS)}"

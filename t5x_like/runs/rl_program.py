@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5x_like.core import tree
 from t5x_like.core.config import named
 from t5x_like.core.errors import UsageError
 from t5x_like.inference.sampling import GREEDY, Sampling
-from t5x_like.models.model import Model
 from t5x_like.objectives.grpo import GrpoConfig
-from t5x_like.objectives.interface import frozen_role, policy
+from t5x_like.objectives.interface import Role, frozen_role, policy
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import replicated
 from t5x_like.rl.config import RlConfig
@@ -58,7 +58,6 @@ class RlExperiment(Experiment):
             )
         if rl.generate is not None and data.validation:
             raise UsageError("config.data.validation has no effect beside config.rl.generate; set config.rl.held_out")
-        self._check_reference()
         if self.loop.on_spike != "off":
             raise UsageError(
                 f"config.loop.on_spike={self.loop.on_spike!r}: the loss of grpo is near 0 by construction, and says "
@@ -68,13 +67,6 @@ class RlExperiment(Experiment):
             raise UsageError(
                 f"config.model.dropout={self.model.dropout:g}: ratios need a policy without dropout; set 0"
             )
-
-    def _check_reference(self) -> None:
-        path, coefficient = "config.objective.grpo.kl_coefficient", named(self.objective).kl_coefficient
-        if coefficient and REFERENCE not in self.roles:
-            raise UsageError(f"{path}={coefficient:g} needs a model; give config.roles.reference with a source")
-        if not coefficient and REFERENCE in self.roles:
-            raise UsageError(f"config.roles.reference has no effect: {path}=0; remove it, or give a coefficient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,26 +101,37 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         )
         return jax.jit(function, out_shardings=replicated(mesh), compiler_options=options)
 
-    reference = program.roles.get(REFERENCE)
-    if reference is not None:
-        _check_fit(program.model, reference.model)
+    reference = _reference(config.reference, program)
     rows = rl.rows or rl.answers
     return RlPrograms(
         sample=rollout(rows, Sampling(temperature=config.temperature, top_k=0, top_p=1.0)),
         answer=rollout(rows, GREEDY),
         score=scoring(role),
-        reference=None if reference is None else scoring(frozen_role(reference.model, REFERENCE)),
+        reference=None if reference is None else scoring(reference),
         scored={name: program.batch[name] for name in TOKENS if name in program.batch},
     )
 
 
-def _check_fit(mine: Model, theirs: Model) -> None:
-    for field in ("vocab_size", "architecture"):
-        if getattr(mine.config, field) != getattr(theirs.config, field):
+def _reference(which: str, program: Program) -> Role | None:
+    """The model that a policy is kept near, as config.objective.grpo.reference says."""
+    if which == "none":
+        return None
+    if which == "base":
+        if tree.flatten(program.layout.frozen["base"]).keys() != tree.flatten(program.model.specs()).keys():
             raise UsageError(
-                f"config.model.{field}={getattr(mine.config, field)!r}, but config.roles.reference has "
-                f"{getattr(theirs.config, field)!r}; the divergence needs the same tokens, read from the same arrays"
+                "config.objective.grpo.reference='base' is the policy without its adapters, and this run trains "
+                "parameters of the model itself; use 'role' with config.roles.reference"
             )
+        return frozen_role(program.model, "base")
+    model = program.roles[REFERENCE].model
+    for field in ("vocab_size", "architecture"):
+        mine, theirs = (getattr(each.config, field) for each in (program.model, model))
+        if mine != theirs:
+            raise UsageError(
+                f"config.model.{field}={mine!r}, but config.roles.reference has {theirs!r}; the divergence needs the "
+                "same tokens, read from the same arrays"
+            )
+    return frozen_role(model, REFERENCE)
 
 
 def prompt_room(experiment: RlExperiment) -> int:

@@ -65,8 +65,8 @@ def check_names(roles: Collection[str], wanted: Collection[str], *, optional: Co
                 f"config.objective.name={objective!r} reads a model as {name!r}; give config.roles.{name} with a source"
             )
     for name in roles:
-        if name not in needed and name not in optional:
-            reads = " and ".join([*needed, *optional]) or "no model but the policy, config.model"
+        if name not in needed:
+            reads = " and ".join(needed) or "no model but the policy, config.model"
             raise UsageError(f"config.roles.{name} has no effect: config.objective.name={objective!r} reads {reads}")
 
 

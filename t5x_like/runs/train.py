@@ -123,8 +123,8 @@ def _check_relations(experiment: Experiment) -> None:
                 f"{model.max_length}; shorten the rows or lengthen the model's"
             )
     _check_features(experiment)
-    entry = objectives.OBJECTIVES[experiment.objective.name]
-    check_names(experiment.roles, entry.roles, optional=entry.optional, objective=experiment.objective.name)
+    wanted = objectives.wanted_roles(experiment.objective)
+    check_names(experiment.roles, wanted, objective=experiment.objective.name)
     if loop.ema_decay is not None and model.dtype.params != "float32":
         raise UsageError(
             f"config.loop.ema_decay={loop.ema_decay:g} needs config.model.dtype.params='float32': a change that small "

@@ -155,7 +155,10 @@ def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) 
     templates = tree.join(layout.state["params"], layout.frozen["base"])
     rules = [(pattern, True) for pattern in select]
     chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
-    taken, _ = tree.split(templates, lambda path: chosen[path])
+    # A head that the source lacks (a reward model begins as a language model) is new and drawn.
+    known = found.config.scalar_heads
+    new_heads = {path for path in chosen if path.startswith("heads/") and path.split("/")[1] not in known}
+    taken, _ = tree.split(templates, lambda path: chosen[path] and path not in new_heads)
     new = tree.flatten(found.read(taken))
     at = "" if found.step is None else f" at step {found.step}"
     return new, f"{len(new)} of {len(chosen)} parameters of {source}{at}"

@@ -30,7 +30,8 @@ def with_reference(tmp_path, finished, **fields):
         "from configs.rl import test\n\n\ndef get_config():\n    config = test.get_config()\n"
         f"    config.checkpoint.init_from = {str(finished)!r}\n"
         f"    config.roles.reference = {{'source': {str(finished)!r}, 'rules': '', 'dtype': 'stored'}}\n"
-        f"    config.objective.grpo.kl_coefficient = 0.1\n{lines}\n    return config\n"
+        f"    config.objective.grpo.update({{'kl_coefficient': 0.1, 'reference': 'role'}})\n{lines}\n"
+        "    return config\n"
     )
     return path
 
@@ -111,6 +112,7 @@ def test_the_command_of_a_config_is_named_where_another_is_used(trained, finishe
     assert "one of `t5x_like train`" in capsys.readouterr().err
 
 
+KL = ["--config.objective.grpo.kl_coefficient=0.1"]
 BAD = {
     "a batch that is no part of an iteration": (["--config.data.batch_size=5"], "does not divide the answers"),
     "an answer longer than the row": (["--config.rl.new_tokens=9"], "config.rl.new_tokens=9 is longer than a row"),
@@ -119,7 +121,9 @@ BAD = {
     "a prompt that has no room": (["--config.rl.new_tokens=8", "--config.data.truncate.rule=drop"], "is room for 1"),
     "one sample": (["--config.rl.samples=1"], "should be at least 2"),
     "rows that do not divide": (["--config.rl.rows=3"], "does not divide config.rl.prompts x samples = 16"),
-    "a divergence without a reference": (["--config.objective.grpo.kl_coefficient=0.1"], "give config.roles.reference"),
+    "a divergence without a reference": (["--config.objective.grpo.kl_coefficient=0.1"], "needs a reference"),
+    "a reference that is not there": ([*KL, "--config.objective.grpo.reference=role"], "give config.roles.reference"),
+    "a base without adapters": ([*KL, "--config.objective.grpo.reference=base"], "is the policy without its adapters"),
     "spikes": (["--config.loop.on_spike=skip"], "leave it 'off'"),
     "dropout": (["--config.model.dropout=0.1"], "a policy without dropout"),
     "a tokenizer to be trained": (["--config.data.tokenizer=train:bpe:300"], "the tokenizer of the model"),

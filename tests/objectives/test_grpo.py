@@ -16,7 +16,7 @@ from t5x_like.rl.advantages import advantages, spread
 from t5x_like.rl.config import AdvantageConfig
 
 ROWS, LENGTH, KL, LOW, HIGH = 8, 12, 0.05, 0.2, 0.28
-CONFIG = GrpoConfig(LOW, HIGH, KL, "token", 0, 1.0)
+CONFIG = GrpoConfig(LOW, HIGH, KL, "base", "token", 0, 1.0)
 CONSTANT = 16
 CONFIGS = {
     "token": CONFIG,
@@ -199,6 +199,8 @@ def test_advantages_are_those_of_the_formula(scale, ddof):
         ({"aggregation": "constant"}, "should be the tokens"),
         ({"temperature": 0.0}, "temperature=0 should be above 0"),
         ({"kl_coefficient": -1.0}, "should not be negative"),
+        ({"kl_coefficient": 0.0}, "none is read at a coefficient of 0"),
+        ({"reference": "none"}, "a divergence needs a reference"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, text):

@@ -104,7 +104,7 @@ def test_log_probabilities_of_rollout_and_of_training_agree(case, micro_batches)
     assert weights.sum() == found["lengths"].sum()
 
     def scored(temperature):
-        config = GrpoConfig(0.2, 0.2, 0.0, "token", 0, temperature)
+        config = GrpoConfig(0.2, 0.2, 0.0, "none", "token", 0, temperature)
         axes = {name: type("Spec", (), {"axes": ("batch", "length")}) for name in batch}
         score = scoring_function(policy(model), config, rules=model.rules, inputs=axes, micro_batches=micro_batches)
         logp = jax.jit(score, compiler_options=FAST)(

@@ -32,8 +32,8 @@ FAMILIES = {
 }
 # Other objectives than that of language models: (family, fields of the objective).
 OBJECTIVES = {
-    "grpo": ("llama", {"kl_coefficient": 0.1, "aggregation": "sequence", "temperature": 0.7}),
-    "grpo of t5": ("t5", {"kl_coefficient": 0.1, "aggregation": "token", "temperature": 0.7}),
+    "grpo": ("llama", {"kl_coefficient": 0.1, "reference": "base", "aggregation": "sequence", "temperature": 0.7}),
+    "grpo of t5": ("t5", {"kl_coefficient": 0.1, "reference": "base", "aggregation": "token", "temperature": 0.7}),
 }
 
 

@@ -6,6 +6,7 @@
 | source_target | packed examples, inputs beside targets | encoder-decoders |
 | span_corruption | chunks of text with spans replaced by sentinels | pretraining of encoder-decoders |
 | pairs | a prompt with a chosen and a rejected answer | preferences |
+| pair_texts | the same, each a whole text without targets | reward models |
 | labels | a text with its class | classifiers |
 | rollouts | a prompt with an answer of the policy | reinforcement learning |
 """
@@ -21,7 +22,7 @@ from t5x_like.data.config import T5_NOISE, DataConfig
 from t5x_like.data.read.causal import CAUSAL
 from t5x_like.data.read.interface import Feature
 from t5x_like.data.read.rollouts import ROLLOUTS
-from t5x_like.data.read.sequences import LABELS, PAIRS
+from t5x_like.data.read.sequences import LABELS, PAIR_TEXTS, PAIRS
 from t5x_like.data.read.source_target import SOURCE_TARGET
 from t5x_like.data.read.span_corruption import SPAN_CORRUPTION
 
@@ -30,6 +31,7 @@ FEATURES: dict[str, Feature] = {
     "source_target": SOURCE_TARGET,
     "span_corruption": SPAN_CORRUPTION,
     "pairs": PAIRS,
+    "pair_texts": PAIR_TEXTS,
     "labels": LABELS,
     "rollouts": ROLLOUTS,
 }

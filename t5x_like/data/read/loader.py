@@ -20,11 +20,12 @@ from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
+from t5x_like.data.open_files import OpenFiles, open_files
 from t5x_like.data.read import mixtures
 from t5x_like.data.read.features import FEATURES, arrays, check
 from t5x_like.data.read.interface import Batch, Draw, Reader, Span
 from t5x_like.data.read.permutation import permute
-from t5x_like.data.token_set import OpenFiles, TokenSet
+from t5x_like.data.token_set import TokenSet
 from t5x_like.data.tokenizers import vocabularies
 
 Read = TypeVar("Read")
@@ -227,7 +228,7 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
     manifest = cache.read_manifest(config, cache_dir)
     folder = cache.local_folder(cache_dir)
     vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
-    files = token_set.open_files()
+    files = open_files()
     opening = (folder, config, vocabulary, files)
     train = [
         _open(name, entry, *opening, stride=config.length, held_out=False)
@@ -292,8 +293,10 @@ def _open(
     tokens = TokenSet(folder / entry.folder, verify=config.verify, files=files)
     if tokens.tokens < 2:
         raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
-    if "rejected" in tokens.columns and config.features != "pairs":
-        raise UsageError(f"config.data.features={config.features!r} reads no pairs (config.data.fields); use 'pairs'")
+    if "rejected" in tokens.columns and config.features not in ("pairs", "pair_texts"):
+        raise UsageError(
+            f"config.data.features={config.features!r} reads no pairs (config.data.fields); use 'pairs' or 'pair_texts'"
+        )
     reader = FEATURES[config.features].open(tokens, config, vocabulary, stride)
     rows = reader.size.rows
     if held_out and config.validation_batches:

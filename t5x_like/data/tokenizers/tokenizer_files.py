@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers import cuts
+from t5x_like.data.tokenizers import cuts, sentencepiece_files, spelled_tokens
 from t5x_like.data.tokenizers.added_tokens import AddedToken, Division
 from t5x_like.data.tokenizers.word_cache import WordCache, pattern_of
 
@@ -55,6 +55,9 @@ class TokenizerFile:
     named_sentinels: int  # ids at the end that the file itself names <extra_id_0> (the last one), <extra_id_1>, ...
     added: tuple[AddedToken, ...] = ()  # behind the pieces of a SentencePiece model
     legacy: bool = False  # with those: a space is put before the text behind one too
+    rounds: bool = False  # adds up rounded scores along a text, so that near ties depend on how long it is
+    found: tuple[str, ...] = ()  # added tokens that are found in a text
+    hides_sentinels: bool = False  # has <extra_id_0>, and not as its last id
 
 
 # Bytes.
@@ -167,6 +170,9 @@ def read_sentencepiece(
         named_sentinels=0 if more else _named_sentinels(processor.id_to_piece, size),
         added=more,
         legacy=legacy and bool(more),
+        rounds=sentencepiece_files.read(content, path).kind == sentencepiece_files.UNIGRAM,
+        found=tuple(division.contents.values()),
+        hides_sentinels=any(token.content == "<extra_id_0>" for token in more),
     )
 
 
@@ -223,8 +229,8 @@ def _spread(counts: list[int], is_byte: list[bool], total: int) -> list[int]:
 
 
 class _Tokenizers:
-    def __init__(self, tokenizer: Any, *, exact: bool, pattern: str | None):
-        self._tokenizer, self._exact = tokenizer, exact
+    def __init__(self, tokenizer: Any, encoder: Any, *, exact: bool, pattern: str | None):
+        self._tokenizer, self._encoder, self._exact = tokenizer, encoder, exact
         self._words = None if pattern is None else WordCache(pattern, self._encode)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -235,10 +241,10 @@ class _Tokenizers:
         return [next(others) if ids is None else ids for ids in found]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def count_bytes(self, text: str) -> list[int]:
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        offsets = self._encoder.encode(text, add_special_tokens=False).offsets
         return _counts_from_offsets(text, offsets)
 
     def decode(self, ids: list[int]) -> str | None:
@@ -273,9 +279,6 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
         tokenizer = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
-    tokenizer.encode_special_tokens = True  # a text that spells out <|endoftext|> is text
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     style = _style(layout)
     added = {token["id"]: token for token in layout.get("added_tokens", [])}
     pieces = {token: piece for piece, token in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -289,10 +292,25 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
     bos = next((specials[n] for n in _BOS_NAMES if n in specials), None) if names == (None, None) else bos
     eos = next((specials[n] for n in _EOS_NAMES if n in specials), None) if eos is None else eos
     bos = None if bos == eos else bos  # GPT-2 names one token twice: documents are then separated by one, not two
-    engine = _Tokenizers(tokenizer, exact=style != "opaque", pattern=pattern_of(layout))
+    encoder = spelled_tokens.encoder(layout, tokenizer)
+    engine = _Tokenizers(tokenizer, encoder, exact=style != "opaque", pattern=pattern_of(layout))
     places = cuts.between_words(layout, surfaces)
     named = _named_sentinels(lambda token: pieces.get(token, ""), len(surfaces))
-    return TokenizerFile("tokenizers", "tokenizer.json", content, engine, tuple(surfaces), bos, eos, 0, places, named)
+    return TokenizerFile(
+        "tokenizers",
+        "tokenizer.json",
+        content,
+        engine,
+        tuple(surfaces),
+        bos,
+        eos,
+        0,
+        places,
+        named,
+        rounds=cuts.rounds(layout),
+        found=tuple(token["content"] for token in added.values() if not token["special"]),
+        hides_sentinels=not named and "<extra_id_0>" in ids,
+    )
 
 
 def _named_sentinels(name: Callable[[int], str], size: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers import cuts, folders, tokenizer_files
+from t5x_like.data.tokenizers import cuts, folders, rebuilt, tokenizer_files
 from t5x_like.data.tokenizers.added_tokens import AddedToken
 from t5x_like.data.tokenizers.folders import Folder
 from t5x_like.data.tokenizers.tokenizer_files import TokenizerFile
@@ -50,6 +50,11 @@ class Vocabulary:
         """The same tokenizer with `count` sentinels at its end. UserError when it has others."""
         if count in (0, self.extra_ids):
             return self
+        if self._file.hides_sentinels:
+            raise UserError(
+                "the tokenizer has <extra_id_0> of its own, and not as its last id, where span corruption looks for "
+                f"it; {count} others behind it would not be those that its model knows; set extra_ids=0"
+            )
         if self.extra_ids:
             raise UserError(f"the tokenizer has {self.extra_ids} extra ids of its own, not {count}; set extra_ids=0")
         surfaces = (*self._surfaces, *(b"",) * count)
@@ -69,6 +74,11 @@ class Vocabulary:
         """A pattern of the places where a text may be cut in two without other ids, "" for none."""
         lines_are_spaces = self.encode("a\nb") == self.encode("a b")
         return "" if self._file.cuts == cuts.BETWEEN_LINES and lines_are_spaces else self._file.cuts
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the library adds up rounded scores along a text: near ties then depend on where it begins."""
+        return self._file.rounds
 
     @functools.cached_property
     def _surface_bytes(self) -> np.ndarray:
@@ -115,7 +125,7 @@ class Vocabulary:
     @functools.cached_property
     def loses(self) -> str:
         """The first of some texts that does not come back, as "'A' becomes 'a'"; "" where all do: lossless."""
-        for text in _HARD_TEXTS:
+        for text in (*_HARD_TEXTS, *(f"a {token} b{token}c" for token in self._file.found)):
             again = self.decode(self.encode(text))
             if again != text:
                 return f"{text!a} becomes {again!a}"
@@ -193,8 +203,6 @@ def load(path: str) -> Vocabulary:
     content = place.read_bytes()
     folder = Folder(place.parent)
     if content.lstrip()[:1] == b"{":
-        if place.name == "tekken.json":
-            raise folders.foreign(place)
         return _of_layout(content, place, folder)
     if place.suffix == ".tiktoken" or folders.is_foreign(content):
         raise folders.foreign(place)
@@ -206,8 +214,12 @@ def _load_folder(path: pathlib.Path) -> Vocabulary:
         return _load_saved(path)
     if (path / "tokenizer.json").is_file():
         return load(str(path / "tokenizer.json"))
-    folder = Folder(path)
+    folder = Folder(path, of_model=True)
     model = folder.model()
+    if model is not None and folder.tokenizer_class:
+        made, names = rebuilt.layout(folder, model)
+        content = json.dumps(made, ensure_ascii=False).encode()
+        return Vocabulary(tokenizer_files.read_tokenizer_json(content, path / "tokenizer.json", names))
     if model is not None:
         return load(str(model))
     layout = folder.layout()
@@ -225,6 +237,8 @@ def _of_layout(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabular
     names = folder.names
     try:
         layout = json.loads(content)
+        if folders.is_tekken(layout):
+            raise folders.foreign(place)
         whole = folder.complete(layout)
     except (ValueError, TypeError, KeyError, AttributeError):
         return Vocabulary(tokenizer_files.read_tokenizer_json(content, place, names))  # which says what is wrong
@@ -237,7 +251,9 @@ def _of_model(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabulary
     """Of a SentencePiece model with what the files beside it say."""
     folder.refuse_class(place.name, folders.MADE_OF_MODEL)
     sentinels = folder.sentinels()
-    added = [token for token in folder.added() if not (sentinels and token.content.startswith("<extra_id_"))]
+    given = folder.added()
+    folder.refuse_white_space()
+    added = [token for token in given if not (sentinels and token.content.startswith("<extra_id_"))]
     legacy = bool(folder.settings.get("legacy", False))
     file = tokenizer_files.read_sentencepiece(content, place, extra_ids=0, added=added, legacy=legacy)
     if sentinels and not file.named_sentinels:

@@ -22,6 +22,7 @@ class Tally:
 
     def __init__(self, kind: str, files: Sequence[str], *, rule: str):
         self._kind, self._files, self._rule = kind, files, rule
+        self._fields = "the features of the task" if kind == "seqio" else "config.data.fields"
         self.records = self.count = 0
         self.first: list[list[Any]] = []
 
@@ -33,7 +34,7 @@ class Tally:
             raise UserError(f"{place(self._kind, self._files[int(file)], offset)}: {problem}; {_REMEDY}")
         if self.count == self.records == _HOPELESS:
             at = place(self._kind, self._files[file], offset)
-            raise UserError(f"{at}: {problem}; all {_HOPELESS} first records are bad: check config.data.fields")
+            raise UserError(f"{at}: {problem}; all {_HOPELESS} first records are bad: check {self._fields}")
 
     def facts(self) -> dict[str, Any]:
         return {"bad": {"count": self.count, "first": self.first}} if self.count else {}
@@ -73,6 +74,8 @@ def lines(index: dict[str, Any], kind: str, files: Sequence[str]) -> list[str]:
 
 def place(kind: str, path: str, offset: int) -> str:
     """`PATH:LINE (byte N)` where a file has lines, else `PATH: record N` or `PATH`."""
+    if kind == "seqio":  # the path is SOURCE#TASK-SHARD
+        return f"{path}: example {offset}"
     if sources.unit(kind) == "record":
         return f"{path}: record {offset}"
     if kind == "text":  # the problem says where in the file

@@ -38,7 +38,8 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     wanted = () if plain else FieldsConfig(**job["fields"]).names
 
     def read(file: int, begin: int, end: int) -> Iterator[sources.Record]:
-        return sources.read(job["kind"], job["files"][file], begin, end, name=job["name"], wanted=wanted)
+        path, separator = job["files"][file], job["separator"]
+        return sources.read(job["kind"], path, begin, end, name=job["name"], wanted=wanted, separator=separator)
 
     cursor = sources.Cursor(read, [piece for given in pieces.values() for piece in given])
     written = []
@@ -83,6 +84,7 @@ def read_pieces(
     fields: FieldsConfig,
     names: Sequence[str],
     *,
+    separator: str = "",
     on_bad_record: str = "stop",
 ) -> Iterator[Placed]:
     """The documents of some pieces of a native source, in order."""
@@ -90,7 +92,9 @@ def read_pieces(
     wanted = () if source.kind in ("text", "lines") else fields.names
     for piece in pieces:
         path = files[piece.file].path
-        records = sources.read(source.kind, path, piece.begin, piece.end, name=source.name, wanted=wanted)
+        records = sources.read(
+            source.kind, path, piece.begin, piece.end, name=source.name, wanted=wanted, separator=separator
+        )
         yield from _read_piece(source.kind, records, piece, fields, names, tally, _no_report)
 
 

@@ -8,30 +8,20 @@ result is does not depend on the number of workers. Reading the cache is data/re
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from typing import Any
 
 from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
-from t5x_like.data.tokenizers import tokenizer_training, vocabularies
-from t5x_like.data.write import bad_records, encoding, parts, preprocessors, sources, workers
+from t5x_like.data.write import bad_records, chosen_tokenizer, encoding, memory, parts, preprocessors, sources, workers
+from t5x_like.data.write.chosen_tokenizer import Training
 from t5x_like.data.write.parts import Part, Parts
-from t5x_like.storage import paths, patterns
+from t5x_like.storage import paths
 
 _SHARDS, _SMALLEST_SHARD, _LARGEST_SHARD = 64, 1 << 20, 256 << 20
-# Of a tokenizer in a bucket these are copied to a temporary folder, up to so many bytes.
-_TOKENIZER_FILES, _MOST_STAGED = (".json", ".model", ".txt", ".jinja", ".tiktoken"), 256 << 20
 _INLINE_BYTES = 4 << 20  # less than this is tokenized here, sooner than a worker starts
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A tokenizer of `size` tokens is being trained on up to `text_bytes` bytes of text: long, and nothing to count."""
-
-    size: int
-    text_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +163,16 @@ def _write(
 
 
 def plan(
-    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None, saved: str
+    config: DataConfig,
+    folder: pathlib.Path,
+    pool: workers.Pool,
+    report: Report | None,
+    saved: str,
+    share: memory.Share | None = None,
 ) -> tuple[Parts, str, list[SetPlan]]:
     """(text, the tokenizer's folder, the token sets to train on and those held out)."""
-    found = parts.find(config, folder, pool)
-    tokenizer = _tokenizer(config, folder, found, report, saved)
+    found = parts.find(config, folder, pool, share)
+    tokenizer = chosen_tokenizer.place(config, folder, found, report, saved)
     given = [*found.train.values(), *found.validation.values()]
     return found, tokenizer, _plan_sets(config, folder, given, tokenizer)
 
@@ -212,76 +207,6 @@ def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
     return bool(config.source) and len(train) > 1
 
 
-# The tokenizer.
-
-
-def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report | None, saved: str) -> str:
-    """The tokenizer's folder within the cache."""
-    if config.tokenizer == "task":
-        if config.extra_ids:
-            raise UsageError(f"config.data.extra_ids={config.extra_ids}: a task says how many it has; leave it at 0")
-        if found.vocabulary is None:
-            raise UsageError("config.data.tokenizer=task: no seqio: source here has a vocabulary; give a tokenizer")
-        return found.vocabulary
-    trained = tokenizer_training.parse(config.tokenizer, where="config.data.tokenizer")
-    if saved or trained is None:
-        staged = patterns.staged(saved or config.tokenizer, endings=_TOKENIZER_FILES, most=_MOST_STAGED)
-        with staged as place:
-            vocabulary = vocabularies.load(place)
-    else:
-        name = _trained(config, folder, list(found.train.values()), trained, report)
-        vocabulary = vocabularies.load(str(folder / name))
-    place = parts.place_vocabulary(vocabulary.with_extra_ids(config.extra_ids), folder)
-    if found.vocabulary not in (None, place):  # the name of the folder is the fingerprint
-        raise UsageError(f"config.data.tokenizer={config.tokenizer} is not the vocabulary of the SeqIO task; use task")
-    return place
-
-
-def _trained(
-    config: DataConfig, folder: pathlib.Path, given: list[Part], trained: tuple[str, int], report: Report | None
-) -> str:
-    """Trains unless the cache has the tokenizer of the same text; a small file remembers which that was."""
-    if any(part.task for part in given):
-        raise UsageError(
-            f"config.data.tokenizer={config.tokenizer}: needs text; with seqio: sources use task or a path"
-        )
-    text = [[part.content, part.begin, part.end, _reading(config, part)] for part in given]
-    recipe = cache.digest([trained, config.tokenizer_training_bytes, text])[:16]
-    memory = folder / f"trained-{recipe}.json"
-    if memory.is_file():
-        name = paths.read_json(str(memory))["tokenizer"]
-        if (folder / name / vocabularies.SETTINGS).is_file():
-            return name
-    limit = config.tokenizer_training_bytes // len(given)
-    if report is not None:
-        report(Training(trained[1], sum(_most_text(part, limit) for part in given)))
-    texts = _training_texts(config, given, limit)
-    name = parts.place_vocabulary(tokenizer_training.train(*trained, texts), folder)
-    paths.write_json_atomic(str(memory), {"tokenizer": name})
-    return name
-
-
-def _training_texts(config: DataConfig, given: list[Part], limit: int) -> Iterator[str]:
-    """Texts of each part from its begin, up to `limit` bytes of each."""
-    for part in given:
-        pieces = sources.pieces(part.source.kind, part.files, part.begin, part.end)
-        documents = encoding.read_pieces(
-            part.source, part.files, pieces, config.fields, config.preprocessors, on_bad_record=config.on_bad_record
-        )
-        yield from encoding.first_texts(documents, limit)
-
-
-def _most_text(part: Part, limit: int) -> int:
-    """The text of a part is no more than `limit` bytes, nor than its files where these are counted in bytes."""
-    return min(limit, part.end - part.begin) if sources.unit(part.source.kind) == "byte" else limit
-
-
-def _reading(config: DataConfig, part: Part) -> list[Any]:
-    """What decides the text of a document besides the file."""
-    plain = part.source.kind in ("text", "lines", "seqio")
-    return [part.source.kind, None if plain else config.fields.given, list(config.preprocessors)]
-
-
 # Token sets.
 
 
@@ -298,7 +223,7 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
                 part.begin,
                 part.end,
                 part.task,
-                _reading(config, part),
+                parts.reading(config, part),
                 vocabulary.fingerprint,
             ]
         )
@@ -331,6 +256,7 @@ def _jobs(
     job: dict[str, Any] = {"folder": str(place), "tokenizer": tokenizer, "token_type": kind}
     if part.task is not None:
         named = {"module": part.source.path, "name": f"{part.task['task']}:{part.task['split']}"}
+        named |= {"files": [file.path for file in part.files], "on_bad_record": config.on_bad_record}
         shards = range(part.task["shards"])
         return "encode_task_shard", [
             {**job, **named, "index": shard, "shard": shard, "shards": len(shards)} for shard in shards
@@ -344,6 +270,7 @@ def _jobs(
         "files": [file.path for file in part.files],
         "fields": dataclasses.asdict(config.fields),
         "preprocessors": list(config.preprocessors),
+        "separator": config.separator,
         "on_bad_record": config.on_bad_record,
     }
     return "encode_shards", [

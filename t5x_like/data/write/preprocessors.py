@@ -103,7 +103,7 @@ def _field(record: dict[str, Any], name: str, kind: str) -> str:
             raise UserError(f"field {name!r} is not UTF-8 at byte {error.start}") from None
     if value is _MISSING:
         raise UserError(f"no field {name!r} among {', '.join(record)}; set config.data.fields.{kind}")
-    found = "null" if value is None else f"{value!r:.60}"
+    found = "null" if value is None else " ".join(f"{value!r:.60}".split())
     raise UserError(f"field {name!r} should be a text, is {found}")
 
 
@@ -113,6 +113,8 @@ def _value(record: dict[str, Any], name: str) -> Any:
         return record[name]
     value: Any = record
     for part in name.split("."):
+        if value is None:  # as a table gives it for a column within one that is null
+            return None
         if not isinstance(value, dict) or part not in value:
             return _MISSING
         value = value[part]

@@ -6,7 +6,8 @@ from typing import Any
 
 from t5x_like.core.terminal import Progress, StatusLine, format_bytes
 from t5x_like.data.config import DataConfig
-from t5x_like.data.write.prepare import Prepared, Training, Writing, prepare
+from t5x_like.data.write.chosen_tokenizer import Training
+from t5x_like.data.write.prepare import Prepared, Writing, prepare
 
 
 def show_progress(

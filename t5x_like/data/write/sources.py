@@ -7,17 +7,15 @@ and table_readers.py. Nothing here imports TensorFlow; the adapter of SeqIO is d
 """
 
 import bisect
-import concurrent.futures
 import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from t5x_like.core.config import nearest
-from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data import cache
-from t5x_like.data.write import content, csv_reader, table_readers, text_readers
+from t5x_like.data.write import content, csv_reader, memory, table_readers, text_readers
 from t5x_like.data.write.records import MissingSource, Reader, Record, SourceFile
 from t5x_like.storage import paths, patterns
 
@@ -64,10 +62,12 @@ def parse(text: str, *, where: str) -> Source:
     return Source(kind, rest, "")
 
 
-def files(source: Source, *, where: str, memory: pathlib.Path | None = None) -> list[SourceFile]:
+def files(
+    source: Source, *, where: str, folder: pathlib.Path | None = None, share: memory.Share | None = None
+) -> list[SourceFile]:
     """The files of a native source. UserError for none, or where all are empty, or one is unreadable.
 
-    Empty files are among them, with measure 0. memory: a folder that remembers how long compressed files are
+    Empty files are among them, with measure 0. folder: that of a cache, which remembers how long compressed files are
     """
     place = f"{where}={source}"
     if source.kind == "tfds":
@@ -78,7 +78,7 @@ def files(source: Source, *, where: str, memory: pathlib.Path | None = None) -> 
         if not paths.is_remote(source.path):
             raise
         raise MissingSource(str(error)) from None  # a bucket that cannot be reached: the cache may be enough
-    found = _measured(source.kind, names, memory)
+    found = _measured(source.kind, names, folder, share)
     if not any(file.measure for file in found):
         which = f"all {len(found)} files are empty" if len(found) > 1 else "the file is empty"
         raise UserError(f"{names[0]}: {which}; {where} needs text")
@@ -172,8 +172,15 @@ class Cursor:
             yield record
 
 
-def read(kind: str, path: str, begin: int, end: int, *, name: str, wanted: tuple[str, ...] = ()) -> Iterator[Record]:
-    """The records of a file that begin in [begin, end), of tables with the fields that are wanted (all where none)."""
+def read(
+    kind: str, path: str, begin: int, end: int, *, name: str, wanted: tuple[str, ...] = (), separator: str = ""
+) -> Iterator[Record]:
+    """The records of a file that begin in [begin, end), of tables with the fields that are wanted (all where none).
+
+    name: the split of tfds; separator: of csv, "" for the one by which its header names the wanted fields
+    """
+    if kind == "csv":
+        return csv_reader.read_csv(path, begin, end, wanted, separator)
     return KINDS[kind].read(f"{path}\n{name}" if kind == "tfds" else path, begin, end, wanted)
 
 
@@ -217,24 +224,39 @@ def _inside(kind: str, folder: str, where: str) -> list[str]:
     return found
 
 
-def _measured(kind: str, names: list[str], memory: pathlib.Path | None) -> list[SourceFile]:
-    """The files, several at a time: a compressed one is read through, unless `memory` knows it."""
+def _measured(kind: str, names: list[str], folder: pathlib.Path | None, share: memory.Share | None) -> list[SourceFile]:
+    """The files. A compressed one is read through, unless the cache remembers how long it is."""
+
+    def read(index: int) -> list[Any]:
+        file = _file(kind, names[index])
+        return [file.measure, file.size, file.starts]
+
     try:
-        states = [[name, *paths.state(name)] for name in names]
+        states = [memory.state(name) for name in names]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    known = memory / f"files-{cache.digest([kind, states])[:16]}.json" if memory is not None else None
-    if known is not None and known.is_file():
-        facts = paths.read_json(str(known))
-        return [
-            SourceFile(name, measure, size, None if starts is None else tuple(starts))
-            for name, (measure, size, starts) in zip(names, facts, strict=True)
-        ]
-    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-        found = list(pool.map(lambda name: _file(kind, name), names))
-    if known is not None and any(paths.is_remote(file.path) or file.starts == (0,) for file in found):
-        paths.write_json_atomic(str(known), [[file.measure, file.size, file.starts] for file in found])
-    return found
+    remote = any(paths.is_remote(name) for name in names)
+    found = memory.facts(
+        "files",
+        kind,
+        states,
+        read,
+        costs=[state[1] for state in states],
+        folder=folder,
+        share=share if share is not None and any(_is_packed(kind, name) for name in names) else None,
+        keep=lambda found: remote or any(starts == [0] for _, _, starts in found),
+    )
+    return [
+        SourceFile(name, measure, size, None if starts is None else tuple(starts))
+        for name, (measure, size, starts) in zip(names, found, strict=True)
+    ]
+
+
+def _is_packed(kind: str, path: str) -> bool:
+    try:
+        return unit(kind) == "byte" and bool(content.compression(path))
+    except OSError:  # said where it is read
+        return False
 
 
 def _file(kind: str, path: str) -> SourceFile:
