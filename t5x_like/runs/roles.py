@@ -56,7 +56,7 @@ def build_model(
     return Model(config, sharding_rules.rules(rules, field=field), policy)
 
 
-def check_names(roles: Collection[str], wanted: Collection[str], *, optional: Collection[str], objective: str) -> None:
+def check_names(roles: Collection[str], wanted: Collection[str], *, objective: str) -> None:
     """The section `roles` names the models that the objective reads beside the policy, and no others."""
     needed = [name for name in wanted if name != POLICY]
     for name in needed:
