@@ -33,7 +33,7 @@ from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import named
 from t5x_like.runs import roles
-from t5x_like.storage import model_directory, paths
+from t5x_like.storage import model_directory, paths, patterns
 from t5x_like.storage.base import restore_whole
 
 
@@ -254,10 +254,11 @@ def load(
     spare_search()
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     platform = devices[0].platform
-    if is_foreign(os.fspath(directory)):
+    directory = patterns.one(os.fspath(directory))
+    if is_foreign(directory):
         if step is not None or ema:
             raise UsageError(f"{directory} is no workdir: it holds no steps and no averaged parameters")
-        return _load_foreign(os.fspath(directory), mesh=mesh, rules=rules, dtype=dtype, platform=platform)
+        return _load_foreign(directory, mesh=mesh, rules=rules, dtype=dtype, platform=platform)
     place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.

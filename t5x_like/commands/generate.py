@@ -9,6 +9,7 @@ import sys
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
 from t5x_like.runs.arguments import Parser
+from t5x_like.storage import patterns
 
 
 def run(arguments: list[str]) -> int:
@@ -36,7 +37,7 @@ def run(arguments: list[str]) -> int:
     environment.apply(environment.READING)
     from t5x_like.language_model import load  # imports jax, whose environment now stands
 
-    model = load(options.directory, step=options.checkpoint, ema=options.ema)
+    model = load(patterns.one(options.directory, what="DIR="), step=options.checkpoint, ema=options.ema)
     texts = model.generate(
         prompts,
         max_new_tokens=options.max_new_tokens,

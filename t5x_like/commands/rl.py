@@ -13,7 +13,7 @@ from t5x_like.commands.train import begin
 
 
 def run(arguments: Sequence[str]) -> int:
-    started = begin(arguments, prog="t5x_like rl", description=__doc__, section="rl")
+    started = begin(arguments, prog="t5x_like rl", description=__doc__, own="rl")
 
     from t5x_like.runs import rl
     from t5x_like.runs.functions import named_functions

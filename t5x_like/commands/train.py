@@ -15,8 +15,7 @@ from typing import Any
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
-from t5x_like.runs.arguments import Parser, load_config, override, split_config
-from t5x_like.runs.arguments import section as config_section
+from t5x_like.runs.arguments import Parser, load_config, override, section, split_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Started:
 
 
 def run(arguments: Sequence[str]) -> int:
-    started = begin(arguments, prog="t5x_like train", description=__doc__, section="")
+    started = begin(arguments, prog="t5x_like train", description=__doc__, own="")
 
     from t5x_like.runs import training_run
     from t5x_like.training.session import Request
@@ -45,26 +44,31 @@ def run(arguments: Sequence[str]) -> int:
     )
 
 
-def begin(arguments: Sequence[str], *, prog: str, description: str | None, section: str) -> Started:
+def begin(arguments: Sequence[str], *, prog: str, description: str | None, own: str) -> Started:
     """Reads arguments and configs, and puts the environment in force: threads and devices are fixed when jax starts.
 
-    section: the one that only configs of this command have, "" for none. Imports little.
+    own: the section that only configs of this command have, "" for none.
     """
     config_arguments, others = split_config(arguments)
     options = _parse(others, prog=prog, description=description)
+    # Light imports only until the environment stands: threads and devices are fixed when jax starts.
+    from t5x_like.storage import patterns
     from t5x_like.storage import workdir as workdirs
 
+    begins = any(argument.startswith("--config=") for argument in config_arguments)
+    if not begins:  # a run that is there already
+        options.workdir = patterns.one(options.workdir, what="--workdir=")
     stored = workdirs.read_config(options.workdir)
-    if any(argument.startswith("--config=") for argument in config_arguments):
+    if begins:
         config, overrides = load_config(config_arguments)
     elif stored is not None:
         config, overrides = override(stored, config_arguments)
     else:
         raise UsageError(f"--workdir={options.workdir} holds no config.json to resume; give --config=FILE")
-    if ("rl" in config) != (section == "rl"):
+    if ("rl" in config) != (own == "rl"):
         command = "rl" if "rl" in config else "train"
         raise UsageError(f"{prog}: this config is one of `t5x_like {command}`; start it by that")
-    runtime = bridge.build(environment.RuntimeConfig, config_section(config, "runtime"), path="config.runtime")
+    runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     threads = workdirs.recorded_threads(options.workdir) or _threads_of_branch(config)
     in_force = environment.apply(runtime, recorded_threads=threads)
     return Started(options, config, overrides, stored, in_force)
@@ -75,8 +79,10 @@ def _threads_of_branch(config: Mapping[str, Any]) -> int | None:
     from t5x_like.storage import model_directory
     from t5x_like.storage import workdir as workdirs
 
-    given = config_section(config, "checkpoint").get("branch_from")
-    return workdirs.recorded_threads(model_directory.split(given)[0]) if isinstance(given, str) else None
+    given = section(config, "checkpoint").get("branch_from")
+    if not isinstance(given, str):
+        return None
+    return workdirs.recorded_threads(model_directory.named(given, what="config.checkpoint.branch_from=")[0])
 
 
 def _parse(arguments: Sequence[str], *, prog: str, description: str | None) -> argparse.Namespace:

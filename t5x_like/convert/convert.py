@@ -23,13 +23,13 @@ from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.models import config as model_config
 from t5x_like.models.config import ModelConfig
-from t5x_like.storage import model_directory, paths, streams
+from t5x_like.storage import model_directory, paths, patterns, streams
 
 
 def to_native(source: str, target: str, *, dtype: str | None = None) -> ModelConfig:
     """Converts a model of another program into a model directory. dtype None: as stored. Returns the model's config."""
     _check_dtype(dtype)
-    with open_foreign(source) as foreign, staged(target) as staging:
+    with open_foreign(patterns.one(source)) as foreign, staged(target) as staging:
         config, mapping, reading = open_reading(foreign, dtype=dtype)
         itemsize = np.dtype(config.dtype.params).itemsize
         streams.require_space(staging, itemsize * sum(math.prod(leaf.shape) for leaf in mapping.leaves.values()))
@@ -99,7 +99,7 @@ def to_huggingface(
 ) -> ModelConfig:
     """Converts a model directory into a Hugging Face folder. dtype None: as stored. Returns the model's config."""
     _check_dtype(dtype)
-    place = model_directory.locate(source, step=step)
+    place = model_directory.locate(patterns.one(source), step=step)
     note = model_directory.read_metadata(place.checkpoint)
     config = model_config.resolve(note["config"]["model"])
     if config.family not in FAMILIES:

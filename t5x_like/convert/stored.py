@@ -16,7 +16,7 @@ from t5x_like.core.types import Tree
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.models import config as model_config
 from t5x_like.models.config import ModelConfig
-from t5x_like.storage import model_directory
+from t5x_like.storage import model_directory, paths, patterns
 from t5x_like.storage.base import restore_whole
 from t5x_like.storage.reading import check_templates
 
@@ -43,6 +43,7 @@ def open_model(directory: str) -> StoredModel:
 
     Reads no parameters. Raises UserError where there is no model.
     """
+    directory = patterns.one(directory)
     if is_foreign(directory):
         return _foreign(directory)
     place = model_directory.locate(directory)
@@ -62,12 +63,13 @@ def _foreign(directory: str) -> StoredModel:
         # A folder may hold settings alone, of a tokenizer that needs no files: then nothing can be compared.
         files = [file for file in foreign.tokenizer if file.endswith((".model", "tokenizer.json"))]
         folder = os.path.dirname(files[0]) if files else None
+        there = foreign.path if paths.is_directory(foreign.path) else paths.parent(foreign.path)
         return StoredModel(
             directory=foreign.path,
             step=None,
             config=open_reading(foreign, dtype=None)[0],
             tokenizer=vocabularies.load(folder).fingerprint if folder else None,
-            tokenizer_folder=folder,
+            tokenizer_folder=there if folder else None,
             read=functools.partial(_read_foreign, directory),
         )
 

@@ -28,7 +28,7 @@ from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
 from t5x_like.runs.roles import check_tokenizers
 from t5x_like.runs.train import Experiment, Run
-from t5x_like.storage import paths
+from t5x_like.storage import paths, patterns
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.model_directory import DamagedCheckpoint
 from t5x_like.storage.workdir import Workdir
@@ -102,12 +102,13 @@ def is_finished(session: Session, steps: int, saver: Saver) -> bool:
 def _open_data(experiment: Experiment, session: Session) -> TrainData:
     """The prepared data; process 0 prepares what is missing while the others wait."""
     processes, workdir = session.processes, session.workdir
-    cache = experiment.data.cache or workdir.path("cache")
+    beside = workdir.path("cache")
+    cache = experiment.data.cache or beside
     if processes.primary:
         with _saved_tokenizer(experiment.data.tokenizer, workdir) as saved:
-            show_progress(experiment.data, cache, tokenizer=saved)
+            show_progress(experiment.data, cache, tokenizer=saved, beside=beside)
     processes.broadcast("data is prepared", True, timeout=math.inf)
-    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
+    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed, beside=beside)
     processes.agree("data fingerprint", data.fingerprint)
     workdir.check_data(data.fingerprint)
     if experiment.model.vocab_size != data.vocabulary.size:
@@ -235,9 +236,10 @@ def begin(
     tokenizer = inputs.vocabulary.fingerprint
     if config.branch_from is not None:
         return _branch(experiment, session, saver, branch.checkpoint(config.branch_from), inputs)
-    if config.init_from is not None:
-        taken, origin = take(config.init_from, select=config.init_select, layout=program.layout, tokenizer=tokenizer)
-    saver.begin(config.init_from, taken.keys())
+    source = config.init_from and patterns.one(config.init_from, what="config.checkpoint.init_from=")
+    if source is not None:
+        taken, origin = take(source, select=config.init_select, layout=program.layout, tokenizer=tokenizer)
+    saver.begin(source, taken.keys())
     state, frozen = programs.initialize(program, seed=experiment.seed, taken=taken)
     return 0, state, frozen, {}, origin
 

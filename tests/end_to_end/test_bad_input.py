@@ -112,6 +112,37 @@ BAD_CONFIG = {
     ),
     "a kind of source that is none": (["--config.data.source=txt:a"], 2, "did you mean 'text'"),
     "a missing file": (["--config.data.source=text:no/such/file.txt"], 1, "no/such/file.txt"),
+    "a pattern that no model matches": (
+        ["--config.checkpoint.init_from={files}/no-*"],
+        1,
+        "config.checkpoint.init_from={files}/no-*: no file or folder has a name like this",
+    ),
+    "a pattern that several models match": (
+        ["--config.checkpoint.init_from={files}/{{empty,broken}}.txt"],
+        1,
+        "empty,broken}}.txt matches 2 paths ({files}/broken.txt, {files}/empty.txt); expected just one",
+    ),
+    "a pattern of a branch that several runs match": (
+        ["--config.checkpoint.branch_from={files}/*.txt@3"],
+        1,
+        "config.checkpoint.branch_from={files}/*.txt matches 2 paths",
+    ),
+    "a pattern that several tokenizers match": (
+        ["--config.data.tokenizer={files}/*.txt"],
+        1,
+        "config.data.tokenizer={files}/*.txt matches 2 paths",
+    ),
+    "a pattern that no data set matches": (
+        ["--config.data.source=tfds:{files}/no-*:train"],
+        1,
+        "config.data.source=tfds:{files}/no-*: no file or folder has a name like this",
+    ),
+    "a held-out file that is missing": (
+        ["--config.data.validation=text:{files}/no-*.txt"],
+        1,
+        "config.data.validation=text:{files}/no-*.txt: no file has a name like this",
+    ),
+    "tasks in a bucket": (["--config.data.source=seqio:gs://b/tasks.py:t"], 2, "is read from a disk; copy it there"),
     "a wrong vocabulary size": (["--config.model.vocab_size=300"], 2, "set config.model.vocab_size=259"),
     "a spike test that is silent for ever": (["--config.loop.spike_deviations=nan"], 2, "should be a finite number"),
     "a loss of no number": (["--config.objective.lm.z_loss=nan"], 2, "z_loss=nan should be a finite number"),
@@ -177,6 +208,7 @@ def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsy
     arguments = [argument.format(files=tmp_path, finished=finished) for argument in arguments]
     assert train(tmp_path / "run", *arguments) == status
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("prepare: ")]
+    part = part.format(files=tmp_path) if "{files}" in part else part
     assert len(errors) == 1 and errors[0].startswith("t5x_like: ") and part in errors[0], errors
     assert not (tmp_path / "run" / "config.json").exists() and _sizes(finished) == before
 
@@ -247,6 +279,35 @@ def test_what_cannot_be_generated_is_one_line(case, finished, capsys):
     assert main(["generate", str(finished), *BAD_TEXT[case]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("t5x_like: ")
+
+
+BAD_PATH = {
+    "no run": (["train", "--workdir={files}/no-*"], 1, "--workdir={files}/no-*: no file or folder has a name like"),
+    "several runs": (["train", "--workdir={files}/run-[12]"], 1, "matches 2 paths ({files}/run-1, {files}/run-2)"),
+    "several models": (["generate", "{files}/run-*", "--prompt=a"], 1, "DIR={files}/run-* matches 2 paths"),
+    "several to inspect": (["inspect", "{files}/run-1,{files}/run-2"], 1, "matches 2 paths"),
+    "several to convert": (["convert", "{files}/run-?", "{files}/new"], 1, "SRC={files}/run-? matches 2 paths"),
+    "several configs": (["train", "--config={files}/*.py", "--workdir={files}/new"], 1, "a.py, {files}/b.py)"),
+    "a config in a bucket": (["train", "--config=gs://b/c.py:x", "--workdir={files}/new"], 2, "copy it there"),
+    "a plan in a bucket": (
+        ["plan", "--config=tiny", "--topology=v5e:2x4", "--json=gs://b/plan.json"],
+        1,
+        "a plan is written to a disk",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PATH)
+def test_a_path_that_is_not_just_one_is_one_line(case, tmp_path, capsys):
+    for name in ("run-1", "run-2"):
+        (tmp_path / name).mkdir()
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("raise SystemExit")
+    arguments, status, part = BAD_PATH[case]
+    assert main([argument.replace("{files}", str(tmp_path)) for argument in arguments]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("t5x_like: ") and part.replace("{files}", str(tmp_path)) in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.py", "b.py", "run-1", "run-2"]
 
 
 @pytest.mark.parametrize(

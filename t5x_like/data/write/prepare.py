@@ -95,9 +95,12 @@ class SetPlan:
         )
 
 
-def prepare(config: DataConfig, cache_dir: str, *, report: Report | None, tokenizer: str = "") -> Prepared:
+def prepare(
+    config: DataConfig, cache_dir: str, *, report: Report | None, tokenizer: str = "", beside: str = ""
+) -> Prepared:
     """Makes the token cache of `config` complete in `cache_dir` (local or gs://). `report` is called with progress.
     `tokenizer` is a folder where the config's tokenizer was saved before; then it is not looked for, nor trained.
+    `beside` is a folder for what a cache that may not be written lacks of this config (`cache.write_manifest`).
 
     Where the sources are not on this machine, a cache that was prepared for the same config elsewhere is enough.
     """
@@ -109,12 +112,12 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None, tokeni
     written: list[dict[str, Any]] = []
     try:
         with workers.Pool(config.workers or cores()) as pool:
-            manifest, written = _write(config, folder, pool, report, tokenizer)
-        cache.write_manifest(config, cache_dir, manifest)
+            manifest, written = _write(config, cache_dir, pool, report, tokenizer)
+        cache.write_manifest(config, cache_dir, manifest, beside=beside)
     except sources.MissingSource:
-        if not (folder / cache.name(config)).is_file():
+        if cache.find_manifest(config, cache_dir, beside) is None:
             raise
-        manifest = cache.read_manifest(config, cache_dir)
+        manifest = cache.read_manifest(config, cache_dir, beside=beside)
     return prepared(manifest, folder, written, started)
 
 
@@ -154,10 +157,13 @@ def _bad_places(entries: list[cache.SetEntry], indexes: list[dict[str, Any]]) ->
 
 
 def _write(
-    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None, saved: str
+    config: DataConfig, cache_dir: str, pool: workers.Pool, report: Report | None, saved: str
 ) -> tuple[cache.Manifest, list[dict[str, Any]]]:
     """Writes what is missing; (manifest, facts of the shards written)."""
+    folder = cache.local_folder(cache_dir)
     found, tokenizer, plans = plan(config, folder, pool, report, saved)
+    for each in plans:
+        cache.fetch_set(cache_dir, each.place.name)
     written = _write_sets(config, plans, pool, report)
     return manifest_of(config, folder, found, tokenizer, plans, pool), written
 
