@@ -26,6 +26,9 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to read (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="read the averaged parameters")
+    parser.add_argument(
+        "--dtype", default="compute", help="how matrices are held: compute (default), stored, float32, bfloat16, int8"
+    )
     options = parser.parse_args(arguments)
     if not options.prompt:
         raise UsageError("t5x_like generate: give at least one --prompt=TEXT")
@@ -36,7 +39,7 @@ def run(arguments: list[str]) -> int:
     environment.apply(environment.READING)
     from t5x_like.language_model import load  # imports jax, whose environment now stands
 
-    model = load(options.directory, step=options.checkpoint, ema=options.ema)
+    model = load(options.directory, step=options.checkpoint, ema=options.ema, dtype=options.dtype)
     texts = model.generate(
         prompts,
         max_new_tokens=options.max_new_tokens,

@@ -24,6 +24,7 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.models import config as model_config
 from t5x_like.models.config import ModelConfig
 from t5x_like.storage import model_directory, paths, streams
+from t5x_like.storage.leaves import Built
 
 
 def to_native(source: str, target: str, *, dtype: str | None = None) -> ModelConfig:
@@ -56,9 +57,10 @@ def open_reading(foreign: Foreign, *, dtype: str | None) -> tuple[ModelConfig, M
 
 
 def load_params(
-    foreign: Foreign, templates: Callable[[ModelConfig], Mapping[str, jax.ShapeDtypeStruct]]
+    foreign: Foreign, templates: Callable[[ModelConfig], Mapping[str, jax.ShapeDtypeStruct | Built]]
 ) -> dict[str, Any]:
-    """The parameters of a model of another program. templates(config): the type and place of each leaf, by path.
+    """The parameters of a model of another program. templates(config): the type and place of each leaf, by path, or
+    what makes the leaf of the pieces that are read.
 
     A device's share of a leaf is read when it is placed; the host holds one share at a time. A leaf without a sharding
     goes to the first device.
@@ -67,6 +69,9 @@ def load_params(
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
     for path, wanted in templates(config).items():
+        if isinstance(wanted, Built):
+            arrays[path] = wanted.build(functools.partial(reading.read, path), mapping.chunk(path, 4))
+            continue
         read = functools.partial(_read_share, mapping, reading, path, np.dtype(wanted.dtype).name)
         arrays[path] = jax.block_until_ready(jax.make_array_from_callback(wanted.shape, wanted.sharding or first, read))
     return tree.unflatten(arrays)
