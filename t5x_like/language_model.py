@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from t5x_like.compress import quant_array
 from t5x_like.compress import reading as quantizing
+from t5x_like.compress.quant_array import QuantArray
 from t5x_like.convert.convert import load_params
 from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import dtypes, tree
@@ -344,5 +345,9 @@ def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, 
             models.append(roles.build_model(config, rules=rules, platform=platform))
             return tree.flatten(_templates(models[0], mesh, dtype))
 
-        params = load_params(foreign, templates)
+        def packed(path: str, values: np.ndarray, scale: np.ndarray) -> QuantArray:
+            spec = tree.flatten(models[0].specs())[path]
+            return quantizing.placed(path, values, scale, spec.axes, _place(models[0], mesh))
+
+        params = load_params(foreign, templates, packed=packed)
     return LanguageModel(models[0], params, vocabulary, _start_id(models[0], foreign.extra, vocabulary))

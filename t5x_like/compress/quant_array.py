@@ -10,6 +10,7 @@ Legend: K contracted, N new, V vocab, D model, M rows, E experts, F new dim of a
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,24 +21,46 @@ from jax.sharding import get_abstract_mesh
 from t5x_like.core.types import Axes
 from t5x_like.layers.platform import platform
 from t5x_like.layers.weights import parse
+from t5x_like.storage.streams import chunks
 
 KIND = "int8"
 LARGEST = 127
 # On a CPU, products of few rows convert their weights a block at a time (docs/log.md): XLA's matrix product wants
 # floats, and would write the whole weight out in them. Rows up to which that is faster, and bytes of a float block.
 FEW_ROWS, BLOCK_BYTES = 32, 3 << 20
+_PART_BYTES = 1 << 20  # of float32 that are quantized at a time: the passes over them stay in a core's cache
 
 
-def quantized(w: np.ndarray, dims: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(int8 values, float32 scales with size 1 in `dims`) of a float weight whose dims `dims` are summed.
+def quantized(w: np.ndarray, dims: tuple[int, ...], scale_dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """(int8 values, scales with size 1 in `dims`) of a float weight whose dims `dims` are summed.
 
-    Rounds half to even. A channel of zeros, or of numbers too small for a scale, has the scale 1. In numpy alone: a
-    compiler that divides in another way would round ties differently, and the same model would have other bits.
+    Rounds half to even. A channel of zeros, or of numbers too small for a scale, has the scale 1, and one
+    that holds NaN or infinity a scale that is not finite. scale_dtype: what
+    scales are rounded to before they are used. In numpy alone: a compiler that divides in another way would round ties
+    differently, and the same model would have other bits.
     """
-    w = w.astype(np.float32, copy=False)
-    scale = np.max(np.abs(w), axis=dims, keepdims=True) / np.float32(LARGEST)
-    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
-    return np.rint(w / scale).astype(np.int8), scale
+    values = np.empty(w.shape, np.int8)
+    scale = np.empty([1 if dim in dims else size for dim, size in enumerate(w.shape)], scale_dtype)
+    for part in chunks(w.shape, _part(w.shape, dims)):
+        where = tuple(slice(*span) for span in part)
+        piece = w[where].astype(np.float32, copy=False)
+        largest = np.max(np.abs(piece), axis=dims, keepdims=True)
+        found = (largest / np.float32(LARGEST)).astype(scale_dtype)
+        found = np.where(found.astype(np.float32) < np.finfo(np.float32).tiny, np.ones((), scale_dtype), found)
+        with np.errstate(invalid="ignore"):  # whoever asks looks whether the scales are finite
+            steps = np.rint(piece / found.astype(np.float32))
+            values[where] = np.clip(steps, -LARGEST, LARGEST)  # a scale that was rounded down gives more steps
+        scale[tuple(slice(0, 1) if dim in dims else span for dim, span in enumerate(where))] = found
+    return values, scale
+
+
+def _part(shape: Sequence[int], dims: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what is quantized at a time: whole channels, as many as are `_PART_BYTES` large."""
+    part = [size if dim in dims else 1 for dim, size in enumerate(shape)]
+    for dim in reversed(range(len(shape))):
+        room = _PART_BYTES // (4 * math.prod(part))
+        part[dim] = max(part[dim], min(shape[dim], max(room, 1)))
+    return tuple(part)
 
 
 @jax.tree_util.register_dataclass

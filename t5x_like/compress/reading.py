@@ -14,8 +14,6 @@ from t5x_like.core.types import Axes, Tree
 from t5x_like.storage.reading import Place
 from t5x_like.storage.streams import Region, chunks
 
-_BYTES = 1 << 20  # of float32 that are quantized at a time: the passes over them stay in a core's cache
-
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -30,34 +28,25 @@ class Quantized:
     dims: tuple[int, ...]
     place: Place
 
-    def build(self, read: Callable[[Region], np.ndarray], chunk: Sequence[int]) -> QuantArray:
-        """The leaf from pieces that `read` gives, one after the other; chunk: the shape in which it is stored."""
+    def build(self, read: Callable[[Region], np.ndarray], chunk: Sequence[int], /) -> QuantArray:
         scale_shape = tuple(1 if dim in self.dims else size for dim, size in enumerate(self.shape))
         values, scale = np.empty(self.shape, np.int8), np.empty(scale_shape, np.float32)
         for region in chunks(self.shape, whole(chunk, self.shape, self.dims)):
-            piece = read(region)
-            for part in chunks(piece.shape, self._part(piece.shape)):
-                found = quantized(piece[tuple(slice(*span) for span in part)], self.dims)
-                target = tuple(slice(b + low, b + high) for (b, _), (low, high) in zip(region, part, strict=True))
-                values[target] = found[0]
-                scale[tuple(slice(0, 1) if dim in self.dims else span for dim, span in enumerate(target))] = found[1]
+            where = tuple(slice(*span) for span in region)
+            channels = tuple(slice(0, 1) if dim in self.dims else span for dim, span in enumerate(where))
+            values[where], scale[channels] = quantized(read(region), self.dims)
         if not np.isfinite(scale).all():
             raise UserError(f"{self.path!r} holds NaN or infinity; take an earlier checkpoint")
-        return QuantArray(*(self._put(name, part) for name, part in (("values", values), ("scale", scale))), self.axes)
+        return placed(self.path, values, scale, self.axes, self.place)
 
-    def _part(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of what is quantized at a time: whole channels, as many as are `_BYTES` large."""
-        size = 4 * int(np.prod([shape[dim] for dim in self.dims]))
-        part = list(shape)
-        for dim in range(len(shape)):
-            if dim not in self.dims:
-                rest = size * int(np.prod([part[d] for d in range(dim + 1, len(shape)) if d not in self.dims]))
-                part[dim] = max(1, min(part[dim], _BYTES // max(rest, 1)))
-        return tuple(part)
 
-    def _put(self, name: str, array: np.ndarray) -> jax.Array:
-        sharding = self.place(f"{self.path}/{name}", array.shape)
-        return jax.device_put(array, jax.local_devices()[0] if sharding is None else sharding)
+def placed(path: str, values: np.ndarray, scale: np.ndarray, axes: Axes, place: Place) -> QuantArray:
+    """A leaf whose parts lie where `place(path of the part, shape)` says."""
+    arrays = []
+    for name, part in (("values", values), ("scale", scale)):
+        sharding = place(f"{path}/{name}", part.shape)
+        arrays.append(jax.device_put(part, jax.local_devices()[0] if sharding is None else sharding))
+    return QuantArray(arrays[0], arrays[1], axes)
 
 
 def whole(chunk: Sequence[int], shape: Sequence[int], dims: Sequence[int]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from t5x_like.convert import scratch
+from t5x_like.convert.compressed_tensors import Packing
 from t5x_like.convert.mapping import ModelMap, Reading, Target, all_finite
 from t5x_like.core.errors import UserError
 from t5x_like.storage import fingerprint
@@ -55,8 +56,10 @@ def from_native(
     dtype: str | None,
     recorded: Mapping[str, int],
     where: str,
+    packing: Packing | None = None,
 ) -> None:
     """Reads every leaf once and puts it into their tensors. Raises DamagedCheckpoint where bits are not `recorded`."""
+    packed = {} if packing is None else packing.dims
 
     def move(job: tuple[str, Region]) -> tuple[str, int]:
         path, region = job
@@ -66,10 +69,16 @@ def from_native(
         value = fingerprint.part(piece, [begin for begin, _ in region], leaf.shape)
         if not all_finite(piece):
             raise UserError(f"{where}: {path!r} holds NaN or infinity; take an earlier checkpoint")
-        mapping.write(target, path, region, piece if dtype is None else piece.astype(dtype, copy=False))
+        if packing is not None and path in packed:
+            packing.write(mapping, target, path, region, piece)
+        else:
+            mapping.write(target, path, region, piece if dtype is None else piece.astype(dtype, copy=False))
         return path, value
 
-    jobs = ((path, region) for path, leaf in leaves.items() for region in chunks(leaf.shape, leaf.chunk))
+    def pieces(path: str, leaf: LeafReader) -> Iterator[Region]:
+        return chunks(leaf.shape, leaf.chunk if packing is None else packing.chunk(path, leaf.shape, leaf.chunk))
+
+    jobs = ((path, region) for path, leaf in leaves.items() for region in pieces(path, leaf))
     sums = _add(in_threads(move, jobs), leaves)
     wrong = [path for path, value in sums.items() if value != recorded.get(path)]
     if wrong:
