@@ -19,7 +19,7 @@ from t5x_like.core import tree
 from t5x_like.parallel import mesh as meshes
 from t5x_like.storage import model_directory
 from t5x_like.storage.checkpoint import Checkpoints
-from tests.convert import folders, synthetic
+from tests.convert import folders, synthetic, test_memory
 
 STORIES = pathlib.Path(__file__).parents[1] / "data" / "stories260K"
 ROOT = pathlib.Path(__file__).parents[2]
@@ -102,8 +102,8 @@ def test_a_checkpoint_holds_such_leaves_and_is_read_back_without_being_told(mode
     )
 
 
-def test_reading_holds_little_more_than_the_int8(tmp_path):
-    """A process of its own reads a float32 model of 600 MB from either form: 176 MB of int8 and a few pieces."""
+def test_reading_and_exporting_hold_little_more_than_the_int8(tmp_path):
+    """Processes of their own read a float32 model of 700 MB from either form: 176 MB of int8 and a few pieces."""
     synthetic.write(tmp_path / "theirs", size=600_000_000, dtype="float32")
     convert.to_native(str(tmp_path / "theirs"), str(tmp_path / "ours"))
     for name in ("theirs", "ours"):
@@ -114,3 +114,8 @@ def test_reading_holds_little_more_than_the_int8(tmp_path):
         measured = json.loads(done.stdout.splitlines()[-1])
         assert 140_000_000 < measured["int8"] < 180_000_000 and measured["floats"] < 1_000_000
         assert measured["peak"] - measured["before"] - measured["int8"] < 150_000_000, (name, measured)
+    measured = test_memory._run("export", tmp_path / "ours", tmp_path / "out")
+    assert measured["peak"] - measured["before"] < 1.3 * test_memory.LIMIT, measured
+    floats = 2 * 4 * 32_000 * 2048  # embedding and head
+    layers = sum(file.stat().st_size for file in (tmp_path / "theirs").iterdir()) - floats
+    assert 0.25 * layers < (tmp_path / "out/model.safetensors").stat().st_size - floats < 0.26 * layers
