@@ -26,8 +26,9 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "configs" / "eval"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """limit: documents of each task at most, None for all. shots: examples before each question, None for what the
-    task says. generation: NAME=VALUE,... over every task's generation_kwargs. chat: requests go through the model's chat template. batch_tokens: tokens of a batch."""
+    """limit: documents of each task at most, None for all. shots: examples before each question, None for what the task
+    says. generation: NAME=VALUE,... over every task's generation_kwargs. chat: requests go through the model's chat
+    template. batch_tokens: tokens of a batch."""
 
     limit: int | None
     shots: int | None

@@ -91,7 +91,7 @@ def read(path: str) -> Evaluation:
         return Evaluation(path, tuple(_metric(each) for each in found["metrics"]), found["shots"], 0, {})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a report of `t5x_like evaluate` ({type(error).__name__}: {error}); give its report.json"
+            f"{path}: no report of `t5x_like evaluate` ({type(error).__name__}: {error}); give its report.json"
         ) from None
 
 
