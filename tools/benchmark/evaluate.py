@@ -12,7 +12,7 @@ from tools.benchmark.shape import SHAPE, config, transformers_model
 from tools.benchmark.timing import THREADS, Values
 
 # Contexts and answers as those of HellaSwag or MMLU with examples; four answers to each question.
-QUESTIONS, CHOICES, CONTEXT, ANSWER = 16, 4, (40, 400), (2, 40)
+QUESTIONS, CHOICES, CONTEXT, ANSWER = 48, 4, (40, 400), (2, 40)
 
 
 def measure(rounds: int, steps: int) -> None:
@@ -74,8 +74,8 @@ def _ours(values: Values) -> dict[str, Any]:
     model = roles.build_model(stored.config, rules="", platform="cpu")
     wanted = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in tree.leaves(model.specs())}
     params = tree.unflatten(stored.read(wanted))
-    subject = EvaluatedModel("ours", model, params, vocabularies.load("bytes"), 0, mesh=None, chat=None)
-    backend, requests = Backend(subject, batch_tokens=4096, seed=0), [(None, *pair) for pair in _requests()]
+    subject = EvaluatedModel.of("ours", model, params, vocabularies.load("bytes"), start_id=0, mesh=None, chat=None)
+    backend, requests = Backend(subject, batch_tokens=2048, seed=0), [(None, *pair) for pair in _requests()]
     forward = _forward()
     scores = [logp for logp, _ in backend._loglikelihood_tokens(requests)]
     forward()
