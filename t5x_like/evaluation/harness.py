@@ -70,9 +70,10 @@ class Tasks:
 
         from t5x_like.evaluation.backend import Backend
 
+        run: Any = lm_eval.simple_evaluate  # a wrapper hides its signature
         backend = Backend(subject, batch_tokens=settings.batch_tokens, seed=settings.seed)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars and notes
-            found: Any = lm_eval.simple_evaluate(
+            found: Any = run(
                 backend,
                 tasks=self.names,
                 task_manager=self.of(self.names),
@@ -154,8 +155,8 @@ def _plain(item: Any) -> Any:
 def _manager(include: Sequence[str], names: Sequence[str], data: str) -> Any:
     from lm_eval.tasks import TaskManager
 
-    metadata = {"data": data} if data else {}
-    folders = [str(SHIPPED), *include]  # the later ones count where two have a task of one name
+    metadata: dict[str, Any] = {"data": data} if data else {}
+    folders: list[str | pathlib.Path] = [SHIPPED, *include]  # the later ones count where two have a task of one name
     local = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     if all(_matching(pattern, local.all_tasks, strict=False) for pattern in names):
         return local  # to read the harness's own thousands of files takes seconds

@@ -96,7 +96,7 @@ def read(path: str) -> Evaluation:
 
 
 def _metric(stored: Mapping[str, Any]) -> Metric:
-    fields = {name: stored[name] for name in _STORED}
+    fields: dict[str, Any] = {name: stored[name] for name in _STORED}
     items = tuple(_tuples(item) for item in fields.pop("items"))
     return Metric(**fields | {"documents": tuple(fields["documents"])}, items=items, aggregate=mean)
 
