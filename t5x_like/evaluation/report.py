@@ -97,8 +97,9 @@ def read(path: str) -> Evaluation:
 
 def _metric(stored: Mapping[str, Any]) -> Metric:
     fields: dict[str, Any] = {name: stored[name] for name in _STORED}
-    items = tuple(_tuples(item) for item in fields.pop("items"))
-    return Metric(**fields | {"documents": tuple(fields["documents"])}, items=items, aggregate=mean)
+    fields["items"] = tuple(_tuples(item) for item in fields["items"])
+    fields["documents"] = tuple(fields["documents"])
+    return Metric(**fields, aggregate=mean)
 
 
 def _tuples(item: Any) -> Any:

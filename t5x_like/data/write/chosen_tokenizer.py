@@ -44,14 +44,16 @@ def place(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report
         return found.vocabulary
     trained = tokenizer_training.parse(config.tokenizer, where="config.data.tokenizer")
     if saved or trained is None:
-        staged = patterns.staged(saved or config.tokenizer, endings=_TOKENIZER_FILES, most=_MOST_STAGED)
+        given = saved or patterns.one(config.tokenizer, what="config.data.tokenizer=")
+        staged = patterns.staged(given, endings=_TOKENIZER_FILES, most=_MOST_STAGED)
         with staged as there:
             vocabulary = vocabularies.load(there)
     else:
         name = _trained(config, folder, list(found.train.values()), trained, report)
         vocabulary = vocabularies.load(str(folder / name))
-    name = parts.place_vocabulary(vocabulary.with_extra_ids(config.extra_ids), folder)
-    if found.vocabulary not in (None, name):  # the name of the folder is the fingerprint
+    vocabulary = vocabulary.with_extra_ids(config.extra_ids)
+    name = parts.place_vocabulary(vocabulary, folder, with_chat_template=config.chat.template == "tokenizer")
+    if found.vocabulary not in (None, parts.folder_name(vocabulary.with_chat_template(""))):  # its fingerprint
         raise UsageError(f"config.data.tokenizer={config.tokenizer} is not the vocabulary of the SeqIO task; use task")
     return name
 
