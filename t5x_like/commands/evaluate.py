@@ -147,7 +147,7 @@ def _open(directory: str, options: Any, mesh: "Mesh | None") -> "tuple[Evaluated
     template = None
     if options.chat and stored.tokenizer_folder is not None:
         with paths.local_copy(stored.tokenizer_folder) as local:
-            template = chat.read(local)
+            template = chat.read(local, loaded.vocabulary)
     if options.chat and (template is None or not template.template):
         raise UserError(f"{directory}: its tokenizer has no chat template; leave --chat out")
     section = None
