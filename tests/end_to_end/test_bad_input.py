@@ -5,6 +5,7 @@ import gzip
 import json
 import pathlib
 import shutil
+import sys
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -392,6 +393,84 @@ def test_a_bad_export_or_folder_is_one_line_and_leaves_nothing(case, exports, fi
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("t5x_like: ") and part in line, line
     assert not list(tmp_path.iterdir()) and (exports / "full/mine").read_text() == "kept"
+
+
+_CHOICE = "task: mine\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\n"
+_CHOICE += (
+    "doc_to_target: 0\ndoc_to_choice: [a, b]\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+)
+# {files} holds tasks of ours, one of which reads a file that is not there; {finished} is a finished run.
+BAD_EVALUATION = {
+    "no tasks and no text": (["{finished}"], 2, "give --tasks=NAME,NAME or --text=PATH"),
+    "a task that is none": (["{finished}", "--tasks=local_helaswag"], 2, "did you mean 'local_hellaswag'"),
+    "a folder of tasks that is none": (["{finished}", "--tasks=a", "--include_path=no/such"], 1, "no such folder"),
+    "a shipped task without data": (["{finished}", "--tasks=local_gsm8k"], 1, "give --data=FOLDER"),
+    "a folder without a task's data": (
+        ["{finished}", "--tasks=local_gsm8k", "--data={files}"],
+        1,
+        "has no gsm8k/test.jsonl, which the task reads",
+    ),
+    "a task file without its data": (["{finished}", "--tasks=lost", "--include_path={files}"], 1, "missing.jsonl"),
+    "a text that is not there": (["{finished}", "--text=no/such.txt"], 1, "no/such.txt: no such file"),
+    "a kind of text that is none": (["{finished}", "--text=jsonl:"], 2, "should be KIND:PATH"),
+    "a model that is not there": (["no/such", "--text={files}/a.txt"], 1, "no/such is no model directory"),
+    "a model without a tokenizer": (["{files}/bare", "--text={files}/a.txt"], 1, "holds no tokenizer"),
+    "a model given twice": (["{finished}", "{finished}", "--text=a"], 2, "a model is given twice"),
+    "no template of a chat": (
+        ["{finished}", "--tasks=mine", "--chat", "--include_path={files}/good"],
+        1,
+        "no chat tem",
+    ),
+    "a batch of nothing": (["{finished}", "--text=a", "--batch_tokens=0"], 2, "--batch_tokens=0 should be at least 1"),
+    "a report that is none": (["{finished}", "--text={files}/a.txt", "--fail_if_worse={files}/a.json"], 1, "no report"),
+    "a mesh of no axis": (["{finished}", "--text={files}/a.txt", "--mesh=fspd=2"], 2, "'fspd=2' should be AXIS=SIZE"),
+    "a room that is too small": (
+        ["{finished}", "--tasks=long", "--include_path={files}/good"],
+        2,
+        "task long: {finished}: max_gen_toks=256 leaves no room for a context in this model's max_length=128",
+    ),
+    "an answer longer than the model": (
+        ["{finished}", "--tasks=wide", "--include_path={files}/good"],
+        1,
+        "an answer of 301 tokens is longer than this model's max_length=128",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def evaluation_files(finished, tmp_path_factory):
+    files = tmp_path_factory.mktemp("evaluation")
+    (files / "good").mkdir()
+    (files / "a.txt").write_text("some text")
+    (files / "a.json").write_text("{}")
+    (files / "lost.yaml").write_text(_CHOICE.format(file=files / "missing.jsonl").replace("mine", "lost"))
+    (files / "good" / "a.jsonl").write_text(json.dumps({"q": "a"}) + "\n")
+    good = _CHOICE.format(file=files / "good" / "a.jsonl")
+    (files / "good" / "mine.yaml").write_text(good)
+    (files / "good" / "wide.yaml").write_text(good.replace("mine", "wide").replace("[a, b]", f"[{'a' * 300}, b]"))
+    long = good.replace("mine", "long").replace(
+        "multiple_choice", "generate_until\nmetric_list: [{metric: exact_match}]"
+    )
+    (files / "good" / "long.yaml").write_text(long.replace("doc_to_choice: [a, b]\n", ""))
+    shutil.copytree(finished, files / "bare")
+    shutil.rmtree(files / "bare" / "tokenizer")
+    return files
+
+
+@pytest.mark.xdist_group("lm_eval")
+@pytest.mark.parametrize("case", BAD_EVALUATION)
+def test_what_cannot_be_evaluated_is_one_line(case, finished, evaluation_files, capsys):
+    arguments, status, part = BAD_EVALUATION[case]
+    values = {"finished": finished, "files": evaluation_files}
+    assert main(["evaluate", *(argument.format(**values) for argument in arguments)]) == status
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("t5x_like: ")]
+    assert part.format(**values) in line, line
+
+
+def test_tasks_without_the_harness_name_the_extra(finished, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["evaluate", str(finished), "--tasks=local_hellaswag"]) == 1
+    assert "t5x_like: tasks need lm_eval; pip install 't5x_like[eval]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
