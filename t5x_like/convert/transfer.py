@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ from t5x_like.storage import fingerprint
 from t5x_like.storage.model_directory import DamagedCheckpoint
 from t5x_like.storage.streams import ItemWriter, LeafReader, Region, chunks
 
+# What becomes of a piece on its way: (path, region, piece, dtype that is wanted) -> piece, in that or a finer type.
+Change = Callable[[str, Region, np.ndarray, np.dtype], np.ndarray]
 THREADS = 2
 _MMAP_THRESHOLD = -3  # the parameter of mallopt(3)
 _ONE, _Result = TypeVar("_ONE"), TypeVar("_Result")
@@ -59,8 +62,69 @@ def from_native(
     dtype: str | None,
     recorded: Mapping[str, int],
     where: str,
+    change: Change | None = None,
 ) -> None:
     """Reads every leaf once and puts it into their tensors. Raises DamagedCheckpoint where bits are not `recorded`."""
+    read_all(
+        leaves,
+        lambda path, region, piece: mapping.write(target, path, region, piece),
+        dtype=dtype,
+        recorded=recorded,
+        where=where,
+        change=change,
+    )
+
+
+def between_native(
+    leaves: Mapping[str, LeafReader],
+    item: str,
+    *,
+    dtype: str | None,
+    recorded: Mapping[str, int],
+    where: str,
+    change: Change,
+) -> dict[str, dict[str, Any]]:
+    """Writes the leaves of ours, changed, into a new item of ours. Returns as `to_native`."""
+    types = {path: np.dtype(dtype) if dtype else leaf.dtype for path, leaf in leaves.items()}
+    writer = ItemWriter(item, {path: (leaf.shape, types[path], leaf.chunk) for path, leaf in sorted(leaves.items())})
+    sums = dict.fromkeys(writer.leaves, 0)
+    lock = threading.Lock()
+
+    def write(path: str, region: Region, piece: np.ndarray) -> None:
+        writer.leaves[path].write(region, piece)
+        value = fingerprint.part(piece, [begin for begin, _ in region], writer.leaves[path].shape)
+        with lock:
+            sums[path] = (sums[path] + value) % 2**32
+
+    read_all(leaves, write, dtype=dtype, recorded=recorded, where=where, change=change)
+    arrays = {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in writer.leaves.items()}
+    return {"arrays": arrays, "fingerprints": sums}
+
+
+def write_item(item: str, given: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Writes small arrays by path as an item, each in one piece. Returns as `to_native`."""
+    writer = ItemWriter(item, {path: (array.shape, array.dtype, array.shape) for path, array in given.items()})
+    for path, array in given.items():
+        writer.leaves[path].write(tuple((0, size) for size in array.shape), array)
+    return {
+        "arrays": {path: {"shape": list(array.shape), "dtype": array.dtype.name} for path, array in given.items()},
+        "fingerprints": {path: fingerprint.part(array, [0] * array.ndim, array.shape) for path, array in given.items()},
+    }
+
+
+def read_all(
+    leaves: Mapping[str, LeafReader],
+    write: Callable[[str, Region, np.ndarray], None],
+    *,
+    dtype: str | None,
+    recorded: Mapping[str, int],
+    where: str,
+    change: Change | None,
+) -> None:
+    """Reads every leaf once, piece by piece, and hands each on: changed, and in `dtype`, or as it was stored.
+
+    Raises DamagedCheckpoint where bits are not `recorded`.
+    """
 
     def move(job: tuple[str, Region]) -> tuple[str, int]:
         path, region = job
@@ -70,7 +134,9 @@ def from_native(
         value = fingerprint.part(piece, [begin for begin, _ in region], leaf.shape)
         if not all_finite(piece):
             raise UserError(f"{where}: {path!r} holds NaN or infinity; take an earlier checkpoint")
-        mapping.write(target, path, region, piece if dtype is None else piece.astype(dtype, copy=False))
+        wanted = leaf.dtype if dtype is None else np.dtype(dtype)
+        new = piece if change is None else change(path, region, piece, wanted)
+        write(path, region, new.astype(wanted, copy=False))
         return path, value
 
     jobs = ((path, region) for path, leaf in leaves.items() for region in chunks(leaf.shape, leaf.chunk))
