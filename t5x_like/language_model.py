@@ -6,6 +6,7 @@ lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from t5x_like.core.environment import READING, spare_search
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.data.read import source_target
+from t5x_like.data.templates.chat import Chat
+from t5x_like.data.templates.messages import of_list
 from t5x_like.data.tokenizers import sentinels, vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
@@ -112,17 +115,78 @@ class LanguageModel:
             tokens = [[self.start_id, *self._encode_answer(prefix)]] * len(prompts)
         if not all(sources or tokens):
             raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
+        sampling, stops = Sampling(temperature, top_k, top_p), [self.vocabulary.eos_id]
+        return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        beyond_max_length: bool = False,
+    ) -> list[str]:
+        """The assistant's answer to a conversation, or to each of several: lists of {"role": ..., "content": ...}.
+
+        They are written by the chat template that the model was trained with, or that its folder holds
+        (`vocabulary.chat_template`), and an answer ends with the token that ends a turn there. UserError for a model
+        without a chat template, and for messages that are none.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [of_list(list(each), "chat") for each in ([messages] if one else messages)]
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={max_new_tokens} should be at least 1")
+        if not conversations:
+            return []
+        parts = [self._chat.prompt(conversation).parts() for conversation in conversations]
+        tokens = [self.vocabulary.encode_parts(each)[0].tolist() for each in parts]
+        sources = None
+        if self.has_encoder:
+            sources = [[*source, *self._end] for source in tokens]
+            tokens = [[self.start_id]] * len(sources)
+        sampling, stops = Sampling(temperature, top_k, top_p), self._chat.stop_ids()
+        return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
+
+    @functools.cached_property
+    def _chat(self) -> Chat:
+        template = self.vocabulary.chat_template
+        if not template:
+            raise UserError(
+                "the model has no chat template: it was trained without config.data.chat.template; use generate, or "
+                "put chat_template.jinja beside its tokenizer"
+            )
+        return Chat(template, self.vocabulary, where="the model's chat template")
+
+    @property
+    def _end(self) -> list[int]:
+        return [] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id]
+
+    def _continued(
+        self,
+        tokens: list[list[int]],
+        sources: list[list[int]] | None,
+        stops: Sequence[int | None],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        beyond_max_length: bool,
+    ) -> list[str]:
+        """The text that follows each prompt, up to the first of the tokens `stops`."""
         self._check_prompt(max(map(len, sources or tokens)))
         self._check_length(max(map(len, tokens)), max_new_tokens, beyond_max_length)
         new = decode.generate(
             *self._for_decoding,
             tokens,
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p),
+            sampling=sampling,
             seed=seed,
-            stop_id=self.vocabulary.eos_id,
+            stop_id=stops[0] if stops else None,
             sources=sources,
         )
+        new = [[*itertools.takewhile(lambda token: token not in stops, row)] for row in new]
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 
     def log_likelihood(
@@ -163,8 +227,7 @@ class LanguageModel:
 
     def _encode_source(self, text: str) -> list[int]:
         """Tokens of what an encoder reads; EOS ends them, as in training."""
-        end = [] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id]
-        return [*self._encode_answer(text), *end]
+        return [*self._encode_answer(text), *self._end]
 
     def _encode_answer(self, text: str) -> list[int]:
         """Tokens of a text with sentinels."""

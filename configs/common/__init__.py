@@ -17,6 +17,7 @@ from t5x_like.configs.common.mesh import mesh
 from t5x_like.configs.common.model import model, stack
 from t5x_like.configs.common.objective import objective
 from t5x_like.configs.common.optim import optim
+from t5x_like.configs.common.rl import reward, rl
 from t5x_like.configs.common.runtime import runtime
 from t5x_like.configs.common.telemetry import telemetry
 
@@ -31,6 +32,9 @@ __all__ = [
     "model",
     "objective",
     "optim",
+    "reward",
+    "rl",
+    "rl_config",
     "runtime",
     "stack",
     "telemetry",
@@ -55,3 +59,13 @@ def config() -> ConfigDict:
             "runtime": runtime(),
         }
     )
+
+
+def rl_config() -> ConfigDict:
+    """Of a run of `t5x_like rl`: prompts from examples or a function, rows made of the answers to them."""
+    given = config()
+    given.data.update({"features": "rollouts", "packing": "single"})
+    given.data.fields.update({"text": "", "inputs": "inputs", "targets": "targets"})
+    given.objective.name = "grpo"
+    given.rl = rl()
+    return given

@@ -145,6 +145,7 @@ def _data(data: Mapping[str, Any]) -> dict[str, object]:
         )
     for name, source in data["unevaluated"].items():
         rows[f"held out: {name}"] = f"{source}: nothing (config.data.validation is too small a share), not evaluated"
+    rows |= data.get("more", {})
     tokens = format_count(data["tokens_to_come"])
     tokenizer = data["tokenizer"]
     lossless = f"not lossless ({tokenizer['loses']})" if tokenizer["loses"] else "lossless"

@@ -6,7 +6,7 @@ by the section's own class. Nothing here builds a step (program.py), trains (tra
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from t5x_like.core import config as bridge
 from t5x_like.core.environment import RuntimeConfig
@@ -54,13 +54,27 @@ class Experiment:
 MAY_CHANGE = sections.may_change(Experiment)
 
 
+Run = TypeVar("Run", bound=Experiment)
+
+
 def from_config(
     config: bridge.Values,
     *,
     overrides: Mapping[str, Any] | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> Experiment:
-    """The experiment that a ConfigDict or the sections of a stored config describe; strict in both directions.
+    """The training run that a ConfigDict or the sections of a stored config describe, as `built`."""
+    return built(Experiment, config, overrides=overrides, stored=stored)
+
+
+def built(
+    cls: type[Run],
+    config: bridge.Values,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> Run:
+    """The run of a class that a ConfigDict or the sections of a stored config describe; strict in both directions.
 
     `overrides` are the dotted paths given on the command line: one that sets a field of a variant that is not named
     is refused, because it would change nothing. `stored` is the config of the run that is resumed, if any.
@@ -68,8 +82,8 @@ def from_config(
     given: dict[str, Any] = dict(config.items())
     if "model" in given:
         given["model"] = model_config.filled(given["model"])
-    sections.refuse_unnamed_variants(Experiment, given, overrides or {})
-    experiment = bridge.build(Experiment, given, path="config")
+    sections.refuse_unnamed_variants(cls, given, overrides or {})
+    experiment = bridge.build(cls, given, path="config")
     if stored is not None:
         before = sections.value(stored, "checkpoint.branch_from")
         experiment = branch.replaced(experiment, branch.settled(experiment.checkpoint.branch_from, before))

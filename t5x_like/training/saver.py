@@ -24,8 +24,9 @@ from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.fingerprint import fingerprints
 from t5x_like.training.state import Layout, Parts, State, read_sources
 
-# Item of a checkpoint -> part of the train state. "state": the step, counts and spike statistics.
-ITEMS = {"params": "params", "optimizer": "optimizer", "ema": "ema", "state": "progress"}
+# Item of a checkpoint -> part of the train state. "state": the step, counts and spike statistics. "rollouts": answers
+# that updates are still to be made of, which only runs of reinforcement learning have (rl/loop.py).
+ITEMS = {"params": "params", "optimizer": "optimizer", "ema": "ema", "state": "progress", "rollouts": "rollouts"}
 _MODELS = ("params", "ema")
 
 

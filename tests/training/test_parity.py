@@ -33,8 +33,27 @@ FAMILIES = {
     "t5": {"kv_heads": 8},
 }
 # Runs that train otherwise than by the objective and parameters of a config: by name, the family and what changes.
+_GRPO = {"kl_coefficient": 0.1, "reference": "base", "aggregation": "token", "temperature": 0.7}
+_ROLLOUTS = {"features": "rollouts", "packing": "single"}
 RUNS = {
     "lora": ("llama", {"adapter": {"name": "lora"}, "checkpoint": {"init_from": "not read here"}}),
+    "reward": (
+        "llama",
+        {
+            "objective": {"name": "reward", "reward": {"centering": 0.1}},
+            "data": {"features": "pair_texts", "packing": "single"},
+            "model": {"scalar_heads": ("reward",), "head": {"tied": True}},  # the LM head itself learns nothing
+        },
+    ),
+    "dpo": (
+        "llama",
+        {
+            "objective": {"name": "dpo", "dpo": {"beta": 0.3, "reference": "none", "label_smoothing": 0.1}},
+            "data": {"features": "pairs", "packing": "single"},
+        },
+    ),
+    "grpo": ("llama", {"objective": {"name": "grpo", "grpo": _GRPO | {"aggregation": "sequence"}}, "data": _ROLLOUTS}),
+    "grpo of t5": ("t5", {"objective": {"name": "grpo", "grpo": _GRPO}, "data": _ROLLOUTS}),
 }
 
 
@@ -83,7 +102,15 @@ def _batch() -> dict[str, np.ndarray]:
     sources = np.ones((rows, 16), np.int32)  # of the two documents, and padding in every other row
     sources[:, 9:] = 2
     sources[::2, 14:] = 0
+    logp = rng.normal(-5.0, 1.0, (3, rows, length)).astype(np.float32)
     return {
+        "old_logp": logp[0],
+        "reference_logp": logp[1],
+        "rollout_logp": logp[2],
+        "advantages": rng.normal(size=rows).astype(np.float32),
+        "on_policy": (np.arange(rows) % 2).astype(np.float32),
+        **_side("chosen", tokens, rng),
+        **_side("rejected", tokens[::-1], rng),
         "encoder_inputs": rng.integers(0, 256, (rows, 16)).astype(np.int32),
         "encoder_segment_ids": sources,
         "encoder_positions": np.tile(np.concatenate([np.arange(9), np.arange(7)]), (rows, 1)).astype(np.int32),
@@ -93,6 +120,20 @@ def _batch() -> dict[str, np.ndarray]:
         "segment_ids": segments,
         "positions": positions,
         "target_bytes": np.ones((rows, length), np.int32),
+    }
+
+
+def _side(side: str, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One answer of each pair, of a length of its own."""
+    rows, length = tokens[:, 1:].shape
+    columns = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    inside = columns < rng.integers(12, length + 1, (rows, 1))
+    return {
+        f"{side}/inputs": np.where(inside, tokens[:, :-1], 0),
+        f"{side}/targets": np.where(inside, tokens[:, 1:], 0),
+        f"{side}/loss_weights": (inside & (columns >= 5)).astype(np.float32),
+        f"{side}/segment_ids": inside.astype(np.int32),
+        f"{side}/positions": np.where(inside, columns, 0),
     }
 
 
@@ -136,6 +177,12 @@ CASES = [("llama", name) for name in MESHES] + [
     ("t5", "fsdp=2 sequence=2 tensor=2"),
     ("lora", "data=2 fsdp=2 tensor=2"),
     ("lora", "fsdp=2 sequence=2 tensor=2"),
+    ("reward", "data=2 fsdp=2 tensor=2"),
+    ("reward", "fsdp=2 sequence=2 tensor=2"),
+    ("dpo", "data=2 fsdp=2 tensor=2"),
+    ("grpo", "data=2 fsdp=2 tensor=2"),
+    ("grpo", "fsdp=2 sequence=2 tensor=2"),
+    ("grpo of t5", "data=2 fsdp=2 tensor=2"),
 ]
 
 
