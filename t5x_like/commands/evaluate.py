@@ -195,7 +195,19 @@ def _judged(reference: "Evaluation", differences: Any, errors: float) -> int:
 def _facts(options: Any) -> dict[str, Any]:
     """What was asked for, by which versions."""
     packages = ("jax", "lm_eval") if options.tasks else ("jax",)
-    names = ("tasks", "text", "limit", "num_fewshot", "gen_kwargs", "chat", "batch_tokens", "seed", "dtype", "ema", "mesh")
+    names = (
+        "tasks",
+        "text",
+        "limit",
+        "num_fewshot",
+        "gen_kwargs",
+        "chat",
+        "batch_tokens",
+        "seed",
+        "dtype",
+        "ema",
+        "mesh",
+    )
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "t5x_like": __version__,
