@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "continue text with a model directory",
     "evaluate": "score models on tasks and texts",
     "convert": "convert a model directory to Hugging Face's files, or theirs to ours",
+    "export": "write a model for others to use: plain or in int8, with model card and checksums",
     "inspect": "print what a model directory holds, or the documents in a batch",
 }
 

@@ -5,28 +5,25 @@ threads holds one piece about four times: as read, in the other order, in the ot
 That is the bound on memory, whatever the size of the model.
 """
 
-import contextlib
-import ctypes
 import itertools
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
 from t5x_like.convert import scratch
+from t5x_like.convert.compressed_tensors import Packing
 from t5x_like.convert.mapping import ModelMap, Reading, Target, all_finite
 from t5x_like.core.errors import UserError
 from t5x_like.storage import fingerprint
 from t5x_like.storage.model_directory import DamagedCheckpoint
-from t5x_like.storage.streams import ItemWriter, LeafReader, Region, chunks
+from t5x_like.storage.streams import ItemWriter, LeafReader, Region, chunks, free_pieces_at_once
 
 # What becomes of a piece on its way: (path, region, piece, dtype that is wanted) -> piece, in that or a finer type.
 Change = Callable[[str, Region, np.ndarray, np.dtype], np.ndarray]
 THREADS = 2
-_MMAP_THRESHOLD = -3  # the parameter of mallopt(3)
 _ONE, _Result = TypeVar("_ONE"), TypeVar("_Result")
 
 
@@ -62,17 +59,21 @@ def from_native(
     dtype: str | None,
     recorded: Mapping[str, int],
     where: str,
+    packing: Packing | None = None,
     change: Change | None = None,
 ) -> None:
     """Reads every leaf once and puts it into their tensors. Raises DamagedCheckpoint where bits are not `recorded`."""
-    read_all(
-        leaves,
-        lambda path, region, piece: mapping.write(target, path, region, piece),
-        dtype=dtype,
-        recorded=recorded,
-        where=where,
-        change=change,
-    )
+
+    def write(path: str, region: Region, piece: np.ndarray) -> None:
+        wanted = piece.dtype if dtype is None else np.dtype(dtype)
+        new = piece if change is None else change(path, region, piece, wanted)
+        if packing is not None and path in packing.dims:
+            packing.write(mapping, target, path, region, new)
+        else:
+            mapping.write(target, path, region, new.astype(wanted, copy=False))
+
+    chunk = None if packing is None else packing.chunk
+    _read_all(leaves, write, recorded=recorded, where=where, chunk=chunk)
 
 
 def between_native(
@@ -91,12 +92,13 @@ def between_native(
     lock = threading.Lock()
 
     def write(path: str, region: Region, piece: np.ndarray) -> None:
-        writer.leaves[path].write(region, piece)
-        value = fingerprint.part(piece, [begin for begin, _ in region], writer.leaves[path].shape)
+        new = change(path, region, piece, types[path]).astype(types[path], copy=False)
+        writer.leaves[path].write(region, new)
+        value = fingerprint.part(new, [begin for begin, _ in region], writer.leaves[path].shape)
         with lock:
             sums[path] = (sums[path] + value) % 2**32
 
-    read_all(leaves, write, dtype=dtype, recorded=recorded, where=where, change=change)
+    _read_all(leaves, write, recorded=recorded, where=where, chunk=None)
     arrays = {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in writer.leaves.items()}
     return {"arrays": arrays, "fingerprints": sums}
 
@@ -112,18 +114,18 @@ def write_item(item: str, given: Mapping[str, np.ndarray]) -> dict[str, dict[str
     }
 
 
-def read_all(
+def _read_all(
     leaves: Mapping[str, LeafReader],
     write: Callable[[str, Region, np.ndarray], None],
     *,
-    dtype: str | None,
     recorded: Mapping[str, int],
     where: str,
-    change: Change | None,
+    chunk: Callable[[str, Sequence[int], Sequence[int]], Sequence[int]] | None,
 ) -> None:
-    """Reads every leaf once, piece by piece, and hands each on: changed, and in `dtype`, or as it was stored.
+    """Reads every leaf once, piece by piece, and hands each on as it was stored.
 
-    Raises DamagedCheckpoint where bits are not `recorded`.
+    chunk(path, shape, stored chunk): the pieces, where they are not those that were stored. Raises DamagedCheckpoint
+    where bits are not `recorded`.
     """
 
     def move(job: tuple[str, Region]) -> tuple[str, int]:
@@ -134,12 +136,13 @@ def read_all(
         value = fingerprint.part(piece, [begin for begin, _ in region], leaf.shape)
         if not all_finite(piece):
             raise UserError(f"{where}: {path!r} holds NaN or infinity; take an earlier checkpoint")
-        wanted = leaf.dtype if dtype is None else np.dtype(dtype)
-        new = piece if change is None else change(path, region, piece, wanted)
-        write(path, region, new.astype(wanted, copy=False))
+        write(path, region, piece)
         return path, value
 
-    jobs = ((path, region) for path, leaf in leaves.items() for region in chunks(leaf.shape, leaf.chunk))
+    def pieces(path: str, leaf: LeafReader) -> Iterator[Region]:
+        return chunks(leaf.shape, leaf.chunk if chunk is None else chunk(path, leaf.shape, leaf.chunk))
+
+    jobs = ((path, region) for path, leaf in leaves.items() for region in pieces(path, leaf))
     sums = _add(in_threads(move, jobs), leaves)
     wrong = [path for path, value in sums.items() if value != recorded.get(path)]
     if wrong:
@@ -148,7 +151,7 @@ def read_all(
 
 def in_threads(function: Callable[[_ONE], _Result], jobs: Iterable[_ONE]) -> Iterator[_Result]:
     """The results in order, with at most THREADS calls begun and not yet given out, so that few pieces are held."""
-    _free_pieces_at_once()
+    free_pieces_at_once()
     waiting: list[Any] = []
     jobs = iter(jobs)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -161,17 +164,6 @@ def in_threads(function: Callable[[_ONE], _Result], jobs: Iterable[_ONE]) -> Ite
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _free_pieces_at_once() -> None:
-    """Tells glibc to map every large array by itself, so that it is given back when it is freed.
-
-    Else its threshold grows to 32 MB with the first ones freed, and pieces leave holes in the heap of each thread:
-    430 MB instead of 85 after a gigabyte. The price is page faults, a third of the time of a conversion.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _add(parts: Iterable[tuple[str, int]], names: Iterable[str]) -> dict[str, int]:

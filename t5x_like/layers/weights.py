@@ -33,7 +33,7 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]
     Equations read "kept contracted, contracted new -> kept new", such as "BTNH,NHD->BTD". The product has the type of x
     (the hardware accumulates in float32).
     """
-    kept, new = _parse(equation)
+    kept, new = parse(equation)
     leaf = value(w)
     if isinstance(leaf, Leaf):
         return leaf.contract(equation, x)
@@ -49,7 +49,7 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]
     return product.reshape(kept_shape + new_shape)
 
 
-def _parse(equation: str) -> tuple[int, int]:
+def parse(equation: str) -> tuple[int, int]:
     """(dims of x that are kept, dims of w that are new). Raises ValueError for an equation of another form."""
     match = re.fullmatch(r"([A-Z]*),([A-Z]+)->([A-Z]*)", equation)
     if match:
@@ -122,6 +122,13 @@ def dense(w: Any, dtype: Any) -> Any:
     whose scorer cuts and gathers it."""
     leaf = value(w)
     return leaf.dense(dtype) if isinstance(leaf, Leaf) else leaf
+
+
+def against_rows(x_BTD: Float[Array, "B T D"], w: Any) -> Float[Array, "B T V"] | None:
+    """Float32 products of x with each row of a [V, D] leaf that multiplies so itself (`against_rows`), without writing
+    itself out as `dense` does; None for an array and any other leaf."""
+    multiply = getattr(value(w), "against_rows", None)
+    return None if multiply is None else multiply(x_BTD)
 
 
 def _array(leaf: Any) -> jax.Array:

@@ -20,21 +20,30 @@ from t5x_like.peft import attach
 from t5x_like.peft.merge import Merge
 from t5x_like.storage import base as bases
 from t5x_like.storage import model_directory, paths
-from t5x_like.storage.reading import restore
+from t5x_like.storage.leaves import Constructor
+from t5x_like.storage.reading import Place, restore
 
 
 def restore_attached(
-    checkpoint: str, item: str, model: Model, templates: Tree, place: Callable[[Tree], Tree]
+    checkpoint: str,
+    item: str,
+    model: Model,
+    templates: Tree,
+    put: Callable[[Tree], Tree],
+    *,
+    kinds: Mapping[str, Constructor],
+    place: Place,
 ) -> dict[str, Any]:
     """The parameters of a checkpoint as `model.apply` takes them: those of an adapter with their base, joined.
 
-    templates: of the model's own parameters. place(specs): the templates of an adapter's.
+    templates: of the model's own parameters. put(specs): the templates of an adapter's. kinds, place: as in
+    `reading.restore`.
     """
     adapter = attach.of_stored(model_directory.read_metadata(checkpoint)["config"], model.specs())
     if adapter is None:
-        return bases.restore_whole(checkpoint, item, templates)
-    whole = tree.join(templates, place(adapter.specs()))
-    return adapter.attach(bases.restore_whole(checkpoint, item, whole))
+        return bases.restore_whole(checkpoint, item, templates, kinds=kinds, place=place)
+    whole = tree.join(templates, put(adapter.specs()))
+    return adapter.attach(bases.restore_whole(checkpoint, item, whole, kinds=kinds, place=place))
 
 
 def restore_onto(
@@ -48,7 +57,7 @@ def restore_onto(
     if not attach.has_adapter(note["config"]) or "base" not in note:
         raise UsageError(f"load: {checkpoint} is no adapter that names its base; load it without base")
     if any(isinstance(leaf, Leaf) for _, leaf in tree.leaves(loaded)):
-        raise UsageError("load: base has an adapter itself; give the model below it")
+        raise UsageError("load: base has an adapter itself, or int8 weights; give the plain model below it")
     adapter = attach.of_stored(note["config"], model.specs())
     assert adapter is not None
     known = None if loaded_from is None else bases.fingerprint(loaded_from, tree.flatten(model.specs()))
