@@ -13,7 +13,7 @@ from t5x_like.core.config import named
 from t5x_like.core.errors import UsageError
 from t5x_like.inference.sampling import GREEDY, Sampling
 from t5x_like.objectives.grpo import GrpoConfig
-from t5x_like.objectives.interface import Role, frozen_role, policy
+from t5x_like.objectives.interface import Role, frozen_role
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import replicated
 from t5x_like.rl.config import RlConfig
@@ -63,10 +63,10 @@ class RlExperiment(Experiment):
                 f"config.loop.on_spike={self.loop.on_spike!r}: the loss of grpo is near 0 by construction, and says "
                 "nothing of spikes; leave it 'off'"
             )
-        if self.model.dropout:
-            raise UsageError(
-                f"config.model.dropout={self.model.dropout:g}: ratios need a policy without dropout; set 0"
-            )
+        lora = self.adapter.lora
+        for path, rate in (("model", self.model.dropout), ("adapter.lora", 0.0 if lora is None else lora.dropout)):
+            if rate:
+                raise UsageError(f"config.{path}.dropout={rate:g}: ratios need a policy without dropout; set 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
     rl, mesh, rules = experiment.rl, program.mesh, program.model.rules
     config: GrpoConfig = named(experiment.objective)
     options = experiment.runtime.compiler_options.of(mesh.devices.flat[0].platform)
-    role = policy(program.model)
+    role = program.policy
 
     def rollout(rows: int, sampling: Sampling) -> Rollout:
         length = 1 if experiment.data.encoder_length else prompt_room(experiment)
