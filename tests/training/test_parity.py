@@ -3,8 +3,13 @@
 Gradients are read from the momentum of SGD, which after one step is the gradient itself.
 """
 
+import contextlib
 import dataclasses
+import functools
+import json
+import pathlib
 import re
+import tempfile
 
 import jax
 import numpy as np
@@ -13,6 +18,10 @@ from ml_collections import ConfigDict
 
 from configs.pretrain import test as test_config
 from t5x_like.core import tree
+from t5x_like.core.config import build
+from t5x_like.data.config import DataConfig
+from t5x_like.data.read.loader import open_data
+from t5x_like.data.write.prepare import prepare
 from t5x_like.parallel import mesh as meshes
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
@@ -30,9 +39,13 @@ FAMILIES = {
     "gpt2": {"kv_heads": 8},
     "t5": {"kv_heads": 8},
 }
+# What is trained beside the pretraining of a family: conversations, of which only the assistant's words have loss.
+CHATS = {"sft": "llama", "sft on t5": "t5"}
+KINDS = (*FAMILIES, *CHATS)
 
 
-def _config(family: str) -> ConfigDict:
+def _config(kind: str) -> ConfigDict:
+    family = CHATS.get(kind, kind)
     config = test_config.get_config()
     config.model.family = family
     stack = {"layers": 2, "heads": 8, "head_size": 8, "mlp": 64, **FAMILIES[family]}
@@ -42,6 +55,10 @@ def _config(family: str) -> ConfigDict:
         config.model.encoder.update(stack)
         config.data.update({"features": "source_target", "encoder_length": 16, "packing": "examples"})
         config.data.fields.update({"inputs": "inputs", "targets": "targets"})
+    if kind in CHATS:
+        config.data.update({"packing": "examples", "attend_across_documents": False})
+        config.data.fields.update({"inputs": "", "targets": "", "messages": "messages"})
+        config.data.chat.template = "t5" if family == "t5" else "plain"
     config.optim.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 0})
     config.optim.sgd.momentum = 0.9
@@ -51,8 +68,31 @@ def _config(family: str) -> ConfigDict:
     return config
 
 
-def _batch() -> dict[str, np.ndarray]:
-    """Two documents a row, and padding at the end of every other row."""
+def _batch(kind: str) -> dict[str, np.ndarray]:
+    """Two documents a row, and padding at the end of every other row; packed conversations where `kind` has them."""
+    return _conversations(kind) if kind in CHATS else _documents()
+
+
+@functools.cache
+def _conversations(kind: str) -> dict[str, np.ndarray]:
+    """Eight rows of conversations, as they come from a file."""
+    words = ("yes", "no, thank you", "why", "a b c d e")
+    said = [(words[n % 4] * (1 + n % 2), words[n * 3 % 4], words[(n + 1) % 3], words[n % 3]) for n in range(24)]
+    roles = ("user", "assistant", "user", "assistant")
+    lines = [[{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)] for texts in said]
+    lines = [json.dumps({"messages": messages[: 2 + number % 3]}) for number, messages in enumerate(lines)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "a.jsonl")
+        path.write_text("\n".join(lines))
+        section = _config(kind).data.to_dict() | {"source": f"jsonl:{path}", "validation": ""}
+        section |= {"workers": 1, "length": 96, "encoder_length": 96 * (kind == "sft on t5")}
+        config = build(DataConfig, section, path="config.data")
+        prepare(config, folder, report=None)
+        with contextlib.closing(open_data(config, cache_dir=folder, seed=0)) as data:
+            return data.rows(0, np.arange(8))
+
+
+def _documents() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     rows, length = 8, 32
     tokens = rng.integers(0, 256, (rows, length + 1)).astype(np.int32)
@@ -85,7 +125,10 @@ class Result:
 
 
 def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1) -> Result:
-    config = _config(family)
+    config, host = _config(family), _batch(family)
+    config.data.length = host["inputs"].shape[1]
+    if family in CHATS and "encoder_inputs" in host:
+        config.data.encoder_length = host["encoder_inputs"].shape[1]
     config.loop.micro_batches = micro_batches
     config.mesh.update(mesh_section)
     experiment = experiments.from_config(config)
@@ -93,7 +136,6 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
     with jax.set_mesh(mesh):
         program = programs.step_program(experiment, mesh)
         state, frozen = programs.initialize(program, seed=0)
-        host = _batch()
         batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
@@ -104,7 +146,7 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
 @pytest.fixture(scope="module")
 def single():
     """The result of one device, made once for each family."""
-    return {family: _step(family, {"preset": "data"}, 1) for family in FAMILIES}
+    return {family: _step(family, {"preset": "data"}, 1) for family in KINDS}
 
 
 CASES = [("llama", name) for name in MESHES] + [
@@ -113,6 +155,9 @@ CASES = [("llama", name) for name in MESHES] + [
     ("t5", "fsdp=8"),
     ("t5", "data=2 fsdp=2 tensor=2"),
     ("t5", "fsdp=2 sequence=2 tensor=2"),
+    ("sft", "data=2 fsdp=2 tensor=2"),
+    ("sft", "fsdp=2 sequence=2 tensor=2"),
+    ("sft on t5", "data=2 fsdp=2 tensor=2"),
 ]
 
 
@@ -121,7 +166,16 @@ def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name)
     _assert_equal(single[family], _step(family, MESHES[name], 8))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_conversations_have_loss_on_few_of_their_tokens():
+    for kind in CHATS:
+        batch = _batch(kind)
+        assert batch["segment_ids"].max() > 1
+        inside, trained = (batch["segment_ids"] > 0).sum(axis=1), batch["loss_weights"].sum(axis=1)
+        assert (trained > 0).all() and len(set(trained.tolist())) > 2
+        assert (trained < inside / 2).all() if kind == "sft" else (trained == inside).all()
+
+
+@pytest.mark.parametrize("family", KINDS)
 def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(single, family):
     """Though micro-batches hold different numbers of tokens, as every other row is padded more."""
     result = _step(family, {"preset": "data"}, 1, micro_batches=4)

@@ -20,9 +20,11 @@ _REMEDY = "mend it, or leave such records out: config.data.on_bad_record=skip"
 class Tally:
     """Counts bad records of some files, given by number; under the rule "stop" the first one is an error."""
 
-    def __init__(self, kind: str, files: Sequence[str], *, rule: str):
+    def __init__(self, kind: str, files: Sequence[str], *, rule: str, several: bool = False):
+        """several: a record may be several documents; then how many records there are is told too."""
         self._kind, self._files, self._rule = kind, files, rule
         self._fields = "the features of the task" if kind == "seqio" else "config.data.fields"
+        self._several = several
         self.records = self.count = 0
         self.first: list[list[Any]] = []
 
@@ -37,7 +39,8 @@ class Tally:
             raise UserError(f"{at}: {problem}; all {_HOPELESS} first records are bad: check {self._fields}")
 
     def facts(self) -> dict[str, Any]:
-        return {"bad": {"count": self.count, "first": self.first}} if self.count else {}
+        records = {"records": self.records} if self._several else {}
+        return {"bad": {"count": self.count, "first": self.first, **records}} if self.count else {}
 
 
 def total(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -58,12 +61,17 @@ def check(
     first = f"{place(kind, files[int(file)], offset)}: {problem}"
     if rule == "stop":
         raise UserError(f"{first}; {_REMEDY}")
-    records = count + sum(shard["documents"] + shard["skipped"] for shard in shards)
+    records = sum(_records(shard) for shard in shards)
     if count > share * records:
         raise UserError(
             f"{where}: {count} of {records} records are bad, which is more than config.data.max_bad_share={share:g}; "
             f"the first is {first}; mend them or raise the share"
         )
+
+
+def _records(shard: dict[str, Any]) -> int:
+    bad = shard.get("bad", {"count": 0})
+    return bad.get("records", bad["count"] + shard["documents"] + shard["skipped"])
 
 
 def lines(index: dict[str, Any], kind: str, files: Sequence[str]) -> list[str]:
