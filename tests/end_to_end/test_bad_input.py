@@ -107,7 +107,7 @@ BAD_CONFIG = {
     "a role that is none": (
         [*CHAT, "--config.data.source=jsonl:{files}/role.jsonl", "--config.data.chat.template=plain"],
         1,
-        "role.jsonl:1 (byte 0): message 1 of field 'messages' has the role 'usr', which is unknown; did you mean 'user'",
+        "role.jsonl:1 (byte 0): message 1 of field 'messages' has the role 'usr', which is unknown; did you",
     ),
     "messages that are no list": (
         [*CHAT, "--config.data.source=jsonl:{files}/word.jsonl", "--config.data.chat.template=plain"],
