@@ -16,9 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from t5x_like.compress import quant_array
+from t5x_like.compress import reading as quantizing
+from t5x_like.compress.quant_array import QuantArray
 from t5x_like.convert.convert import load_params
 from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import dtypes, tree
+from t5x_like.core.config import nearest
 from t5x_like.core.environment import READING, spare_search
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import ParamSpec, Tree
@@ -35,22 +39,28 @@ from t5x_like.layers.scoring.head import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import named
-from t5x_like.runs import roles
-from t5x_like.storage import model_directory, paths
-from t5x_like.storage.base import restore_whole
+from t5x_like.runs import adapters, roles
+from t5x_like.storage import model_directory, paths, patterns
+from t5x_like.storage.reading import Place
+
+# How the matrices of a model may be held; see `load`.
+DTYPES = ("compute", "stored", *dtypes.NAMES, "int8")
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """Functions of a model, its parameters and its vocabulary. Made by `t5x_like.load`.
 
-    start_id: the token that the decoder of an encoder-decoder begins with.
+    start_id: the token that the decoder of an encoder-decoder begins with. checkpoint: where the parameters were read,
+    if that is one of ours. mesh: where they lie, None for one device.
     """
 
     model: Model
     params: Tree
     vocabulary: Vocabulary
     start_id: int = 0
+    checkpoint: str | None = None
+    mesh: Mesh | None = None
 
     @property
     def platform(self) -> str:
@@ -303,24 +313,32 @@ def load(
     mesh: Mesh | None = None,
     rules: str = "",
     dtype: str = "compute",
+    base: LanguageModel | None = None,
 ) -> LanguageModel:
     """The model of a workdir, model directory or Hugging Face folder.
+
+    base: of an adapter, the model that it was trained on, if that is loaded already; then its parameters serve both,
+    and any number of adapters.
 
     step: of a workdir, its newest checkpoint if None; `ema` takes the averaged parameters. They lie on the first
     device, or on `mesh` as `rules` (as in `config.mesh.rules`) say; then call it under `jax.set_mesh(mesh)`. `dtype`:
     "compute" holds matrices once in the type that they are multiplied in (bfloat16 on an accelerator), "stored" all as
-    saved, a name such as "bfloat16" matrices in that type; norms and biases stay as saved. Raises UserError where
-    something is missing or damaged.
+    saved, a name such as "bfloat16" matrices in that type, "int8" as whole numbers with a scale for each output
+    channel, made while they are read; norms and biases stay as saved, and so does what was saved in int8. Raises
+    UserError where something is missing or damaged.
     """
-    if dtype not in ("compute", "stored", *dtypes.NAMES):
-        raise UsageError(f"dtype={dtype!r} should be 'compute', 'stored' or one of {', '.join(dtypes.NAMES)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype!r} is unknown; {nearest(dtype, DTYPES)}")
     spare_search()
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     platform = devices[0].platform
-    if is_foreign(os.fspath(directory)):
+    if base is not None and (mesh is not None or rules or dtype != "compute"):
+        raise UsageError("load: an adapter lies on mesh, rules and dtype of its base; give them there")
+    directory = patterns.one(os.fspath(directory))
+    if is_foreign(directory):
         if step is not None or ema:
             raise UsageError(f"{directory} is no workdir: it holds no steps and no averaged parameters")
-        return _load_foreign(os.fspath(directory), mesh=mesh, rules=rules, dtype=dtype, platform=platform)
+        return _load_foreign(directory, mesh=mesh, rules=rules, dtype=dtype, platform=platform)
     place = model_directory.locate(os.fspath(directory), step=step)
     metadata = model_directory.read_metadata(place.checkpoint)
     # Of the config only the model's section: what trained it may have had other fields, or none.
@@ -335,10 +353,17 @@ def load(
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
-    model = roles.build_model(config, rules=rules, platform=platform)
-    wanted = _templates(model, mesh, dtype)
-    params = restore_whole(place.checkpoint, "ema" if ema else "params", wanted)
-    return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary))
+    item = "ema" if ema else "params"
+    model = roles.build_model(config, rules=rules, platform=platform) if base is None else base.model
+    mesh = mesh if base is None else base.mesh
+    put = functools.partial(_templates, model, mesh, dtype="stored")
+    if base is None:
+        wanted = _templates(model, mesh, model.specs(), dtype)
+        quantized = {"kinds": quant_array.KINDS, "place": _place(model, mesh)}
+        params = adapters.restore_attached(place.checkpoint, item, model, wanted, put, **quantized)
+    else:
+        params = adapters.restore_onto(base.params, model, base.checkpoint, place.checkpoint, item, put)
+    return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary), place.checkpoint, mesh)
 
 
 def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> int:
@@ -351,16 +376,36 @@ def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> 
     return next((token for token in stored if isinstance(token, int)), 0)
 
 
-def _templates(model: Model, mesh: Mesh | None, dtype: str) -> dict[str, Any]:
+def _templates(model: Model, mesh: Mesh | None, specs: Tree, dtype: str) -> dict[str, Any]:
     """Where each parameter shall lie, and in which type."""
-    held = {"compute": model.dtypes.compute, "stored": None}.get(dtype, dtype)
-    specs = model.specs() if held is None else in_dtype(model.specs(), held)
+    held = {"compute": model.dtypes.compute, "int8": model.dtypes.compute, "stored": None}.get(dtype, dtype)
+    specs = specs if held is None else in_dtype(specs, held)
 
     def template(path: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        del path
         sharding = None if mesh is None else named(mesh, model.rules, spec.axes, spec.shape)
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
-    return tree.map_with_path(template, specs)
+    plain = tree.map_with_path(template, specs)
+    return quantizing.templates(specs, plain, _place(model, mesh)) if dtype == "int8" else plain
+
+
+def _place(model: Model, mesh: Mesh | None) -> Place:
+    """Where a leaf, or a part of one in several parts, shall lie; None for the first device."""
+    specs = tree.flatten(model.specs())
+
+    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+        if mesh is None:
+            return None
+        spec = specs[path] if path in specs else specs[path.rpartition("/")[0]]
+        # A scale has dims of size 1 where its weight has been summed.
+        axes = tuple(
+            axis if size == shape[dim] else None
+            for dim, (axis, size) in enumerate(zip(spec.axes, spec.shape, strict=True))
+        )
+        return named(mesh, model.rules, axes, shape)
+
+    return place
 
 
 def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, platform: str) -> LanguageModel:
@@ -372,7 +417,11 @@ def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, 
 
         def templates(config: model_config.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
             models.append(roles.build_model(config, rules=rules, platform=platform))
-            return tree.flatten(_templates(models[0], mesh, dtype))
+            return tree.flatten(_templates(models[0], mesh, models[0].specs(), dtype))
 
-        params = load_params(foreign, templates)
+        def packed(path: str, values: np.ndarray, scale: np.ndarray) -> QuantArray:
+            spec = tree.flatten(models[0].specs())[path]
+            return quantizing.placed(path, values, scale, spec.axes, _place(models[0], mesh))
+
+        params = load_params(foreign, templates, packed=packed)
     return LanguageModel(models[0], params, vocabulary, _start_id(models[0], foreign.extra, vocabulary))

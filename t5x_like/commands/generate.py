@@ -14,6 +14,7 @@ from typing import Any
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
 from t5x_like.runs.arguments import Parser
+from t5x_like.storage import patterns
 
 
 def run(arguments: list[str]) -> int:
@@ -32,6 +33,9 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to read (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="read the averaged parameters")
+    parser.add_argument(
+        "--dtype", default="compute", help="how matrices are held: compute (default), stored, float32, bfloat16, int8"
+    )
     options = parser.parse_args(arguments)
     if options.chat and options.prefix:
         raise UsageError("t5x_like generate: --prefix does not go with --chat, whose template begins an answer")
@@ -44,7 +48,8 @@ def run(arguments: list[str]) -> int:
     environment.apply(environment.READING)
     from t5x_like.language_model import load  # imports jax, whose environment now stands
 
-    model = load(options.directory, step=options.checkpoint, ema=options.ema)
+    directory = patterns.one(options.directory, what="DIR=")
+    model = load(directory, step=options.checkpoint, ema=options.ema, dtype=options.dtype)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beyond_max_length")
     given = {name: getattr(options, name) for name in names}
     if options.chat:

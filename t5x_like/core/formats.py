@@ -102,6 +102,8 @@ _TRACKERS = Change(
         "telemetry.mlflow": {"uri": "", "experiment": "t5x_like"},
     }
 )
+# All parameters of the model were trained.
+_ADAPTER = Change(adds={"adapter": {"name": "none"}})
 # An example was inputs and targets, without a template.
 _CHAT = Change(
     adds={"data.fields.messages": "", "data.chat": {"template": "none", "train_on": "assistant", "system": ""}}
@@ -127,7 +129,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
         _ROLES,
     ),
     3: (_TRUNCATE, _BAD_RECORDS, _BRANCH, _TRACKERS),
-    4: (_HEADS, _CSV, _CHAT),
+    4: (_HEADS, _CSV, _ADAPTER, _CHAT),
 }
 
 

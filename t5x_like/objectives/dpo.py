@@ -56,7 +56,7 @@ class DpoConfig:
 def build(config: DpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
     policy = roles["policy"]
 
-    def reference_logp(params, frozen, batch: Batch, both: Batch) -> tuple[jax.Array, jax.Array]:
+    def reference_logp(params, frozen, batch: Batch, both: Batch) -> tuple[jax.Array, ...]:
         """(chosen, rejected), each [B]; no gradient."""
         if config.reference == "cache":
             found = batch[f"chosen/{LOGP}"], batch[f"rejected/{LOGP}"]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from t5x_like.core.config import VARIANT, named, nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
-from t5x_like.objectives import distill, dpo, lm, reward
+from t5x_like.objectives import distill, dpo, grpo, lm, reward
 from t5x_like.objectives.distill import DistillConfig
 from t5x_like.objectives.dpo import DpoConfig
+from t5x_like.objectives.grpo import GrpoConfig
 from t5x_like.objectives.interface import Objective, Role
 from t5x_like.objectives.lm import LmConfig
 from t5x_like.objectives.reward import RewardConfig
@@ -32,6 +33,7 @@ _TEXT = ("causal", "source_target", "span_corruption")
 OBJECTIVES = {
     "lm": Entry(LmConfig, roles=("policy",), features=_TEXT, build=lm.build),
     "distill": Entry(DistillConfig, roles=("policy", "teacher"), features=_TEXT, build=distill.build),
+    "grpo": Entry(GrpoConfig, roles=("policy",), features=("rollouts",), build=grpo.build),
     "reward": Entry(RewardConfig, roles=("policy",), features=("pair_texts",), build=reward.build),
     "dpo": Entry(DpoConfig, roles=("policy",), features=("pairs",), build=dpo.build),
 }
@@ -42,6 +44,7 @@ class ObjectiveConfig:
     name: str
     lm: LmConfig | None = dataclasses.field(metadata=VARIANT)
     distill: DistillConfig | None = dataclasses.field(metadata=VARIANT)
+    grpo: GrpoConfig | None = dataclasses.field(metadata=VARIANT)
     reward: RewardConfig | None = dataclasses.field(metadata=VARIANT)
     dpo: DpoConfig | None = dataclasses.field(metadata=VARIANT)
 

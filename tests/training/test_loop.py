@@ -48,7 +48,7 @@ def run(*, start: int = 0, evaluation=None, stop_at: int | None = None, interrup
         checkpoint_config=CHECKPOINT,
         step=lambda state, frozen, batch: (state, FINE),
         evaluate=lambda params, frozen, batch: {"loss": (np.float32(2), np.float32(1))},
-        batch_at=batch_at,
+        source=loops.Prepared(batch_at),
         held_out={"validation": [{}]},
         saver=saver,  # type: ignore[arg-type]
         telemetry=telemetry,  # type: ignore[arg-type]

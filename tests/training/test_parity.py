@@ -3,13 +3,9 @@
 Gradients are read from the momentum of SGD, which after one step is the gradient itself.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
-import pathlib
 import re
-import tempfile
 
 import jax
 import numpy as np
@@ -18,13 +14,12 @@ from ml_collections import ConfigDict
 
 from configs.pretrain import test as test_config
 from t5x_like.core import tree
-from t5x_like.core.config import build
-from t5x_like.data.config import DataConfig
-from t5x_like.data.read.loader import open_data
-from t5x_like.data.write.prepare import prepare
+from t5x_like.core.types import Tree
 from t5x_like.parallel import mesh as meshes
+from t5x_like.peft.attach import is_adapter
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
+from tests.training import conversations
 
 MESHES = {
     "data=8": {"preset": "data"},
@@ -39,13 +34,36 @@ FAMILIES = {
     "gpt2": {"kv_heads": 8},
     "t5": {"kv_heads": 8},
 }
-# What is trained beside the pretraining of a family: conversations, of which only the assistant's words have loss.
-CHATS = {"sft": "llama", "sft on t5": "t5"}
-KINDS = (*FAMILIES, *CHATS)
+# Runs that train otherwise than by the objective and parameters of a config: by name, the family and what changes.
+_GRPO = {"kl_coefficient": 0.1, "reference": "base", "aggregation": "token", "temperature": 0.7}
+_ROLLOUTS = {"features": "rollouts", "packing": "single"}
+_CHATS = {"packing": "examples", "length": 96, "fields": {"inputs": "", "targets": "", "messages": "messages"}}
+RUNS = {
+    "lora": ("llama", {"adapter": {"name": "lora"}, "checkpoint": {"init_from": "not read here"}}),
+    "reward": (
+        "llama",
+        {
+            "objective": {"name": "reward", "reward": {"centering": 0.1}},
+            "data": {"features": "pair_texts", "packing": "single"},
+            "model": {"scalar_heads": ("reward",), "head": {"tied": True}},  # the LM head itself learns nothing
+        },
+    ),
+    "dpo": (
+        "llama",
+        {
+            "objective": {"name": "dpo", "dpo": {"beta": 0.3, "reference": "none", "label_smoothing": 0.1}},
+            "data": {"features": "pairs", "packing": "single"},
+        },
+    ),
+    "grpo": ("llama", {"objective": {"name": "grpo", "grpo": _GRPO | {"aggregation": "sequence"}}, "data": _ROLLOUTS}),
+    "grpo of t5": ("t5", {"objective": {"name": "grpo", "grpo": _GRPO}, "data": _ROLLOUTS}),
+    "sft": ("llama", {"data": _CHATS | {"chat": {"template": "plain"}}}),
+    "sft of t5": ("t5", {"data": _CHATS | {"chat": {"template": "t5"}, "encoder_length": 96}}),
+}
 
 
-def _config(kind: str) -> ConfigDict:
-    family = CHATS.get(kind, kind)
+def _config(name: str) -> ConfigDict:
+    family, changes = RUNS.get(name, (name, {}))
     config = test_config.get_config()
     config.model.family = family
     stack = {"layers": 2, "heads": 8, "head_size": 8, "mlp": 64, **FAMILIES[family]}
@@ -55,44 +73,36 @@ def _config(kind: str) -> ConfigDict:
         config.model.encoder.update(stack)
         config.data.update({"features": "source_target", "encoder_length": 16, "packing": "examples"})
         config.data.fields.update({"inputs": "inputs", "targets": "targets"})
-    if kind in CHATS:
-        config.data.update({"packing": "examples", "attend_across_documents": False})
-        config.data.fields.update({"inputs": "", "targets": "", "messages": "messages"})
-        config.data.chat.template = "t5" if family == "t5" else "plain"
     config.optim.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 0})
     config.optim.sgd.momentum = 0.9
     config.objective.lm.z_loss = 1e-2
     config.objective.lm.label_smoothing = 0.1 if family == "gpt2" else 0.0
     config.runtime.compiler_options.cpu = {"xla_backend_optimization_level": 0}  # compiles sooner, computes the same
+    for section, fields in changes.items():
+        config[section].update(fields)
     return config
 
 
-def _batch(kind: str) -> dict[str, np.ndarray]:
-    """Two documents a row, and padding at the end of every other row; packed conversations where `kind` has them."""
-    return _conversations(kind) if kind in CHATS else _documents()
+def _varied(params: Tree) -> Tree:
+    """Where an adapter begins with zeros, half of its gradients are zero: it goes on from elsewhere."""
+    draw = np.random.default_rng(1)
+
+    def away(path: str, leaf: jax.Array) -> jax.Array:
+        noise = draw.standard_normal(leaf.shape).astype(np.float32)
+        return jax.device_put(0.1 * noise, leaf.sharding) if is_adapter(path) else leaf
+
+    return tree.map_with_path(away, params)
 
 
 @functools.cache
-def _conversations(kind: str) -> dict[str, np.ndarray]:
-    """Eight rows of conversations, as they come from a file."""
-    words = ("yes", "no, thank you", "why", "a b c d e")
-    said = [(words[n % 4] * (1 + n % 2), words[n * 3 % 4], words[(n + 1) % 3], words[n % 3]) for n in range(24)]
-    roles = ("user", "assistant", "user", "assistant")
-    lines = [[{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)] for texts in said]
-    lines = [json.dumps({"messages": messages[: 2 + number % 3]}) for number, messages in enumerate(lines)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "a.jsonl")
-        path.write_text("\n".join(lines))
-        section = _config(kind).data.to_dict() | {"source": f"jsonl:{path}", "validation": ""}
-        section |= {"workers": 1, "length": 96, "encoder_length": 96 * (kind == "sft on t5")}
-        config = build(DataConfig, section, path="config.data")
-        prepare(config, folder, report=None)
-        with contextlib.closing(open_data(config, cache_dir=folder, seed=0)) as data:
-            return data.rows(0, np.arange(8))
+def _batch(name: str) -> dict[str, np.ndarray]:
+    """Packed conversations, of which only the assistant's words have loss; of other runs, `_documents`."""
+    return conversations.rows(_config(name).data.to_dict()) if name.startswith("sft") else _documents()
 
 
 def _documents() -> dict[str, np.ndarray]:
+    """Two documents a row, and padding at the end of every other row."""
     rng = np.random.default_rng(0)
     rows, length = 8, 32
     tokens = rng.integers(0, 256, (rows, length + 1)).astype(np.int32)
@@ -103,7 +113,15 @@ def _documents() -> dict[str, np.ndarray]:
     sources = np.ones((rows, 16), np.int32)  # of the two documents, and padding in every other row
     sources[:, 9:] = 2
     sources[::2, 14:] = 0
+    logp = rng.normal(-5.0, 1.0, (3, rows, length)).astype(np.float32)
     return {
+        "old_logp": logp[0],
+        "reference_logp": logp[1],
+        "rollout_logp": logp[2],
+        "advantages": rng.normal(size=rows).astype(np.float32),
+        "on_policy": (np.arange(rows) % 2).astype(np.float32),
+        **_side("chosen", tokens, rng),
+        **_side("rejected", tokens[::-1], rng),
         "encoder_inputs": rng.integers(0, 256, (rows, 16)).astype(np.int32),
         "encoder_segment_ids": sources,
         "encoder_positions": np.tile(np.concatenate([np.arange(9), np.arange(7)]), (rows, 1)).astype(np.int32),
@@ -116,6 +134,20 @@ def _documents() -> dict[str, np.ndarray]:
     }
 
 
+def _side(side: str, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One answer of each pair, of a length of its own."""
+    rows, length = tokens[:, 1:].shape
+    columns = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    inside = columns < rng.integers(12, length + 1, (rows, 1))
+    return {
+        f"{side}/inputs": np.where(inside, tokens[:, :-1], 0),
+        f"{side}/targets": np.where(inside, tokens[:, 1:], 0),
+        f"{side}/loss_weights": (inside & (columns >= 5)).astype(np.float32),
+        f"{side}/segment_ids": inside.astype(np.int32),
+        f"{side}/positions": np.where(inside, columns, 0),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     loss: float
@@ -125,10 +157,7 @@ class Result:
 
 
 def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1) -> Result:
-    config, host = _config(family), _batch(family)
-    config.data.length = host["inputs"].shape[1]
-    if family in CHATS and "encoder_inputs" in host:
-        config.data.encoder_length = host["encoder_inputs"].shape[1]
+    config = _config(family)
     config.loop.micro_batches = micro_batches
     config.mesh.update(mesh_section)
     experiment = experiments.from_config(config)
@@ -136,6 +165,8 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
     with jax.set_mesh(mesh):
         program = programs.step_program(experiment, mesh)
         state, frozen = programs.initialize(program, seed=0)
+        state["params"] = _varied(state["params"])
+        host = _batch(family)
         batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
@@ -146,7 +177,7 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
 @pytest.fixture(scope="module")
 def single():
     """The result of one device, made once for each family."""
-    return {family: _step(family, {"preset": "data"}, 1) for family in KINDS}
+    return {name: _step(name, {"preset": "data"}, 1) for name in (*FAMILIES, *RUNS)}
 
 
 CASES = [("llama", name) for name in MESHES] + [
@@ -155,9 +186,17 @@ CASES = [("llama", name) for name in MESHES] + [
     ("t5", "fsdp=8"),
     ("t5", "data=2 fsdp=2 tensor=2"),
     ("t5", "fsdp=2 sequence=2 tensor=2"),
+    ("lora", "data=2 fsdp=2 tensor=2"),
+    ("lora", "fsdp=2 sequence=2 tensor=2"),
+    ("reward", "data=2 fsdp=2 tensor=2"),
+    ("reward", "fsdp=2 sequence=2 tensor=2"),
+    ("dpo", "data=2 fsdp=2 tensor=2"),
+    ("grpo", "data=2 fsdp=2 tensor=2"),
+    ("grpo", "fsdp=2 sequence=2 tensor=2"),
+    ("grpo of t5", "data=2 fsdp=2 tensor=2"),
     ("sft", "data=2 fsdp=2 tensor=2"),
     ("sft", "fsdp=2 sequence=2 tensor=2"),
-    ("sft on t5", "data=2 fsdp=2 tensor=2"),
+    ("sft of t5", "data=2 fsdp=2 tensor=2"),
 ]
 
 
@@ -167,15 +206,15 @@ def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name)
 
 
 def test_packed_conversations_have_loss_on_few_of_their_tokens():
-    for kind in CHATS:
-        batch = _batch(kind)
+    for name in ("sft", "sft of t5"):
+        batch = _batch(name)
         assert batch["segment_ids"].max() > 1
         inside, trained = (batch["segment_ids"] > 0).sum(axis=1), batch["loss_weights"].sum(axis=1)
         assert (trained > 0).all() and len(set(trained.tolist())) > 2
-        assert (trained < inside / 2).all() if kind == "sft" else (trained == inside).all()
+        assert (trained < inside / 2).all() if name == "sft" else (trained == inside).all()
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", [*FAMILIES, *RUNS])
 def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(single, family):
     """Though micro-batches hold different numbers of tokens, as every other row is padded more."""
     result = _step(family, {"preset": "data"}, 1, micro_batches=4)

@@ -3,6 +3,7 @@
     python -m tools.benchmark step       a training step of a 30M Llama: ours, torch + transformers, matmul peak
     python -m tools.benchmark t5_step    a training step of a 30M T5: ours, torch + transformers
     python -m tools.benchmark sft_step   a step of instruction tuning on packed conversations: ours, TRL
+    python -m tools.benchmark lora_step  the same of all parameters and of LoRA: time and memory
     python -m tools.benchmark decode     greedy text of the 30M Llama, 1 and 16 rows: ours, transformers' generate
     python -m tools.benchmark convert    1 GB from and to Hugging Face's form, beside copying its files
     python -m tools.benchmark input      prepare and read rates, beside SeqIO and beside what a step consumes
@@ -18,12 +19,13 @@ import argparse
 import json
 import sys
 
-from tools.benchmark import convert, decode, imports, input, save, sft_step, step, t5_step, timing
+from tools.benchmark import convert, decode, imports, input, lora_step, save, sft_step, step, t5_step, timing
 
 MEASUREMENTS = {
     "step": step.measure,
     "t5_step": t5_step.measure,
     "sft_step": sft_step.measure,
+    "lora_step": lora_step.measure,
     "decode": decode.measure,
     "convert": convert.measure,
     "input": input.measure,

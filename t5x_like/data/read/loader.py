@@ -222,10 +222,10 @@ class Prefetch(Generic[Read]):
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
-    """Opens what `prepare` wrote in `cache_dir` for this config (a cache in a bucket is copied to a local disk)."""
+def open_data(config: DataConfig, *, cache_dir: str, seed: int, beside: str = "") -> TrainData:
+    """Opens what `prepare` wrote in `cache_dir` and `beside` for this config (a bucket is copied to a local disk)."""
     check(config)
-    manifest = cache.read_manifest(config, cache_dir)
+    manifest = cache.read_manifest(config, cache_dir, beside=beside)
     folder = cache.local_folder(cache_dir)
     vocabulary = vocabularies.load(str(folder / manifest.tokenizer)).with_chat_template(manifest.chat_template)
     files = open_files()
@@ -250,9 +250,9 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
     return TrainData(config, vocabulary, train, validation, unevaluated=unevaluated, seed=seed)
 
 
-def cuts(config: DataConfig, *, cache_dir: str) -> dict[str, str]:
+def cuts(config: DataConfig, *, cache_dir: str, beside: str = "") -> dict[str, str]:
     """{set: what of its examples fits no row}, of the sets of a prepared config that have such examples."""
-    data = open_data(config, cache_dir=cache_dir, seed=0)
+    data = open_data(config, cache_dir=cache_dir, seed=0, beside=beside)
     try:
         facts = data.describe()
         return {name: f["cut"] for part in ("components", "validation") for name, f in facts[part].items() if f["cut"]}

@@ -44,7 +44,8 @@ def place(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report
         return found.vocabulary
     trained = tokenizer_training.parse(config.tokenizer, where="config.data.tokenizer")
     if saved or trained is None:
-        staged = patterns.staged(saved or config.tokenizer, endings=_TOKENIZER_FILES, most=_MOST_STAGED)
+        given = saved or patterns.one(config.tokenizer, what="config.data.tokenizer=")
+        staged = patterns.staged(given, endings=_TOKENIZER_FILES, most=_MOST_STAGED)
         with staged as there:
             vocabulary = vocabularies.load(there)
     else:

@@ -8,7 +8,6 @@ it found; what nobody has read when that is done it reads itself, so that no mac
 import concurrent.futures
 import contextlib
 import dataclasses
-import os
 import pathlib
 import random
 import time
@@ -34,12 +33,14 @@ class Share:
 
 
 def state(path: str) -> list[Any]:
-    """What changes when a file does: of a folder, when one of the files in it does. OSError where there is none."""
-    if paths.is_remote(path) or not os.path.isdir(path):
-        return [path, *paths.state(path)]
-    inside = [entry.path for entry in sorted(os.scandir(path), key=lambda entry: entry.name) if entry.is_file()]
-    states = [paths.state(name) for name in inside]
-    return [path, list(zip(inside, states, strict=True)), max((changed for _, changed in states), default=0)]
+    """What changes when a file does. OSError where there is none."""
+    return [path, *paths.state(path)]
+
+
+def state_of_folder(path: str) -> list[Any]:
+    """What changes when one of the files in a folder does."""
+    inside = paths.states(path)
+    return [path, inside, max((changed for *_, changed in inside.values() if isinstance(changed, int)), default=0)]
 
 
 def facts(

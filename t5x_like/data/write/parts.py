@@ -10,7 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +18,7 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache
 from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import vocabularies
-from t5x_like.data.write import memory, sources, workers
+from t5x_like.data.write import memory, sources, tfds_reader, workers
 from t5x_like.data.write.records import BOM
 from t5x_like.data.write.sources import Source, SourceFile
 from t5x_like.storage import paths
@@ -123,7 +123,8 @@ def _fraction(validation: str) -> fractions.Fraction | None:
 
 def _native_part(source: Source, where: str, folder: pathlib.Path, share: memory.Share | None) -> Part:
     files = tuple(sources.files(source, where=where, folder=folder, share=share))
-    states = [memory.state(file.path) for file in files]
+    state = memory.state_of_folder if source.kind == "tfds" else memory.state
+    states = [state(file.path) for file in files]
     costs = [file.size if file.size <= _HASH_WHOLE else _HASH_PARTS << 20 for file in files]
     contents = memory.facts(
         "contents",
@@ -148,8 +149,8 @@ def _cut(whole: Part, fraction: fractions.Fraction, where: str) -> tuple[Part, P
 def _content(source: Source, file: SourceFile) -> list[Any]:
     """Facts that change when the content of a file does."""
     if source.kind == "tfds":
-        inside = [path for path in sorted(pathlib.Path(file.path).iterdir()) if path.is_file()]
-        return [source.name, *([path.name, _hash(str(path))] for path in inside)]
+        inside = sorted(tfds_reader.names(file.path))
+        return [source.name, *([name, _hash(paths.join(file.path, name))] for name in inside)]
     return [paths.size(file.path), _hash(file.path), *_marked(source, file)]
 
 
@@ -204,16 +205,13 @@ def _described(source: Source, folder: pathlib.Path, pool: workers.Pool) -> dict
             return facts
     if source.path.endswith(".py") and not os.path.isfile(source.path):
         raise sources.MissingSource(f"{source}: there is no file {source.path}")
-    staging = folder / f".task-vocabulary.{os.getpid()}"
-    job = {"module": source.path, "name": source.name, "folder": str(staging), "source": str(source)}
-    [facts] = pool.run("describe_task", [job], lambda index, amount: None)
+    with tempfile.TemporaryDirectory(prefix="t5x_like-task-") as staging:
+        job = {"module": source.path, "name": source.name, "folder": staging, "source": str(source)}
+        [facts] = pool.run("describe_task", [job], lambda index, amount: None)
+        there = facts["vocabulary"]
+        facts["vocabulary"] = place_vocabulary(vocabularies.load(staging), folder) if there else None
     facts["files"] = {path: _state(path) for path in facts["files"]}
-    if facts["vocabulary"]:
-        facts["vocabulary"] = place_vocabulary(vocabularies.load(str(staging)), folder)
-        shutil.rmtree(staging)
-    else:
-        facts["vocabulary"] = None
-    paths.write_json_atomic(str(memory), facts)
+    cache.remember(memory, facts)
     return facts
 
 
@@ -235,7 +233,7 @@ def task_rates(
         return paths.read_json(str(memory))
     job = {"module": source.path, "name": source.name, "examples": dict(examples), "source": str(source)}
     [rates] = pool.run("task_rates", [job], lambda index, amount: None)
-    paths.write_json_atomic(str(memory), rates)
+    cache.remember(memory, rates)
     return rates
 
 

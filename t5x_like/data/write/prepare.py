@@ -105,9 +105,12 @@ class SetPlan:
         )
 
 
-def prepare(config: DataConfig, cache_dir: str, *, report: Report | None, tokenizer: str = "") -> Prepared:
+def prepare(
+    config: DataConfig, cache_dir: str, *, report: Report | None, tokenizer: str = "", beside: str = ""
+) -> Prepared:
     """Makes the token cache of `config` complete in `cache_dir` (local or gs://). `report` is called with progress.
     `tokenizer` is a folder where the config's tokenizer was saved before; then it is not looked for, nor trained.
+    `beside` is a folder for what a cache that may not be written lacks of this config (`cache.write_manifest`).
 
     Where the sources are not on this machine, a cache that was prepared for the same config elsewhere is enough.
     """
@@ -119,12 +122,12 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None, tokeni
     written: list[dict[str, Any]] = []
     try:
         with workers.Pool(config.workers or cores()) as pool:
-            manifest, written = _write(config, folder, pool, report, tokenizer)
-        cache.write_manifest(config, cache_dir, manifest)
+            manifest, written = _write(config, cache_dir, pool, report, tokenizer)
+        cache.write_manifest(config, cache_dir, manifest, beside=beside)
     except sources.MissingSource:
-        if not (folder / cache.name(config)).is_file():
+        if cache.find_manifest(config, cache_dir, beside) is None:
             raise
-        manifest = cache.read_manifest(config, cache_dir)
+        manifest = cache.read_manifest(config, cache_dir, beside=beside)
     return prepared(manifest, folder, written, started)
 
 
@@ -164,10 +167,13 @@ def _bad_places(entries: list[cache.SetEntry], indexes: list[dict[str, Any]]) ->
 
 
 def _write(
-    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None, saved: str
+    config: DataConfig, cache_dir: str, pool: workers.Pool, report: Report | None, saved: str
 ) -> tuple[cache.Manifest, list[dict[str, Any]]]:
     """Writes what is missing; (manifest, facts of the shards written)."""
+    folder = cache.local_folder(cache_dir)
     found, tokenizer, plans = plan(config, folder, pool, report, saved)
+    for each in plans:
+        cache.fetch_set(cache_dir, each.place.name)
     written = _write_sets(config, plans, pool, report)
     return manifest_of(config, folder, found, tokenizer, plans, pool), written
 
@@ -209,8 +215,18 @@ def manifest_of(
         name: cache.SetEntry(place, str(part.source), tuple(file.path for file in part.files), None)
         for place, (name, part) in zip(folders[len(train) :], found.validation.items(), strict=True)
     }
+    _check_shares(config, [*entries.values(), *held_out.values()], folder)
     chat = chats.job(config, encoding.load_vocabulary(str(folder / tokenizer)))
     return cache.Manifest(tokenizer, entries, held_out, chat_template=chat.get("template", ""))
+
+
+def _check_shares(config: DataConfig, entries: list[cache.SetEntry], folder: pathlib.Path) -> None:
+    """UserError for a source with more bad records than config.data.max_bad_share allows."""
+    by_source: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {}
+    for entry in entries:
+        by_source.setdefault(entry.source, []).append((token_set.read_index(folder / entry.folder), entry.files))
+    for source, sets in by_source.items():
+        bad_records.check_share(source, sets, config.max_bad_share)
 
 
 def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
@@ -314,10 +330,9 @@ def _joined(function: str, jobs: list[dict[str, Any]], part: Part) -> list[dict[
 
 
 def _notes(config: DataConfig, part: Part, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What an index says of bad records and of empty files, where there are any. UserError for too many bad ones."""
-    files = [file.path for file in part.files]
-    rule, share = config.on_bad_record, config.max_bad_share
-    bad_records.check(shards, part.source.kind, files, rule=rule, share=share, where=str(part.source))
+    """What an index says of bad records and of empty files, where there are any."""
+    if config.on_bad_record == "stop":
+        bad_records.check_none(shards, part.source.kind, [file.path for file in part.files])
     empty = sum(not file.measure for file in part.files) if part.begin == 0 else 0
     return bad_records.total(shards) | ({"empty_files": empty} if empty else {})
 

@@ -2,25 +2,27 @@
 
 A record is a dict of fields with its place (file, offset). Offsets are bytes for text, lines, jsonl and csv, and
 record numbers for parquet, arrow and tfds. A `Piece` is a range of offsets of one file; a record belongs to the piece
-in which it begins, so any division of a file gives the same records. The readers are text_readers.py, csv_reader.py
-and table_readers.py. Nothing here imports TensorFlow; the adapter of SeqIO is data/write/tasks.py.
+in which it begins, so any division of a file gives the same records. The readers are text_readers.py, csv_reader.py,
+table_readers.py and tfds_reader.py. Nothing here imports TensorFlow; the adapter of SeqIO is data/write/tasks.py.
 """
 
 import bisect
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data.write import content, csv_reader, memory, table_readers, text_readers
+from t5x_like.data.write import content, csv_reader, memory, table_readers, text_readers, tfds_reader
 from t5x_like.data.write.records import MissingSource, Reader, Record, SourceFile
 from t5x_like.storage import paths, patterns
 
 __all__ = ["MissingSource", "Piece", "Record", "Source", "SourceFile", "divide", "files", "parse", "pieces", "read"]
 
+_SHIPPED = pathlib.Path(__file__).parents[2] / "configs" / "data"
 _READ_TWICE = 8  # a job begins anew where that reads no more than this part of it twice
 
 
@@ -52,12 +54,15 @@ def parse(text: str, *, where: str) -> Source:
         hint = nearest(kind, KINDS)
         raise UsageError(f"{where}={text!r} should be KIND:PATH; kind {kind!r}: {hint}")
     if kind == "seqio":
+        if paths.is_remote(rest):
+            raise UsageError(f"{where}={text!r}: a module is a program and is read from a disk; copy it there")
         module, _, task = rest.partition(":")
         if not task:
             raise UsageError(f"{where}={text!r} should be seqio:MODULE_OR_FILE:TASK_OR_MIXTURE[:SPLIT]")
-        return Source(kind, os.path.expanduser(module), task)
+        return Source(kind, os.path.expanduser(_one(module, f"{where}=seqio:")), task)
     if kind == "tfds":
-        folder, _, split = rest.partition(":")
+        match = re.fullmatch(r"((?:gs://)?[^:]*):?(.*)", rest, re.DOTALL)
+        folder, split = match.groups() if match else (rest, "")
         return Source(kind, folder, split or "train")
     return Source(kind, rest, "")
 
@@ -70,9 +75,10 @@ def files(
     Empty files are among them, with measure 0. folder: that of a cache, which remembers how long compressed files are
     """
     place = f"{where}={source}"
-    if source.kind == "tfds":
-        return [table_readers.tfds_file(paths.normal(source.path), source.name, where=place)]
     try:
+        if source.kind == "tfds":
+            data_set = paths.normal(_one(source.path, f"{where}=tfds:"))
+            return [tfds_reader.tfds_file(data_set, source.name, where=place)]
         names = _names(source, place)
     except UserError as error:
         if not paths.is_remote(source.path):
@@ -83,6 +89,13 @@ def files(
         which = f"all {len(found)} files are empty" if len(found) > 1 else "the file is empty"
         raise UserError(f"{names[0]}: {which}; {where} needs text")
     return found
+
+
+def _one(text: str, what: str) -> str:
+    try:
+        return patterns.one(text, what=what)
+    except UserError as error:
+        raise MissingSource(str(error)) from None
 
 
 def divide(kind: str, sizes: Sequence[SourceFile], begin: int, end: int, target: int) -> list[list[Piece]]:
@@ -190,11 +203,21 @@ def unit(kind: str) -> str:
 
 
 def _names(source: Source, place: str) -> list[str]:
+    names: list[str] = []
     for part in patterns.parts(source.path):
-        if not patterns.expand(part, inside=lambda folder: [folder]):
+        found = patterns.expand(part, inside=lambda folder: _inside(source.kind, folder, place)) or _shipped(part)
+        if not found:
             reason = "no file has a name like this" if patterns.is_pattern(part) else "no such file"
             raise MissingSource(f"{place.removesuffix(source.path)}{part}: {reason}")
-    return patterns.expand(source.path, inside=lambda folder: _inside(source.kind, folder, place))
+        names += found
+    return list(dict.fromkeys(names))
+
+
+def _shipped(path: str) -> list[str]:
+    """The text that comes with the program, for its path in a checkout or an installation that is elsewhere now."""
+    _, named, name = path.rpartition("configs/data/")
+    here = _SHIPPED / name
+    return [str(here)] if named and ".." not in name and here.is_file() else []
 
 
 _TEXT_NAMES = ("", ".gz", ".zst", ".bz2", ".xz")
@@ -295,6 +318,6 @@ KINDS = {
     "csv": Kind(csv_reader.read_csv, "byte", False),
     "parquet": Kind(table_readers.read_parquet, "record", True),
     "arrow": Kind(table_readers.read_arrow, "record", True),
-    "tfds": Kind(table_readers.read_tfds, "record", True),
+    "tfds": Kind(tfds_reader.read_tfds, "record", True),
     "seqio": Kind(_no_reader, "record", True),
 }

@@ -1,19 +1,15 @@
-"""Readers of Parquet, Arrow and ArrayRecord (tfds): offsets are record numbers, and only wanted columns are read.
+"""Readers of Parquet and Arrow: offsets are record numbers, and only wanted columns are read.
 
 Tables are read in batches of about 4 MiB, from the begin of a row group, so that memory depends neither on the size
 of a file nor on that of its row groups: a row group is decoded page by page.
 """
 
 import contextlib
-import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from t5x_like.core.errors import UserError
-from t5x_like.data.write.records import MissingSource, Record, SourceFile, bad, first_line
+from t5x_like.data.write.records import Record, SourceFile, bad, first_line
 from t5x_like.storage import paths
 
 _BATCH_BYTES, _BATCH_ROWS = 4 << 20, 1 << 13
@@ -222,60 +218,3 @@ def arrow_files(folder: str, where: str) -> list[str] | None:
     if not files:
         raise UserError(f"{where}: {folder} holds a dataset without rows; it needs text")
     return files
-
-
-# tfds
-
-
-def tfds_file(folder: str, split: str, *, where: str) -> SourceFile:
-    if paths.is_remote(folder):
-        raise UserError(f"{where}: a tfds data set is read from a disk; copy it (gcloud storage cp -r {folder} DIR)")
-    if not os.path.isdir(folder):
-        raise MissingSource(f"{where}: no such folder")
-    records = len(_tfds(folder, split))
-    parts = pathlib.Path(folder).glob("*array_record*")
-    size = sum(part.stat().st_size for part in parts if f"-{split.partition('[')[0]}." in part.name)
-    if not records:
-        raise UserError(f"{where}: the split is empty")
-    return SourceFile(folder, records, size)
-
-
-def read_tfds(path: str, begin: int, end: int, wanted: tuple[str, ...] = ()) -> Iterator[Record]:
-    """`path`: the folder and the split, on two lines."""
-    folder, split = path.split("\n")
-    data = _tfds(folder, split)
-    for first in range(begin, end, 256):
-        chunk = range(first, min(first + 256, end))
-        try:
-            examples = data.__getitems__(list(chunk))
-        except Exception as error:  # a damaged file: many kinds of error
-            where = f"tfds:{folder}:{split}: records {first} to {chunk[-1]}"
-            raise UserError(f"{where} cannot be read ({first_line(error)}); copy or write the files again") from None
-        for index, fields in zip(chunk, examples, strict=True):
-            yield Record(index, {name: _plain(value) for name, value in fields.items()})
-
-
-def _plain(value: Any) -> Any:
-    """Text as such; bytes that are none stay, in case that nobody wants them. A number of numpy becomes one."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufSUO":
-        return value.tolist()
-    return value
-
-
-def _tfds(folder: str, split: str) -> Any:
-    """A random-access data source over an ArrayRecord folder, which tfds reads without TensorFlow."""
-    try:
-        import tensorflow_datasets
-    except ImportError:
-        raise UserError("tfds: sources need tensorflow-datasets; pip install 't5x_like[data]'") from None
-    try:
-        builder: Any = tensorflow_datasets.builder_from_directory(folder)
-        return builder.as_data_source(split)
-    except Exception as error:  # tfds raises many kinds for a wrong folder, split or format
-        reason = first_line(error)
-        raise UserError(f"tfds:{folder}:{split}: not readable as an ArrayRecord data set ({reason})") from None

@@ -5,9 +5,12 @@ SeqIO runs in worker processes (TensorFlow takes seconds to import), so all of i
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ from t5x_like.data import cache
 from t5x_like.data.read import packing
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.tokenizers import vocabularies
-from t5x_like.data.write import prepare
+from t5x_like.data.write import prepare, tfds_reader
+from t5x_like.storage import paths
 from tests.data import corpus
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
@@ -41,16 +45,19 @@ template = tfds.core.ShardedFileTemplate(
     template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 )
 splits = []
-for split, count in (("train", 70), ("test", 5), ("bad", 5)):
-    path = os.path.join(folder, f"tiny-{split}.array_record-00000-of-00001")
-    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-    for number, text in enumerate(corpus.paragraphs(count)):
-        question = b"bad \\xff" if split == "bad" and number == 3 else text
-        writer.write(features.serialize_example(features.encode_example({
-            "question": question, "answer": f"answer {number}",
-            "kind": number % 3, "list": ["a", "b"], "number": [[1, 2], [3, 4]]})))
-    writer.close()
-    splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=1, filename_template=template))
+for split, counts in (("train", [30, 3, 37]), ("test", [5]), ("bad", [5])):
+    rest = list(enumerate(corpus.paragraphs(sum(counts))))
+    for shard, count in enumerate(counts):
+        path = os.path.join(folder, f"tiny-{split}.array_record-{shard:05d}-of-{len(counts):05d}")
+        writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+        for number, text in rest[:count]:
+            question = b"bad \\xff" if split == "bad" and number == 3 else text
+            writer.write(features.serialize_example(features.encode_example({
+                "question": question, "answer": f"answer {number}",
+                "kind": number % 3, "list": ["a", "b"], "number": [[1, 2], [3, 4]]})))
+        writer.close()
+        rest = rest[count:]
+    splits.append(tfds.core.SplitInfo(name=split, shard_lengths=counts, num_bytes=1, filename_template=template))
 tfds.folder_dataset.write_metadata(
     data_dir=folder, features=features, split_infos=splits, filename_template=template, check_data=False
 )
@@ -161,15 +168,68 @@ def test_bad_records_of_an_array_record_folder_are_named_or_left_out(tfds_folder
 
 def test_a_damaged_array_record_file_is_one_line(tfds_folder, tmp_path):
     folder = shutil.copytree(tfds_folder, tmp_path / "tiny" / "1.0.0")
-    file = next(folder.glob("*-train.array_record*"))
-    content = bytearray(file.read_bytes())
-    for place in range(100, 20000, 97):
-        content[place] ^= 0xFF
-    file.write_bytes(content)
+    for file in folder.glob("*-train.array_record*"):
+        content = bytearray(file.read_bytes())
+        for place in range(100, len(content) - 100, 97):
+            content[place] ^= 0xFF
+        file.write_bytes(content)
     config = corpus.config(source=f"tfds:{folder}", fields={"text": "question"}, on_bad_record="skip")
     with pytest.raises(UserError, match="records 0 to 69 cannot be read .*; copy or write the files") as caught:
         prepare.prepare(config, str(tmp_path / "cache"), report=None)
     assert str(caught.value).startswith(f"tfds:{folder}:train: ") and "\n" not in str(caught.value)
+
+
+def test_a_data_set_in_a_bucket_gives_the_tokens_of_the_one_on_a_disk(fake_gcs, tfds_folder, tmp_path, monkeypatch):
+    """By the very names of the token sets; a process holds the copy of one file, and leaves none."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    bucket = f"{fake_gcs.bucket()}/tiny/1.0.0"
+    paths.copy_tree(tfds_folder, bucket)
+    copied: list[list[str]] = []
+    copy = paths.copy_file
+
+    def counted(source, target):
+        copy(source, target)
+        copied.append([name for name in os.listdir(os.path.dirname(target)) if "array_record" in name])
+
+    monkeypatch.setattr(paths, "copy_file", counted)
+    fields = {"text": "question"}
+    for split, given in (
+        ("train", {"validation": "0.1", "tokenizer": "train:bpe:300"}),
+        ("train[10%:60%]", {}),
+        ("train[40:]+test", {"validation": f"tfds:{bucket}:test"}),
+    ):
+        local = given | ({"validation": f"tfds:{tfds_folder}:test"} if "test" in split else {})
+        here = corpus.config(source=f"tfds:{tfds_folder}:{split}", fields=fields, **local)
+        there = corpus.config(source=f"tfds:{bucket[:-4]}*.0/:{split}", fields=fields, **given)
+        before = prepare.prepare(here, str(tmp_path / "here"), report=None)
+        after = prepare.prepare(there, str(tmp_path / "there"), report=None)
+        assert before.documents > 30 and after.shards_written
+        for part in ("train", "validation"):
+            folders = [[e.folder for e in getattr(done.manifest, part).values()] for done in (before, after)]
+            assert folders[0] == folders[1], (split, part)
+    assert max(map(len, copied)) == 1 and not [name for name in os.listdir(tmp_path) if name.startswith("t5x_like")]
+    copied.clear()
+    again = prepare.prepare(there, str(tmp_path / "there"), report=None)
+    assert again.shards_written == 0 and not any(copied)  # its settings alone tell that nothing changed
+
+
+def test_a_data_set_in_a_bucket_that_is_too_large_or_missing_is_one_line(fake_gcs, tfds_folder, tmp_path, monkeypatch):
+    bucket = fake_gcs.bucket()
+    paths.copy_tree(tfds_folder, f"{bucket}/tiny")
+    [first, *_] = [name for name in paths.list_names(f"{bucket}/tiny") if "train" in name]
+    cases = {
+        f"tfds:{bucket}/no": f"config.data.source=tfds:{bucket}/no:train: no such folder",
+        f"tfds:{bucket}/t*y/no*": "no file or folder has a name like this",
+        f"tfds:{bucket}/tiny:no": f"tfds:{bucket}/tiny:no: not readable as an ArrayRecord data set",
+    }
+    for source, expected in cases.items():
+        with pytest.raises(UserError, match=re.escape(expected)):
+            prepare.prepare(corpus.config(source=source), str(tmp_path / "cache"), report=None)
+    config = corpus.config(source=f"tfds:{bucket}/tiny", fields={"text": "question"})
+    monkeypatch.setattr(tfds_reader, "_MOST_STAGED", paths.size(f"{bucket}/tiny/{first}") - 1)
+    with pytest.raises(UserError, match=f"{first}: takes .* more than .*; write the data set in more files"):
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("nothing", "no such folder"), ("", "not readable as an ArrayRecord")])
