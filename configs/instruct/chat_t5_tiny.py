@@ -2,7 +2,7 @@
 wrote is the target of what was said before (1 conversation in 10 held out).
 
     t5x_like train --config=configs/pretrain/t5_tiny.py --workdir=runs/t5_tiny
-    t5x_like train --config=configs/instruct/t5_tiny.py --workdir=runs/instruct_t5_tiny
+    t5x_like train --config=configs/instruct/chat_t5_tiny.py --workdir=runs/instruct_t5_tiny
     t5x_like generate runs/instruct_t5_tiny --chat --prompt="Give me a list of fruits." --temperature=0
 Hardware: 2 CPU cores. Not measured yet.
 """
@@ -10,7 +10,7 @@ Hardware: 2 CPU cores. Not measured yet.
 from ml_collections import ConfigDict
 
 from t5x_like.configs import common
-from t5x_like.configs.instruct.tiny import SETS
+from t5x_like.configs.instruct.chat_tiny import SETS
 from t5x_like.configs.pretrain import t5_tiny
 
 
