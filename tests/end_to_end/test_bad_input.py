@@ -53,6 +53,10 @@ def test_an_empty_prompt_of_a_tokenizer_without_special_tokens_is_one_line(finis
         dataclasses.replace(lm, vocabulary=Bare()).generate("", max_new_tokens=2)
 
 
+CHAT = ["--config.data.fields.messages=messages", "--config.data.validation="]
+CHAT += ["--config.data.packing=examples", "--config.evaluate.every_steps=0"]
+CODED = ["--config.data.chat.template=tokenizer", "--config.data.tokenizer={files}/coded"]
+DROP = ["--config.data.truncate.rule=drop"]
 _ADAPTED = ["--config.checkpoint.init_from={finished}", "--config.checkpoint.holds=trained"]
 _LORA = [*_ADAPTED, "--config.adapter.name=lora"]
 # {files} holds files that cannot be read as they are named, {finished} is a finished run.
@@ -95,6 +99,36 @@ BAD_CONFIG = {
         ["--config.data.source=jsonl:{files}/null.jsonl", "--config.data.on_bad_record=skip"],
         1,
         "1 of 2 records are bad, which is more than config.data.max_bad_share=0.01",
+    ),
+    "a template that runs code": (
+        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", *CODED],
+        1,
+        "config.data.chat.template='tokenizer' is refused: it asks for what no template may do: access to attribute",
+    ),
+    "a conversation without the assistant": (
+        [*CHAT, "--config.data.source=jsonl:{files}/alone.jsonl", "--config.data.chat.template=plain"],
+        1,
+        "alone.jsonl:1 (byte 0): the conversation of field 'messages' has no turn of the assistant",
+    ),
+    "a role that is none": (
+        [*CHAT, "--config.data.source=jsonl:{files}/role.jsonl", "--config.data.chat.template=plain"],
+        1,
+        "role.jsonl:1 (byte 0): message 1 of field 'messages' has the role 'usr', which is unknown; did you",
+    ),
+    "messages that are no list": (
+        [*CHAT, "--config.data.source=jsonl:{files}/word.jsonl", "--config.data.chat.template=plain"],
+        1,
+        "word.jsonl:1 (byte 0): field 'messages' should be a list of messages, is the text 'hello'",
+    ),
+    "an answer longer than the row": (
+        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", "--config.data.chat.template=plain", *DROP],
+        1,
+        "no token to train on in its rows of 32: the inputs of its 1 examples leave no room for targets",
+    ),
+    "a template of other tokens": (
+        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", "--config.data.chat.template=chatml"],
+        2,
+        "config.data.chat.template='chatml', and the tokenizer lacks <|im_start|>, <|im_end|>; use 'plain'",
     ),
     "a rule for bad records that is none": (["--config.data.on_bad_record=skp"], 2, "did you mean 'skip'"),
     "a list of files with one that is missing": (
@@ -215,6 +249,17 @@ def _sizes(workdir: pathlib.Path) -> dict[str, int]:
     return {name: size for name, size in paths.tree_files(str(workdir)).items() if name != "lock"}
 
 
+def _write_conversations(folder: pathlib.Path) -> None:
+    """Of users and assistants, and a tokenizer of bytes whose template runs code."""
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 100}
+    chats = {"chat": [user, assistant], "alone": [user], "role": [{"role": "usr", "content": "a"}], "word": "hello"}
+    for name, messages in chats.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (folder / "coded").mkdir()
+    (folder / "coded" / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}')
+    (folder / "coded" / "chat_template.jinja").write_text("{{ ().__class__.__base__.__subclasses__() }}")
+
+
 @pytest.mark.parametrize("case", BAD_CONFIG)
 def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsys):
     before = _sizes(finished)
@@ -224,6 +269,7 @@ def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsy
     (tmp_path / "text.zip").write_bytes(b"PK\x03\x04" + b"x" * 100)
     (tmp_path / "half.gz").write_bytes(gzip.compress(b"some text" * 100)[:30])
     (tmp_path / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    _write_conversations(tmp_path)
     arguments, status, part = BAD_CONFIG[case]
     arguments = [argument.format(files=tmp_path, finished=finished) for argument in arguments]
     assert train(tmp_path / "run", *arguments) == status

@@ -2,6 +2,7 @@
 
     python -m tools.benchmark step       a training step of a 30M Llama: ours, torch + transformers, matmul peak
     python -m tools.benchmark t5_step    a training step of a 30M T5: ours, torch + transformers
+    python -m tools.benchmark sft_step   a step of instruction tuning on packed conversations: ours, TRL
     python -m tools.benchmark lora_step  the same of all parameters and of LoRA: time and memory
     python -m tools.benchmark decode     greedy text of the 30M Llama, 1 and 16 rows: ours, transformers' generate
     python -m tools.benchmark evaluate   scores of the 30M Llama: ours, lm_eval on transformers, a forward pass
@@ -19,11 +20,12 @@ import argparse
 import json
 import sys
 
-from tools.benchmark import convert, decode, evaluate, imports, input, lora_step, save, step, t5_step, timing
+from tools.benchmark import convert, decode, evaluate
 
 MEASUREMENTS = {
     "step": step.measure,
     "t5_step": t5_step.measure,
+    "sft_step": sft_step.measure,
     "lora_step": lora_step.measure,
     "decode": decode.measure,
     "evaluate": evaluate.measure,
