@@ -17,9 +17,11 @@ from t5x_like.core.errors import UsageError, UserError
 
 COMMANDS = {
     "train": "train a model from a config, or resume a workdir",
+    "rl": "train a policy by rewards of its own answers",
     "prepare": "tokenize the data of a config into its cache",
     "plan": "compile a config for a TPU topology and print memory, cycles and collectives",
     "generate": "continue text with a model directory",
+    "evaluate": "score models on tasks and texts",
     "convert": "convert a model directory to Hugging Face's files, or theirs to ours",
     "export": "write a model for others to use: plain or in int8, with model card and checksums",
     "inspect": "print what a model directory holds, or the documents in a batch",
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _run(list(arguments))
     given = sys.argv[1:]
-    if given[:1] == ["train"]:
+    if given[:1] in (["train"], ["rl"]):
         environment.restart_without_tcache()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # generated text has characters that an encoding may lack

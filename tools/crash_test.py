@@ -2,6 +2,7 @@
 
     python tools/crash_test.py                          20 SIGKILLs and 3 SIGTERMs, one process
     python tools/crash_test.py --processes=2 --devices=4     the same over two processes of 4 fake devices
+    python tools/crash_test.py --rl                     of reinforcement learning, whose rollouts are pending at a save
 
 Some kills fall anywhere (start, compilation, steps), some into the writing of a checkpoint. A SIGTERM has to end in
 exit status 75 with a checkpoint of the step it stopped at. Exit status 0 if all is equal, 1 if not.
@@ -31,6 +32,7 @@ MOMENTS = ("saving", "stepping", "saving", "stepping", "starting")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+    command: str
     config: str
     steps: int
     processes: int
@@ -56,11 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     chance = random.Random(options.seed)
     settings = Settings(
-        config=options.config,
+        command="rl" if options.rl else "train",
+        config=options.config or ("configs/rl/test.py" if options.rl else "configs/pretrain/test.py"),
         steps=8 * (options.kills + options.stops) + 16,
         processes=options.processes,
         devices=options.devices,
-        overrides=tuple(options.overrides),
+        overrides=(*options.overrides, *(["--config.rl.epochs=3"] if options.rl else [])),
     )
     with tempfile.TemporaryDirectory(prefix="crash_test_") as temporary:
         folder = pathlib.Path(options.folder or temporary)
@@ -83,7 +86,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="processes of the run (1)")
     parser.add_argument("--devices", type=int, default=0, help="fake CPU devices of each process")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
-    parser.add_argument("--config", default="configs/pretrain/test.py", help="what is trained")
+    parser.add_argument("--config", default="", help="what is trained (configs/pretrain/test.py, configs/rl/test.py)")
+    parser.add_argument("--rl", action="store_true", help="runs `t5x_like rl`, 6 updates an iteration")
     parser.add_argument("--folder", help="keep the two workdirs here")
     parser.add_argument("overrides", nargs="*", help="further arguments of `train`, after --")
     return parser.parse_args(arguments)
@@ -93,26 +97,30 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _start(settings: Settings, workdir: pathlib.Path, output: Any) -> subprocess.Popen[bytes]:
-    """Starts or resumes the run. A resume names the workdir alone, as a person would."""
+    """Starts or resumes the run. A resume names the workdir alone, as a person would, and where functions of a config
+    are needed its file."""
     command = [sys.executable, "-m"]
     if settings.processes > 1:
         command += ["launch.local", f"--processes={settings.processes}", f"--devices={settings.devices}", "--"]
-    command = [*command, *(["t5x_like"] if settings.processes == 1 else []), "train", f"--workdir={workdir}"]
-    if not (workdir / "config.json").exists():
-        command += [
-            f"--config={settings.config}",
-            f"--config.loop.steps={settings.steps}",
-            f"--config.checkpoint.every_steps={SAVE_EVERY}",
-            f"--config.evaluate.every_steps={2 * SAVE_EVERY}",
-            "--config.telemetry.tensorboard=False",  # its import takes longer than the run
-            *settings.overrides,
-        ]
+    command = [*command, *(["t5x_like"] if settings.processes == 1 else []), settings.command, f"--workdir={workdir}"]
+    if settings.command == "rl" or not (workdir / "config.json").exists():
+        command += [f"--config={settings.config}", *_overrides(settings)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if settings.devices:
         environment["JAX_NUM_CPU_DEVICES"] = str(settings.devices)
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )
+
+
+def _overrides(settings: Settings) -> list[str]:
+    return [
+        f"--config.loop.steps={settings.steps}",
+        f"--config.checkpoint.every_steps={SAVE_EVERY}",
+        f"--config.evaluate.every_steps={2 * SAVE_EVERY}",
+        "--config.telemetry.tensorboard=False",  # its import takes longer than the run
+        *settings.overrides,
+    ]
 
 
 def _run_whole(settings: Settings, workdir: pathlib.Path) -> float:

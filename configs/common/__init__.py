@@ -8,6 +8,7 @@ preset. Units and meanings are documented at the dataclass that each section bec
 
 from ml_collections import ConfigDict
 
+from t5x_like.configs.common.adapter import adapter
 from t5x_like.configs.common.bundled import bundled
 from t5x_like.configs.common.checkpoint import checkpoint
 from t5x_like.configs.common.data import data
@@ -16,10 +17,12 @@ from t5x_like.configs.common.mesh import mesh
 from t5x_like.configs.common.model import model, stack
 from t5x_like.configs.common.objective import objective
 from t5x_like.configs.common.optim import optim
+from t5x_like.configs.common.rl import reward, rl
 from t5x_like.configs.common.runtime import runtime
 from t5x_like.configs.common.telemetry import telemetry
 
 __all__ = [
+    "adapter",
     "bundled",
     "checkpoint",
     "config",
@@ -29,6 +32,9 @@ __all__ = [
     "model",
     "objective",
     "optim",
+    "reward",
+    "rl",
+    "rl_config",
     "runtime",
     "stack",
     "telemetry",
@@ -40,6 +46,7 @@ def config() -> ConfigDict:
         {
             "seed": 0,
             "model": model(),
+            "adapter": adapter(),
             "data": data(),
             "mesh": mesh(),
             "optim": optim(),
@@ -52,3 +59,13 @@ def config() -> ConfigDict:
             "runtime": runtime(),
         }
     )
+
+
+def rl_config() -> ConfigDict:
+    """Of a run of `t5x_like rl`: prompts from examples or a function, rows made of the answers to them."""
+    given = config()
+    given.data.update({"features": "rollouts", "packing": "single"})
+    given.data.fields.update({"text": "", "inputs": "inputs", "targets": "targets"})
+    given.objective.name = "grpo"
+    given.rl = rl()
+    return given

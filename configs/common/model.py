@@ -27,6 +27,7 @@ def model() -> dict:
             "softcap": placeholder(float),
             "transform": placeholder(bool),
         },
+        "scalar_heads": placeholder(tuple),
         "init": {"name": placeholder(str), "std": placeholder(float), "depth_scaled": placeholder(bool)},
         "dropout": 0.0,
         "scan": True,

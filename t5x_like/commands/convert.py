@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
 from t5x_like.runs.arguments import Parser
+from t5x_like.storage import paths, patterns
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -31,7 +32,12 @@ def run(arguments: Sequence[str]) -> int:
     environment.apply(environment.READING)
     from t5x_like.convert import convert, foreign, verify  # imports jax, whose environment now stands
 
+    options.source = patterns.one(options.source, what="SRC=")
     theirs = foreign.is_foreign(options.source)
+    if options.verify and theirs and paths.is_remote(options.source):
+        raise UsageError(
+            "--verify loads SRC with transformers, which reads a disk; copy it there, or leave --verify out"
+        )
     if options.to == ("hf" if theirs else "native"):
         raise UsageError(f"{options.source} has the form {options.to} already; leave --to out")
     if theirs and (options.checkpoint is not None or options.ema):

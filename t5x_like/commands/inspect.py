@@ -16,7 +16,7 @@ from typing import Any
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.runs.arguments import Parser
-from t5x_like.storage import model_directory, paths
+from t5x_like.storage import model_directory, paths, patterns
 
 _MODELS = ("params", "ema")
 _LEFT = ("path", "shape", "axes", "dtype", "kind")
@@ -30,10 +30,11 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.step is not None and options.checkpoint is not None:
         raise UsageError("t5x_like inspect: --step is about data and --checkpoint about parameters; give one of them")
+    directory = patterns.one(options.directory, what="DIR=")
     if options.step is None:
-        described = describe(options.directory, options.checkpoint)
+        described = describe(directory, options.checkpoint)
     else:
-        described = documents(options.directory, options.step)
+        described = documents(directory, options.step)
     for line in described:
         print(line)
     return 0
@@ -45,6 +46,8 @@ def describe(directory: str, step: int | None = None) -> Iterator[str]:
     note = model_directory.read_metadata(found.checkpoint)
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["time"]))
     yield f"{found.checkpoint}  (step {note['step']}, saved {saved})"
+    if "base" in note:
+        yield f"the trained part alone; its base is {note['base']['directory']}"
     others = [other for other in found.steps if other != note["step"]]
     if others:
         yield f"other checkpoints: {', '.join(map(str, others))}"
@@ -79,8 +82,9 @@ def documents(directory: str, step: int) -> Iterator[str]:
     experiment = experiments.from_config(config)
     if step > experiment.loop.steps:
         raise UsageError(f"--step={step}: the run in {directory} has {experiment.loop.steps} steps (config.loop.steps)")
-    cache = experiment.data.cache or paths.join(paths.normal(directory), "cache")
-    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
+    beside = paths.join(paths.normal(directory), "cache")
+    cache = experiment.data.cache or beside
+    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed, beside=beside)
     try:
         starts = manifest.read(paths.normal(directory))["starts"]
         if not starts:

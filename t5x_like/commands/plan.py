@@ -18,6 +18,7 @@ from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.runs.arguments import Parser, load_config, section, split_config
+from t5x_like.storage import paths
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -58,7 +59,9 @@ def _parse(arguments: Sequence[str]) -> Any:
 
 def _writable(path: str) -> pathlib.Path:
     """The path, if its folder is there: better said before minutes of compiling than after."""
-    target = pathlib.Path(path)
+    if paths.is_remote(path):
+        raise UserError(f"--json={path}: a plan is written to a disk; copy it to its bucket afterwards")
+    target = pathlib.Path(paths.normal(path))
     if not target.parent.is_dir():
         raise UserError(f"--json={path}: {target.parent} is no folder")
     return target

@@ -38,7 +38,8 @@ def run(arguments: Sequence[str]) -> int:
     data = build(DataConfig, config["data"], path="config.data")
     if not (data.cache or options.workdir):
         raise UsageError("t5x_like prepare: give --workdir=DIR, or --config.data.cache=DIR")
-    cache_dir = data.cache or paths.join(paths.normal(options.workdir), "cache")
+    beside = paths.join(paths.normal(options.workdir), "cache") if options.workdir else ""
+    cache_dir = data.cache or beside
     features.check(data)
     if options.part:
         if options.finish:
@@ -55,9 +56,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.finish:
         done = show_progress(data, cache_dir, run=functools.partial(finish, data, cache_dir))
     else:
-        done = show_progress(data, cache_dir)
+        done = show_progress(data, cache_dir, beside=beside)
     print(summary(done, cache_dir))
-    for name, cut in cuts(data, cache_dir=cache_dir).items():
+    for name, cut in cuts(data, cache_dir=cache_dir, beside=beside).items():
         print(f"  {name:<12} {cut} (config.data.truncate)")
     return 0
 

@@ -8,6 +8,7 @@ Exit status 75: the run was asked to stop and has saved; start it again.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,28 +18,60 @@ from t5x_like.core.errors import UsageError
 from t5x_like.runs.arguments import Parser, load_config, override, section, split_config
 
 
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """What a command that runs a config knows before jax is imported. stored: the config of the run that is resumed."""
+
+    options: argparse.Namespace
+    config: dict[str, Any]
+    overrides: dict[str, Any]
+    stored: dict[str, Any] | None
+    environment: environment.Environment
+
+
 def run(arguments: Sequence[str]) -> int:
+    started = begin(arguments, prog="t5x_like train", description=__doc__, own="")
+
+    from t5x_like.runs import training_run
+    from t5x_like.training.session import Request
+
+    return training_run.run(
+        Request(**vars(started.options)),
+        config=started.config,
+        overrides=started.overrides,
+        stored=started.stored,
+        environment=started.environment,
+    )
+
+
+def begin(arguments: Sequence[str], *, prog: str, description: str | None, own: str) -> Started:
+    """Reads arguments and configs, and puts the environment in force: threads and devices are fixed when jax starts.
+
+    own: the section that only configs of this command have, "" for none.
+    """
     config_arguments, others = split_config(arguments)
-    options = _parse(others)
+    options = _parse(others, prog=prog, description=description)
     # Light imports only until the environment stands: threads and devices are fixed when jax starts.
+    from t5x_like.storage import patterns
     from t5x_like.storage import workdir as workdirs
 
+    begins = any(argument.startswith("--config=") for argument in config_arguments)
+    if not begins:  # a run that is there already
+        options.workdir = patterns.one(options.workdir, what="--workdir=")
     stored = workdirs.read_config(options.workdir)
-    if any(argument.startswith("--config=") for argument in config_arguments):
+    if begins:
         config, overrides = load_config(config_arguments)
     elif stored is not None:
         config, overrides = override(stored, config_arguments)
     else:
         raise UsageError(f"--workdir={options.workdir} holds no config.json to resume; give --config=FILE")
+    if ("rl" in config) != (own == "rl"):
+        command = "rl" if "rl" in config else "train"
+        raise UsageError(f"{prog}: this config is one of `t5x_like {command}`; start it by that")
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     threads = workdirs.recorded_threads(options.workdir) or _threads_of_branch(config)
     in_force = environment.apply(runtime, recorded_threads=threads)
-
-    from t5x_like.runs import training_run
-    from t5x_like.training.session import Request
-
-    request = Request(**vars(options))
-    return training_run.run(request, config=config, overrides=overrides, stored=stored, environment=in_force)
+    return Started(options, config, overrides, stored, in_force)
 
 
 def _threads_of_branch(config: Mapping[str, Any]) -> int | None:
@@ -47,11 +80,13 @@ def _threads_of_branch(config: Mapping[str, Any]) -> int | None:
     from t5x_like.storage import workdir as workdirs
 
     given = section(config, "checkpoint").get("branch_from")
-    return workdirs.recorded_threads(model_directory.split(given)[0]) if isinstance(given, str) else None
+    if not isinstance(given, str):
+        return None
+    return workdirs.recorded_threads(model_directory.named(given, what="config.checkpoint.branch_from=")[0])
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="t5x_like train", description=__doc__)
+def _parse(arguments: Sequence[str], *, prog: str, description: str | None) -> argparse.Namespace:
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
     parser.add_argument("--check", action="store_true", help="build, print the summary, and exit")
     parser.add_argument(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from t5x_like.core.errors import UsageError
 from t5x_like.runs.arguments import Parser
+from t5x_like.storage import paths
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -27,17 +28,23 @@ def run(arguments: Sequence[str]) -> int:
     parsed = tokenizer_training.parse(f"train:{options.kind}:{options.size}", where="--kind and --size")
     if parsed is None or options.bytes < 1:
         raise UsageError(f"train_tokenizer: --bytes={options.bytes} should be at least 1")
-    _check_writable(options.output)
+    output = paths.normal(options.output)
+    _check_writable(output)
     texts = _texts(options.sources, options.field, options.bytes)
     vocabulary = tokenizer_training.train(*parsed, texts)
-    vocabulary.save(options.output)
-    print(f"{options.output}: {options.kind}, {vocabulary.size} tokens, fingerprint {vocabulary.fingerprint[:16]}")
+    staged = paths.StagedDirectory(output)
+    vocabulary.save(staged.local_path)
+    staged.close()
+    print(f"{output}: {options.kind}, {vocabulary.size} tokens, fingerprint {vocabulary.fingerprint[:16]}")
     return 0
 
 
 def _check_writable(output: str) -> None:
     """Better said before minutes of training than after."""
-    path = pathlib.Path(output).absolute()
+    if paths.is_remote(output):
+        paths.make_directory(output)
+        return
+    path = pathlib.Path(output)
     place = next(each for each in (path, *path.parents) if each.exists() or each.is_symlink())
     if not place.is_dir():
         raise UsageError(f"train_tokenizer: --output={output}: {place} is no folder; name another")

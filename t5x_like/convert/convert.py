@@ -24,14 +24,14 @@ from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.models import config as model_config
 from t5x_like.models.config import ModelConfig
-from t5x_like.storage import model_directory, paths, streams
+from t5x_like.storage import model_directory, paths, patterns, streams
 from t5x_like.storage.leaves import Built
 
 
 def to_native(source: str, target: str, *, dtype: str | None = None) -> ModelConfig:
     """Converts a model of another program into a model directory. dtype None: as stored. Returns the model's config."""
     _check_dtype(dtype)
-    with open_foreign(source) as foreign, staged(target) as staging:
+    with open_foreign(patterns.one(source)) as foreign, staged(target) as staging:
         foreign.check()
         config, mapping, reading = open_reading(foreign, dtype=dtype)
         itemsize = np.dtype(config.dtype.params).itemsize
@@ -138,7 +138,7 @@ def to_huggingface(
     metadata): puts more files into the folder before it takes its name.
     """
     _check_dtype(dtype)
-    place = model_directory.locate(source, step=step)
+    place = model_directory.locate(patterns.one(source), step=step)
     note = model_directory.read_metadata(place.checkpoint)
     config = model_config.resolve(note["config"]["model"])
     if config.family not in FAMILIES:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from t5x_like.convert import checksums, huggingface, llama2c, t5x
+from t5x_like.convert import checksums, huggingface, llama2c, staging, t5x
 from t5x_like.convert.mapping import Source, Table
 from t5x_like.core.errors import UserError
 from t5x_like.models.config import ModelConfig
@@ -50,12 +50,12 @@ def _is_remote_model(path: str) -> bool:
 
 @contextlib.contextmanager
 def open_foreign(path: str) -> Iterator[Foreign]:
-    """Raises UserError for a path that no reader knows, or that lies in a bucket."""
+    """A model in a bucket is copied to a temporary folder first. Raises UserError for a path that no reader knows."""
     if paths.is_remote(path):
-        raise UserError(
-            f"{path}: a model of another program is read from a local disk; copy it there first "
-            f"(`gcloud storage cp -r {path} .`) and give the copy"
-        )
+        place = paths.normal(path)
+        with staging.staged(place, whole=t5x.FILE in paths.list_names(place)) as copy, open_foreign(copy) as found:
+            yield dataclasses.replace(found, path=place)
+        return
     if huggingface.is_folder(path):
         with _open_folder(huggingface.Folder(path)) as found:
             yield found

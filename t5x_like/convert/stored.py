@@ -12,11 +12,12 @@ from t5x_like.convert import native
 from t5x_like.convert.convert import load_params, open_reading
 from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import tree
+from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.models import config as model_config
 from t5x_like.models.config import ModelConfig
-from t5x_like.storage import model_directory
+from t5x_like.storage import model_directory, paths, patterns
 from t5x_like.storage.base import restore_whole
 from t5x_like.storage.reading import check_templates
 
@@ -43,10 +44,16 @@ def open_model(directory: str) -> StoredModel:
 
     Reads no parameters. Raises UserError where there is no model.
     """
+    directory = patterns.one(directory)
     if is_foreign(directory):
         return _foreign(directory)
     place = model_directory.locate(directory)
     note = model_directory.read_metadata(place.checkpoint)
+    if (note["config"].get("adapter") or {}).get("name", "none") != "none":
+        raise UserError(
+            f"{place.checkpoint} is an adapter, and a whole model is wanted here; merge it by "
+            f"`t5x_like convert {directory} MODEL --to=native` and give MODEL"
+        )
     return StoredModel(
         directory=place.checkpoint,
         step=note["step"],
@@ -62,12 +69,13 @@ def _foreign(directory: str) -> StoredModel:
         # A folder may hold settings alone, of a tokenizer that needs no files: then nothing can be compared.
         files = [file for file in foreign.tokenizer if file.endswith((".model", "tokenizer.json"))]
         folder = os.path.dirname(files[0]) if files else None
+        there = foreign.path if paths.is_directory(foreign.path) else paths.parent(foreign.path)
         return StoredModel(
             directory=foreign.path,
             step=None,
             config=open_reading(foreign, dtype=None)[0],
             tokenizer=vocabularies.load(folder).fingerprint if folder else None,
-            tokenizer_folder=folder,
+            tokenizer_folder=there if folder else None,
             read=functools.partial(_read_foreign, directory),
         )
 

@@ -211,7 +211,7 @@ def _spared() -> bool:
 
     A machine that only has libtpu installed, for the planner, would search for a TPU, and print seven lines about it.
     """
-    chosen = "JAX_PLATFORMS" in os.environ or ("jax" in sys.modules and _jax().config.jax_platforms)
+    chosen = os.environ.get("JAX_PLATFORMS") or ("jax" in sys.modules and _jax().config.jax_platforms)
     return not chosen and not _jax_has_started() and not _has_accelerator()
 
 

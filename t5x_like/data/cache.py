@@ -3,8 +3,12 @@
 `prepared-KEY.json` names them; KEY is a hash of what the config says about sources, fields, tokenizer and held-out
 text, so a reader needs the cache alone and not the sources. A cache in a bucket is copied to a local disk once and
 read there. Contents of the folders: data/token_set.py.
+
+A cache that may not be written is enough for a config that means the same text by other paths: the file that says so
+then lies `beside` it, in a folder of the run.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -33,11 +37,15 @@ class SetEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a config's data became: {name: set} to train on and held out, and the tokenizer's folder."""
+    """What a config's data became: {name: set} to train on and held out, and the tokenizer's folder.
+
+    chat_template: the Jinja text that conversations were written by, "" for none; stored where there is one
+    """
 
     tokenizer: str
     train: dict[str, SetEntry]
     validation: dict[str, SetEntry]
+    chat_template: str = ""
 
 
 def key(config: DataConfig) -> str:
@@ -45,8 +53,11 @@ def key(config: DataConfig) -> str:
     named = ("source", "fields", "preprocessors", "tokenizer", "validation")
     chosen: dict[str, Any] = {name: getattr(config, name) for name in named}
     chosen["fields"] = config.fields.given
+    if config.separator:
+        chosen["csv_separator"] = config.separator
     if config.extra_ids:
         chosen["extra_ids"] = config.extra_ids
+    chosen |= config.reading
     chosen["sources"] = sorted(config.mixture.sources.items())
     if config.tokenizer.startswith("train:"):
         chosen["tokenizer_training_bytes"] = config.tokenizer_training_bytes
@@ -71,16 +82,31 @@ def name(config: DataConfig) -> str:
     return f"prepared-{key(config)}.json"
 
 
-def write_manifest(config: DataConfig, cache_dir: str, manifest: Manifest, *, parts_sent: bool = False) -> None:
+def remember(path: pathlib.Path, value: Any) -> None:
+    """Writes a file of a cache that only saves time: one that may not be written does without."""
+    with contextlib.suppress(UserError):
+        paths.write_json_atomic(str(path), value)
+
+
+def write_manifest(
+    config: DataConfig, cache_dir: str, manifest: Manifest, *, parts_sent: bool = False, beside: str = ""
+) -> None:
     """Declares the config's data prepared; in a bucket only after everything it names is there, as with `parts_sent`
-    it is."""
+    it is. Where the cache may not be written, in the folder `beside`."""
     folder = local_folder(cache_dir)
     content = {"version": VERSION, **dataclasses.asdict(manifest)}
-    paths.write_json_if_other(str(folder / name(config)), content)
-    if paths.is_remote(cache_dir):
-        for part in [] if parts_sent else _parts(manifest):
-            _copy_missing(str(folder / part), paths.join(cache_dir, part))
-        paths.write_json_if_other(paths.join(cache_dir, name(config)), content)
+    if not manifest.chat_template:
+        del content["chat_template"]
+    try:
+        paths.write_json_if_other(str(folder / name(config)), content)
+        if paths.is_remote(cache_dir):
+            for part in [] if parts_sent else _parts(manifest):
+                _copy_missing(str(folder / part), paths.join(cache_dir, part))
+            paths.write_json_if_other(paths.join(cache_dir, name(config)), content)
+    except UserError:
+        if not beside:
+            raise
+        paths.write_json_if_other(paths.join(beside, name(config)), content)
 
 
 def fetch(config: DataConfig, cache_dir: str) -> None:
@@ -95,13 +121,30 @@ def fetch(config: DataConfig, cache_dir: str) -> None:
     paths.copy_file(remote, str(folder / name(config)))
 
 
-def read_manifest(config: DataConfig, cache_dir: str) -> Manifest:
+def fetch_set(cache_dir: str, part: str) -> None:
+    """Copies a token set that is complete in a bucket to the local disk; does nothing for a local cache."""
+    if paths.is_remote(cache_dir) and paths.exists(paths.join(cache_dir, part, token_set.INDEX)):
+        _copy_missing(paths.join(cache_dir, part), str(local_folder(cache_dir) / part))
+
+
+def find_manifest(config: DataConfig, cache_dir: str, beside: str = "") -> str | None:
+    """The path of the file that declares the config's data prepared, in the local copy of the cache or `beside` it."""
+    there = str(local_folder(cache_dir) / name(config))
+    found = [path for path in (there, *([paths.join(beside, name(config))] if beside else ())) if paths.exists(path)]
+    return found[0] if found else None
+
+
+def read_manifest(config: DataConfig, cache_dir: str, *, beside: str = "") -> Manifest:
     """UserError when the config's data has not been prepared there."""
     fetch(config, cache_dir)
-    path = local_folder(cache_dir) / name(config)
-    if not path.is_file():
+    path = find_manifest(config, cache_dir, beside)
+    if path is None:
         raise UserError(f"{cache_dir}: no token cache of config.data.source={config.source!r}; run `t5x_like prepare`")
-    return _manifest(paths.read_json(str(path)), str(path))
+    manifest = _manifest(paths.read_json(path), path)
+    if paths.is_remote(cache_dir) and path != str(local_folder(cache_dir) / name(config)):
+        for part in _parts(manifest):  # which the bucket has for another config
+            _copy_missing(paths.join(cache_dir, part), str(local_folder(cache_dir) / part))
+    return manifest
 
 
 def _manifest(content: Any, where: str) -> Manifest:
@@ -113,7 +156,7 @@ def _manifest(content: Any, where: str) -> Manifest:
             }
             for part in ("train", "validation")
         ]
-        return Manifest(content["tokenizer"], *sets)
+        return Manifest(content["tokenizer"], *sets, chat_template=content.get("chat_template", ""))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a manifest of a token cache ({error!r}); delete it and prepare again") from None
 

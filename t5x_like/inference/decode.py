@@ -48,6 +48,78 @@ def prefill(
     return logits(*model.score_input(params, last))[:, 0], output.cache
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Continued:
+    """New tokens of each row. lengths: how many, the stop token among them; stopped: whether there is one. Behind the
+    end tokens are the `fill` of the call. logp: of each token under what it was drawn from; None where not wanted."""
+
+    tokens_BN: Any
+    lengths_B: Any
+    stopped_B: Any
+    logp_BN: Any
+
+
+def continue_rows(
+    model: Model,
+    params: Tree,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, " B"],
+    keys_B: Array,
+    source: Mapping[str, Array],
+    *,
+    limit: Int[Array, ""],
+    steps: int,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    fill: int,
+    scored: bool,
+) -> Continued:
+    """Up to `limit` <= `steps` new tokens a row, the last of them one of `stop_ids`. For use under jit.
+
+    source: what an encoder reads, {} without one. scored: also the log-probability of each new token after temperature;
+    top-k and top-p do not enter it.
+    """
+    rows, length = tokens_BT.shape
+    cache = model.start(params, source, rows=rows, length=length + steps)
+    logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
+    stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
+
+    def pick(logits_BV: jax.Array, index: jax.Array) -> jax.Array:
+        return sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, index), sampling)
+
+    def going(carry) -> jax.Array:
+        ended_B, index = carry[-2:]
+        return (index < limit) & ~jnp.all(ended_B)
+
+    def step(carry):
+        cache, logits_BV, out_BN, logp_BN, lengths_new_B, ended_B, index = carry
+        picked_B = pick(logits_BV, index)
+        token_B = jnp.where(ended_B, fill, picked_B)
+        if scored:
+            each_B = jnp.where(ended_B, 0.0, _log_probability(logits_BV, picked_B, sampling))
+            logp_BN = jax.lax.dynamic_update_slice_in_dim(logp_BN, each_B[:, None], index, axis=1)
+        out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], index, axis=1)
+        lengths_new_B = jnp.where(ended_B, lengths_new_B, index + 1)
+        ended_B |= jnp.any(picked_B[:, None] == stops[None, :], axis=1)
+        logits_BV, cache = decode_step(model, params, cache, token_B, jnp.where(ended_B, -1, lengths_B + index))
+        return cache, logits_BV, out_BN, logp_BN, lengths_new_B, ended_B, index + 1
+
+    carry = (
+        *(cache, logits_BV, jnp.full((rows, steps), fill, jnp.int32)),
+        jnp.zeros((rows, steps), jnp.float32) if scored else None,
+        *(jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), jnp.zeros((), jnp.int32)),
+    )
+    _, _, out_BN, logp_BN, lengths_new_B, ended_B, _ = jax.lax.while_loop(going, step, carry)
+    return Continued(out_BN, lengths_new_B, ended_B, logp_BN)
+
+
+def _log_probability(logits_BV: jax.Array, tokens_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """Of tokens after temperature; greedy tokens are judged at temperature 1."""
+    logp_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / (sampling.temperature or 1.0), axis=-1)
+    return jnp.take_along_axis(logp_BV, tokens_B[:, None], axis=1)[:, 0]
+
+
 # With the compiler's default options: the products of one token a row are a third faster with YNNPACK than with the
 # library that is faster for long rows (docs/log.md).
 @functools.partial(jax.jit, static_argnames=("model", "steps", "sampling", "stop_id"))
@@ -64,30 +136,21 @@ def _continue(
     sampling: Sampling,
     stop_id: int,
 ) -> Int[Array, "B steps"]:
-    """Up to `limit` <= `steps` new tokens a row; what follows a row's stop token is `stop_id`. source: what an encoder
-    reads, {} without one."""
-    rows, length = tokens_BT.shape
-    cache = model.start(params, source, rows=rows, length=length + steps)
-    logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
-
-    def pick(logits_BV: jax.Array, index: jax.Array) -> jax.Array:
-        return sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, index), sampling)
-
-    def going(carry) -> jax.Array:
-        _, _, _, ended_B, index = carry
-        return (index < limit) & ~jnp.all(ended_B)
-
-    def step(carry):
-        cache, logits_BV, out_BT, ended_B, index = carry
-        token_B = jnp.where(ended_B, stop_id, pick(logits_BV, index))
-        out_BT = jax.lax.dynamic_update_slice_in_dim(out_BT, token_B[:, None], index, axis=1)
-        ended_B |= token_B == stop_id
-        logits_BV, cache = decode_step(model, params, cache, token_B, jnp.where(ended_B, -1, lengths_B + index))
-        return cache, logits_BV, out_BT, ended_B, index + 1
-
-    out_BT = jnp.full((rows, steps), stop_id, jnp.int32)
-    carry = (cache, logits_BV, out_BT, jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
-    return jax.lax.while_loop(going, step, carry)[2]
+    """Up to `limit` <= `steps` new tokens a row; what follows a row's stop token is `stop_id`."""
+    return continue_rows(
+        model,
+        params,
+        tokens_BT,
+        lengths_B,
+        keys_B,
+        source,
+        limit=limit,
+        steps=steps,
+        sampling=sampling,
+        stop_ids=(stop_id,),
+        fill=stop_id,
+        scored=False,
+    ).tokens_BN
 
 
 def generate(

@@ -17,7 +17,9 @@ from flax import nnx
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
-from t5x_like.core.types import Leaf
+from t5x_like.core import tree
+from t5x_like.core.types import Leaf, RandomLeaf, Tree
+from t5x_like.layers.param import fold
 
 
 def value(w: Any) -> Any:
@@ -104,6 +106,15 @@ def ragged(x_MD: Float[Array, "M D"], w_EDF: Any, sizes_E: Int[Array, " E"]) -> 
     if isinstance(leaf, Leaf):
         return leaf.ragged(x_MD, sizes_E)
     return jax.lax.ragged_dot(x_MD, _array(leaf).astype(x_MD.dtype), sizes_E)
+
+
+def keyed(params: Tree, key: jax.Array) -> dict[str, Any]:
+    """The parameters of one call in training: each leaf that draws random numbers gets a key by its path."""
+
+    def of_leaf(path: str, leaf: Any) -> Any:
+        return leaf.with_key(fold(key, path)) if isinstance(leaf, RandomLeaf) else leaf
+
+    return tree.map_with_path(of_leaf, params)
 
 
 def dense(w: Any, dtype: Any) -> Any:

@@ -25,6 +25,8 @@ from t5x_like.models.families.plain import merged
 POSITIONS = ("rope", "learned", "relative", "alibi", "none")
 # The stacks of each architecture.
 STACKS = {"decoder": ("decoder",), "encoder": ("encoder",), "encoder_decoder": ("encoder", "decoder")}
+# Heads that read one number a token off the hidden states, beside the LM head (models/ends.py).
+SCALAR_HEADS = ("reward",)
 CUSTOM = "custom"  # the size that supplies nothing
 
 
@@ -168,8 +170,9 @@ class ModelConfig:
 
     architecture: a name in STACKS, which says which of `encoder` and `decoder` there are; the other is None.
     vocab_size: tokens; stored rows are rounded up to vocab_multiple and masked. max_length: tokens of a text. width: of
-    what passes from layer to layer. dropout: share of the embedding's and of each branch's output that is set to zero
-    in training (attention weights are never dropped). scan, remat: how the layers are run; a name in stack.REMAT.
+    what passes from layer to layer. scalar_heads: names in SCALAR_HEADS, each of which gives a token one number.
+    dropout: share of the embedding's and of each branch's output that is set to zero in training (attention weights are
+    never dropped). scan, remat: how the layers are run; a name in stack.REMAT.
     """
 
     family: str
@@ -183,6 +186,7 @@ class ModelConfig:
     encoder: StackConfig | None
     decoder: StackConfig | None
     head: HeadConfig
+    scalar_heads: tuple[str, ...]
     init: InitConfig
     dropout: float
     scan: bool
@@ -207,6 +211,9 @@ class ModelConfig:
         """Raises UsageError for names that are in no table and numbers that do not fit together."""
         if tuple(self.stacks) != STACKS[self.architecture]:
             raise UsageError(f"{path}.architecture={self.architecture!r} has {' and '.join(STACKS[self.architecture])}")
+        for name in self.scalar_heads:
+            if name not in SCALAR_HEADS:
+                raise UsageError(f"{path}.scalar_heads: {name!r} is unknown; {nearest(name, SCALAR_HEADS)}")
         if self.remat not in REMAT:
             raise UsageError(f"{path}.remat={self.remat!r} is unknown; {nearest(self.remat, REMAT)}")
         for field in ("vocab_size", "vocab_multiple", "max_length", "width"):

@@ -81,6 +81,9 @@ class EncoderDecoder:
     def score_input(self, params: Tree, output: Output) -> tuple[Float[Array, "B T D"], Head]:
         return self._ends.score_input(params, output.hidden_BTD)
 
+    def read(self, params: Tree, output: Output, name: str) -> Float[Array, "B T"]:
+        return self._ends.read(params, output.hidden_BTD, name)
+
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         """Runs the encoder on `encoder_inputs`; the cache holds the keys and values of cross attention."""
         memory, _ = self._encode(params, batch, key=None)

@@ -1,4 +1,5 @@
-"""What stands before the first layer and behind the last of any architecture: embedding, LM head, dropout between them.
+"""What stands before the first layer and behind the last of any architecture: embedding, LM head and other heads,
+dropout.
 
 Not here: the layers (tower.py), logits and losses (layers/scoring/).
 
@@ -11,6 +12,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -21,9 +23,9 @@ from t5x_like.layers.embedding import Embedding
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.mlp import ACTIVATIONS, add_bias
 from t5x_like.layers.norms import NORMS
-from t5x_like.layers.param import ZEROS, declare, param
+from t5x_like.layers.param import ZEROS, declare, normal, param
 from t5x_like.layers.scoring.head import Head
-from t5x_like.layers.weights import einsum
+from t5x_like.layers.weights import einsum, value
 from t5x_like.models.config import ModelConfig, StackConfig
 from t5x_like.parallel.rules import Rules
 from t5x_like.parallel.sharding import constrain
@@ -57,6 +59,23 @@ class HeadWeights(nnx.Module):
             self.transform = HeadTransform(config.width, stack, init)
 
 
+class ScalarHead(nnx.Module):
+    """One number a token: a product with the hidden state, in float32 (`score` in transformers). The standard deviation
+    of its first weights is 1 / sqrt(D + 1), as in arXiv 1909.08593."""
+
+    def __init__(self, width: int):
+        self.weight = param((width,), axes=("norm",), init=normal((width + 1) ** -0.5))
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), value(self.weight).astype(jnp.float32))
+
+
+class ScalarHeads(nnx.Module):
+    def __init__(self, names: tuple[str, ...], width: int):
+        for name in names:
+            setattr(self, name, ScalarHead(width))
+
+
 class EndModules(nnx.Module):
     def __init__(self, config: ModelConfig, stack: StackConfig):
         init = Initialization(config.init, layers=stack.layers)
@@ -73,6 +92,8 @@ class EndModules(nnx.Module):
         )
         if not config.head.tied or config.head.bias or config.head.transform:
             self.head = HeadWeights(config, stack, init)
+        if config.scalar_heads:
+            self.heads = ScalarHeads(config.scalar_heads, config.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +110,7 @@ class Ends:
         return declare(lambda: EndModules(self.config, self.stack), dtype=self.dtypes.params)
 
     def specs(self) -> dict[str, Any]:
-        """`embed` and, where the head has parameters of its own, `head`."""
+        """`embed`; where the LM head has parameters of its own, `head`; where there are others, `heads`."""
         return self._declared[1]
 
     def embed(
@@ -121,6 +142,10 @@ class Ends:
             softcap=head.softcap or None,
             rules=self.rules,
         )
+
+    def read(self, params: Tree, hidden_BTD: Float[Array, "B T D"], name: str) -> Float[Array, "B T"]:
+        """The number of each token that the head of this name gives."""
+        return getattr(self._modules(params).heads, name)(hidden_BTD)
 
     def _modules(self, params: Tree) -> Any:
         # A module for the span of one call: its parameters are the arrays at hand.

@@ -82,6 +82,9 @@ class OneStack:
     def score_input(self, params: Tree, output: Output) -> tuple[Float[Array, "B T D"], Head]:
         return self._ends.score_input(params, output.hidden_BTD)
 
+    def read(self, params: Tree, output: Output, name: str) -> Float[Array, "B T"]:
+        return self._ends.read(params, output.hidden_BTD, name)
+
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         del params, batch
         self._require_cache()

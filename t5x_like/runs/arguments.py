@@ -22,6 +22,7 @@ from t5x_like.core.config import nearest, open_sections
 from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError
 from t5x_like.data.config import DataConfig
+from t5x_like.storage import paths, patterns
 
 # Sections whose keys a run names itself, and what their values are. No other section class has any, and these import
 # no array library, which must wait until the environment stands.
@@ -66,8 +67,11 @@ def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
     files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
     if len(files) != 1:
         raise UsageError("give one --config=FILE[:ARG], for example --config=configs/pretrain/tiny.py")
+    if paths.is_remote(files[0]):
+        raise UsageError(f"--config={files[0]}: a config is a program and is read from a disk; copy it there")
     name, colon, text = files[0].partition(":")
-    path = pathlib.Path(name) if pathlib.Path(name).is_file() else _shipped(name)
+    path = pathlib.Path(patterns.one(name, what="--config=")).expanduser()
+    path = path if path.is_file() else _shipped(name)
     config = _call_get_config(path, [text] if colon else [])
     overrides = [argument for argument in arguments if not argument.startswith("--config=")]
     return _apply(config, overrides, where=str(path))
@@ -75,10 +79,9 @@ def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
 
 def _shipped(name: str) -> pathlib.Path:
     """The config that comes with the program under this name: tiny, pretrain/tiny or configs/pretrain/tiny.py."""
-    paths = pathlib.Path(__file__).parents[1].joinpath("configs").glob("*/*.py")
     known = {
         f"{path.parent.name}/{path.stem}": path
-        for path in sorted(paths)
+        for path in sorted(pathlib.Path(__file__).parents[1].joinpath("configs").glob("*/*.py"))
         if path.parent.name != "common" and path.stem != "__init__"
     }
     short = name.removeprefix("configs/").removesuffix(".py")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from t5x_like.convert.foreign import is_foreign
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.storage import model_directory, paths
+from t5x_like.storage import model_directory, paths, patterns
 from t5x_like.storage.model_directory import split
 from t5x_like.storage.workdir import differences
 
@@ -23,20 +23,27 @@ def settled(given: str | None, stored: str | None) -> str | None:
     """What a run that is resumed branched from, which nothing changes. Raises UsageError if it is told otherwise."""
     if given is None:
         return stored
-    directory, step = split(given)
-    if stored is not None and split(stored)[0] == directory and step in (None, split(stored)[1]):
+    if stored is not None and (given == stored or _may_be(given, *split(stored))):
         return stored
     began = "did not branch from another run" if stored is None else f"branched from {stored}"
     raise UsageError(f"{_PATH}={given!r}, but the run in this --workdir {began}; use a new one for another branch")
 
 
+def _may_be(given: str, directory: str, step: int | None) -> bool:
+    """Whether a text means this full path and step, which need not be there any more."""
+    readings = {model_directory.divided(given), (given, None)}
+    return any(wanted in (None, step) and patterns.may_be(text, directory) for text, wanted in readings)
+
+
 def resolve(text: str) -> str:
     """`DIR@STEP` in full, or the full path of a folder that is one checkpoint. Raises UserError if there is none."""
-    directory, step = split(text)
+    directory, step = model_directory.named(text, what=f"{_PATH}=")
     if is_foreign(directory):
         raise UserError(f"{_PATH}: {directory} holds no optimizer state; begin with it by config.checkpoint.init_from")
     found = model_directory.locate(directory, step=step)
-    return f"{directory}@{paths.base_name(found.checkpoint)}" if found.steps else directory
+    if found.steps:
+        return f"{directory}@{paths.base_name(found.checkpoint)}"
+    return directory if split(directory) == (directory, None) else f"{directory}/"  # the @ is one of its name
 
 
 def replaced(run: Run, text: str | None) -> Run:

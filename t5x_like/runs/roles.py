@@ -14,6 +14,7 @@ from t5x_like.inference.weights import in_dtype
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel import rules as sharding_rules
+from t5x_like.storage import patterns
 from t5x_like.training.state import Frozen, Source
 
 POLICY = "policy"
@@ -91,7 +92,7 @@ def check_tokenizers(roles: Mapping[str, FrozenModel], tokenizer: str) -> None:
 
 def _frozen_model(config: RoleConfig, *, path: str, length: int, platform: str) -> FrozenModel:
     try:
-        stored = open_model(config.source)
+        stored = open_model(patterns.one(config.source))
     except UserError as error:
         raise UserError(f"{path}.source: {error}") from None
     if length > stored.config.max_length:

@@ -6,7 +6,7 @@ by the section's own class. Nothing here builds a step (program.py), trains (tra
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from t5x_like.core import config as bridge
 from t5x_like.core.environment import RuntimeConfig
@@ -17,6 +17,7 @@ from t5x_like.objectives import table as objectives
 from t5x_like.optim import optimizers
 from t5x_like.optim.schedules import ends_at_zero
 from t5x_like.parallel import mesh as meshes
+from t5x_like.peft.config import AdapterConfig
 from t5x_like.runs import branch, sections
 from t5x_like.runs.roles import RoleConfig, check_names
 from t5x_like.training import keep
@@ -31,6 +32,7 @@ class Experiment:
 
     seed: int
     model: model_config.ModelConfig
+    adapter: AdapterConfig
     data: DataConfig
     mesh: meshes.MeshConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
     optim: optimizers.OptimConfig
@@ -52,13 +54,27 @@ class Experiment:
 MAY_CHANGE = sections.may_change(Experiment)
 
 
+Run = TypeVar("Run", bound=Experiment)
+
+
 def from_config(
     config: bridge.Values,
     *,
     overrides: Mapping[str, Any] | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> Experiment:
-    """The experiment that a ConfigDict or the sections of a stored config describe; strict in both directions.
+    """The training run that a ConfigDict or the sections of a stored config describe, as `built`."""
+    return built(Experiment, config, overrides=overrides, stored=stored)
+
+
+def built(
+    cls: type[Run],
+    config: bridge.Values,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> Run:
+    """The run of a class that a ConfigDict or the sections of a stored config describe; strict in both directions.
 
     `overrides` are the dotted paths given on the command line: one that sets a field of a variant that is not named
     is refused, because it would change nothing. `stored` is the config of the run that is resumed, if any.
@@ -66,8 +82,8 @@ def from_config(
     given: dict[str, Any] = dict(config.items())
     if "model" in given:
         given["model"] = model_config.filled(given["model"])
-    sections.refuse_unnamed_variants(Experiment, given, overrides or {})
-    experiment = bridge.build(Experiment, given, path="config")
+    sections.refuse_unnamed_variants(cls, given, overrides or {})
+    experiment = bridge.build(cls, given, path="config")
     if stored is not None:
         before = sections.value(stored, "checkpoint.branch_from")
         experiment = branch.replaced(experiment, branch.settled(experiment.checkpoint.branch_from, before))
@@ -109,8 +125,14 @@ def _check_relations(experiment: Experiment) -> None:
                 f"{model.max_length}; shorten the rows or lengthen the model's"
             )
     _check_features(experiment)
-    wanted = objectives.OBJECTIVES[experiment.objective.name].roles
+    wanted = objectives.wanted_roles(experiment.objective)
     check_names(experiment.roles, wanted, objective=experiment.objective.name)
+    checkpoint = experiment.checkpoint
+    if experiment.adapter.name != "none" and checkpoint.init_from is None and checkpoint.branch_from is None:
+        raise UsageError(
+            f"config.adapter.name={experiment.adapter.name!r} trains an adapter of a model that is there; give its "
+            "directory as config.checkpoint.init_from"
+        )
     if loop.ema_decay is not None and model.dtype.params != "float32":
         raise UsageError(
             f"config.loop.ema_decay={loop.ema_decay:g} needs config.model.dtype.params='float32': a change that small "

@@ -27,8 +27,8 @@ from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
 from t5x_like.runs.roles import check_tokenizers
-from t5x_like.runs.train import Experiment
-from t5x_like.storage import paths
+from t5x_like.runs.train import Experiment, Run
+from t5x_like.storage import paths, patterns
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.model_directory import DamagedCheckpoint
 from t5x_like.storage.workdir import Workdir
@@ -50,14 +50,15 @@ def run(
     """The exit status of a training run, or of its `--check`."""
     experiment = experiments.from_config(config, overrides=overrides, stored=stored)
     with Session(request, experiment.runtime, environment) as session:
-        experiment = _with_branch(experiment, stored, session)
+        experiment = with_branch(experiment, stored, session)
         programs.check_mesh(experiment, meshes.axis_sizes(experiment.mesh, jax.device_count()))
         session.open_workdir(experiments.to_dict(experiment), overrides=overrides, may_change=experiments.MAY_CHANGE)
         # Built before the data is prepared, which may take long: what is wrong with the config shows first.
         mesh = meshes.make(experiment.mesh)
         session.hold(jax.set_mesh(mesh))
         program = programs.step_program(experiment, mesh)
-        if not request.check and _is_finished(experiment, session, program):
+        finished = _saver(experiment, program, Checkpoints(session.workdir.checkpoints, read_only=True), {})
+        if not request.check and is_finished(session, experiment.loop.steps, finished):
             return 0
         experiments.check_schedule(experiment)
         with session.faults.phase("prepare"):
@@ -68,7 +69,7 @@ def run(
         return (_check if request.check else _train)(experiment, session, program, data)
 
 
-def _with_branch(experiment: Experiment, stored: Mapping[str, Any] | None, session: Session) -> Experiment:
+def with_branch(experiment: Run, stored: Mapping[str, Any] | None, session: Session) -> Run:
     """The experiment whose `branch_from` says the very checkpoint, as process 0 finds it at the first start."""
     given = experiment.checkpoint.branch_from
     if given is None or stored is not None:
@@ -77,14 +78,14 @@ def _with_branch(experiment: Experiment, stored: Mapping[str, Any] | None, sessi
     return branch.replaced(experiment, session.processes.broadcast("branch", found))
 
 
-def _is_finished(experiment: Experiment, session: Session, program: Program) -> bool:
-    """Whether all steps are done and their checkpoint is there and whole; says what it found."""
+def is_finished(session: Session, steps: int, saver: Saver) -> bool:
+    """Whether all steps are done and their checkpoint is there and whole; says what it found. `saver` only reads."""
     workdir = session.workdir
     done = workdir.finished_step()
-    if done is None or experiment.loop.steps > done:
+    if done is None or steps > done:
         return False
     try:
-        restored = _saver(experiment, program, Checkpoints(workdir.checkpoints, read_only=True), {}).restore()
+        restored = saver.restore()
         found = "is missing" if restored is None or restored[0] < done else ""
     except DamagedCheckpoint:
         found = "is damaged"
@@ -101,12 +102,13 @@ def _is_finished(experiment: Experiment, session: Session, program: Program) -> 
 def _open_data(experiment: Experiment, session: Session) -> TrainData:
     """The prepared data; process 0 prepares what is missing while the others wait."""
     processes, workdir = session.processes, session.workdir
-    cache = experiment.data.cache or workdir.path("cache")
+    beside = workdir.path("cache")
+    cache = experiment.data.cache or beside
     if processes.primary:
         with _saved_tokenizer(experiment.data.tokenizer, workdir) as saved:
-            show_progress(experiment.data, cache, tokenizer=saved)
+            show_progress(experiment.data, cache, tokenizer=saved, beside=beside)
     processes.broadcast("data is prepared", True, timeout=math.inf)
-    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed)
+    data = open_data(experiment.data, cache_dir=cache, seed=experiment.seed, beside=beside)
     processes.agree("data fingerprint", data.fingerprint)
     workdir.check_data(data.fingerprint)
     if experiment.model.vocab_size != data.vocabulary.size:
@@ -155,6 +157,11 @@ def _check(experiment: Experiment, session: Session, program: Program, data: Tra
 def _train(experiment: Experiment, session: Session, program: Program, data: TrainData) -> int:
     loop = functools.partial(_loop, experiment, session, program, data)
     outcome = session.run(loop, checkpoint=experiment.checkpoint, steps=experiment.loop.steps)
+    return end(experiment, session, outcome)
+
+
+def end(experiment: Experiment, session: Session, outcome: loops.Outcome) -> int:
+    """The exit status of a run whose loop has ended; says how."""
     root = session.workdir.root
     if not outcome.finished:
         warn(f"{root} is saved; start the same command again to go on")
@@ -171,12 +178,8 @@ def _loop(
     """Restores or makes the state, compiles, and trains."""
     inputs = Inputs(data.fingerprint, data.vocabulary, dict(program.mesh.shape))
     saver = _saver(experiment, program, checkpoints, session.metadata(inputs))
-    start, state, frozen, evaluation, origin = _start(experiment, session, program, saver, inputs)
-    if start > experiment.loop.steps:
-        raise UsageError(
-            f"config.loop.steps={experiment.loop.steps}, but {session.workdir.root} has a checkpoint of step {start}; "
-            f"use at least {start}"
-        )
+    start, state, frozen, evaluation, origin = begin(experiment, session, program, saver, inputs)
+    check_steps(experiment, session, start)
     session.record_start(inputs, resumed_from=start or None)
     telemetry = session.telemetry(
         experiment.telemetry,
@@ -199,7 +202,7 @@ def _loop(
         checkpoint_config=experiment.checkpoint,
         step=step,
         evaluate=evaluate,
-        batch_at=lambda index: batches.place(prefetch(index)),
+        source=loops.Prepared(lambda index: batches.place(prefetch(index))),
         held_out=batches.held_out,
         saver=saver,
         telemetry=telemetry,
@@ -208,12 +211,21 @@ def _loop(
     return loops.train(loop, state, frozen, start=start, evaluation=evaluation)
 
 
+def check_steps(experiment: Experiment, session: Session, start: int) -> None:
+    """Raises UsageError for a run that is told to end before the step that it has reached."""
+    if start > experiment.loop.steps:
+        raise UsageError(
+            f"config.loop.steps={experiment.loop.steps}, but {session.workdir.root} has a checkpoint of step {start}; "
+            f"use at least {start}"
+        )
+
+
 def _saver(experiment: Experiment, program: Program, checkpoints: Checkpoints, metadata: Mapping[str, Any]) -> Saver:
     holds = experiment.checkpoint.holds
     return Saver(checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata=metadata)
 
 
-def _start(
+def begin(
     experiment: Experiment, session: Session, program: Program, saver: Saver, inputs: Inputs
 ) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, float], str]:
     """(updates done, state, frozen parameters, the evaluation of that step if made, where they come from)."""
@@ -224,9 +236,10 @@ def _start(
     tokenizer = inputs.vocabulary.fingerprint
     if config.branch_from is not None:
         return _branch(experiment, session, saver, branch.checkpoint(config.branch_from), inputs)
-    if config.init_from is not None:
-        taken, origin = take(config.init_from, select=config.init_select, layout=program.layout, tokenizer=tokenizer)
-    saver.begin(config.init_from, taken.keys())
+    source = config.init_from and patterns.one(config.init_from, what="config.checkpoint.init_from=")
+    if source is not None:
+        taken, origin = take(source, select=config.init_select, layout=program.layout, tokenizer=tokenizer)
+    saver.begin(source, taken.keys())
     state, frozen = programs.initialize(program, seed=experiment.seed, taken=taken)
     return 0, state, frozen, {}, origin
 
@@ -234,7 +247,7 @@ def _start(
 def _branch(
     experiment: Experiment, session: Session, saver: Saver, checkpoint: str, inputs: Inputs
 ) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, float], str]:
-    """As `_start`, from a checkpoint of another run."""
+    """As `begin`, from a checkpoint of another run."""
     config, tokenizer = experiments.to_dict(experiment), inputs.vocabulary.fingerprint
     changes = branch.changes(checkpoint, config=config, data=inputs.data, tokenizer=tokenizer)
     step, state, frozen, evaluation = saver.branch(checkpoint)

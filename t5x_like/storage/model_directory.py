@@ -13,7 +13,7 @@ from typing import Any
 
 from t5x_like.core import formats
 from t5x_like.core.errors import UserError
-from t5x_like.storage import paths
+from t5x_like.storage import paths, patterns
 
 CHECKPOINTS, TOKENIZER, METADATA = "checkpoints", "tokenizer", "metadata"
 COMMITTED = "commit_success.txt"  # in a bucket, where nothing can be renamed, Orbax's sign that a checkpoint is whole
@@ -60,10 +60,25 @@ def split(text: str) -> tuple[str, int | None]:
     >>> split("/runs/a@120"), split("/runs/a@b")
     (('/runs/a', 120), ('/runs/a@b', None))
     """
+    directory, step = divided(text)
+    return paths.normal(directory), step
+
+
+def divided(text: str) -> tuple[str, int | None]:
+    """As `split`, with the directory as it is written."""
     directory, _, step = text.rpartition("@")
-    if directory and step.isascii() and step.isdigit():
-        return paths.normal(directory), int(step)
-    return paths.normal(text), None
+    return (directory, int(step)) if directory and step.isascii() and step.isdigit() else (text, None)
+
+
+def named(text: str, *, what: str) -> tuple[str, int | None]:
+    """As `split`, of what somebody gives: DIR may be a pattern, and a folder DIR@STEP is itself unless there is a DIR.
+
+    what: as in `patterns.one`. Raises UserError unless it means just one path.
+    """
+    directory, step = divided(text)
+    if step is not None and not paths.exists(paths.normal(directory)) and paths.exists(paths.normal(text)):
+        return paths.normal(text), None
+    return paths.normal(patterns.one(directory, what=what)), step
 
 
 def committed_steps(checkpoints: str) -> list[int]:

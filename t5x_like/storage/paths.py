@@ -7,9 +7,9 @@ gs:// needs the extra [gcs]; nothing of it is imported before the first such pat
 
 import contextlib
 import errno
+import glob as _glob
 import io
 import json
-import logging
 import os
 import shutil
 import socket
@@ -18,12 +18,11 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from t5x_like.core.errors import UserError
-from t5x_like.storage.bucket_file import BucketFile
+from t5x_like.storage import bucket_file
 
-_REMOTE = "gs://"
+_REMOTE = bucket_file.SCHEME
 _BLOCK = 5 << 20  # bytes of a request where a file in a bucket is read piece by piece
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
-_CREDENTIALS = "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS naming a key file"
 
 
 def is_remote(path: str) -> bool:
@@ -54,23 +53,23 @@ def base_name(path: str) -> str:
 def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
-    with _clear_errors(path):
-        return bool(_bucket_files().exists(path))
+    with bucket_file.clear_errors(path):
+        return bool(bucket_file.client().exists(path))
 
 
 def is_directory(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
-    with _clear_errors(path):
-        return bool(_bucket_files().isdir(path))
+    with bucket_file.clear_errors(path):
+        return bool(bucket_file.client().isdir(path))
 
 
 def list_names(directory: str) -> list[str]:
     """The names in a directory, sorted; empty if there is none."""
     if not is_remote(directory):
         return sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-    with _clear_errors(directory):
-        files = _bucket_files()
+    with bucket_file.clear_errors(directory):
+        files = bucket_file.client()
         if not files.isdir(directory):
             return []
         found = {base_name(entry) for entry in files.ls(directory, detail=False)}
@@ -79,16 +78,16 @@ def list_names(directory: str) -> list[str]:
 
 def glob(pattern: str) -> list[str]:
     """The objects and folders of a bucket that a gs:// pattern matches."""
-    with _clear_errors(pattern):
-        return [_REMOTE + name for name in _bucket_files().glob(pattern)]
+    with bucket_file.clear_errors(pattern):
+        return [_REMOTE + name for name in bucket_file.client().glob(pattern)]
 
 
 def size(path: str) -> int:
     """Bytes of a file. FileNotFoundError where there is none."""
     if not is_remote(path):
         return os.path.getsize(path)
-    with _clear_errors(path):
-        return int(_bucket_files().info(path)["size"])
+    with bucket_file.clear_errors(path):
+        return int(bucket_file.client().info(path)["size"])
 
 
 def state(path: str) -> list[Any]:
@@ -96,18 +95,31 @@ def state(path: str) -> list[Any]:
     if not is_remote(path):
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns]
-    with _clear_errors(path):
-        facts = _bucket_files().info(path)
+    with bucket_file.clear_errors(path):
+        return _state(bucket_file.client().info(path))
+
+
+def _state(facts: dict[str, Any]) -> list[Any]:
     return [facts["size"], facts.get("md5Hash") or facts.get("crc32c") or facts.get("generation")]
+
+
+def states(directory: str) -> dict[str, list[Any]]:
+    """The `state` of every file below a directory, by its path relative to it; in a bucket by one listing."""
+    if not is_remote(directory):
+        return {name: state(os.path.join(directory, *name.split("/"))) for name in tree_files(directory)}
+    with bucket_file.clear_errors(directory):
+        found = bucket_file.client().find(directory, detail=True)
+    prefix = len(directory.rstrip("/")) + 1
+    return {(_REMOTE + name)[prefix:]: _state(facts) for name, facts in sorted(found.items())}
 
 
 def open_binary(path: str) -> IO[bytes]:
     """A file for reading, which can seek; one in a bucket is fetched in blocks as it is read."""
     if not is_remote(path):
         return open(path, "rb")
-    with _clear_errors(path):
-        remote = _bucket_files().open(path, "rb", block_size=_BLOCK, cache_type="readahead")
-    return io.BufferedReader(BucketFile(remote, lambda: _clear_errors(path)), 1 << 18)
+    with bucket_file.clear_errors(path):
+        remote = bucket_file.client().open(path, "rb", block_size=_BLOCK, cache_type="readahead")
+    return io.BufferedReader(bucket_file.BucketFile(remote, lambda: bucket_file.clear_errors(path)), 1 << 18)
 
 
 def read_bytes(path: str) -> bytes:
@@ -116,8 +128,8 @@ def read_bytes(path: str) -> bytes:
         if not is_remote(path):
             with open(path, "rb") as file:
                 return file.read()
-        with _clear_errors(path):
-            return bytes(_bucket_files().cat_file(path))
+        with bucket_file.clear_errors(path):
+            return bytes(bucket_file.client().cat_file(path))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except PermissionError:
@@ -145,8 +157,8 @@ def read_json(path: str) -> Any:
 def write_bytes_atomic(path: str, data: bytes) -> None:
     """Replaces the file: after a crash at any moment it holds the old bytes or the new ones."""
     if is_remote(path):
-        with _clear_errors(path, writing=True):
-            _bucket_files().pipe_file(path, data)
+        with bucket_file.clear_errors(path, writing=True):
+            bucket_file.client().pipe_file(path, data)
         return
     with _renamed_at_end(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -190,20 +202,20 @@ def make_directory(path: str) -> None:
         except OSError as error:
             raise UserError(f"{path} cannot be made ({error.strerror}); choose another directory") from None
         return
-    with _clear_errors(path):
+    with bucket_file.clear_errors(path):
         try:
-            found = bool(_bucket_files().exists(_REMOTE + _bucket(path)))
+            found = bool(bucket_file.client().exists(_REMOTE + bucket_file.bucket(path)))
         except FileNotFoundError:
             found = False
     if not found:
-        raise _no_bucket(path)
+        raise bucket_file.no_bucket(path)
 
 
 def remove_tree(path: str) -> None:
     """Removes a file or a directory with all it holds; fine if it is not there."""
     if is_remote(path):
-        with _clear_errors(path), contextlib.suppress(FileNotFoundError):
-            _bucket_files().rm(path, recursive=True)
+        with bucket_file.clear_errors(path), contextlib.suppress(FileNotFoundError):
+            _remove_objects(bucket_file.client(), path)
     elif os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
@@ -217,26 +229,26 @@ def rename(source: str, target: str) -> None:
         os.rename(source, target)
         _sync_folder(os.path.dirname(os.path.abspath(target)))
         return
-    with _clear_errors(source):
-        files = _bucket_files()
+    with bucket_file.clear_errors(source):
+        files = bucket_file.client()
         for name in files.find(source):
-            files.copy(_REMOTE + name, target + (_REMOTE + name)[len(source) :])
-        files.rm(source, recursive=True)
+            files.cp_file(_REMOTE + name, target + (_REMOTE + name)[len(source) :])
+        _remove_objects(files, source)
 
 
 def copy_file(source: str, target: str) -> None:
     """Copies one file, local or not on either side; the target appears whole or not at all."""
     if is_remote(target):
-        with _clear_errors(target, writing=is_remote(target) and not is_remote(source)):
+        with bucket_file.clear_errors(target, writing=is_remote(target) and not is_remote(source)):
             if is_remote(source):
-                _bucket_files().copy(source, target)
+                bucket_file.client().cp_file(source, target)  # `copy` takes a name with [ or * for a pattern
             else:
-                _bucket_files().put_file(source, target)
+                bucket_file.client().put_file(source, target)
         return
     with _renamed_at_end(target) as temporary:
         if is_remote(source):
-            with _clear_errors(source):
-                _bucket_files().get_file(source, temporary)
+            with bucket_file.clear_errors(source):
+                bucket_file.client().get_file(source, temporary)
         else:
             shutil.copyfile(source, temporary)
         with open(temporary, "rb+") as file:
@@ -246,8 +258,8 @@ def copy_file(source: str, target: str) -> None:
 def tree_files(directory: str) -> dict[str, int]:
     """Every file below a directory: its path relative to it, with `/`, and its size in bytes."""
     if is_remote(directory):
-        with _clear_errors(directory):
-            found = _bucket_files().find(directory, detail=True)
+        with bucket_file.clear_errors(directory):
+            found = bucket_file.client().find(directory, detail=True)
         prefix = len(directory.rstrip("/")) + 1
         return {(_REMOTE + name)[prefix:]: int(info["size"]) for name, info in sorted(found.items())}
     sizes = {}
@@ -345,47 +357,10 @@ def _sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
-def _bucket_files() -> Any:
-    """The file system object for gs://, the very one that Orbax uses, so that their caches of listings are one."""
-    try:
-        import fsspec
-        import gcsfs  # noqa: F401
-    except ImportError:
-        raise UserError("gs:// paths need the extra gcs: pip install 't5x_like[gcs]'") from None
-    # Both warn about each bucket whose storage layout may not be asked for, an emulator's included.
-    for name in ("gcsfs", "google.auth"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    files = fsspec.filesystem("gcs", finalize_on_close=True)
-    files.invalidate_cache()
-    return files
-
-
-@contextlib.contextmanager
-def _clear_errors(path: str, *, writing: bool = False) -> Iterator[None]:
-    """Turns what the client of the bucket raises into one line that says what to do."""
-    try:
-        yield
-    except FileNotFoundError:
-        if writing:
-            raise _no_bucket(path) from None
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        code = str(getattr(error, "code", None))
-        kind = f"{type(error).__module__}.{type(error).__name__}"
-        if code in ("401", "403") or "Forbidden" in text or kind.startswith("google.auth."):
-            raise UserError(f"{path}: access refused ({text}); give credentials: {_CREDENTIALS}") from None
-        if isinstance(error, OSError) or kind.startswith(("aiohttp.", "gcsfs.", "requests.")):
-            raise UserError(f"{path}: the bucket cannot be reached ({type(error).__name__}: {text})") from None
-        raise
-
-
-def _bucket(path: str) -> str:
-    return path[len(_REMOTE) :].partition("/")[0]
-
-
-def _no_bucket(path: str) -> UserError:
-    return UserError(
-        f"{path}: there is no bucket {_bucket(path)!r}, or it may not be seen; create it "
-        f"(`gcloud storage buckets create gs://{_bucket(path)}`) or give credentials: {_CREDENTIALS}"
-    )
+def _remove_objects(files: Any, path: str) -> None:
+    """Removes what lies at and below a gs:// path; one with [ or * in it the client would take for a pattern."""
+    if not _glob.has_magic(path):
+        files.rm(path, recursive=True)
+        return
+    for name in files.find(path):
+        files.rm_file(name)

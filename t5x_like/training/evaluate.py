@@ -39,6 +39,7 @@ def evaluate(
 ) -> dict[str, float] | None:
     """{name: value} over all batches; `perplexity` is exp of the mean loss. Two batches are in flight at most.
 
+    A value of which there is nothing (bits per byte where the targets hold no byte of text) is left out, never nan.
     None when `stop`, which is asked before each batch, says so.
     """
     totals: dict[str, tuple[float, float]] = {}
@@ -50,7 +51,7 @@ def evaluate(
         _add(totals, pending)
         pending = sums
     _add(totals, pending)
-    values = {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
+    values = {name: total / weight for name, (total, weight) in totals.items() if weight}
     if "loss" in values:
         values["perplexity"] = math.inf if values["loss"] > 700 else math.exp(values["loss"])
     return values

@@ -11,7 +11,7 @@ Steps are counted from 1: row N is update N, which trained on batch N - 1 of the
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -67,6 +67,40 @@ class LoopConfig:
                 )
 
 
+class Source(Protocol):
+    """Where batches come from. What depends on the state (answers of the policy) may be made when a batch is asked for;
+    whatever a resume needs of it then stands in `items`."""
+
+    def batch(self, step: int, state: State, frozen: Mapping[str, Any], /) -> Batch:
+        """The sharded arrays of update `step` + 1."""
+        ...
+
+    def values(self) -> Mapping[str, float]:
+        """What is known of the last batch on the host, for the row of its update."""
+        ...
+
+    def items(self) -> Mapping[str, Any]:
+        """Parts of the state that a checkpoint holds besides those of the step (training/saver.py), by name."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Batches that are a pure function of their index (0 for step 1)."""
+
+    at: Callable[[int], Batch]
+
+    def batch(self, step: int, state: State, frozen: Mapping[str, Any]) -> Batch:
+        del state, frozen
+        return self.at(step)
+
+    def values(self) -> Mapping[str, float]:
+        return {}
+
+    def items(self) -> Mapping[str, Any]:
+        return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """What the loop runs: built values, no configs of other components."""
@@ -76,8 +110,8 @@ class Loop:
     checkpoint_config: CheckpointConfig
     step: StepFunction
     evaluate: EvaluateFunction
-    batch_at: Callable[[int], Batch]  # index of the batch (0 for step 1) -> sharded arrays
-    held_out: dict[str, Iterable[Batch]]
+    source: Source
+    held_out: Mapping[str, Iterable[Any]]  # batches as `evaluate` takes them
     saver: Saver
     telemetry: Telemetry
     faults: Faults
@@ -121,7 +155,7 @@ def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int, evalu
         if saving or stopping and step > start:
             telemetry.flush(step, last=last)
             with faults.phase("save"), telemetry.timed("checkpoint"):
-                loop.saver.save(step, state, frozen, found if evaluated == step else {})
+                loop.saver.save(step, {**state, **loop.source.items()}, frozen, found if evaluated == step else {})
                 if last or stopping:
                     loop.saver.wait()
         if last or stopping:
@@ -129,15 +163,16 @@ def train(loop: Loop, state: State, frozen: dict[str, Any], *, start: int, evalu
 
         faults.enter("step")
         with telemetry.timed("input"):
-            batch = loop.batch_at(step)
+            batch = loop.source.batch(step, state, frozen)
         telemetry.before_step(step + 1)
         state, metrics = loop.step(state, frozen, batch)
+        metrics = {**metrics, **loop.source.values()}
         _report(loop, pending)
         step += 1
         pending = (step, metrics)
 
 
-def _report(loop: Loop, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+def _report(loop: Loop, pending: tuple[int, Mapping[str, Any]] | None) -> None:
     """Waits for the metrics of a step, writes them if due, and acts on a refused update."""
     if pending is None:
         return

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 # What a step is not: its time counts in the shares, not in the rates.
 _OUTSIDE_STEPS = ("compile", "evaluate", "checkpoint")
 _SHARES = ("input", *_OUTSIDE_STEPS)
+# Parts of the input of reinforcement learning, told where there are any.
+_OF_ROLLOUTS = ("rollout", "reward", "scoring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +49,10 @@ class Rates:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Counts the time inside as lost to `what`: input, compile, evaluate or checkpoint. May be nested."""
-        if what not in _SHARES:
-            raise ValueError(f"{what!r} is none of {', '.join(_SHARES)}")
+        """Counts the time inside as lost to `what`: input, compile, evaluate, checkpoint, or a part of
+        reinforcement learning. May be nested."""
+        if what not in _SHARES + _OF_ROLLOUTS:
+            raise ValueError(f"{what!r} is none of {', '.join(_SHARES + _OF_ROLLOUTS)}")
         begin = self.clock()
         self._nested.append(0.0)
         try:
@@ -90,7 +93,8 @@ class Rates:
     def shares(self, now: float) -> dict[str, float]:
         """What share of this start's time is lost to what."""
         elapsed = max(now - self.begin, 1e-9)
-        return {what: self._lost[what] / elapsed for what in _SHARES}
+        known = (*_SHARES, *(what for what in _OF_ROLLOUTS if what in self._lost))
+        return {what: self._lost[what] / elapsed for what in known}
 
     def eta(self, step: int, now: float) -> float:
         """Seconds to the last step, at the mean pace since the first one, saving and evaluating included."""

@@ -17,14 +17,16 @@ from t5x_like.convert.foreign import is_foreign
 from t5x_like.convert.stored import open_model
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.peft.attach import is_adapter
 from t5x_like.storage import base as bases
 from t5x_like.storage import model_directory
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.fingerprint import fingerprints
 from t5x_like.training.state import Layout, Parts, State, read_sources
 
-# Item of a checkpoint -> part of the train state. "state": the step, counts and spike statistics.
-ITEMS = {"params": "params", "optimizer": "optimizer", "ema": "ema", "state": "progress"}
+# Item of a checkpoint -> part of the train state. "state": the step, counts and spike statistics. "rollouts": answers
+# that updates are still to be made of, which only runs of reinforcement learning have (rl/loop.py).
+ITEMS = {"params": "params", "optimizer": "optimizer", "ema": "ema", "state": "progress", "rollouts": "rollouts"}
 _MODELS = ("params", "ema")
 
 
@@ -151,10 +153,14 @@ def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) 
             f"config.checkpoint.init_from={source} was trained with another tokenizer ({found.tokenizer[:12]}, here "
             f"{tokenizer[:12]}); set config.data.tokenizer={found.tokenizer_folder}"
         )
-    templates = tree.join(layout.state["params"], layout.frozen["base"])
+    whole = tree.join(layout.state["params"], layout.frozen["base"])
+    _, templates = tree.split(whole, is_adapter)  # adapters are new
     rules = [(pattern, True) for pattern in select]
     chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
-    taken, _ = tree.split(templates, lambda path: chosen[path])
+    # A head that the source lacks (a reward model begins as a language model) is new and drawn.
+    known = found.config.scalar_heads
+    new_heads = {path for path in chosen if path.startswith("heads/") and path.split("/")[1] not in known}
+    taken, _ = tree.split(templates, lambda path: chosen[path] and path not in new_heads)
     new = tree.flatten(found.read(taken))
     at = "" if found.step is None else f" at step {found.step}"
     return new, f"{len(new)} of {len(chosen)} parameters of {source}{at}"

@@ -268,6 +268,7 @@ class Telemetry:
     def _step_text(self, step: int, values: Mapping[str, float], rates: Mapping[str, float], now: float) -> str:
         parts = [f"step {step}/{self._total_steps}"]
         parts += [f"loss {values['loss']:.4f}"] if "loss" in values else []
+        parts += [f"reward {values['reward']:.3f}"] if "reward" in values else []
         parts += [f"grad {values['grad_norm']:.3g}"] if "grad_norm" in values else []
         parts += [f"lr {values['learning_rate']:.2e}"] if "learning_rate" in values else []
         parts += ["update skipped"] if values.get("skipped") else []

@@ -1,14 +1,16 @@
-"""Models in a bucket: ours are converted from there; those of other programs are copied to a disk first."""
+"""Models in a bucket: ours are read from there; those of other programs are copied to a temporary folder first."""
 
+import gc
 import pathlib
+import tempfile
 
 import pytest
 
 import t5x_like
 from t5x_like import __main__ as program
-from t5x_like.convert import convert, stored
-from t5x_like.core.errors import UserError
-from t5x_like.storage import paths
+from t5x_like.convert import convert, staging, stored
+from t5x_like.storage import model_directory, paths
+from tests.convert import test_llama2c, test_t5x
 
 STORIES = pathlib.Path(__file__).parents[1] / "data" / "stories260K"
 
@@ -28,24 +30,63 @@ def ours(bucket, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(bucket) -> str:
+def theirs(bucket, tmp_path_factory) -> str:
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         paths.copy_file(str(STORIES / name), f"{bucket}/theirs/{name}")
-    paths.write_bytes_atomic(f"{bucket}/t5x/checkpoint", b"\x82\xa7version\x03")
+    folder = tmp_path_factory.mktemp("theirs")
+    test_t5x._write(folder / "t5x", test_t5x._arrays(gated=True), zarr=True)
+    paths.copy_tree(str(folder / "t5x"), f"{bucket}/t5x")
+    paths.write_bytes_atomic(f"{bucket}/llama2c/model.bin", test_llama2c._file(tied=True))
     return bucket
 
 
-@pytest.mark.parametrize("name", ["theirs", "theirs/", "theirs/model.safetensors", "t5x"])
-def test_a_model_of_another_program_is_one_line_that_says_to_copy_it(name, theirs, tmp_path, capsys):
-    source = f"{theirs}/{name}"
-    assert program.main(["convert", source, str(tmp_path / "target")]) == 1
+@pytest.mark.parametrize("name", ["theirs", "theirs/", "th*s", "t5x", "llama2c/model.bin"])
+def test_a_model_of_another_program_is_converted_as_from_a_disk(name, theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    staging._copy.cache_clear()
+    local = tmp_path / "copy"
+    paths.copy_tree(f"{theirs}/{name.partition('/')[0].replace('th*s', 'theirs')}", str(local))
+    source = str(local / "model.bin") if name.endswith(".bin") else str(local)
+    assert program.main(["convert", f"{theirs}/{name}", str(tmp_path / "remote")]) == 0
+    assert program.main(["convert", source, str(tmp_path / "local")]) == 0
+    notes = [model_directory.read_metadata(f"{tmp_path}/{place}/checkpoints/0") for place in ("remote", "local")]
+    assert notes[0]["fingerprints"] == notes[1]["fingerprints"] and notes[0]["config"] == notes[1]["config"]
+    whole = paths.normal(f"{theirs}/{name.replace('th*s', 'theirs')}")
+    assert [note["provenance"]["source"] for note in notes] == [whole, source]
+    assert len(list(tmp_path.glob("t5x_like-model-*"))) == 1
+    staging._copy.cache_clear()
+    gc.collect()
+    assert not list(tmp_path.glob("t5x_like-model-*"))
+
+
+def test_a_hugging_face_folder_in_a_bucket_is_loaded(theirs):
+    lm = t5x_like.load(f"{theirs}/theirs/")
+    here = t5x_like.load(STORIES)
+    assert lm.generate("Once", max_new_tokens=4, temperature=0) == here.generate(
+        "Once", max_new_tokens=4, temperature=0
+    )
+    found = stored.open_model(f"{theirs}/theirs")
+    assert found.directory == found.tokenizer_folder == f"{theirs}/theirs" and found.tokenizer
+
+
+def test_a_model_that_takes_too_much_disk_or_is_damaged_is_one_line(theirs, tmp_path, monkeypatch, capsys):
+    paths.copy_tree(f"{theirs}/theirs", f"{theirs}/damaged")
+    paths.write_text_atomic(f"{theirs}/damaged/config.json", '{"model_type": "other"}')
+    assert program.main(["convert", f"{theirs}/damaged", str(tmp_path / "target")]) == 1
     printed = capsys.readouterr().err
-    assert printed.count("\n") == 1 and printed.count(source) == 2, printed
-    assert "copy it there first (`gcloud storage cp -r " in printed, printed
+    assert f"{theirs}/damaged/config.json: model_type='other'" in printed and printed.count("\n") == 1
+    paths.copy_tree(f"{theirs}/llama2c", f"{theirs}/beside")
+    paths.copy_file(str(STORIES / "tokenizer.json"), f"{theirs}/beside/tokenizer.json")
+    assert program.main(["convert", f"{theirs}/beside/model.bin", str(tmp_path / "target")]) == 1
+    assert f"{theirs}/beside: its tokenizer has 512 tokens, its model 11" in capsys.readouterr().err
+    assert program.main(["convert", f"{theirs}/theirs", str(tmp_path / "target"), "--verify"]) == 2
+    assert "leave --verify out" in capsys.readouterr().err
+    monkeypatch.setattr(staging, "_MOST_STAGED", 99)
+    staging._copy.cache_clear()
+    assert program.main(["convert", f"{theirs}/theirs", str(tmp_path / "target")]) == 1
+    printed = capsys.readouterr().err
+    assert "more than 99; copy them there (`gcloud storage cp -r " in printed and printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
-    for reader in (t5x_like.load, stored.open_model, lambda path: convert.to_native(path, str(tmp_path / "target"))):
-        with pytest.raises(UserError, match="is read from a local disk"):
-            reader(source)
 
 
 def test_what_is_no_model_is_one_line(bucket, tmp_path, capsys):

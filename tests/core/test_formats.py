@@ -46,6 +46,13 @@ def test_what_is_written_now_is_read_as_it_is():
     assert sorted(formats.TABLE) == list(range(2, formats.FORMAT + 1))
 
 
+def test_the_separator_of_csv_was_found_before_it_could_be_given():
+    for before in (1, 2, 3):
+        assert formats.upgrade({"format": before, "data": {}}, where="")["data"]["csv_separator"] == ""
+    given = {"format": 4, "data": {"csv_separator": ";"}}
+    assert formats.upgrade(given, where="") == {"data": {"csv_separator": ";"}}
+
+
 def test_the_flat_scaling_of_rotary_positions_becomes_the_named_variant():
     numbers = {"factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_length": 8192}
 

@@ -5,9 +5,11 @@ import os
 
 from configs import common
 from t5x_like.core.config import build
+from t5x_like.core.errors import UserError
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.write.prepare import prepare
+from t5x_like.storage import paths
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -48,6 +50,18 @@ def open_below(folder):
     places = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     links = [os.readlink(place) for place in places if os.path.lexists(place)]
     return [link for link in links if link.startswith(f"{folder}/")]
+
+
+def make_read_only(monkeypatch, folder):
+    """As if a folder lay on a read-only disk, for this process; with permissions alone root would still write."""
+    writing = paths.writing
+
+    def refused(path):
+        if path.startswith(f"{folder}/"):
+            raise UserError(f"{path} cannot be written (Read-only file system); free disk space or check permissions")
+        return writing(path)
+
+    monkeypatch.setattr(paths, "writing", refused)
 
 
 def opened(chosen, cache_dir, seed=0):

@@ -8,6 +8,7 @@ import pytest
 from t5x_like.__main__ import main
 from t5x_like.core.terminal import format_bytes
 from t5x_like.data.tokenizers import vocabularies
+from t5x_like.storage import paths
 from tests.data import corpus
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -74,6 +75,18 @@ def test_the_tool_trains_a_tokenizer_that_a_config_can_name(tmp_path, capsys):
     status = tool()([source, "--kind=unigram", "--size=280", "--field=body", f"--output={folder}"])
     vocabulary = vocabularies.load(str(folder))
     assert status == 0 and vocabulary.size == 280 and vocabulary.fingerprint[:16] in capsys.readouterr().out
+
+
+def test_the_tool_reads_and_writes_below_the_home_folder_and_in_a_bucket(tmp_path, monkeypatch, fake_gcs):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bucket = fake_gcs.bucket()
+    corpus.write_jsonl(tmp_path / "a.jsonl", corpus.paragraphs(60))
+    assert tool()(["jsonl:~/a.jsonl", "--size=280", "--output=~/made"]) == 0
+    paths.copy_file(str(tmp_path / "a.jsonl"), f"{bucket}/a.jsonl")
+    assert tool()([f"jsonl:{bucket}/a.jsonl", "--size=280", f"--output={bucket}/made/"]) == 0
+    paths.copy_tree(f"{bucket}/made", str(tmp_path / "back"))
+    found = {vocabularies.load(str(tmp_path / name)).fingerprint for name in ("made", "back")}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from t5x_like.core.errors import UserError
 from t5x_like.data import token_set
+from t5x_like.data.open_files import OpenFiles, open_files
 from t5x_like.data.read import packing
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.write.prepare import prepare
@@ -53,7 +54,7 @@ def test_a_shard_of_another_size_is_named_when_it_is_opened(prepared, damage):
 
 def test_more_shards_than_may_be_open_are_read_by_several_threads(prepared):
     _, _, folder = prepared
-    all_open, few_open = (token_set.OpenFiles(limit) for limit in (100, 2))
+    all_open, few_open = (OpenFiles(limit) for limit in (100, 2))
     sets = [token_set.TokenSet(folder, verify=True, files=files) for files in (all_open, few_open)]
     expected, packed = (packing.Concatenated(tokens, length=16, stride=16) for tokens in sets)
     shards = len(corpus.open_below(folder)) - 2
@@ -72,7 +73,7 @@ def test_a_file_that_is_read_is_closed_when_it_has_been(tmp_path):
     paths = [str(tmp_path / name) for name in "ab"]
     for path in paths:
         (tmp_path / path).write_text(path)
-    files = token_set.OpenFiles(1)
+    files = OpenFiles(1)
     first, second = files.get(paths[0]), files.get(paths[1])
     assert os.pread(first.descriptor, 100, 0).decode() == paths[0] and sorted(corpus.open_below(tmp_path)) == paths
     del first
@@ -87,7 +88,7 @@ def test_as_many_files_are_open_as_the_process_may_have_beside_others(tmp_path):
         path.touch()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
-        files = token_set.open_files()
+        files = open_files()
         for path in paths:
             files.get(str(path))
         assert len(corpus.open_below(tmp_path)) == limit // 2
@@ -107,7 +108,7 @@ def test_a_shard_that_cannot_be_opened_is_not_called_damaged(prepared, monkeypat
 
     monkeypatch.setattr(os, "open", refused)
     with pytest.raises(UserError) as caught:
-        token_set.TokenSet(folder, verify=False, files=token_set.open_files())
+        token_set.TokenSet(folder, verify=False, files=open_files())
     assert str(caught.value) == f"{folder}/shard-00002.bin: {os.strerror(number)}"
 
 
@@ -121,7 +122,7 @@ def test_an_index_that_cannot_be_read_is_not_called_damaged(prepared):
 
 def test_a_shard_that_shrinks_while_it_is_read_is_named(prepared):
     config, _, folder = prepared
-    tokens = token_set.TokenSet(folder, verify=False, files=token_set.open_files())
+    tokens = token_set.TokenSet(folder, verify=False, files=open_files())
     packed = packing.Concatenated(tokens, length=16, stride=16)
     os.truncate(folder / "shard-00001.bin", 100)
     with pytest.raises(UserError, match="shard-00001.bin: ends at byte"):
@@ -135,9 +136,9 @@ def test_a_flipped_byte_is_found_when_checksums_are_verified(prepared):
         byte = file.read(1)[0]
         file.seek(7)
         file.write(bytes([byte ^ 1]))
-    token_set.TokenSet(folder, verify=False, files=token_set.open_files())  # the size is right
+    token_set.TokenSet(folder, verify=False, files=open_files())  # the size is right
     with pytest.raises(UserError, match=r"shard-00001.bin: its sha256"):
-        token_set.TokenSet(folder, verify=True, files=token_set.open_files())
+        token_set.TokenSet(folder, verify=True, files=open_files())
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"version": 0}'])
@@ -145,7 +146,7 @@ def test_a_damaged_index_is_named(prepared, content):
     _, _, folder = prepared
     (folder / "index.json").write_text(content)
     with pytest.raises(UserError, match="index.json") as caught:
-        token_set.TokenSet(folder, verify=False, files=token_set.open_files())
+        token_set.TokenSet(folder, verify=False, files=open_files())
     assert "\n" not in str(caught.value)
 
 

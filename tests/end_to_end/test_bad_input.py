@@ -52,6 +52,8 @@ def test_an_empty_prompt_of_a_tokenizer_without_special_tokens_is_one_line(finis
         dataclasses.replace(lm, vocabulary=Bare()).generate("", max_new_tokens=2)
 
 
+_ADAPTED = ["--config.checkpoint.init_from={finished}", "--config.checkpoint.holds=trained"]
+_LORA = [*_ADAPTED, "--config.adapter.name=lora"]
 # {files} holds files that cannot be read as they are named, {finished} is a finished run.
 BAD_CONFIG = {
     "an unknown key": (["--config.loop.stepz=5"], 2, "stepz"),
@@ -115,6 +117,37 @@ BAD_CONFIG = {
     ),
     "a kind of source that is none": (["--config.data.source=txt:a"], 2, "did you mean 'text'"),
     "a missing file": (["--config.data.source=text:no/such/file.txt"], 1, "no/such/file.txt"),
+    "a pattern that no model matches": (
+        ["--config.checkpoint.init_from={files}/no-*"],
+        1,
+        "config.checkpoint.init_from={files}/no-*: no file or folder has a name like this",
+    ),
+    "a pattern that several models match": (
+        ["--config.checkpoint.init_from={files}/{{empty,broken}}.txt"],
+        1,
+        "empty,broken}}.txt matches 2 paths ({files}/broken.txt, {files}/empty.txt); expected just one",
+    ),
+    "a pattern of a branch that several runs match": (
+        ["--config.checkpoint.branch_from={files}/*.txt@3"],
+        1,
+        "config.checkpoint.branch_from={files}/*.txt matches 2 paths",
+    ),
+    "a pattern that several tokenizers match": (
+        ["--config.data.tokenizer={files}/*.txt"],
+        1,
+        "config.data.tokenizer={files}/*.txt matches 2 paths",
+    ),
+    "a pattern that no data set matches": (
+        ["--config.data.source=tfds:{files}/no-*:train"],
+        1,
+        "config.data.source=tfds:{files}/no-*: no file or folder has a name like this",
+    ),
+    "a held-out file that is missing": (
+        ["--config.data.validation=text:{files}/no-*.txt"],
+        1,
+        "config.data.validation=text:{files}/no-*.txt: no file has a name like this",
+    ),
+    "tasks in a bucket": (["--config.data.source=seqio:gs://b/tasks.py:t"], 2, "is read from a disk; copy it there"),
     "a wrong vocabulary size": (["--config.model.vocab_size=300"], 2, "set config.model.vocab_size=259"),
     "a spike test that is silent for ever": (["--config.loop.spike_deviations=nan"], 2, "should be a finite number"),
     "a loss of no number": (["--config.objective.lm.z_loss=nan"], 2, "z_loss=nan should be a finite number"),
@@ -154,6 +187,20 @@ BAD_CONFIG = {
     "no angles": (["--config.model.decoder.rope.theta=(0.0,)"], 2, "rope.theta=(0.0,) should be numbers above 0"),
     "a schedule of no steps": (["--config.optim.schedule.steps=0"], 2, "config.optim.schedule.steps=0"),
     "all smoothed": (["--config.objective.lm.label_smoothing=1.0"], 2, "label_smoothing=1 should be in [0, 1)"),
+    "an adapter of no model": (["--config.adapter.name=lora"], 2, "give its directory as config.checkpoint.init_from"),
+    "an adapter that is none": ([*_ADAPTED, "--config.adapter.name=lorra"], 2, "did you mean 'lora'"),
+    "a field of an adapter that is not named": (["--config.adapter.lora.rank=2"], 2, "config.adapter.name='none'"),
+    "an adapter of nothing": (
+        [*_LORA, "--config.adapter.lora.targets=('layers/attention/quer',)"],
+        2,
+        "'layers/attention/quer' matches no matrix of the layers; did you mean 'layers/attention/q",
+    ),
+    "an adapter without rank": ([*_LORA, "--config.adapter.lora.rank=0"], 2, "lora.rank=0 should be at least 1"),
+    "an adapter of a rank that no weight has": (
+        [*_LORA, "--config.adapter.lora.rank=17"],
+        2,
+        "rank=17 is more than 'layers/attention/k' has, a matrix of 32 x 16; use at most 16",
+    ),
     "best by a metric that checkpoints miss": (
         ["--config.checkpoint.best_metric=eval/validation/loss", "--config.evaluate.every_steps=7"],
         2,
@@ -180,6 +227,7 @@ def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsy
     arguments = [argument.format(files=tmp_path, finished=finished) for argument in arguments]
     assert train(tmp_path / "run", *arguments) == status
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("prepare: ")]
+    part = part.format(files=tmp_path) if "{files}" in part else part
     assert len(errors) == 1 and errors[0].startswith("t5x_like: ") and part in errors[0], errors
     assert not (tmp_path / "run" / "config.json").exists() and _sizes(finished) == before
 
@@ -251,6 +299,35 @@ def test_what_cannot_be_generated_is_one_line(case, finished, capsys):
     assert main(["generate", str(finished), *BAD_TEXT[case]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("t5x_like: ")
+
+
+BAD_PATH = {
+    "no run": (["train", "--workdir={files}/no-*"], 1, "--workdir={files}/no-*: no file or folder has a name like"),
+    "several runs": (["train", "--workdir={files}/run-[12]"], 1, "matches 2 paths ({files}/run-1, {files}/run-2)"),
+    "several models": (["generate", "{files}/run-*", "--prompt=a"], 1, "DIR={files}/run-* matches 2 paths"),
+    "several to inspect": (["inspect", "{files}/run-1,{files}/run-2"], 1, "matches 2 paths"),
+    "several to convert": (["convert", "{files}/run-?", "{files}/new"], 1, "SRC={files}/run-? matches 2 paths"),
+    "several configs": (["train", "--config={files}/*.py", "--workdir={files}/new"], 1, "a.py, {files}/b.py)"),
+    "a config in a bucket": (["train", "--config=gs://b/c.py:x", "--workdir={files}/new"], 2, "copy it there"),
+    "a plan in a bucket": (
+        ["plan", "--config=tiny", "--topology=v5e:2x4", "--json=gs://b/plan.json"],
+        1,
+        "a plan is written to a disk",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PATH)
+def test_a_path_that_is_not_just_one_is_one_line(case, tmp_path, capsys):
+    for name in ("run-1", "run-2"):
+        (tmp_path / name).mkdir()
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("raise SystemExit")
+    arguments, status, part = BAD_PATH[case]
+    assert main([argument.replace("{files}", str(tmp_path)) for argument in arguments]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("t5x_like: ") and part.replace("{files}", str(tmp_path)) in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.py", "b.py", "run-1", "run-2"]
 
 
 # {files} holds models: "gpt2" of ours, "theirs", which is exported, changed copies of it, and a folder "full".

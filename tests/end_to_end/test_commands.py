@@ -21,6 +21,7 @@ from t5x_like.runs import training_run
 from t5x_like.storage import model_directory, workdir
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.training.faults import PREEMPTED
+from tests.data import corpus
 from tests.end_to_end.commands import ROOT, rows, train, unfinished, values
 
 
@@ -255,3 +256,32 @@ def test_a_resume_finds_its_text_elsewhere_and_does_not_ask_for_its_tokenizer(tm
     other = f"--config.data.tokenizer={tmp_path / 'none'}"  # another one is named: it must be there
     assert train(tmp_path / "run", other, "--config.loop.steps=7", config=None) == 1
     assert "tokenizer" in capsys.readouterr().err
+
+
+def test_a_resume_finds_moved_text_with_a_cache_that_may_not_be_written(tmp_path, monkeypatch, capsys):
+    text, cache = tmp_path / "a.txt", tmp_path / "cache"
+    text.write_text("to be, or not to be, that is the question\n" * 200)
+    given = [f"--config.data.source=text:{text}", "--config.data.validation=0.1", f"--config.data.cache={cache}"]
+    assert train(tmp_path / "run", *given, "--config.loop.steps=4") == 0
+    corpus.make_read_only(monkeypatch, cache)
+    text.rename(tmp_path / "b.txt")
+    moved = f"--config.data.source=text:{tmp_path}/b.*"
+    assert train(tmp_path / "run", moved, "--config.loop.steps=5", config=None) == 0
+    (tmp_path / "b.txt").unlink()  # what is known of it lies in the workdir now
+    assert train(tmp_path / "run", "--config.loop.steps=6", config=None) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run"), "--step=6"]) == 0
+    assert f"{tmp_path}/b.txt" in capsys.readouterr().out
+
+
+def test_a_run_on_the_text_that_comes_with_the_program_goes_on_when_that_moved(tmp_path):
+    """An installation stands in the config by its full path: as of one that is gone now."""
+    text = tmp_path / "old" / "configs" / "data" / "tinyshakespeare" / "input.txt"
+    text.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "data" / "tinyshakespeare" / "input.txt", text)
+    assert train(tmp_path / "run", f"--config.data.source=text:{text}", "--config.loop.steps=4") == 0
+    shutil.rmtree(tmp_path / "old")
+    shutil.rmtree(tmp_path / "run" / "cache")
+    assert train(tmp_path / "run", "--config.loop.steps=5", config=None) == 0
+    starts = json.loads((tmp_path / "run" / "manifest.json").read_text())["starts"]
+    assert len({start["data"] for start in starts}) == 1 and len(starts) == 2

@@ -80,6 +80,17 @@ def test_a_teacher_in_a_hugging_face_folder_teaches_the_same(runs, tmp_path):
     assert first[:4] == reference[:4] and None not in first[:4]
 
 
+def test_a_teacher_is_found_by_a_pattern_that_matches_one(runs, tmp_path, capsys):
+    steps = "--config.loop.steps=1"
+    assert _distill(tmp_path / "run", runs / "teach*", steps) == 0
+    (first, *_), (reference, *_) = _rows(tmp_path / "run"), _rows(runs / "student")
+    assert first[:4] == reference[:4]
+    capsys.readouterr()
+    assert _distill(tmp_path / "other", runs / "{teacher,student}", steps) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.roles.teacher.source: " in line and f"matches 2 paths ({runs}/student, {runs}/teacher)" in line
+
+
 def test_roles_are_those_that_the_objective_reads():
     config: Any = student_config.get_config()
     config.roles = {}

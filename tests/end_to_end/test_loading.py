@@ -122,10 +122,12 @@ def test_a_run_begins_with_the_parameters_of_a_hugging_face_folder(runs, tmp_pat
     assert "needs a base in our own form" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_loading_a_model_is_quiet_where_libtpu_is_installed_and_no_tpu_is_there(runs):
+@pytest.mark.parametrize("platforms", [{}, {"JAX_PLATFORMS": ""}], ids=["unset", "empty"])
+def test_loading_a_model_is_quiet_where_libtpu_is_installed_and_no_tpu_is_there(runs, platforms):
     pytest.importorskip("libtpu")
     program = "import sys, t5x_like; print(t5x_like.load(sys.argv[1]).platform)"
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     command = [sys.executable, "-c", program, str(runs / "base")]
+    environment |= platforms
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "cpu\n" and done.stderr == ""

@@ -178,5 +178,5 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(name, tmp_path, m
 def test_a_name_of_no_config_or_of_several_is_one_line():
     with pytest.raises(UsageError, match="^--config=tiney: there is no file tiney, .* did you mean 'tiny'\\?$"):
         load_config(["--config=tiney"])
-    with pytest.raises(UsageError, match="several shipped configs; use distill/test or pretrain/test$"):
+    with pytest.raises(UsageError, match="several shipped configs; use distill/test or pretrain/test or rl/test$"):
         load_config(["--config=test"])

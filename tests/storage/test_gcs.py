@@ -13,7 +13,7 @@ import pytest
 
 from t5x_like.core.errors import UserError
 from t5x_like.parallel.multihost import ALONE
-from t5x_like.storage import lock, paths
+from t5x_like.storage import bucket_file, lock, paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.workdir import Workdir, read_config
 from tests.storage.test_checkpoint import assert_equal_bits, make_state, mesh, sharded, template
@@ -80,7 +80,7 @@ def test_checkpoints_are_saved_restored_deleted_and_put_aside(bucket):
 
 def test_tensorflow_stays_out(fake_gcs, bucket):
     program = (
-        "import sys\nfrom t5x_like.storage import paths\nfrom etils import epath\n"
+        "import sys\nfrom t5x_like.storage import bucket_file, paths\nfrom etils import epath\n"
         f"paths.write_text_atomic('{bucket}/x', 'a')\nassert epath.Path('{bucket}/x').read_text() == 'a'\n"
         "assert not [name for name in sys.modules if name.split('.')[0] == 'tensorflow']"
     )
@@ -162,7 +162,7 @@ def test_refused_and_unreachable_are_one_line(fake_gcs, bucket, monkeypatch, err
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(paths._bucket_files(), "pipe_file", fail)
+    monkeypatch.setattr(bucket_file.client(), "pipe_file", fail)
     with pytest.raises(UserError, match=message) as caught:
         paths.write_text_atomic(paths.join(bucket, "x"), "a")
     assert "\n" not in str(caught.value)
@@ -178,7 +178,7 @@ def test_real_refusals_of_the_client_are_credentials(fake_gcs, bucket, monkeypat
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(paths._bucket_files(), "pipe_file", fail)
+            patch.setattr(bucket_file.client(), "pipe_file", fail)
             with pytest.raises(UserError, match="access refused .*gcloud auth application-default login"):
                 paths.write_text_atomic(paths.join(bucket, "x"), "a")
 

@@ -48,7 +48,7 @@ def run(*, start: int = 0, evaluation=None, stop_at: int | None = None, interrup
         checkpoint_config=CHECKPOINT,
         step=lambda state, frozen, batch: (state, FINE),
         evaluate=lambda params, frozen, batch: {"loss": (np.float32(2), np.float32(1))},
-        batch_at=batch_at,
+        source=loops.Prepared(batch_at),
         held_out={"validation": [{}]},
         saver=saver,  # type: ignore[arg-type]
         telemetry=telemetry,  # type: ignore[arg-type]
@@ -103,3 +103,9 @@ def test_perplexity_is_the_exponential_of_the_loss_wherever_that_is_a_number():
         return values["perplexity"]
 
     assert of(2.0) == np.exp(2.0) and of(1e4) == np.inf and np.isnan(of(np.nan))
+
+
+def test_a_value_of_which_there_is_nothing_is_left_out():
+    sums = {"loss": (np.float32(3), np.float32(2)), "bits_per_byte": (np.float32(3), np.float32(0))}
+    values = evaluate(lambda *_: sums, {}, {}, [{}], stop=lambda: False)
+    assert values is not None and values.keys() == {"loss", "perplexity"}

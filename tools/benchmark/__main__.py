@@ -2,6 +2,7 @@
 
     python -m tools.benchmark step       a training step of a 30M Llama: ours, torch + transformers, matmul peak
     python -m tools.benchmark t5_step    a training step of a 30M T5: ours, torch + transformers
+    python -m tools.benchmark lora_step  the same of all parameters and of LoRA: time and memory
     python -m tools.benchmark decode     greedy text of the 30M Llama, 1 and 16 rows: ours, transformers' generate
     python -m tools.benchmark int8       greedy text of a 300M Llama in int8, 1 and 16 rows: ours in both, transformers
     python -m tools.benchmark convert    1 GB from and to Hugging Face's form, beside copying its files
@@ -18,11 +19,12 @@ import argparse
 import json
 import sys
 
-from tools.benchmark import convert, decode, imports, input, int8, save, step, t5_step, timing
+from tools.benchmark import convert, decode, imports, input, int8, lora_step, save, step, t5_step, timing
 
 MEASUREMENTS = {
     "step": step.measure,
     "t5_step": t5_step.measure,
+    "lora_step": lora_step.measure,
     "decode": decode.measure,
     "int8": int8.measure,
     "convert": convert.measure,

@@ -6,7 +6,9 @@
 | source_target | packed examples, inputs beside targets | encoder-decoders |
 | span_corruption | chunks of text with spans replaced by sentinels | pretraining of encoder-decoders |
 | pairs | a prompt with a chosen and a rejected answer | preferences |
+| pair_texts | the same, each a whole text without targets | reward models |
 | labels | a text with its class | classifiers |
+| rollouts | a prompt with an answer of the policy | reinforcement learning |
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import T5_NOISE, DataConfig
 from t5x_like.data.read.causal import CAUSAL
 from t5x_like.data.read.interface import Feature
-from t5x_like.data.read.sequences import LABELS, PAIRS
+from t5x_like.data.read.rollouts import ROLLOUTS
+from t5x_like.data.read.sequences import LABELS, PAIR_TEXTS, PAIRS
 from t5x_like.data.read.source_target import SOURCE_TARGET
 from t5x_like.data.read.span_corruption import SPAN_CORRUPTION
 
@@ -28,7 +31,9 @@ FEATURES: dict[str, Feature] = {
     "source_target": SOURCE_TARGET,
     "span_corruption": SPAN_CORRUPTION,
     "pairs": PAIRS,
+    "pair_texts": PAIR_TEXTS,
     "labels": LABELS,
+    "rollouts": ROLLOUTS,
 }
 
 
@@ -56,7 +61,8 @@ def _check_unused(config: DataConfig, feature: Feature) -> None:
     """What belongs to some features alone has its neutral value elsewhere."""
     if feature.encoder and config.encoder_length < 1:
         raise UsageError(f"config.data.encoder_length={config.encoder_length} should be at least 1: tokens of a source")
-    neutral: dict[str, Any] = {} if feature.encoder else {"encoder_length": 0, "start_token": "pad"}
+    has_encoder = config.encoder_length > 0 if feature.encoder is None else feature.encoder
+    neutral: dict[str, Any] = {} if has_encoder else {"encoder_length": 0, "start_token": "pad"}
     if feature is not CAUSAL:
         neutral |= {"attend_across_documents": False, "validation_stride": 0, "prefix": False}
     if feature is SOURCE_TARGET:

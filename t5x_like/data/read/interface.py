@@ -53,13 +53,14 @@ class Reader(Protocol):
 class Feature:
     """One entry of FEATURES.
 
-    packings: the values of config.data.packing that it knows; encoder: whether it has rows of `encoder_length`
+    packings: the values of config.data.packing that it knows; encoder: whether it has rows of `encoder_length`,
+        None where that is free
     arrays(config): {name: array}; open(token_set, config, vocabulary, stride): stride as in `validation_stride`
     check(config): UsageError for what is wrong beyond the fields that all features share
     """
 
     packings: tuple[str, ...]
-    encoder: bool
+    encoder: bool | None
     arrays: Callable[[DataConfig], dict[str, ArraySpec]]
     open: Callable[[TokenSet, DataConfig, Vocabulary, int], Reader]
     check: Callable[[DataConfig], None]

@@ -20,11 +20,12 @@ from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
+from t5x_like.data.open_files import OpenFiles, open_files
 from t5x_like.data.read import mixtures
 from t5x_like.data.read.features import FEATURES, arrays, check
 from t5x_like.data.read.interface import Batch, Draw, Reader, Span
 from t5x_like.data.read.permutation import permute
-from t5x_like.data.token_set import OpenFiles, TokenSet
+from t5x_like.data.token_set import TokenSet
 from t5x_like.data.tokenizers import vocabularies
 
 Read = TypeVar("Read")
@@ -221,13 +222,13 @@ class Prefetch(Generic[Read]):
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
-    """Opens what `prepare` wrote in `cache_dir` for this config (a cache in a bucket is copied to a local disk)."""
+def open_data(config: DataConfig, *, cache_dir: str, seed: int, beside: str = "") -> TrainData:
+    """Opens what `prepare` wrote in `cache_dir` and `beside` for this config (a bucket is copied to a local disk)."""
     check(config)
-    manifest = cache.read_manifest(config, cache_dir)
+    manifest = cache.read_manifest(config, cache_dir, beside=beside)
     folder = cache.local_folder(cache_dir)
-    vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
-    files = token_set.open_files()
+    vocabulary = vocabularies.load(str(folder / manifest.tokenizer)).with_chat_template(manifest.chat_template)
+    files = open_files()
     opening = (folder, config, vocabulary, files)
     train = [
         _open(name, entry, *opening, stride=config.length, held_out=False)
@@ -249,9 +250,9 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int) -> TrainData:
     return TrainData(config, vocabulary, train, validation, unevaluated=unevaluated, seed=seed)
 
 
-def cuts(config: DataConfig, *, cache_dir: str) -> dict[str, str]:
+def cuts(config: DataConfig, *, cache_dir: str, beside: str = "") -> dict[str, str]:
     """{set: what of its examples fits no row}, of the sets of a prepared config that have such examples."""
-    data = open_data(config, cache_dir=cache_dir, seed=0)
+    data = open_data(config, cache_dir=cache_dir, seed=0, beside=beside)
     try:
         facts = data.describe()
         return {name: f["cut"] for part in ("components", "validation") for name, f in facts[part].items() if f["cut"]}
@@ -292,8 +293,10 @@ def _open(
     tokens = TokenSet(folder / entry.folder, verify=config.verify, files=files)
     if tokens.tokens < 2:
         raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
-    if "rejected" in tokens.columns and config.features != "pairs":
-        raise UsageError(f"config.data.features={config.features!r} reads no pairs (config.data.fields); use 'pairs'")
+    if "rejected" in tokens.columns and config.features not in ("pairs", "pair_texts"):
+        raise UsageError(
+            f"config.data.features={config.features!r} reads no pairs (config.data.fields); use 'pairs' or 'pair_texts'"
+        )
     reader = FEATURES[config.features].open(tokens, config, vocabulary, stride)
     rows = reader.size.rows
     if held_out and config.validation_batches:

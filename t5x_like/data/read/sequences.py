@@ -1,6 +1,7 @@
 """Whole sequences, one example a row: pairs of answers to a prompt (preferences), and texts with a class.
 
-A pair is read as two texts of a decoder, prompt and answer, each with the loss on the answer and its EOS. Both stand
+A pair is read as two texts of a decoder, prompt and answer: with the loss on the answer and its EOS (`pairs`), or
+whole, up to the EOS, for a model that gives a text one number (`pair_texts`). Both stand
 in one row of the batch, so that they stay together however a batch is divided. What is longer than
 its row is cut as config.data.truncate says.
 """
@@ -32,15 +33,15 @@ _TEXT = {"inputs": "int32", "positions": "int32", "segment_ids": "int32"}
 
 
 class Pairs:
-    """A row is a pair of the token set; both sides see the same of the prompt."""
+    """A row is a pair of the token set; both sides see the same of the prompt. `width`: tokens of a text at most."""
 
-    def __init__(self, token_set: TokenSet, config: DataConfig, *, bos: int | None):
+    def __init__(self, token_set: TokenSet, config: DataConfig, *, width: int, bos: int | None):
         if "rejected" not in token_set.columns:
             raise UsageError(
-                "config.data.features='pairs' needs two answers to each prompt; set config.data.fields.prompt, "
-                "config.data.fields.chosen and config.data.fields.rejected"
+                f"config.data.features={config.features!r} needs two answers to each prompt; set "
+                "config.data.fields.prompt, config.data.fields.chosen and config.data.fields.rejected"
             )
-        self._set, self._width, self._bos = token_set, config.length + 1, bos
+        self._set, self._width, self._bos = token_set, width, bos
         begins = np.concatenate([[0], token_set.ends[:-1]])
         prompts = np.zeros_like(begins) if token_set.inputs is None else token_set.inputs.astype(np.int64)
         rejected = begins + token_set.columns["rejected"]
@@ -94,6 +95,17 @@ class Pairs:
         return Rows(tokens, counts, begins, columns >= prompts[:, None], prompts + answers)
 
 
+class PairTexts(Pairs):
+    """The same texts whole, without targets."""
+
+    def batch(self, rows: Int[np.ndarray, "n"], draw: Draw) -> Batch:
+        found: Batch = {}
+        for side in SIDES:
+            read = self._read(np.asarray(rows), side)
+            found |= {f"{side}/{name}": array for name, array in _text(read.tokens, read.valid).items()}
+        return found
+
+
 class Labelled:
     """A row is a text of the token set, with its class."""
 
@@ -117,17 +129,21 @@ class Labelled:
         lengths, row = self._lengths[rows], np.arange(len(rows))
         shape = (len(rows), self._width)
         tokens, _ = self._set.read(self._begins[rows], lengths, row, np.zeros_like(row), shape)
-        columns = np.arange(self._width, dtype=np.int32)
-        inside = columns < lengths[:, None]
-        return {
-            "inputs": tokens,
-            "positions": np.where(inside, columns, 0).astype(np.int32),
-            "segment_ids": inside.astype(np.int32),
-            "labels": self._set.columns["labels"][rows].astype(np.int32),
-        }
+        return _text(tokens, lengths) | {"labels": self._set.columns["labels"][rows].astype(np.int32)}
 
     def documents(self, row: int) -> list[Span]:
         return [Span(int(self._kept[row]), 0, 0)]
+
+
+def _text(tokens: np.ndarray, lengths: np.ndarray) -> Batch:
+    """The arrays _TEXT of rows of one text each, of so many tokens."""
+    columns = np.arange(tokens.shape[1], dtype=np.int32)
+    inside = columns < lengths[:, None]
+    return {
+        "inputs": tokens,
+        "positions": np.where(inside, columns, 0).astype(np.int32),
+        "segment_ids": inside.astype(np.int32),
+    }
 
 
 def _kept(fitted: Fitted) -> tuple[np.ndarray, Cut]:
@@ -141,8 +157,8 @@ def _one_a_row(token_set: TokenSet, kept: np.ndarray) -> Size:
     return Size(len(kept), tokens, len(kept), fractions.Fraction(tokens, max(len(kept), 1)))
 
 
-def _pair_arrays(config: DataConfig) -> dict[str, ArraySpec]:
-    return per_token(config, {f"{side}/{name}": kind for side in SIDES for name, kind in _PAIR.items()}, config.length)
+def _pair_arrays(config: DataConfig, names: dict[str, str]) -> dict[str, ArraySpec]:
+    return per_token(config, {f"{side}/{name}": kind for side in SIDES for name, kind in names.items()}, config.length)
 
 
 def _label_arrays(config: DataConfig) -> dict[str, ArraySpec]:
@@ -152,8 +168,19 @@ def _label_arrays(config: DataConfig) -> dict[str, ArraySpec]:
 PAIRS = Feature(
     packings=("single",),
     encoder=False,
-    arrays=_pair_arrays,
-    open=lambda token_set, config, vocabulary, stride: Pairs(token_set, config, bos=vocabulary.bos_id),
+    arrays=lambda config: _pair_arrays(config, _PAIR),
+    open=lambda token_set, config, vocabulary, stride: Pairs(
+        token_set, config, width=config.length + 1, bos=vocabulary.bos_id
+    ),
+    check=lambda config: None,
+)
+PAIR_TEXTS = Feature(
+    packings=("single",),
+    encoder=False,
+    arrays=lambda config: _pair_arrays(config, _TEXT),
+    open=lambda token_set, config, vocabulary, stride: PairTexts(
+        token_set, config, width=config.length, bos=vocabulary.bos_id
+    ),
     check=lambda config: None,
 )
 LABELS = Feature(

@@ -37,13 +37,15 @@ def between_words(layout: dict[str, Any], surfaces: Iterable[bytes | None]) -> s
     added = [token for token in layout.get("added_tokens", []) if not token["special"]]
     if any(token.get("rstrip") or re.search(r"\w |\n\w", token["content"]) for token in added):
         return ""
+    if any(token.get("lstrip") and re.match(r"\w", token["content"]) for token in added):
+        return ""
     divided = False
     for step in _steps(layout.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] in _DIVIDE_AT_SPACES or step["type"] == "Split" and _is_known(step):
             divided = True
         elif step["type"] == "ByteLevel":
             divided |= step.get("use_regex", True)
-        elif not divided and step["type"] not in _DIVIDE_FURTHER:
+        elif not divided and step["type"] not in _DIVIDE_FURTHER and not _is_of_one_character(step):
             return ""
     return f"{_BEHIND_WORD}|{BETWEEN_LINES}" if divided else between_tokens(surfaces)
 
@@ -60,6 +62,24 @@ def _keeps_places(step: dict[str, Any]) -> bool:
         pattern = step.get("pattern", {})
         return len(pattern.get("String", "")) == 1 or pattern.get("Regex") in (" {2,}", r"\s+")
     return step["type"] in _NORMALIZERS
+
+
+def rounds(layout: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json has a unigram whose sum over a long text may be rounded: one that no pre-tokenizer
+    divides at spaces, with scores that float64 does not add up exactly (those of float32 it does)."""
+    model = layout.get("model") or {}
+    if model.get("type") != "Unigram":
+        return False
+    steps = _steps(layout.get("pre_tokenizer"), "pretokenizers")
+    if any(
+        step["type"] in _DIVIDE_AT_SPACES or step["type"] == "Metaspace" and step.get("split", True) for step in steps
+    ):
+        return False
+    return any(score * 2**24 != int(score * 2**24) for _, score in model["vocab"])  # exact below 2^29 in sum
+
+
+def _is_of_one_character(split: dict[str, Any]) -> bool:
+    return split["type"] == "Split" and len(split.get("pattern", {}).get("String", "")) == 1
 
 
 def _is_known(split: dict[str, Any]) -> bool:

@@ -15,20 +15,29 @@ from t5x_like.data.tokenizers import word_cache
 from t5x_like.data.tokenizers.added_tokens import AddedToken
 
 SETTINGS = "tokenizer_config.json"
-MADE_OF_MODEL = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+CHAT_TEMPLATE = "chat_template.jinja"
+MADE_OF_MODEL = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer")  # by the model itself
+REBUILT = ("LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer", "GemmaTokenizer", "XLMRobertaTokenizer")
+_OF_FAMILY = {"t5": "T5Tokenizer", "xlm-roberta": "XLMRobertaTokenizer"} | {  # where only config.json says what it is
+    name: "GemmaTokenizer" for name in ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+}
 _WORD_PIECE = ("", "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 _BYTE_LEVEL = ("", "GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer", "Qwen2Tokenizer")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_REMEDY = "load it with transformers and save_pretrained it, so that it has a tokenizer.json"
+REMEDY = "save it again with AutoTokenizer.from_pretrained(...).save_pretrained(...), so that it has a tokenizer.json"
 
 
 class Folder:
-    """What the settings of a folder say. Raises UserError, which names the file, for settings that are none."""
+    """What the settings of a folder say; `of_model`: also those of the model that it belongs to, which may be all that
+    name the class. Raises UserError, which names the file, for settings that are none.
+    """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, *, of_model: bool = False):
         self.path = path
         self.settings = _object(path / SETTINGS)
-        self.tokenizer_class = str(self.settings.get("tokenizer_class") or "").removesuffix("Fast")
+        model = _object(path / "config.json") if of_model else {}
+        named = self.settings.get("tokenizer_class") or model.get("tokenizer_class")
+        self.tokenizer_class = str(named or _OF_FAMILY.get(str(model.get("model_type")), "")).removesuffix("Fast")
         self._special = _object(path / "special_tokens_map.json")
         self._added = _object(path / "added_tokens.json")
 
@@ -48,6 +57,56 @@ class Folder:
         """(bos, eos)"""
         return self.name("bos_token"), self.name("eos_token")
 
+    @property
+    def chat_template(self) -> str:
+        """How conversations are written for this tokenizer; "" where no file says so."""
+        try:
+            return (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            found = self.settings.get("chat_template") or ""
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / CHAT_TEMPLATE}: not the text of a template ({error})") from None
+        if isinstance(found, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = named.get("default") or ""
+        if not isinstance(found, str):
+            raise UserError(f"{self.path / SETTINGS}: chat_template should be a text, is {found!r:.60}")
+        return found
+
+    def tokens(
+        self, usual: dict[str, str]
+    ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]] | None, list[dict[str, Any]]]:
+        """What transformers 5 reads of a folder without a tokenizer.json, each token as {"content": text, flag: bool}:
+        (named tokens, where the settings say none the `usual`; extra special ones, None if none are listed; added
+        ones by id). `special_tokens_map.json` and `added_tokens.json` count only without `added_tokens_decoder`.
+        """
+        decoder = self.settings.get("added_tokens_decoder")
+        # Of the extra special tokens of special_tokens_map.json, version 5 follows those under their new name alone.
+        more = {key: value for key, value in self._special.items() if key != "additional_special_tokens"}
+        settings = self.settings if decoder is not None else self.settings | more
+        for key in _NAMED:
+            self.name(key)  # which refuses what is no text
+        try:
+            if decoder is not None:
+                given = [decoder[at] | {"id": int(at)} for at in sorted(decoder, key=int)]
+            else:
+                given = [{"content": text, "id": int(at)} for text, at in self._added.items()]
+                given.sort(key=lambda token: token["id"])
+            listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+            own = listed if isinstance(listed, dict) else {}
+            own = {key: value for key, value in settings.items() if key.endswith("_token")} | own
+            found = {key: _flags(value) for key, value in (usual | own).items() if isinstance(value, str | dict)}
+            extra = [*map(_flags, listed)] if isinstance(listed, list) else None
+            named = {key: found[key] for key in _NAMED if key in found} | found
+            names = {token["content"] for token in [*named.values(), *(extra or [])]}
+            if decoder is None:  # their texts alone are known
+                given = [token | {"special": token["content"] in names} for token in given]
+            if not all(isinstance(token["content"], str) for token in [*named.values(), *(extra or []), *given]):
+                raise ValueError("a content is no text")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path}: its added tokens are not {{text: id}} ({error!r})") from None
+        return named, extra, given
+
     def added(self) -> list[AddedToken]:
         """The tokens that were added to those of the tokenizer's own file, by id; some may be in that file too."""
         named = {self.name(key) for key in _NAMED} - {None}
@@ -60,21 +119,26 @@ class Folder:
             for token, entry in self.settings.get("added_tokens_decoder", {}).items():
                 special = bool(entry.get("special")) or entry["content"] in named
                 found[int(token)] = (entry["content"], special)
-                if not special and (entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")):
-                    raise UserError(
-                        f"{self.path / SETTINGS}: the added token {entry['content']!r} takes white space with it "
-                        f"(lstrip, rstrip or single_word), which is not supported; {_REMEDY}"
-                    )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path}: its added tokens are not {{text: id}} ({error!r})") from None
         return [AddedToken(token, content, special) for token, (content, special) in sorted(found.items())]
+
+    def refuse_white_space(self) -> None:
+        """UserError for added tokens that a SentencePiece model alone does not find as transformers does."""
+        for entry in self.settings.get("added_tokens_decoder", {}).values():
+            if not entry.get("special") and any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+                raise UserError(
+                    f"{self.path / SETTINGS}: the added token {entry['content']!r} takes white space with it (lstrip, "
+                    "rstrip or single_word), which a model by itself does not do; give the folder, with a "
+                    "tokenizer_class in its settings"
+                )
 
     def refuse_class(self, file: str, known: tuple[str, ...]) -> None:
         """UserError where the class gives other ids than the file alone."""
         if self.tokenizer_class not in known:
             raise UserError(
                 f"{self.path / SETTINGS}: a {self.tokenizer_class} made of {file} is not supported "
-                f"(known: {', '.join(filter(None, known))}); {_REMEDY}"
+                f"(known: {', '.join(filter(None, known))}); {REMEDY}"
             )
 
     def model(self) -> pathlib.Path | None:
@@ -83,7 +147,10 @@ class Folder:
         if len(models) > 1:
             raise UserError(f"tokenizer {self.path}: has {len(models)} *.model; give the path of one of them")
         if models:
-            self.refuse_class(models[0].name, MADE_OF_MODEL)
+            with models[0].open("rb") as file:
+                if is_foreign(file.read(200)):  # as Llama 3's own tokenizer.model
+                    raise foreign(models[0])
+            self.refuse_class(models[0].name, ("", *REBUILT))
         return models[0] if models else None
 
     def sentinels(self) -> int:
@@ -98,9 +165,8 @@ class Folder:
         if (self.path / "vocab.json").is_file() and (self.path / "merges.txt").is_file():
             self.refuse_class("vocab.json and merges.txt", _BYTE_LEVEL)
             return _byte_level(self.path, self.tokenizer_class, bool(self.settings.get("add_prefix_space", False)))
-        for name in ("tekken.json", *(path.name for path in sorted(self.path.glob("*.tiktoken")))):
-            if (self.path / name).is_file():
-                raise foreign(self.path / name)
+        for path in (*sorted(self.path.glob("tekken*.json")), *sorted(self.path.glob("*.tiktoken"))):
+            raise foreign(path)
         return None
 
     def complete(self, layout: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +180,9 @@ class Folder:
         missing += [AddedToken(own[name], name, True) for name in named if name in own and own[name] not in listed]
         if not missing:
             return layout
-        whole = [*layout.get("added_tokens", []), *map(_entry, missing)]
+        decoder = self.settings.get("added_tokens_decoder", {})
+        entries = [_entry(token, decoder.get(str(token.id), {"normalized": not token.special})) for token in missing]
+        whole = [*layout.get("added_tokens", []), *entries]
         unique = {entry["id"]: entry for entry in whole}
         return layout | {"added_tokens": [unique[token] for token in sorted(unique)]}
 
@@ -128,10 +196,19 @@ def foreign(path: pathlib.Path) -> UserError:
     )
 
 
+def is_tekken(layout: Any) -> bool:
+    """Whether it is the JSON of a tekken file, whatever its name."""
+    return isinstance(layout, dict) and "model" not in layout and "pattern" in (layout.get("config") or ())
+
+
 def is_foreign(content: bytes) -> bool:
     """Whether it looks like the lines of a tiktoken file: base64 and a rank."""
     first = content[:200].split(b"\n")[0].split(b" ")
     return len(first) == 2 and first[1].strip().isdigit() and len(first[0]) % 4 == 0
+
+
+def _flags(token: str | dict[str, Any]) -> dict[str, Any]:
+    return {"content": token, "special": True} if isinstance(token, str) else {**token, "special": True}
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
@@ -146,8 +223,9 @@ def _object(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _entry(token: AddedToken) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+def _entry(token: AddedToken, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    given = given or {}
+    flags = {flag: bool(given.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
     return {"id": token.id, "content": token.content, **flags, "special": token.special}
 
 

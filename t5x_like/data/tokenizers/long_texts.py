@@ -3,6 +3,9 @@
 A text is cut at places that neither words nor tokens span (data/tokenizers/cuts.py). A part begins one character
 before its cut, so that what a tokenizer puts before a text (SentencePiece's space) falls to that character; its tokens
 are left out again. Each cut is tried on the text around it before it is used. A text without such a place stays whole.
+
+A unigram model of SentencePiece adds up scores in float32 along the whole text. What the sum has come to decides how a
+near tie is rounded, so no place is sure, and texts of up to `WHOLE` characters stay whole.
 """
 
 import re
@@ -12,12 +15,19 @@ import numpy as np
 
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 
+WHOLE = 16 << 20
 _AROUND = 24  # characters on both sides of a cut, on which it is tried
 _TRIES = 64
 
 
-def encode(vocabulary: Vocabulary, text: str, *, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids, bytes of each) of parts of at least `size` characters, one after the other; together those of the text."""
+def encode(
+    vocabulary: Vocabulary, text: str, *, size: int, whole: int = WHOLE
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, bytes of each) of parts of at least `size` characters, one after the other; together those of the text.
+
+    `whole`: the same for a vocabulary that rounds, whose texts of up to so many characters have the exact ids.
+    """
+    size = max(size, whole) if vocabulary.rounds else size
     begin = 0
     while begin < len(text):
         end = _cut(vocabulary, text, begin + size)

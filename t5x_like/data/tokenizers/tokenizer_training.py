@@ -2,7 +2,7 @@
 
 All three can write any text (no unknown token) and read it back unchanged, but for U+2581, which SentencePiece gives
 back as a space. The same text gives the same tokenizer, so the libraries run on one thread here.
-Not here: which text is used (data/write/prepare.py leaves held-out text out).
+Not here: which text is used (data/write/chosen_tokenizer.py leaves held-out text out).
 """
 
 import collections

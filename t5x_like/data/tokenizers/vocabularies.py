@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers import cuts, folders, tokenizer_files
+from t5x_like.data.tokenizers import cuts, folders, rebuilt, tokenizer_files
 from t5x_like.data.tokenizers.added_tokens import AddedToken
 from t5x_like.data.tokenizers.folders import Folder
 from t5x_like.data.tokenizers.tokenizer_files import TokenizerFile
@@ -38,9 +38,13 @@ class Vocabulary:
     stand for no text. Padding is id 0 for every tokenizer and is told by segment ids, never by its value: 0 is a
     padding token in `bytes` and in T5's models, <unk> in trained SentencePiece models, <|endoftext|> in a trained BPE,
     and the piece of a byte in a trained unigram. EOS is 1 in `bytes` and T5's models.
+
+    `specials`: {name: id} of the tokens that no text gives. `chat_template`: Jinja, how conversations are written
+    (data/templates); "" for none. It is no part of what encode and decode are.
     """
 
-    def __init__(self, file: TokenizerFile):
+    def __init__(self, file: TokenizerFile, chat_template: str = ""):
+        self.specials, self.chat_template = dict(file.specials), chat_template
         self._file, self._engine, self._surfaces = file, file.engine, file.surfaces
         self.kind, self.size = file.kind, len(file.surfaces)
         self.bos_id, self.eos_id = file.bos_id, file.eos_id
@@ -50,10 +54,18 @@ class Vocabulary:
         """The same tokenizer with `count` sentinels at its end. UserError when it has others."""
         if count in (0, self.extra_ids):
             return self
+        if self._file.hides_sentinels:
+            raise UserError(
+                "the tokenizer has <extra_id_0> of its own, and not as its last id, where span corruption looks for "
+                f"it; {count} others behind it would not be those that its model knows; set extra_ids=0"
+            )
         if self.extra_ids:
             raise UserError(f"the tokenizer has {self.extra_ids} extra ids of its own, not {count}; set extra_ids=0")
         surfaces = (*self._surfaces, *(b"",) * count)
-        return Vocabulary(dataclasses.replace(self._file, surfaces=surfaces, extra_ids=count))
+        return Vocabulary(dataclasses.replace(self._file, surfaces=surfaces, extra_ids=count), self.chat_template)
+
+    def with_chat_template(self, text: str) -> "Vocabulary":
+        return Vocabulary(self._file, text)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -69,6 +81,11 @@ class Vocabulary:
         """A pattern of the places where a text may be cut in two without other ids, "" for none."""
         lines_are_spaces = self.encode("a\nb") == self.encode("a b")
         return "" if self._file.cuts == cuts.BETWEEN_LINES and lines_are_spaces else self._file.cuts
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the library adds up rounded scores along a text: near ties then depend on where it begins."""
+        return self._file.rounds
 
     @functools.cached_property
     def _surface_bytes(self) -> np.ndarray:
@@ -115,7 +132,7 @@ class Vocabulary:
     @functools.cached_property
     def loses(self) -> str:
         """The first of some texts that does not come back, as "'A' becomes 'a'"; "" where all do: lossless."""
-        for text in _HARD_TEXTS:
+        for text in (*_HARD_TEXTS, *(f"a {token} b{token}c" for token in self._file.found)):
             again = self.decode(self.encode(text))
             if again != text:
                 return f"{text!a} becomes {again!a}"
@@ -129,6 +146,29 @@ class Vocabulary:
         for ids in encoded:
             flat += ids
         return np.array(flat, np.int32), lengths
+
+    def encode_parts(self, parts: Sequence[str | int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a text in which special tokens stand: (ids, bytes of text of each, byte of the text where each begins).
+
+        `parts`: texts, and the ids of special tokens between them, which are spelled out in the text that places count
+        bytes of, and stand for none.
+        """
+        names = {token: name for name, token in self.specials.items()}
+        ids: list[int] = []
+        counts: list[int] = []
+        begins: list[int] = []
+        place = 0
+        for part, (found, widths) in zip(parts, self._engine.encode_parts(parts), strict=True):
+            if isinstance(part, int):
+                found, size = [part], len(names[part].encode())
+                widths, starts = [0], [place]
+            else:
+                size = len(part.encode())
+                first = place + size - sum(widths)  # what a special token takes with it is before
+                starts = (first + np.cumsum(widths) - widths).tolist() if widths else []
+            ids, counts, begins = ids + found, counts + widths, begins + starts
+            place += size
+        return np.array(ids, np.int32), np.array(counts, np.int64), np.array(begins, np.int64)
 
     def count_bytes(self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray) -> Int[np.ndarray, "tokens"]:
         """UTF-8 bytes of its text that each token of `encode_batch(texts)` stands for; they add up to the text.
@@ -174,6 +214,8 @@ class Vocabulary:
         } | ({"added": self._file.added, "legacy": self._file.legacy} if self._file.added else {})
         if self._file.name:
             paths.write_bytes_atomic(str(folder / self._file.name), self._file.content)
+        if self.chat_template:
+            paths.write_text_atomic(str(folder / folders.CHAT_TEMPLATE), self.chat_template)
         paths.write_json_atomic(str(folder / SETTINGS), settings)
 
     def _join(self, ids: Sequence[int]) -> bytes:
@@ -186,15 +228,17 @@ def load(path: str) -> Vocabulary:
     if path == "bytes":
         return Vocabulary(tokenizer_files.read_bytes(extra_ids=0))
     place = pathlib.Path(path)
-    if place.is_dir():
-        return _load_folder(place)
+    found = _load_folder(place) if place.is_dir() else _load_file(place)
+    template = Folder(place if place.is_dir() else place.parent).chat_template
+    return found.with_chat_template(template) if template else found
+
+
+def _load_file(place: pathlib.Path) -> Vocabulary:
     if not place.is_file():
-        raise UserError(f"tokenizer {path}: no such file; give a tokenizer.json, a SentencePiece model or 'bytes'")
+        raise UserError(f"tokenizer {place}: no such file; give a tokenizer.json, a SentencePiece model or 'bytes'")
     content = place.read_bytes()
     folder = Folder(place.parent)
     if content.lstrip()[:1] == b"{":
-        if place.name == "tekken.json":
-            raise folders.foreign(place)
         return _of_layout(content, place, folder)
     if place.suffix == ".tiktoken" or folders.is_foreign(content):
         raise folders.foreign(place)
@@ -206,8 +250,12 @@ def _load_folder(path: pathlib.Path) -> Vocabulary:
         return _load_saved(path)
     if (path / "tokenizer.json").is_file():
         return load(str(path / "tokenizer.json"))
-    folder = Folder(path)
+    folder = Folder(path, of_model=True)
     model = folder.model()
+    if model is not None and folder.tokenizer_class:
+        made, names = rebuilt.layout(folder, model)
+        content = json.dumps(made, ensure_ascii=False).encode()
+        return Vocabulary(tokenizer_files.read_tokenizer_json(content, path / "tokenizer.json", names))
     if model is not None:
         return load(str(model))
     layout = folder.layout()
@@ -225,6 +273,8 @@ def _of_layout(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabular
     names = folder.names
     try:
         layout = json.loads(content)
+        if folders.is_tekken(layout):
+            raise folders.foreign(place)
         whole = folder.complete(layout)
     except (ValueError, TypeError, KeyError, AttributeError):
         return Vocabulary(tokenizer_files.read_tokenizer_json(content, place, names))  # which says what is wrong
@@ -237,7 +287,9 @@ def _of_model(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabulary
     """Of a SentencePiece model with what the files beside it say."""
     folder.refuse_class(place.name, folders.MADE_OF_MODEL)
     sentinels = folder.sentinels()
-    added = [token for token in folder.added() if not (sentinels and token.content.startswith("<extra_id_"))]
+    given = folder.added()
+    folder.refuse_white_space()
+    added = [token for token in given if not (sentinels and token.content.startswith("<extra_id_"))]
     legacy = bool(folder.settings.get("legacy", False))
     file = tokenizer_files.read_sentencepiece(content, place, extra_ids=0, added=added, legacy=legacy)
     if sentinels and not file.named_sentinels:

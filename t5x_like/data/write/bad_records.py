@@ -22,6 +22,7 @@ class Tally:
 
     def __init__(self, kind: str, files: Sequence[str], *, rule: str):
         self._kind, self._files, self._rule = kind, files, rule
+        self._fields = "the features of the task" if kind == "seqio" else "config.data.fields"
         self.records = self.count = 0
         self.first: list[list[Any]] = []
 
@@ -33,7 +34,7 @@ class Tally:
             raise UserError(f"{place(self._kind, self._files[int(file)], offset)}: {problem}; {_REMEDY}")
         if self.count == self.records == _HOPELESS:
             at = place(self._kind, self._files[file], offset)
-            raise UserError(f"{at}: {problem}; all {_HOPELESS} first records are bad: check config.data.fields")
+            raise UserError(f"{at}: {problem}; all {_HOPELESS} first records are bad: check {self._fields}")
 
     def facts(self) -> dict[str, Any]:
         return {"bad": {"count": self.count, "first": self.first}} if self.count else {}
@@ -46,21 +47,21 @@ def total(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"bad": {"count": sum(bad["count"] for bad in found), "first": first}} if found else {}
 
 
-def check(
-    shards: Sequence[dict[str, Any]], kind: str, files: Sequence[str], *, rule: str, share: float, where: str
-) -> None:
-    """UserError for a source whose bad records the rule does not allow."""
-    found = total(shards)
-    if not found:
-        return
-    count, (file, offset, problem) = found["bad"]["count"], found["bad"]["first"][0]
-    first = f"{place(kind, files[int(file)], offset)}: {problem}"
-    if rule == "stop":
-        raise UserError(f"{first}; {_REMEDY}")
-    records = count + sum(shard["documents"] + shard["skipped"] for shard in shards)
+def check_none(shards: Sequence[dict[str, Any]], kind: str, files: Sequence[str]) -> None:
+    """UserError for a token set that was written under the rule "skip" and holds less than its source."""
+    for file, offset, problem in total(shards).get("bad", {"first": []})["first"][:1]:
+        raise UserError(f"{place(kind, files[int(file)], offset)}: {problem}; {_REMEDY}")
+
+
+def check_share(source: str, parts: Sequence[tuple[dict[str, Any], Sequence[str]]], share: float) -> None:
+    """UserError for a source of which too many records are bad. parts: index and files of each token set that holds
+    records of it, since a few held-out ones say little by themselves."""
+    count = sum(index["bad"]["count"] for index, _ in parts if "bad" in index)
+    records = count + sum(index["documents"] + index["skipped"] for index, _ in parts)
     if count > share * records:
+        first = next(line for index, files in parts for line in lines(index, source.partition(":")[0], files))
         raise UserError(
-            f"{where}: {count} of {records} records are bad, which is more than config.data.max_bad_share={share:g}; "
+            f"{source}: {count} of {records} records are bad, which is more than config.data.max_bad_share={share:g}; "
             f"the first is {first}; mend them or raise the share"
         )
 
@@ -73,6 +74,8 @@ def lines(index: dict[str, Any], kind: str, files: Sequence[str]) -> list[str]:
 
 def place(kind: str, path: str, offset: int) -> str:
     """`PATH:LINE (byte N)` where a file has lines, else `PATH: record N` or `PATH`."""
+    if kind == "seqio":  # the path is SOURCE#TASK-SHARD
+        return f"{path}: example {offset}"
     if sources.unit(kind) == "record":
         return f"{path}: record {offset}"
     if kind == "text":  # the problem says where in the file

@@ -1,7 +1,7 @@
 """The reader of CSV and TSV. A field may span lines, so a file is always read from its begin.
 
-The separator is the one by which the header names the fields that are wanted: comma, tab, semicolon or bar; of a
-file named .tsv the tab comes first.
+Where no separator is given it is the one by which the header names the fields that are wanted: comma, tab, semicolon
+or bar; of a file named .tsv the tab comes first.
 """
 
 import csv
@@ -15,11 +15,11 @@ _SEPARATORS = (",", "\t", ";", "|")
 _ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 
 
-def read_csv(path: str, begin: int, end: int, wanted: tuple[str, ...] = ()) -> Iterator[Record]:
+def read_csv(path: str, begin: int, end: int, wanted: tuple[str, ...] = (), separator: str = "") -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     rows = _Rows(path)
     try:
-        header = _header(path, rows.reader(_separator(path, wanted)))
+        header = _header(path, rows.reader(separator or _separator(path, wanted)))
         while True:
             offset = rows.position
             values = rows.next()

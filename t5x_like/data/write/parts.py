@@ -10,7 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,12 +18,13 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data import cache
 from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import vocabularies
-from t5x_like.data.write import sources, workers
+from t5x_like.data.write import memory, sources, tfds_reader, workers
 from t5x_like.data.write.records import BOM
 from t5x_like.data.write.sources import Source, SourceFile
 from t5x_like.storage import paths
 
-_HASH_WHOLE = 256 << 20  # bytes; of a longer file 64 parts of 1 MiB are hashed, evenly spaced
+_HASH_WHOLE = 256 << 20  # bytes; of a longer file only parts of 1 MiB are hashed, evenly spaced
+_HASH_PARTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,11 @@ def named_sources(config: DataConfig) -> dict[str, Source]:
     }
 
 
-def find(config: DataConfig, folder: pathlib.Path, pool: workers.Pool) -> Parts:
-    """The parts of a config; `folder` is the cache's local one. UserError for every file that cannot be used."""
+def find(config: DataConfig, folder: pathlib.Path, pool: workers.Pool, share: memory.Share | None = None) -> Parts:
+    """The parts of a config; `folder` is the cache's local one. UserError for every file that cannot be used.
+
+    share: of several machines that do this for one cache at once, which this is
+    """
     train: dict[str, Part] = {}
     validation: dict[str, Part] = {}
     described: list[str | None] = []
@@ -74,7 +78,7 @@ def find(config: DataConfig, folder: pathlib.Path, pool: workers.Pool) -> Parts:
             if fraction:
                 raise UsageError(f"config.data.validation: a fraction cannot be cut off {source}; give a split of it")
             continue
-        whole = _native_part(source, where, folder)
+        whole = _native_part(source, where, folder, share)
         train[name], held_out = _cut(whole, fraction, where) if fraction else (whole, None)
         if held_out is not None:
             validation["validation" if config.source else name] = held_out
@@ -85,7 +89,7 @@ def find(config: DataConfig, folder: pathlib.Path, pool: workers.Pool) -> Parts:
             described.append(vocabulary)
             validation = _named(found, "validation", several=True, where="")
         else:
-            validation["validation"] = _native_part(source, "config.data.validation", folder)
+            validation["validation"] = _native_part(source, "config.data.validation", folder, share)
     known = sorted({name for name in described if name is not None})
     if len(known) > 1:
         raise UserError("config.data: the SeqIO tasks have different vocabularies; one model reads one")
@@ -110,13 +114,28 @@ def _fraction(validation: str) -> fractions.Fraction | None:
     except ValueError:
         fraction = fractions.Fraction(0)
     if not 0 < fraction < 1:
-        raise UsageError(f"config.data.validation={validation}: a fraction lies between 0 and 1; or give KIND:PATH")
+        raise UsageError(
+            f"config.data.validation={validation}: a fraction lies between 0 and 1; or give KIND:PATH, or nothing for "
+            "none"
+        )
     return fraction
 
 
-def _native_part(source: Source, where: str, folder: pathlib.Path) -> Part:
-    files = tuple(sources.files(source, where=where, memory=folder))
-    content = cache.digest(_contents(source, files, folder))
+def _native_part(source: Source, where: str, folder: pathlib.Path, share: memory.Share | None) -> Part:
+    files = tuple(sources.files(source, where=where, folder=folder, share=share))
+    state = memory.state_of_folder if source.kind == "tfds" else memory.state
+    states = [state(file.path) for file in files]
+    costs = [file.size if file.size <= _HASH_WHOLE else _HASH_PARTS << 20 for file in files]
+    contents = memory.facts(
+        "contents",
+        source.kind if source.kind != "tfds" else [source.kind, source.name],
+        states,
+        lambda index: _content(source, files[index]),
+        costs=costs,
+        folder=folder,
+        share=share,
+    )
+    content = cache.digest(contents)
     return Part(source, files, 0, sum(file.measure for file in files), content, None)
 
 
@@ -127,24 +146,11 @@ def _cut(whole: Part, fraction: fractions.Fraction, where: str) -> tuple[Part, P
     return dataclasses.replace(whole, end=cut), dataclasses.replace(whole, begin=cut)
 
 
-def _contents(source: Source, files: tuple[SourceFile, ...], folder: pathlib.Path) -> list[Any]:
-    """The facts of all files; of files in a bucket those that the cache remembers while the bucket's facts stay."""
-    if not any(paths.is_remote(file.path) for file in files):
-        return [_content(source, file) for file in files]
-    states = [[file.path, *paths.state(file.path)] for file in files]
-    memory = folder / f"contents-{cache.digest([source.kind, states])[:16]}.json"
-    if memory.is_file():
-        return paths.read_json(str(memory))
-    found = [_content(source, file) for file in files]
-    paths.write_json_atomic(str(memory), found)
-    return found
-
-
 def _content(source: Source, file: SourceFile) -> list[Any]:
     """Facts that change when the content of a file does."""
     if source.kind == "tfds":
-        inside = [path for path in sorted(pathlib.Path(file.path).iterdir()) if path.is_file()]
-        return [source.name, *([path.name, _hash(str(path))] for path in inside)]
+        inside = sorted(tfds_reader.names(file.path))
+        return [source.name, *([name, _hash(paths.join(file.path, name))] for name in inside)]
     return [paths.size(file.path), _hash(file.path), *_marked(source, file)]
 
 
@@ -161,10 +167,17 @@ def _hash(path: str) -> str:
     with paths.open_binary(path) as file:
         if size <= _HASH_WHOLE:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-        for part in range(64):
-            file.seek(part * (size - (1 << 20)) // 63)
+        for part in range(_HASH_PARTS):
+            file.seek(part * (size - (1 << 20)) // (_HASH_PARTS - 1))
             digest.update(file.read(1 << 20))
     return digest.hexdigest()
+
+
+def reading(config: DataConfig, part: Part) -> list[Any]:
+    """What decides the text of a document besides the file."""
+    plain = part.source.kind in ("text", "lines", "seqio")
+    separator = [config.separator] if part.source.kind == "csv" and config.separator else []
+    return [part.source.kind, None if plain else config.fields.given, list(config.preprocessors), *separator]
 
 
 # SeqIO
@@ -192,16 +205,13 @@ def _described(source: Source, folder: pathlib.Path, pool: workers.Pool) -> dict
             return facts
     if source.path.endswith(".py") and not os.path.isfile(source.path):
         raise sources.MissingSource(f"{source}: there is no file {source.path}")
-    staging = folder / f".task-vocabulary.{os.getpid()}"
-    job = {"module": source.path, "name": source.name, "folder": str(staging), "source": str(source)}
-    [facts] = pool.run("describe_task", [job], lambda index, amount: None)
+    with tempfile.TemporaryDirectory(prefix="t5x_like-task-") as staging:
+        job = {"module": source.path, "name": source.name, "folder": staging, "source": str(source)}
+        [facts] = pool.run("describe_task", [job], lambda index, amount: None)
+        there = facts["vocabulary"]
+        facts["vocabulary"] = place_vocabulary(vocabularies.load(staging), folder) if there else None
     facts["files"] = {path: _state(path) for path in facts["files"]}
-    if facts["vocabulary"]:
-        facts["vocabulary"] = place_vocabulary(vocabularies.load(str(staging)), folder)
-        shutil.rmtree(staging)
-    else:
-        facts["vocabulary"] = None
-    paths.write_json_atomic(str(memory), facts)
+    cache.remember(memory, facts)
     return facts
 
 
@@ -223,13 +233,23 @@ def task_rates(
         return paths.read_json(str(memory))
     job = {"module": source.path, "name": source.name, "examples": dict(examples), "source": str(source)}
     [rates] = pool.run("task_rates", [job], lambda index, amount: None)
-    paths.write_json_atomic(str(memory), rates)
+    cache.remember(memory, rates)
     return rates
 
 
-def place_vocabulary(vocabulary: vocabularies.Vocabulary, folder: pathlib.Path) -> str:
+def folder_name(vocabulary: vocabularies.Vocabulary) -> str:
+    """Of a vocabulary in the cache."""
+    template = vocabulary.chat_template
+    mark = f"-{hashlib.sha256(template.encode()).hexdigest()[:8]}" if template else ""
+    return f"tokenizer-{vocabulary.fingerprint[:16]}{mark}"
+
+
+def place_vocabulary(
+    vocabulary: vocabularies.Vocabulary, folder: pathlib.Path, *, with_chat_template: bool = False
+) -> str:
     """Saves a vocabulary in the cache, unless it is there; the name of its folder."""
-    name = f"tokenizer-{vocabulary.fingerprint[:16]}"
+    vocabulary = vocabulary if with_chat_template else vocabulary.with_chat_template("")
+    name = folder_name(vocabulary)
     if not (folder / name / vocabularies.SETTINGS).is_file():
         vocabulary.save(str(folder / name))
     return name

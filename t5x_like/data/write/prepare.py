@@ -8,30 +8,30 @@ result is does not depend on the number of workers. Reading the cache is data/re
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from typing import Any
 
 from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
-from t5x_like.data.tokenizers import tokenizer_training, vocabularies
-from t5x_like.data.write import bad_records, encoding, parts, preprocessors, sources, workers
+from t5x_like.data.write import (
+    bad_records,
+    chats,
+    chosen_tokenizer,
+    encoding,
+    memory,
+    parts,
+    preprocessors,
+    sources,
+    workers,
+)
+from t5x_like.data.write.chosen_tokenizer import Training
 from t5x_like.data.write.parts import Part, Parts
-from t5x_like.storage import paths, patterns
+from t5x_like.storage import paths
 
 _SHARDS, _SMALLEST_SHARD, _LARGEST_SHARD = 64, 1 << 20, 256 << 20
-# Of a tokenizer in a bucket these are copied to a temporary folder, up to so many bytes.
-_TOKENIZER_FILES, _MOST_STAGED = (".json", ".model", ".txt", ".jinja", ".tiktoken"), 256 << 20
 _INLINE_BYTES = 4 << 20  # less than this is tokenized here, sooner than a worker starts
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A tokenizer of `size` tokens is being trained on up to `text_bytes` bytes of text: long, and nothing to count."""
-
-    size: int
-    text_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +105,12 @@ class SetPlan:
         )
 
 
-def prepare(config: DataConfig, cache_dir: str, *, report: Report | None, tokenizer: str = "") -> Prepared:
+def prepare(
+    config: DataConfig, cache_dir: str, *, report: Report | None, tokenizer: str = "", beside: str = ""
+) -> Prepared:
     """Makes the token cache of `config` complete in `cache_dir` (local or gs://). `report` is called with progress.
     `tokenizer` is a folder where the config's tokenizer was saved before; then it is not looked for, nor trained.
+    `beside` is a folder for what a cache that may not be written lacks of this config (`cache.write_manifest`).
 
     Where the sources are not on this machine, a cache that was prepared for the same config elsewhere is enough.
     """
@@ -119,12 +122,12 @@ def prepare(config: DataConfig, cache_dir: str, *, report: Report | None, tokeni
     written: list[dict[str, Any]] = []
     try:
         with workers.Pool(config.workers or cores()) as pool:
-            manifest, written = _write(config, folder, pool, report, tokenizer)
-        cache.write_manifest(config, cache_dir, manifest)
+            manifest, written = _write(config, cache_dir, pool, report, tokenizer)
+        cache.write_manifest(config, cache_dir, manifest, beside=beside)
     except sources.MissingSource:
-        if not (folder / cache.name(config)).is_file():
+        if cache.find_manifest(config, cache_dir, beside) is None:
             raise
-        manifest = cache.read_manifest(config, cache_dir)
+        manifest = cache.read_manifest(config, cache_dir, beside=beside)
     return prepared(manifest, folder, written, started)
 
 
@@ -164,20 +167,28 @@ def _bad_places(entries: list[cache.SetEntry], indexes: list[dict[str, Any]]) ->
 
 
 def _write(
-    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None, saved: str
+    config: DataConfig, cache_dir: str, pool: workers.Pool, report: Report | None, saved: str
 ) -> tuple[cache.Manifest, list[dict[str, Any]]]:
     """Writes what is missing; (manifest, facts of the shards written)."""
+    folder = cache.local_folder(cache_dir)
     found, tokenizer, plans = plan(config, folder, pool, report, saved)
+    for each in plans:
+        cache.fetch_set(cache_dir, each.place.name)
     written = _write_sets(config, plans, pool, report)
     return manifest_of(config, folder, found, tokenizer, plans, pool), written
 
 
 def plan(
-    config: DataConfig, folder: pathlib.Path, pool: workers.Pool, report: Report | None, saved: str
+    config: DataConfig,
+    folder: pathlib.Path,
+    pool: workers.Pool,
+    report: Report | None,
+    saved: str,
+    share: memory.Share | None = None,
 ) -> tuple[Parts, str, list[SetPlan]]:
     """(text, the tokenizer's folder, the token sets to train on and those held out)."""
-    found = parts.find(config, folder, pool)
-    tokenizer = _tokenizer(config, folder, found, report, saved)
+    found = parts.find(config, folder, pool, share)
+    tokenizer = chosen_tokenizer.place(config, folder, found, report, saved)
     given = [*found.train.values(), *found.validation.values()]
     return found, tokenizer, _plan_sets(config, folder, given, tokenizer)
 
@@ -204,82 +215,23 @@ def manifest_of(
         name: cache.SetEntry(place, str(part.source), tuple(file.path for file in part.files), None)
         for place, (name, part) in zip(folders[len(train) :], found.validation.items(), strict=True)
     }
-    return cache.Manifest(tokenizer, entries, held_out)
+    _check_shares(config, [*entries.values(), *held_out.values()], folder)
+    chat = chats.job(config, encoding.load_vocabulary(str(folder / tokenizer)))
+    return cache.Manifest(tokenizer, entries, held_out, chat_template=chat.get("template", ""))
+
+
+def _check_shares(config: DataConfig, entries: list[cache.SetEntry], folder: pathlib.Path) -> None:
+    """UserError for a source with more bad records than config.data.max_bad_share allows."""
+    by_source: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {}
+    for entry in entries:
+        by_source.setdefault(entry.source, []).append((token_set.read_index(folder / entry.folder), entry.files))
+    for source, sets in by_source.items():
+        bad_records.check_share(source, sets, config.max_bad_share)
 
 
 def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
     """Whether the rates are those of a SeqIO mixture (config.data.mixture has its own)."""
     return bool(config.source) and len(train) > 1
-
-
-# The tokenizer.
-
-
-def _tokenizer(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report | None, saved: str) -> str:
-    """The tokenizer's folder within the cache."""
-    if config.tokenizer == "task":
-        if config.extra_ids:
-            raise UsageError(f"config.data.extra_ids={config.extra_ids}: a task says how many it has; leave it at 0")
-        if found.vocabulary is None:
-            raise UsageError("config.data.tokenizer=task: no seqio: source here has a vocabulary; give a tokenizer")
-        return found.vocabulary
-    trained = tokenizer_training.parse(config.tokenizer, where="config.data.tokenizer")
-    if saved or trained is None:
-        staged = patterns.staged(saved or config.tokenizer, endings=_TOKENIZER_FILES, most=_MOST_STAGED)
-        with staged as place:
-            vocabulary = vocabularies.load(place)
-    else:
-        name = _trained(config, folder, list(found.train.values()), trained, report)
-        vocabulary = vocabularies.load(str(folder / name))
-    place = parts.place_vocabulary(vocabulary.with_extra_ids(config.extra_ids), folder)
-    if found.vocabulary not in (None, place):  # the name of the folder is the fingerprint
-        raise UsageError(f"config.data.tokenizer={config.tokenizer} is not the vocabulary of the SeqIO task; use task")
-    return place
-
-
-def _trained(
-    config: DataConfig, folder: pathlib.Path, given: list[Part], trained: tuple[str, int], report: Report | None
-) -> str:
-    """Trains unless the cache has the tokenizer of the same text; a small file remembers which that was."""
-    if any(part.task for part in given):
-        raise UsageError(
-            f"config.data.tokenizer={config.tokenizer}: needs text; with seqio: sources use task or a path"
-        )
-    text = [[part.content, part.begin, part.end, _reading(config, part)] for part in given]
-    recipe = cache.digest([trained, config.tokenizer_training_bytes, text])[:16]
-    memory = folder / f"trained-{recipe}.json"
-    if memory.is_file():
-        name = paths.read_json(str(memory))["tokenizer"]
-        if (folder / name / vocabularies.SETTINGS).is_file():
-            return name
-    limit = config.tokenizer_training_bytes // len(given)
-    if report is not None:
-        report(Training(trained[1], sum(_most_text(part, limit) for part in given)))
-    texts = _training_texts(config, given, limit)
-    name = parts.place_vocabulary(tokenizer_training.train(*trained, texts), folder)
-    paths.write_json_atomic(str(memory), {"tokenizer": name})
-    return name
-
-
-def _training_texts(config: DataConfig, given: list[Part], limit: int) -> Iterator[str]:
-    """Texts of each part from its begin, up to `limit` bytes of each."""
-    for part in given:
-        pieces = sources.pieces(part.source.kind, part.files, part.begin, part.end)
-        documents = encoding.read_pieces(
-            part.source, part.files, pieces, config.fields, config.preprocessors, on_bad_record=config.on_bad_record
-        )
-        yield from encoding.first_texts(documents, limit)
-
-
-def _most_text(part: Part, limit: int) -> int:
-    """The text of a part is no more than `limit` bytes, nor than its files where these are counted in bytes."""
-    return min(limit, part.end - part.begin) if sources.unit(part.source.kind) == "byte" else limit
-
-
-def _reading(config: DataConfig, part: Part) -> list[Any]:
-    """What decides the text of a document besides the file."""
-    plain = part.source.kind in ("text", "lines", "seqio")
-    return [part.source.kind, None if plain else config.fields.given, list(config.preprocessors)]
 
 
 # Token sets.
@@ -289,6 +241,7 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
     """The token set of each part; makes their folders."""
     vocabulary = encoding.load_vocabulary(str(folder / tokenizer))
     kind = token_set.token_type(vocabulary.size)
+    chat = chats.job(config, vocabulary)
     plans = []
     for part in given:
         fingerprint = cache.digest(
@@ -298,13 +251,14 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
                 part.begin,
                 part.end,
                 part.task,
-                _reading(config, part),
+                parts.reading(config, part),
                 vocabulary.fingerprint,
+                *([chat] if chat and part.source.kind not in ("text", "lines") else []),
             ]
         )
         place = folder / f"tokens-{fingerprint[:16]}"
         paths.make_directory(str(place))
-        function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind)
+        function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind, chat)
         weight = sum(file.size for file in part.files) / max(sum(file.measure for file in part.files), 1)
         unit = sources.unit(part.source.kind)
         plans.append(SetPlan(place, fingerprint, unit, kind, function, jobs, weight, part, config))
@@ -325,12 +279,14 @@ def _write_sets(
 
 
 def _jobs(
-    config: DataConfig, part: Part, place: pathlib.Path, tokenizer: str, kind: str
+    config: DataConfig, part: Part, place: pathlib.Path, tokenizer: str, kind: str, chat: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]]]:
     """(worker function, one job a shard)."""
     job: dict[str, Any] = {"folder": str(place), "tokenizer": tokenizer, "token_type": kind}
+    job |= {"chat": chat, "columns": config.columns}
     if part.task is not None:
         named = {"module": part.source.path, "name": f"{part.task['task']}:{part.task['split']}"}
+        named |= {"files": [file.path for file in part.files], "on_bad_record": config.on_bad_record}
         shards = range(part.task["shards"])
         return "encode_task_shard", [
             {**job, **named, "index": shard, "shard": shard, "shards": len(shards)} for shard in shards
@@ -344,6 +300,7 @@ def _jobs(
         "files": [file.path for file in part.files],
         "fields": dataclasses.asdict(config.fields),
         "preprocessors": list(config.preprocessors),
+        "separator": config.separator,
         "on_bad_record": config.on_bad_record,
     }
     return "encode_shards", [
@@ -373,10 +330,9 @@ def _joined(function: str, jobs: list[dict[str, Any]], part: Part) -> list[dict[
 
 
 def _notes(config: DataConfig, part: Part, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What an index says of bad records and of empty files, where there are any. UserError for too many bad ones."""
-    files = [file.path for file in part.files]
-    rule, share = config.on_bad_record, config.max_bad_share
-    bad_records.check(shards, part.source.kind, files, rule=rule, share=share, where=str(part.source))
+    """What an index says of bad records and of empty files, where there are any."""
+    if config.on_bad_record == "stop":
+        bad_records.check_none(shards, part.source.kind, [file.path for file in part.files])
     empty = sum(not file.measure for file in part.files) if part.begin == 0 else 0
     return bad_records.total(shards) | ({"empty_files": empty} if empty else {})
 

@@ -12,7 +12,7 @@ from t5x_like.core.environment import cores
 from t5x_like.core.errors import UserError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
-from t5x_like.data.write import prepare, workers
+from t5x_like.data.write import memory, prepare, workers
 from t5x_like.storage import paths
 
 
@@ -37,7 +37,8 @@ def prepare_part(
     paths.make_directory(str(folder))
     cache.fetch_tokenizers(cache_dir)
     with workers.Pool(config.workers or cores()) as pool:
-        _, tokenizer, plans = prepare.plan(config, folder, pool, report, "")
+        share = memory.Share(paths.normal(cache_dir), part, count)
+        _, tokenizer, plans = prepare.plan(config, folder, pool, report, "", share)
         cache.send_tokenizer(cache_dir, tokenizer)
         mine: dict[str, set[int]] = {plan.place.name: set() for plan in plans}
         every = [(plan.place.name, job["index"]) for plan in plans for job in plan.jobs]
@@ -60,7 +61,9 @@ def finish(config: DataConfig, cache_dir: str, *, report: prepare.Report | None)
     paths.make_directory(str(folder))
     cache.fetch_tokenizers(cache_dir)
     with workers.Pool(config.workers or cores()) as pool:
-        found, tokenizer, plans = prepare.plan(config, folder, pool, report, "")
+        found, tokenizer, plans = prepare.plan(
+            config, folder, pool, report, "", memory.Share(paths.normal(cache_dir), 1, 1)
+        )
         for plan in plans:
             facts = cache.shard_facts(cache_dir, plan.place.name, [job["index"] for job in plan.jobs])
             missing = [job["index"] for job, there in zip(plan.jobs, facts, strict=True) if there is None]

@@ -6,13 +6,20 @@ from typing import Any
 
 from t5x_like.core.terminal import Progress, StatusLine, format_bytes
 from t5x_like.data.config import DataConfig
-from t5x_like.data.write.prepare import Prepared, Training, Writing, prepare
+from t5x_like.data.write.chosen_tokenizer import Training
+from t5x_like.data.write.prepare import Prepared, Writing, prepare
 
 
 def show_progress(
-    config: DataConfig, cache_dir: str, *, tokenizer: str = "", run: Callable[..., Any] | None = None
+    config: DataConfig,
+    cache_dir: str,
+    *,
+    tokenizer: str = "",
+    beside: str = "",
+    run: Callable[..., Any] | None = None,
 ) -> Any:
-    """Makes the token cache of a config complete, and shows on stderr how far it is. `tokenizer` as in `prepare`.
+    """Makes the token cache of a config complete, and shows on stderr how far it is. `tokenizer` and `beside` as in
+    `prepare`.
     `run`: what is done instead; its result."""
     shown: dict[str, Progress] = {}
 
@@ -34,7 +41,7 @@ def show_progress(
         if run is not None:
             done = run(report=report)
         else:
-            done = prepare(config, cache_dir, report=report, tokenizer=tokenizer)
+            done = prepare(config, cache_dir, report=report, tokenizer=tokenizer, beside=beside)
     finally:
         end()
     for line in left_out(done) if isinstance(done, Prepared) else ():

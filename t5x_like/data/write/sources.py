@@ -2,27 +2,27 @@
 
 A record is a dict of fields with its place (file, offset). Offsets are bytes for text, lines, jsonl and csv, and
 record numbers for parquet, arrow and tfds. A `Piece` is a range of offsets of one file; a record belongs to the piece
-in which it begins, so any division of a file gives the same records. The readers are text_readers.py, csv_reader.py
-and table_readers.py. Nothing here imports TensorFlow; the adapter of SeqIO is data/write/tasks.py.
+in which it begins, so any division of a file gives the same records. The readers are text_readers.py, csv_reader.py,
+table_readers.py and tfds_reader.py. Nothing here imports TensorFlow; the adapter of SeqIO is data/write/tasks.py.
 """
 
 import bisect
-import concurrent.futures
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from t5x_like.core.config import nearest
-from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data import cache
-from t5x_like.data.write import content, csv_reader, table_readers, text_readers
+from t5x_like.data.write import content, csv_reader, memory, table_readers, text_readers, tfds_reader
 from t5x_like.data.write.records import MissingSource, Reader, Record, SourceFile
 from t5x_like.storage import paths, patterns
 
 __all__ = ["MissingSource", "Piece", "Record", "Source", "SourceFile", "divide", "files", "parse", "pieces", "read"]
 
+_SHIPPED = pathlib.Path(__file__).parents[2] / "configs" / "data"
 _READ_TWICE = 8  # a job begins anew where that reads no more than this part of it twice
 
 
@@ -54,35 +54,48 @@ def parse(text: str, *, where: str) -> Source:
         hint = nearest(kind, KINDS)
         raise UsageError(f"{where}={text!r} should be KIND:PATH; kind {kind!r}: {hint}")
     if kind == "seqio":
+        if paths.is_remote(rest):
+            raise UsageError(f"{where}={text!r}: a module is a program and is read from a disk; copy it there")
         module, _, task = rest.partition(":")
         if not task:
             raise UsageError(f"{where}={text!r} should be seqio:MODULE_OR_FILE:TASK_OR_MIXTURE[:SPLIT]")
-        return Source(kind, os.path.expanduser(module), task)
+        return Source(kind, os.path.expanduser(_one(module, f"{where}=seqio:")), task)
     if kind == "tfds":
-        folder, _, split = rest.partition(":")
+        match = re.fullmatch(r"((?:gs://)?[^:]*):?(.*)", rest, re.DOTALL)
+        folder, split = match.groups() if match else (rest, "")
         return Source(kind, folder, split or "train")
     return Source(kind, rest, "")
 
 
-def files(source: Source, *, where: str, memory: pathlib.Path | None = None) -> list[SourceFile]:
+def files(
+    source: Source, *, where: str, folder: pathlib.Path | None = None, share: memory.Share | None = None
+) -> list[SourceFile]:
     """The files of a native source. UserError for none, or where all are empty, or one is unreadable.
 
-    Empty files are among them, with measure 0. memory: a folder that remembers how long compressed files are
+    Empty files are among them, with measure 0. folder: that of a cache, which remembers how long compressed files are
     """
     place = f"{where}={source}"
-    if source.kind == "tfds":
-        return [table_readers.tfds_file(paths.normal(source.path), source.name, where=place)]
     try:
+        if source.kind == "tfds":
+            data_set = paths.normal(_one(source.path, f"{where}=tfds:"))
+            return [tfds_reader.tfds_file(data_set, source.name, where=place)]
         names = _names(source, place)
     except UserError as error:
         if not paths.is_remote(source.path):
             raise
         raise MissingSource(str(error)) from None  # a bucket that cannot be reached: the cache may be enough
-    found = _measured(source.kind, names, memory)
+    found = _measured(source.kind, names, folder, share)
     if not any(file.measure for file in found):
         which = f"all {len(found)} files are empty" if len(found) > 1 else "the file is empty"
         raise UserError(f"{names[0]}: {which}; {where} needs text")
     return found
+
+
+def _one(text: str, what: str) -> str:
+    try:
+        return patterns.one(text, what=what)
+    except UserError as error:
+        raise MissingSource(str(error)) from None
 
 
 def divide(kind: str, sizes: Sequence[SourceFile], begin: int, end: int, target: int) -> list[list[Piece]]:
@@ -172,8 +185,15 @@ class Cursor:
             yield record
 
 
-def read(kind: str, path: str, begin: int, end: int, *, name: str, wanted: tuple[str, ...] = ()) -> Iterator[Record]:
-    """The records of a file that begin in [begin, end), of tables with the fields that are wanted (all where none)."""
+def read(
+    kind: str, path: str, begin: int, end: int, *, name: str, wanted: tuple[str, ...] = (), separator: str = ""
+) -> Iterator[Record]:
+    """The records of a file that begin in [begin, end), of tables with the fields that are wanted (all where none).
+
+    name: the split of tfds; separator: of csv, "" for the one by which its header names the wanted fields
+    """
+    if kind == "csv":
+        return csv_reader.read_csv(path, begin, end, wanted, separator)
     return KINDS[kind].read(f"{path}\n{name}" if kind == "tfds" else path, begin, end, wanted)
 
 
@@ -183,11 +203,21 @@ def unit(kind: str) -> str:
 
 
 def _names(source: Source, place: str) -> list[str]:
+    names: list[str] = []
     for part in patterns.parts(source.path):
-        if not patterns.expand(part, inside=lambda folder: [folder]):
+        found = patterns.expand(part, inside=lambda folder: _inside(source.kind, folder, place)) or _shipped(part)
+        if not found:
             reason = "no file has a name like this" if patterns.is_pattern(part) else "no such file"
             raise MissingSource(f"{place.removesuffix(source.path)}{part}: {reason}")
-    return patterns.expand(source.path, inside=lambda folder: _inside(source.kind, folder, place))
+        names += found
+    return list(dict.fromkeys(names))
+
+
+def _shipped(path: str) -> list[str]:
+    """The text that comes with the program, for its path in a checkout or an installation that is elsewhere now."""
+    _, named, name = path.rpartition("configs/data/")
+    here = _SHIPPED / name
+    return [str(here)] if named and ".." not in name and here.is_file() else []
 
 
 _TEXT_NAMES = ("", ".gz", ".zst", ".bz2", ".xz")
@@ -217,24 +247,39 @@ def _inside(kind: str, folder: str, where: str) -> list[str]:
     return found
 
 
-def _measured(kind: str, names: list[str], memory: pathlib.Path | None) -> list[SourceFile]:
-    """The files, several at a time: a compressed one is read through, unless `memory` knows it."""
+def _measured(kind: str, names: list[str], folder: pathlib.Path | None, share: memory.Share | None) -> list[SourceFile]:
+    """The files. A compressed one is read through, unless the cache remembers how long it is."""
+
+    def read(index: int) -> list[Any]:
+        file = _file(kind, names[index])
+        return [file.measure, file.size, file.starts]
+
     try:
-        states = [[name, *paths.state(name)] for name in names]
+        states = [memory.state(name) for name in names]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    known = memory / f"files-{cache.digest([kind, states])[:16]}.json" if memory is not None else None
-    if known is not None and known.is_file():
-        facts = paths.read_json(str(known))
-        return [
-            SourceFile(name, measure, size, None if starts is None else tuple(starts))
-            for name, (measure, size, starts) in zip(names, facts, strict=True)
-        ]
-    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-        found = list(pool.map(lambda name: _file(kind, name), names))
-    if known is not None and any(paths.is_remote(file.path) or file.starts == (0,) for file in found):
-        paths.write_json_atomic(str(known), [[file.measure, file.size, file.starts] for file in found])
-    return found
+    remote = any(paths.is_remote(name) for name in names)
+    found = memory.facts(
+        "files",
+        kind,
+        states,
+        read,
+        costs=[state[1] for state in states],
+        folder=folder,
+        share=share if share is not None and any(_is_packed(kind, name) for name in names) else None,
+        keep=lambda found: remote or any(starts == [0] for _, _, starts in found),
+    )
+    return [
+        SourceFile(name, measure, size, None if starts is None else tuple(starts))
+        for name, (measure, size, starts) in zip(names, found, strict=True)
+    ]
+
+
+def _is_packed(kind: str, path: str) -> bool:
+    try:
+        return unit(kind) == "byte" and bool(content.compression(path))
+    except OSError:  # said where it is read
+        return False
 
 
 def _file(kind: str, path: str) -> SourceFile:
@@ -273,6 +318,6 @@ KINDS = {
     "csv": Kind(csv_reader.read_csv, "byte", False),
     "parquet": Kind(table_readers.read_parquet, "record", True),
     "arrow": Kind(table_readers.read_arrow, "record", True),
-    "tfds": Kind(table_readers.read_tfds, "record", True),
+    "tfds": Kind(tfds_reader.read_tfds, "record", True),
     "seqio": Kind(_no_reader, "record", True),
 }

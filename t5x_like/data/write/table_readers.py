@@ -1,17 +1,15 @@
-"""Readers of Parquet, Arrow and ArrayRecord (tfds): offsets are record numbers, and only wanted columns are read.
+"""Readers of Parquet and Arrow: offsets are record numbers, and only wanted columns are read.
 
 Tables are read in batches of about 4 MiB, from the begin of a row group, so that memory depends neither on the size
 of a file nor on that of its row groups: a row group is decoded page by page.
 """
 
 import contextlib
-import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.write.records import MissingSource, Record, SourceFile, bad, first_line
+from t5x_like.data.write.records import Record, SourceFile, bad, first_line
 from t5x_like.storage import paths
 
 _BATCH_BYTES, _BATCH_ROWS = 4 << 20, 1 << 13
@@ -68,12 +66,12 @@ def _guarded(batches: Iterator[Any], where: str) -> Iterator[Any]:
         raise UserError(f"{where} cannot be read ({first_line(error)}); copy or write the file again") from None
 
 
-def _columns(schema: Any, wanted: tuple[str, ...]) -> tuple[list[str] | None, dict[str, None]]:
+def _columns(schema: Any, wanted: tuple[str, ...]) -> tuple[list[str] | None, dict[str, str]]:
     """(columns to read, None for all; if one is missing, all names, for the message that says so)."""
     if not wanted:
         return None, {}
     found = [name for name in wanted if _has(schema, name)]
-    return found, {} if len(found) == len(set(wanted)) else dict.fromkeys(schema.names)
+    return found, {} if len(found) == len(set(wanted)) else dict.fromkeys(schema.names, "")
 
 
 def _has(schema: Any, name: str) -> bool:
@@ -91,7 +89,7 @@ def _has(schema: Any, name: str) -> bool:
 
 
 def _records(
-    batches: Iterator[Any], first: int, begin: int, end: int, others: dict[str, None], rows: int
+    batches: Iterator[Any], first: int, begin: int, end: int, others: dict[str, str], rows: int
 ) -> Iterator[Record]:
     """The records of batches, of which the first one begins with record `first`, in slices of at most `rows`."""
     for batch in batches:
@@ -101,20 +99,22 @@ def _records(
         for start in range(low, high, rows):
             part = batch.slice(start, min(rows, high - start))
             for index, fields in enumerate(_values(part), first + start):
-                if fields is None:
-                    yield bad(index, "a text is not UTF-8; write the column as binary, or mend it")
+                if isinstance(fields, str):
+                    yield bad(index, fields)
                 else:
                     yield Record(index, others | fields if others else fields)
         first += batch.num_rows
 
 
-def _values(part: Any) -> list[dict[str, Any] | None]:
-    """The rows of a batch; None for one with a text that is no UTF-8."""
+def _values(part: Any) -> list[dict[str, Any] | str]:
+    """The rows of a batch; of one that Python cannot hold (a text that is no UTF-8, a time in the year 33658) why."""
     try:
         return part.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError) as error:
         if part.num_rows == 1:
-            return [None]
+            if isinstance(error, UnicodeDecodeError):
+                return ["a text is not UTF-8; write the column as binary, or mend it"]
+            return [f"a value cannot be read ({first_line(error)})"]
     return [value for index in range(part.num_rows) for value in _values(part.slice(index, 1))]
 
 
@@ -167,11 +167,15 @@ class _Arrow:
                 self.batches = lambda: map(self._chosen, reader)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not an Arrow file or stream ({first_line(error)})") from None
-        columns, self.others = _columns(reader.schema, wanted)
-        self._columns = None if columns is None else sorted({_outer(reader.schema, name) for name in columns})
+        self._columns, self.others = _columns(reader.schema, wanted)
 
     def _chosen(self, batch: Any) -> Any:
-        return batch if self._columns is None else batch.select(self._columns)
+        """The wanted columns, one within a struct (`doc.text`) under that name: what stands beside it is not read."""
+        if not self._columns:
+            return batch if self._columns is None else batch.select([])
+        import pyarrow
+
+        return pyarrow.RecordBatch.from_arrays([_column(batch, name) for name in self._columns], self._columns)
 
     def release(self) -> None:
         """Gives the pages that were read back to the system."""
@@ -185,8 +189,15 @@ class _Arrow:
         self._file.close()  # the map goes with the last batch that refers to it
 
 
-def _outer(schema: Any, name: str) -> str:
-    return name if schema.get_field_index(name) >= 0 else name.partition(".")[0]
+def _column(batch: Any, name: str) -> Any:
+    """A column; of one within others it is null where one of those is."""
+    if batch.schema.get_field_index(name) >= 0:
+        return batch.column(name)
+    import pyarrow.compute
+
+    outer, *inner = name.split(".")
+    functions: Any = pyarrow.compute
+    return functions.struct_field(batch.column(outer), inner)
 
 
 def arrow_files(folder: str, where: str) -> list[str] | None:
@@ -201,54 +212,9 @@ def arrow_files(folder: str, where: str) -> list[str] | None:
     if state.get("_indices_data_files"):
         raise UserError(f"{where}: {folder} has an indices mapping; save it after dataset.flatten_indices()")
     try:
-        return [paths.join(folder, file["filename"]) for file in state["_data_files"]]
+        files = [paths.join(folder, file["filename"]) for file in state["_data_files"]]
     except (KeyError, TypeError):
         raise UserError(f"{where}: {folder}/state.json names no data files; save the dataset again") from None
-
-
-# tfds
-
-
-def tfds_file(folder: str, split: str, *, where: str) -> SourceFile:
-    if paths.is_remote(folder):
-        raise UserError(f"{where}: a tfds data set is read from a disk; copy it (gcloud storage cp -r {folder} DIR)")
-    if not os.path.isdir(folder):
-        raise MissingSource(f"{where}: no such folder")
-    records = len(_tfds(folder, split))
-    parts = pathlib.Path(folder).glob("*array_record*")
-    size = sum(part.stat().st_size for part in parts if f"-{split.partition('[')[0]}." in part.name)
-    if not records:
-        raise UserError(f"{where}: the split is empty")
-    return SourceFile(folder, records, size)
-
-
-def read_tfds(path: str, begin: int, end: int, wanted: tuple[str, ...] = ()) -> Iterator[Record]:
-    """`path`: the folder and the split, on two lines."""
-    folder, split = path.split("\n")
-    data = _tfds(folder, split)
-    for first in range(begin, end, 256):
-        chunk = range(first, min(first + 256, end))
-        for index, fields in zip(chunk, data.__getitems__(list(chunk)), strict=True):
-            yield Record(index, {name: _plain(value) for name, value in fields.items()})
-
-
-def _plain(value: Any) -> Any:
-    """Text as such; bytes that are none stay, in case that nobody wants them."""
-    try:
-        return value.decode("utf-8") if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        return value
-
-
-def _tfds(folder: str, split: str) -> Any:
-    """A random-access data source over an ArrayRecord folder, which tfds reads without TensorFlow."""
-    try:
-        import tensorflow_datasets
-    except ImportError:
-        raise UserError("tfds: sources need tensorflow-datasets; pip install 't5x_like[data]'") from None
-    try:
-        builder: Any = tensorflow_datasets.builder_from_directory(folder)
-        return builder.as_data_source(split)
-    except Exception as error:  # tfds raises many kinds for a wrong folder, split or format
-        reason = first_line(error)
-        raise UserError(f"tfds:{folder}:{split}: not readable as an ArrayRecord data set ({reason})") from None
+    if not files:
+        raise UserError(f"{where}: {folder} holds a dataset without rows; it needs text")
+    return files

@@ -20,7 +20,10 @@ import numpy as np
 
 from t5x_like.core.errors import UserError
 from t5x_like.data import token_set
+from t5x_like.data.templates import messages
+from t5x_like.data.templates.sandbox import TemplateRefused
 from t5x_like.data.tokenizers import tokenizer_files, vocabularies
+from t5x_like.data.write import bad_records, chats
 from t5x_like.data.write.encoding import assemble
 
 _BATCH_EXAMPLES = 1000
@@ -80,11 +83,22 @@ class _CachedTask:
 
 
 def encode_shard(job: dict[str, Any], report: Callable[[int], None]) -> dict[str, Any]:
-    """Runs shard `job["shard"]` of `job["shards"]` of one task and writes it as a shard of a token set."""
+    """Runs shard `job["shard"]` of `job["shards"]` of one task and writes it as a shard of a token set.
+
+    An example that cannot be used follows config.data.on_bad_record; what the task's own code raises is an error.
+    """
     task, split = _provider(job["module"], job["name"])
     vocabulary = vocabularies.load(job["tokenizer"])
-    batches = _batches(task, split, job, vocabulary, report)
-    return token_set.write_shard(pathlib.Path(job["folder"]), job["index"], batches, job["token_type"])
+    tally = bad_records.Tally("seqio", job["files"], rule=job["on_bad_record"])
+    examples = _examples(task, split, job)
+    columns = tuple(job["columns"]) if job["chat"] else ()
+    if job["chat"]:
+        writer = chats.Writer(job["chat"], vocabulary)
+        batches = _chat_batches(examples, job["shard"], writer, vocabulary, tally, report)
+    else:
+        batches = _batches(examples, job["shard"], vocabulary, tally, report)
+    place = pathlib.Path(job["folder"])
+    return token_set.write_shard(place, job["index"], batches, job["token_type"], columns=columns, notes=tally.facts)
 
 
 def _provider(module: str, name: str) -> tuple[Any, str]:
@@ -116,14 +130,15 @@ def _import(module: str) -> Any:
     return seqio
 
 
-def _guarded(call: Callable[[], Any], what: str) -> Any:
-    """Runs code that a user wrote: what it raises becomes one line that names the place."""
+def _guarded(call: Callable[[], Any], what: str, code: str | None = None) -> Any:
+    """Runs code that a user wrote: what it raises becomes one line that names the place, where known in file `code`."""
     try:
         return call()
     except UserError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        last = next((frame for frame in reversed(frames) if frame.filename == code), frames[-1])
         text = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"seqio:{what}: {type(error).__name__}: {text} ({last.filename}, line {last.lineno})") from None
 
@@ -154,9 +169,9 @@ def _vocabulary(provider: Any) -> vocabularies.Vocabulary | None:
     import seqio
 
     features = provider.output_features
-    if "targets" not in features:
-        raise UserError(f"seqio task {provider.name} has features {', '.join(features)}; needs targets")
-    theirs = features["targets"].vocabulary
+    if "targets" not in features and "messages" not in features:
+        raise UserError(f"seqio task {provider.name} has features {', '.join(features)}; needs targets, or messages")
+    theirs = features["targets" if "targets" in features else "messages"].vocabulary
     if "inputs" in features and features["inputs"].vocabulary != theirs:
         raise UserError(f"seqio task {provider.name}: inputs and targets have two vocabularies; one model reads both")
     if isinstance(theirs, seqio.SentencePieceVocabulary):
@@ -178,71 +193,147 @@ def _vocabulary(provider: Any) -> vocabularies.Vocabulary | None:
 
 
 def _batches(
-    task: Any, split: str, job: dict[str, Any], vocabulary: vocabularies.Vocabulary, report: Callable[[int], None]
+    examples: Iterator[dict[str, Any]],
+    shard: int,
+    vocabulary: vocabularies.Vocabulary,
+    tally: bad_records.Tally,
+    report: Callable[[int], None],
 ) -> Iterator[token_set.Encoded]:
-    first = 0
-    examples = _examples(task, split, job)
-    while batch := list(itertools.islice(examples, _BATCH_EXAMPLES)):
-        parts = [
-            _part(example, name, vocabulary, f"{task.name}: example {number} of shard {job['shard']}")
-            for number, example in enumerate(batch, first)
-            for name in ("inputs", "targets")
+    numbered = enumerate(examples)
+    while batch := list(itertools.islice(numbered, _BATCH_EXAMPLES)):
+        good = [
+            (number, parts) for number, example in batch if (parts := _parts(shard, number, example, vocabulary, tally))
         ]
-        texts = [text or "" for _, text in parts]
-        again, lengths = vocabulary.encode_batch(texts)
-        counts, edges = vocabulary.count_bytes(texts, again, lengths), np.cumsum(lengths)[:-1]
-        encoded = zip(np.split(again, edges), np.split(counts, edges), strict=True)
-        chosen = [_choose(ids, *pair, vocabulary) for (ids, _), pair in zip(parts, encoded, strict=True)]
-        pairs = np.array([len(ids) for ids, _ in chosen], np.int64).reshape(-1, 2)
-        ids, counts = (np.concatenate(column) for column in zip(*chosen, strict=True))
-        places = [(job["shard"], first + index) for index in range(len(batch))]
-        yield assemble(ids, counts, pairs, places, vocabulary)
+        if good:
+            pairs = [part for _, parts in good for part in parts]
+            texts = [text or "" for _, text in pairs]
+            again, lengths = vocabulary.encode_batch(texts)
+            counts, edges = vocabulary.count_bytes(texts, again, lengths), np.cumsum(lengths)[:-1]
+            encoded = zip(np.split(again, edges), np.split(counts, edges), strict=True)
+            chosen = [_choose(ids, *pair, vocabulary) for (ids, _), pair in zip(pairs, encoded, strict=True)]
+            sizes = np.array([len(ids) for ids, _ in chosen], np.int64).reshape(-1, 2)
+            ids, counts = (np.concatenate(column) for column in zip(*chosen, strict=True))
+            yield assemble(ids, counts, sizes, [(shard, number) for number, _ in good], vocabulary)
         report(len(batch))
-        first += len(batch)
+
+
+def _chat_batches(
+    examples: Iterator[dict[str, Any]],
+    shard: int,
+    writer: chats.Writer,
+    vocabulary: vocabularies.Vocabulary,
+    tally: bad_records.Tally,
+    report: Callable[[int], None],
+) -> Iterator[token_set.Encoded]:
+    numbered = enumerate(examples)
+    while batch := list(itertools.islice(numbered, _BATCH_EXAMPLES)):
+        written, places = [], []
+        for number, example in batch:
+            tally.records += 1
+            try:
+                found = list(writer.written(_messages(example)))
+            except TemplateRefused:  # no fault of the example
+                raise
+            except UserError as error:
+                tally.add(shard, number, str(error))
+                continue
+            written += found
+            places += [(shard, number)] * len(found)
+        if written:
+            yield chats.encode(written, places, vocabulary)
+        report(len(batch))
+
+
+def _messages(example: dict[str, Any]) -> list[messages.Message]:
+    """The conversation of an example: its feature `messages`, which is JSON, or its inputs and targets, as texts."""
+    if "messages" in example:
+        return messages.of_value(_text(np.asarray(example["messages"]), "messages"), "messages", str)
+    texts = {}
+    for name in ("inputs", "targets"):
+        feature = example.get(f"{name}_pretokenized", example.get(name))
+        if feature is None:
+            raise UserError(f"no feature {name!r} among {', '.join(example)}")
+        value = np.asarray(feature)
+        if value.dtype.kind in "iu":
+            raise UserError(f"{name} are ids, and a chat template needs their text; keep it as {name}_pretokenized")
+        texts[name] = _text(value, name)
+    return messages.of_example(texts["inputs"], texts["targets"])
 
 
 def _examples(task: Any, split: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import seqio
 
     shard = seqio.ShardInfo(index=job["shard"], num_shards=job["shards"])
+    where = f"task {task.name}, split {split}, shard {job['shard']}"
+    code = _code(job["module"])
     data = _guarded(
         lambda: task.get_dataset(
             sequence_length=None, split=split, shuffle=False, seed=0, shard_info=shard, num_epochs=1
         ).as_numpy_iterator(),
-        task.name,
+        where,
+        code,
     )
-    while (example := _guarded(lambda: next(data, None), task.name)) is not None:
+    for number in itertools.count():
+        example = _guarded(lambda: next(data, None), f"{where}: example {number}", code)
+        if example is None:
+            return
         yield example
 
 
-def _part(
-    example: dict[str, Any], name: str, vocabulary: vocabularies.Vocabulary, place: str
-) -> tuple[np.ndarray | None, str | None]:
-    """(ids, text) of one feature as far as they are known; ids without the BOS and EOS that every document gets."""
-    if name not in example:
-        return None, None
-    value, source = np.asarray(example[name]), example.get(f"{name}_pretokenized")
+_Part = tuple[np.ndarray | None, str | None]  # (ids, text) as far as they are known
+
+
+def _parts(
+    shard: int, number: int, example: dict[str, Any], vocabulary: vocabularies.Vocabulary, tally: bad_records.Tally
+) -> tuple[_Part, _Part] | None:
+    """Inputs and targets of an example; None for a bad one, which is counted."""
+    tally.records += 1
+    try:
+        if "targets" not in example:
+            raise UserError(f"no feature 'targets' among {', '.join(example)}")
+        inputs = _part(example, "inputs", vocabulary) if "inputs" in example else (None, None)
+        return inputs, _part(example, "targets", vocabulary)
+    except UserError as error:
+        tally.add(shard, number, str(error))
+        return None
+
+
+def _part(example: dict[str, Any], name: str, vocabulary: vocabularies.Vocabulary) -> _Part:
+    """One feature; its ids are without the BOS and EOS that every document gets. UserError where it is neither."""
+    source = example.get(f"{name}_pretokenized")
+    try:
+        value = np.asarray(example[name])
+    except ValueError:  # ragged
+        value = np.empty((), object)
+        value[()] = example[name]
     if value.dtype.kind in "OSU":
-        return None, _text(value, f"seqio task {place}: {name}")
+        return None, _text(value, name)
+    shown = " ".join(f"{value!r:.80}".split())
+    if value.dtype.kind not in "iu" or value.ndim != 1:
+        raise UserError(f"{name} should be a text, or a row of ids, is {shown}")
+    if len(value) and not 0 <= value.min() <= value.max() < vocabulary.size:
+        raise UserError(f"{name} should be ids below {vocabulary.size}, are {shown}")
     ids = value.astype(np.int32)
-    if ids.ndim != 1 or (len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary.size):
-        raise UserError(f"seqio task {place}: {name} should be ids below {vocabulary.size}, are {ids!r:.80}")
     if len(ids) and ids[0] == vocabulary.bos_id:
         ids = ids[1:]
     if name == "targets" and len(ids) and ids[-1] == vocabulary.eos_id:
         ids = ids[:-1]
-    return ids, source.decode("utf-8", errors="replace") if isinstance(source, bytes) else None
+    return ids, _text(np.asarray(source), f"{name}_pretokenized") if isinstance(source, bytes) else None
 
 
-def _text(value: np.ndarray, where: str) -> str:
+def _text(value: np.ndarray, name: str) -> str:
     """The text of a feature that is one."""
     if value.ndim:
-        raise UserError(f"{where} should be one text, is an array of shape {value.shape}; join them in a preprocessor")
+        raise UserError(f"{name} should be one text, is an array of shape {value.shape}; join them in a preprocessor")
     text = value.item()
     try:
-        return text.decode("utf-8") if isinstance(text, bytes) else text
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 at byte {error.start}; mend or drop it in a preprocessor") from None
+        raise UserError(f"{name} is not UTF-8 at byte {error.start}") from None
+    if not isinstance(text, str):
+        shown = "null" if text is None else " ".join(f"{text!r:.60}".split())
+        raise UserError(f"{name} should be a text, is {shown}")
+    return text
 
 
 def _choose(

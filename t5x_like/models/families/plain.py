@@ -40,6 +40,7 @@ MODEL: Mapping[str, Any] = {
     "architecture": "decoder",
     "embedding": {"scale": 1.0, "norm": False, "types": 0, "offset": 0},
     "head": {"tied": False, "scale": 1.0, "bias": False, "softcap": 0.0, "transform": False},
+    "scalar_heads": (),
     "init": {"name": "normal", "std": 0.02, "depth_scaled": False},
 }
 

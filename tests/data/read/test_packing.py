@@ -7,6 +7,7 @@ import pytest
 
 from t5x_like.data import token_set
 from t5x_like.data.config import TruncateConfig
+from t5x_like.data.open_files import open_files
 from t5x_like.data.read import causal, packing
 
 END = TruncateConfig(rule="end", inputs="left", min_targets=0)
@@ -30,7 +31,7 @@ def written(folder, lengths, *, inputs=None, shards=3):
         )
         facts.append(token_set.write_shard(folder, shard, [batch], "<u2"))
     token_set.write_index(folder, fingerprint="x", kind="<u2", unit="byte", shards=facts)
-    return token_set.TokenSet(folder, verify=True, files=token_set.open_files()), ids, counts
+    return token_set.TokenSet(folder, verify=True, files=open_files()), ids, counts
 
 
 def every(packed):

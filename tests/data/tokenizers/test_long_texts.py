@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from t5x_like.data.tokenizers import long_texts, tokenizer_training, vocabularies
 from tests.data import corpus
@@ -75,9 +76,9 @@ def write_others(root, lines):
     divided.save(str(root / "metaspace.json"))
 
 
-def in_parts(vocabulary, text, size):
+def in_parts(vocabulary, text, size, whole=0):
     """(ids, bytes of each, number of parts)"""
-    parts = [*long_texts.encode(vocabulary, text, size=size)]
+    parts = [*long_texts.encode(vocabulary, text, size=size, whole=whole)]
     ids, counts = (np.concatenate([np.zeros(0, int), *column]) for column in zip(*parts, strict=True))
     return ids.tolist(), counts, len(parts)
 
@@ -124,3 +125,47 @@ def test_a_tokenizer_that_looks_over_the_places_gets_whole_texts(tmp_path, load)
         whole = json.loads((tmp_path / "made" / "tokenizer.json").read_text()) | change
         (tmp_path / "odd.json").write_text(json.dumps(whole))
         assert in_parts(vocabularies.load(str(tmp_path / "odd.json")), "a b " * 50, 10)[2] == 1
+
+
+def unigram_of_near_ties(path):
+    """A SentencePiece model in which "ab" is better as two pieces by less than a float32 of 30,000 can show."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    scores = {"\u2581": -2.0, "\u2581x": -10.25, "a": -4.0, "b": -4.0, "ab": -8.00006}
+    for piece, score, kind in (
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        *((*one, 1) for one in scores.items()),
+    ):
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    proto.trainer_spec.model_type = 1
+    proto.normalizer_spec.name = "identity"
+    path.write_bytes(proto.SerializeToString())
+    return vocabularies.load(str(path))
+
+
+def test_near_ties_far_from_the_begin_are_as_in_the_whole_text(tmp_path):
+    """The sum of scores so far decides what float32 shows of a difference, so only the whole text has its ids."""
+    vocabulary = unigram_of_near_ties(tmp_path / "near.model")
+    text = "x " * 3000 + "ab x ab"
+    whole = vocabulary.encode(text)
+    ids, counts, parts = in_parts(vocabulary, text, 100, whole=len(text))
+    assert (ids, parts) == (whole, 1) and counts.sum() == len(text)
+    assert vocabulary.encode("ab")[-2:] == [5, 6] and whole[-1] == 7  # two pieces near the begin, one far from it
+    assert in_parts(vocabulary, text, 100, whole=0)[0] != whole  # which parts do not show
+    assert vocabulary.rounds and long_texts.WHOLE > len(text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_a_unigram_that_nothing_divides_rounds(load, name):
+    assert load(name).rounds == (name in {"sentencepiece", *MODELS} - {"sp_bpe"})
+
+
+def test_a_unigram_of_float64_scores_rounds_unless_words_are_divided(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    for score, divided, rounds in ((-2.5, False, False), (-2.1, False, True), (-2.1, True, False)):
+        made = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", score), ("b", -3.0)], unk_id=0))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if divided else pre_tokenizers.Digits()
+        made.save(str(tmp_path / "made.json"))
+        assert vocabularies.load(str(tmp_path / "made.json")).rounds == rounds

@@ -69,6 +69,17 @@ def test_a_bad_record_is_named_or_left_out(tmp_path, name, packed):
         )
 
 
+def test_the_share_is_that_of_the_source_not_of_what_is_held_out_of_it(tmp_path):
+    lines = [json.dumps({"text": text}) for text in GOOD] + ['{"text": null}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    given = {"source": f"jsonl:{tmp_path}/a.jsonl", "validation": "0.15", "on_bad_record": "skip"}
+    config = corpus.config(**given, max_bad_share=0.04)
+    done = prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert done.bad == 1 and 1 <= len(documents(config, tmp_path / "cache", "validation")) < 6
+    with pytest.raises(UserError, match="1 of 31 records are bad"):
+        prepare.prepare(corpus.config(**given, max_bad_share=0.03), str(tmp_path / "cache"), report=None)
+
+
 def test_a_file_of_another_encoding_is_left_out_of_texts(tmp_path):
     for name, content in (("a", b"one"), ("b", "zw\u00f6lf".encode("latin-1")), ("c", b"three")):
         (tmp_path / f"{name}.txt").write_bytes(content)
@@ -89,6 +100,49 @@ def test_a_text_of_a_table_that_is_no_text_is_left_out(tmp_path, binary):
     done = prepare.prepare(config, str(tmp_path / "cache"), report=None)
     assert documents(config, tmp_path / "cache") == GOOD and done.bad == 2
     assert [place.partition("a.parquet: ")[2][:9] for place in done.bad_places] == ["record 30", "record 31"]
+
+
+def test_a_time_that_python_does_not_have_is_a_bad_record(tmp_path):
+    rows = [{"body": {"text": text, "time": 10**18 if index == 4 else 0}} for index, text in enumerate(GOOD)]
+    schema = pyarrow.schema({"body": pyarrow.struct({"text": pyarrow.string(), "time": pyarrow.timestamp("us")})})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / "a")
+    config = corpus.config(source=f"parquet:{tmp_path}/a", fields={"text": "body.text"})
+    prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert documents(config, tmp_path / "cache") == GOOD  # nobody asked for the time
+    with pytest.raises(UserError, match=r"a: record 0: field 'body.time' should be a text, is datetime"):
+        config = corpus.config(source=f"parquet:{tmp_path}/a", fields={"text": "body.time"})
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    given = {"fields": {"text": "body.time"}, "on_bad_record": "skip", "max_bad_share": 1.0}
+    done = prepare.prepare(corpus.config(source=f"parquet:{tmp_path}/a", **given), str(tmp_path / "cache"), report=None)
+    assert done.bad_places[4] == f"{tmp_path}/a: record 4: a value cannot be read (date value out of range)"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("no", "no field 'no' among text, doc, n, list, time; set config.data.fields.text"),
+        ("doc", "field 'doc' should be a text, is {'text': 'good 0'}"),
+        ("n", "field 'n' should be a text, is 0"),
+        ("list", "field 'list' should be a text, is ['a']"),
+        ("time", "field 'time' should be a text, is datetime.datetime("),
+        ("doc.no", "no field 'doc.no' among text, doc, n, list, time"),
+        ("n.no", "no field 'n.no' among text, doc, n, list, time"),
+    ],
+)
+def test_a_wrong_column_of_a_table_is_one_line(tmp_path, kind, field, expected):
+    rows = [{"text": t, "doc": {"text": t}, "n": i, "list": ["a"]} for i, t in enumerate(GOOD)]
+    table = pyarrow.Table.from_pylist(rows).append_column("time", pyarrow.array([10**6] * 30, pyarrow.timestamp("us")))
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a")
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / "a"), table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(UserError) as caught:
+        prepare.prepare(
+            corpus.config(source=f"{kind}:{tmp_path}/a", fields={"text": field}), str(tmp_path / "c"), report=None
+        )
+    assert str(caught.value).startswith(f"{tmp_path}/a: record 0: {expected}") and "\n" not in str(caught.value)
 
 
 def test_many_workers_leave_out_what_one_does_and_ten_places_are_named(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ import pytest
 
 from t5x_like.core.errors import UserError
 from t5x_like.data.read.loader import open_data
-from t5x_like.data.write import prepare, sources
+from t5x_like.data.write import chosen_tokenizer, prepare, sources
 from t5x_like.data.write.sources import Piece, SourceFile
 from t5x_like.storage import paths, patterns
 from tests.data import corpus
@@ -274,23 +274,6 @@ def test_empty_files_are_counted_and_only_all_of_them_are_an_error(tmp_path):
         prepare.prepare(config, str(tmp_path / "cache"), report=None)
 
 
-@pytest.mark.parametrize("separator", ["\t", ";", "|", ","])
-def test_the_separator_of_a_table_is_the_one_by_which_its_header_names_the_field(tmp_path, separator):
-    rows = [("id", "text"), (1, "a, b; c | d\te"), (2, 'say "no"')]
-    with open(tmp_path / "a.csv", "w", newline="") as file:
-        csv.writer(file, delimiter=separator).writerows(rows)
-    config = corpus.config(source=f"csv:{tmp_path}/a.csv")
-    prepare.prepare(config, str(tmp_path / "cache"), report=None)
-    assert documents(config, tmp_path / "cache") == [row[1] for row in rows[1:]]
-
-
-def test_of_a_tsv_with_one_column_commas_are_text(tmp_path):
-    (tmp_path / "a.tsv").write_text("text\na, b\n")
-    config = corpus.config(source=f"csv:{tmp_path}/a.tsv")
-    prepare.prepare(config, str(tmp_path / "cache"), report=None)
-    assert documents(config, tmp_path / "cache") == ["a, b"]
-
-
 @pytest.mark.parametrize(
     ("kind", "content", "expected"),
     [
@@ -382,7 +365,7 @@ def test_a_tokenizer_may_lie_in_a_bucket_or_below_the_home_folder(fake_gcs, tmp_
     assert len({done.manifest.tokenizer for done in made}) == 1
     with pytest.raises(UserError, match=f"{bucket}/no: no such file or folder"):
         prepare.prepare(corpus.config(source=source, tokenizer=f"{bucket}/no"), str(tmp_path / "c"), report=None)
-    monkeypatch.setattr(prepare, "_MOST_STAGED", 99)
+    monkeypatch.setattr(chosen_tokenizer, "_MOST_STAGED", 99)
     with pytest.raises(UserError, match="more than 99; copy what is needed"):
         prepare.prepare(corpus.config(source=source, tokenizer=bucket), str(tmp_path / "c"), report=None)
 

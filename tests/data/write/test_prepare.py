@@ -18,11 +18,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from t5x_like.core.errors import UsageError, UserError
+from t5x_like.core.errors import UserError
 from t5x_like.data import cache, token_set
+from t5x_like.data.open_files import open_files
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.tokenizers import vocabularies
-from t5x_like.data.write import parts, prepare, workers
+from t5x_like.data.write import chosen_tokenizer, parts, prepare, workers
 from tests.data import corpus
 
 _PREPARE = """
@@ -44,15 +45,16 @@ def child(config, folder, **options):
 
 
 def contents(folder):
-    """{file: content} of a cache, without times."""
+    """{file: content} of a cache, without times and what it remembers of sources that were not written just before."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if not name.startswith("prepared-")}
+    other = ("prepared-", "contents-", "files-")
+    return {name: content for name, content in found.items() if not name.startswith(other)}
 
 
 def tokens_of(config, folder, name="train"):
     manifest = cache.read_manifest(config, str(folder))
     entry = {**manifest.train, **manifest.validation}[name]
-    opened = token_set.TokenSet(folder / entry.folder, verify=True, files=token_set.open_files())
+    opened = token_set.TokenSet(folder / entry.folder, verify=True, files=open_files())
     one = np.array([0])
     ids, counts = opened.read(one, np.array([opened.tokens]), one, one, (1, opened.tokens))
     return vocabularies.load(str(folder / manifest.tokenizer)), opened, ids[0], counts[0]
@@ -170,42 +172,13 @@ def test_the_last_tenth_of_tinyshakespeare_is_what_others_hold_out():
     )  # nanoGPT: int(0.9 * n)
 
 
-def test_a_tokenizer_is_trained_without_held_out_text(source, tmp_path):
-    (tmp_path / "a.txt").write_text("plain words only " * 100 + "\nzyzzyva zyzzyva zyzzyva" * 150)
-    learned = {}
-    for validation in ("", "0.7"):
-        config = corpus.config(source=f"text:{tmp_path}/a.txt", tokenizer="train:bpe:265", validation=validation)
-        prepare.prepare(config, str(tmp_path / "cache"), report=None)
-        vocabulary = vocabularies.load(
-            str(tmp_path / "cache" / cache.read_manifest(config, str(tmp_path / "cache")).tokenizer)
-        )
-        learned[validation] = vocabulary.encode("zyzzyva")
-    assert len(learned["0.7"]) == 7 > len(learned[""])
-
-
-def test_training_text_of_a_tokenizer_is_limited(source, tmp_path):
-    config = corpus.config(source=source, tokenizer="train:bpe:300", tokenizer_training_bytes=3000)
-    full = dataclasses.replace(config, tokenizer_training_bytes=100_000)
-    made = [prepare.prepare(c, str(tmp_path), report=None).manifest.tokenizer for c in (config, full, config)]
-    assert made[0] == made[2] != made[1]
-
-
-def test_training_text_is_said_to_be_no_more_than_there_is_and_is_allowed(source, tmp_path):
-    (tmp_path / "a.txt").write_text("only few words")
-    sources = {"few": f"text:{tmp_path}/a.txt", "many": source}
-    seen = []
-    config = corpus.config(mixture={"sources": sources}, tokenizer="train:bpe:300", tokenizer_training_bytes=8000)
-    prepare.prepare(config, str(tmp_path / "cache"), report=seen.append)
-    assert [state for state in seen if isinstance(state, prepare.Training)] == [prepare.Training(300, 14 + 4000)]
-
-
 def test_what_is_there_already_is_not_written_again(source, tmp_path):
     config = corpus.config(source=source, tokenizer="train:bpe:300")
     seen = []
     first = prepare.prepare(config, str(tmp_path), report=seen.append)
     read = sum(os.path.getsize(file) for file in first.manifest.train["train"].files)
     assert first.shards_written == 1 and first.text_bytes_written == first.text_bytes < read
-    assert seen[0] == prepare.Training(300, read) and seen[-1] == prepare.Writing("bytes", read, read)
+    assert seen[0] == chosen_tokenizer.Training(300, read) and seen[-1] == prepare.Writing("bytes", read, read)
     again = prepare.prepare(config, str(tmp_path), report=seen.append)
     assert seen[-1] == prepare.Writing("bytes", read, read)  # nothing more was done
     assert again.shards_written == again.text_bytes_written == 0
@@ -403,14 +376,3 @@ def test_a_complete_cache_is_not_written_to(tmp_path, monkeypatch):
     after = prepare.prepare(config, str(tmp_path / "cache"), report=None)
     assert after.manifest == before.manifest and after.shards_written == 0
     open_data(config, cache_dir=str(tmp_path / "cache"), seed=0).close()
-
-
-def test_sentinels_are_added_to_a_trained_tokenizer_that_is_trained_once(tmp_path, monkeypatch):
-    source = corpus.write_jsonl(tmp_path / "text.jsonl", corpus.paragraphs(30))
-    plain = corpus.opened(corpus.config(source=source, tokenizer="train:bpe:300"), tmp_path / "cache").vocabulary
-    monkeypatch.setattr("t5x_like.data.tokenizers.tokenizer_training.train", None)
-    chosen = corpus.config(source=source, tokenizer="train:bpe:300", extra_ids=7)
-    more = corpus.opened(chosen, tmp_path / "cache").vocabulary
-    assert (plain.size, more.size, more.extra_ids) == (300, 307, 7)
-    with pytest.raises(UsageError, match=r"extra_ids=-1 should be at least 0"):
-        prepare.prepare(corpus.config(source=source, extra_ids=-1), str(tmp_path / "cache"), report=None)

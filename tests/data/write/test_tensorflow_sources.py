@@ -5,8 +5,12 @@ SeqIO runs in worker processes (TensorFlow takes seconds to import), so all of i
 
 import dataclasses
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -18,32 +22,42 @@ from t5x_like.data import cache
 from t5x_like.data.read import packing
 from t5x_like.data.read.loader import open_data
 from t5x_like.data.tokenizers import vocabularies
-from t5x_like.data.write import prepare, sources, workers
+from t5x_like.data.write import prepare, tfds_reader
+from t5x_like.storage import paths
 from tests.data import corpus
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 
 _WRITE_TFDS = """
 import os, sys
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tests.data import corpus
 
 folder = os.path.join(sys.argv[1], "tiny", "1.0.0")
 os.makedirs(folder)
-features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("question", "answer")})
+features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("question", "answer")} | {
+    "kind": tfds.features.ClassLabel(num_classes=3), "list": tfds.features.Sequence(tfds.features.Text()),
+    "number": tfds.features.Tensor(shape=(2, 2), dtype=np.int64)})
 template = tfds.core.ShardedFileTemplate(
     data_dir=folder, dataset_name="tiny", filetype_suffix="array_record",
     template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 )
 splits = []
-for split, count in (("train", 70), ("test", 5)):
-    path = os.path.join(folder, f"tiny-{split}.array_record-00000-of-00001")
-    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-    for number, text in enumerate(corpus.paragraphs(count)):
-        writer.write(features.serialize_example({"question": text, "answer": f"answer {number}"}))
-    writer.close()
-    splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=1, filename_template=template))
+for split, counts in (("train", [30, 3, 37]), ("test", [5]), ("bad", [5])):
+    rest = list(enumerate(corpus.paragraphs(sum(counts))))
+    for shard, count in enumerate(counts):
+        path = os.path.join(folder, f"tiny-{split}.array_record-{shard:05d}-of-{len(counts):05d}")
+        writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+        for number, text in rest[:count]:
+            question = b"bad \\xff" if split == "bad" and number == 3 else text
+            writer.write(features.serialize_example(features.encode_example({
+                "question": question, "answer": f"answer {number}",
+                "kind": number % 3, "list": ["a", "b"], "number": [[1, 2], [3, 4]]})))
+        writer.close()
+        rest = rest[count:]
+    splits.append(tfds.core.SplitInfo(name=split, shard_lengths=counts, num_bytes=1, filename_template=template))
 tfds.folder_dataset.write_metadata(
     data_dir=folder, features=features, split_infos=splits, filename_template=template, check_data=False
 )
@@ -55,7 +69,7 @@ import json, sys
 from t5x_like.data.write import sources
 source = sources.parse(sys.argv[1], where="source")
 [file] = sources.files(source, where="source")
-records = [r.fields for r in sources.read("tfds", file.path, 10, file.measure, name=source.name)]
+records = [r.fields["question"] for r in sources.read("tfds", file.path, 10, file.measure, name=source.name)]
 print(json.dumps([file.measure, records, "tensorflow" in sys.modules]))
 """
 
@@ -94,23 +108,6 @@ seqio.MixtureRegistry.add("both", ["long", "short"], default_rate=functools.part
 TEXT = {"targets": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, rank=0, dtype=tf.string)}
 seqio.TaskRegistry.add("plain_text", source=source("short"), output_features=TEXT, preprocessors=[
     lambda dataset: dataset.map(lambda line: {"targets": line})])
-
-
-def spoil(dataset):
-    return dataset.enumerate().map(lambda number, line: {"targets": tf.where(number == 1, b"bad\\xff", line)})
-
-
-seqio.TaskRegistry.add("not_utf_8", source=source("short"), output_features=TEXT, preprocessors=[spoil])
-TEXTS = {"targets": seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, rank=1, dtype=tf.string)}
-seqio.TaskRegistry.add("several_texts", source=source("short"), output_features=TEXTS, preprocessors=[
-    lambda dataset: dataset.map(lambda line: {"targets": tf.strings.split(line, " ")})])
-
-
-def fail(dataset):
-    raise KeyError("no such column")
-
-
-seqio.TaskRegistry.add("failing", source=source("short"), output_features=FEATURES, preprocessors=[fail])
 """
 
 
@@ -127,7 +124,7 @@ def test_an_array_record_folder_is_read_without_tensorflow(tfds_folder):
         subprocess.run(command, capture_output=True, text=True, check=True).stdout
     )
     assert measure == 70 and len(records) == 60 and not tensorflow
-    assert {record["question"] for record in records} < set(corpus.paragraphs(70))
+    assert set(records) < set(corpus.paragraphs(70))
 
 
 def test_an_array_record_folder_becomes_batches(tfds_folder, tmp_path):
@@ -142,6 +139,97 @@ def test_an_array_record_folder_becomes_batches(tfds_folder, tmp_path):
     predicted = data.vocabulary.decode(batch["targets"][batch["loss_weights"] > 0])
     assert predicted.startswith("answer ") and "fox" not in predicted
     assert all(place.unit == "record" and place.offset < 63 for place in data.documents(0))
+
+
+def test_classes_of_an_array_record_folder_are_labels(tfds_folder, tmp_path):
+    fields = {"text": "answer", "label": "kind"}
+    given = {"features": "labels", "packing": "single", "length": 40}
+    data = corpus.opened(corpus.config(source=f"tfds:{tfds_folder}:test", fields=fields, **given), tmp_path)
+    assert sorted(data._components[0].tokens.columns["labels"].tolist()) == [0, 0, 1, 1, 2]
+
+
+def test_bad_records_of_an_array_record_folder_are_named_or_left_out(tfds_folder, tmp_path):
+    for field, expected in (
+        ("question", r": record 3: field 'question' is not UTF-8 at byte 4; mend it, or leave .*=skip$"),
+        ("list", r": record 0: field 'list' should be a text, is \[b'a', b'b'\]"),
+        ("number", r": record 0: field 'number' should be a text, is \[\[1, 2\], \[3, 4\]\]"),
+        ("kind", r": record 0: field 'kind' should be a text, is 0"),
+        ("no", r": record 0: no field 'no' among "),
+    ):
+        config = corpus.config(source=f"tfds:{tfds_folder}:bad", fields={"text": field})
+        with pytest.raises(UserError, match=expected) as caught:
+            prepare.prepare(config, str(tmp_path), report=None)
+        assert "\n" not in str(caught.value) and str(caught.value).startswith(tfds_folder)
+    given = {"on_bad_record": "skip", "max_bad_share": 0.2}
+    config = corpus.config(source=f"tfds:{tfds_folder}:bad", fields={"text": "question"}, **given)
+    done = prepare.prepare(config, str(tmp_path), report=None)
+    assert (done.documents, done.bad) == (4, 1) and "record 3: field 'question'" in done.bad_places[0]
+
+
+def test_a_damaged_array_record_file_is_one_line(tfds_folder, tmp_path):
+    folder = shutil.copytree(tfds_folder, tmp_path / "tiny" / "1.0.0")
+    for file in folder.glob("*-train.array_record*"):
+        content = bytearray(file.read_bytes())
+        for place in range(100, len(content) - 100, 97):
+            content[place] ^= 0xFF
+        file.write_bytes(content)
+    config = corpus.config(source=f"tfds:{folder}", fields={"text": "question"}, on_bad_record="skip")
+    with pytest.raises(UserError, match="records 0 to 69 cannot be read .*; copy or write the files") as caught:
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert str(caught.value).startswith(f"tfds:{folder}:train: ") and "\n" not in str(caught.value)
+
+
+def test_a_data_set_in_a_bucket_gives_the_tokens_of_the_one_on_a_disk(fake_gcs, tfds_folder, tmp_path, monkeypatch):
+    """By the very names of the token sets; a process holds the copy of one file, and leaves none."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    bucket = f"{fake_gcs.bucket()}/tiny/1.0.0"
+    paths.copy_tree(tfds_folder, bucket)
+    copied: list[list[str]] = []
+    copy = paths.copy_file
+
+    def counted(source, target):
+        copy(source, target)
+        copied.append([name for name in os.listdir(os.path.dirname(target)) if "array_record" in name])
+
+    monkeypatch.setattr(paths, "copy_file", counted)
+    fields = {"text": "question"}
+    for split, given in (
+        ("train", {"validation": "0.1", "tokenizer": "train:bpe:300"}),
+        ("train[10%:60%]", {}),
+        ("train[40:]+test", {"validation": f"tfds:{bucket}:test"}),
+    ):
+        local = given | ({"validation": f"tfds:{tfds_folder}:test"} if "test" in split else {})
+        here = corpus.config(source=f"tfds:{tfds_folder}:{split}", fields=fields, **local)
+        there = corpus.config(source=f"tfds:{bucket[:-4]}*.0/:{split}", fields=fields, **given)
+        before = prepare.prepare(here, str(tmp_path / "here"), report=None)
+        after = prepare.prepare(there, str(tmp_path / "there"), report=None)
+        assert before.documents > 30 and after.shards_written
+        for part in ("train", "validation"):
+            folders = [[e.folder for e in getattr(done.manifest, part).values()] for done in (before, after)]
+            assert folders[0] == folders[1], (split, part)
+    assert max(map(len, copied)) == 1 and not [name for name in os.listdir(tmp_path) if name.startswith("t5x_like")]
+    copied.clear()
+    again = prepare.prepare(there, str(tmp_path / "there"), report=None)
+    assert again.shards_written == 0 and not any(copied)  # its settings alone tell that nothing changed
+
+
+def test_a_data_set_in_a_bucket_that_is_too_large_or_missing_is_one_line(fake_gcs, tfds_folder, tmp_path, monkeypatch):
+    bucket = fake_gcs.bucket()
+    paths.copy_tree(tfds_folder, f"{bucket}/tiny")
+    [first, *_] = [name for name in paths.list_names(f"{bucket}/tiny") if "train" in name]
+    cases = {
+        f"tfds:{bucket}/no": f"config.data.source=tfds:{bucket}/no:train: no such folder",
+        f"tfds:{bucket}/t*y/no*": "no file or folder has a name like this",
+        f"tfds:{bucket}/tiny:no": f"tfds:{bucket}/tiny:no: not readable as an ArrayRecord data set",
+    }
+    for source, expected in cases.items():
+        with pytest.raises(UserError, match=re.escape(expected)):
+            prepare.prepare(corpus.config(source=source), str(tmp_path / "cache"), report=None)
+    config = corpus.config(source=f"tfds:{bucket}/tiny", fields={"text": "question"})
+    monkeypatch.setattr(tfds_reader, "_MOST_STAGED", paths.size(f"{bucket}/tiny/{first}") - 1)
+    with pytest.raises(UserError, match=f"{first}: takes .* more than .*; write the data set in more files"):
+        prepare.prepare(config, str(tmp_path / "cache"), report=None)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("nothing", "no such folder"), ("", "not readable as an ArrayRecord")])
@@ -285,34 +373,6 @@ def test_a_second_prepare_of_tasks_starts_no_worker(mixture, monkeypatch):
     again = prepare.prepare(mixture[0], str(mixture[1]), report=None)
     assert again.manifest == cache.read_manifest(mixture[0], str(mixture[1])) and again.shards_written == 0
     assert "(all there already)" in summary(again, str(mixture[1]))
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with workers.Pool(1) as pool:
-        yield pool
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("nothing", "registers no such task; registered: "),
-        ("long:test", "has no split 'test'"),
-        ("failing", "seqio:failing: KeyError: 'no such column' ("),
-        ("not_utf_8", "seqio task not_utf_8: example 1 of shard 0: targets is not UTF-8 at byte 3"),
-        ("several_texts", "seqio task several_texts: example 0 of shard 0: targets should be one text, is an array"),
-    ],
-)
-def test_mistakes_in_tasks_are_one_line(module, tmp_path, pool, name, expected):
-    (tmp_path / "tokens").mkdir()
-    source = sources.parse(f"seqio:{module}:{name}", where="")
-    vocabularies.load("bytes").save(str(tmp_path / "bytes"))
-    with pytest.raises(UserError) as caught:
-        pool.run("describe_task", [{"module": source.path, "name": source.name, "folder": str(tmp_path)}], print)
-        job = {"module": source.path, "name": name, "folder": str(tmp_path / "tokens"), "index": 0}
-        job |= {"tokenizer": str(tmp_path / "bytes"), "token_type": "<u2", "shard": 0, "shards": 1}
-        pool.run("encode_task_shard", [job], print)
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Runs of reinforcement learning (`t5x_like rl`)."""

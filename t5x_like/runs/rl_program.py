@@ -1,0 +1,185 @@
+"""The config of a run of reinforcement learning, and its programs beside the train step: rollouts and scoring."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_like.core import tree
+from t5x_like.core.config import named
+from t5x_like.core.errors import UsageError
+from t5x_like.inference.sampling import GREEDY, Sampling
+from t5x_like.objectives.grpo import GrpoConfig
+from t5x_like.objectives.interface import Role, frozen_role, policy
+from t5x_like.parallel import rules as sharding_rules
+from t5x_like.parallel.sharding import replicated
+from t5x_like.rl.config import RlConfig
+from t5x_like.rl.rollout import Rollout, Shape, rollout_program
+from t5x_like.rl.scoring import TOKENS, scoring_function
+from t5x_like.runs.program import Program
+from t5x_like.runs.train import Experiment, multiples
+from t5x_like.training.state import Layout
+
+REFERENCE = "reference"
+
+
+@dataclasses.dataclass(frozen=True)
+class RlExperiment(Experiment):
+    """A training run whose batches are made of answers of its own policy."""
+
+    rl: RlConfig
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        rl, data = self.rl, self.data
+        if self.objective.name != "grpo":
+            raise UsageError(f"config.objective.name={self.objective.name!r}: `t5x_like rl` minimises 'grpo'")
+        if rl.answers % data.batch_size:
+            raise UsageError(
+                f"config.data.batch_size={data.batch_size} does not divide the answers of an iteration, config.rl."
+                f"prompts x samples = {rl.answers}; use {rl.answers}, or a part of it"
+            )
+        if data.encoder_length and rl.new_tokens != data.length:
+            raise UsageError(
+                f"config.rl.new_tokens={rl.new_tokens}, but rows of answers have config.data.length={data.length} "
+                "tokens; set both to the most that an answer may have"
+            )
+        if rl.new_tokens > data.length:
+            raise UsageError(
+                f"config.rl.new_tokens={rl.new_tokens} is longer than a row, config.data.length={data.length}, which "
+                f"holds prompt and answer; set config.data.length to the longest prompt + {rl.new_tokens} - 1"
+            )
+        if (rl.generate is None) == (not data.source):
+            raise UsageError(
+                "config.data.source or config.rl.generate: give prompts by one of them, a source or a function"
+            )
+        if rl.generate is not None and data.validation:
+            raise UsageError("config.data.validation has no effect beside config.rl.generate; set config.rl.held_out")
+        if self.loop.on_spike != "off":
+            raise UsageError(
+                f"config.loop.on_spike={self.loop.on_spike!r}: the loss of grpo is near 0 by construction, and says "
+                "nothing of spikes; leave it 'off'"
+            )
+        if self.model.dropout:
+            raise UsageError(
+                f"config.model.dropout={self.model.dropout:g}: ratios need a policy without dropout; set 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RlPrograms:
+    """Jitted, not compiled. reference: None without one; scored: the batch of `score` and `reference`."""
+
+    sample: Rollout
+    answer: Rollout
+    score: Any
+    reference: Any
+    scored: dict[str, jax.ShapeDtypeStruct]
+
+
+def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[int, ...]) -> RlPrograms:
+    rl, mesh, rules = experiment.rl, program.mesh, program.model.rules
+    config: GrpoConfig = named(experiment.objective)
+    options = experiment.runtime.compiler_options.of(mesh.devices.flat[0].platform)
+    role = policy(program.model)
+
+    def rollout(rows: int, sampling: Sampling) -> Rollout:
+        length = 1 if experiment.data.encoder_length else prompt_room(experiment)
+        shape = Shape(rows, length, experiment.data.encoder_length, rl.new_tokens)
+        # With the compiler's default options, as inference/decode.py says.
+        return rollout_program(
+            role, mesh, shape, sampling=sampling, end_ids=end_ids, seed=experiment.seed, options=None
+        )
+
+    def scoring(which: Any) -> Any:
+        inputs = program.objective.inputs
+        function = scoring_function(
+            which, config, rules=rules, inputs=inputs, micro_batches=experiment.loop.micro_batches
+        )
+        return jax.jit(function, out_shardings=replicated(mesh), compiler_options=options)
+
+    reference = _reference(config.reference, program)
+    rows = rl.rows or rl.answers
+    return RlPrograms(
+        sample=rollout(rows, Sampling(temperature=config.temperature, top_k=0, top_p=1.0)),
+        answer=rollout(rows, GREEDY),
+        score=scoring(role),
+        reference=None if reference is None else scoring(reference),
+        scored={name: program.batch[name] for name in TOKENS if name in program.batch},
+    )
+
+
+def _reference(which: str, program: Program) -> Role | None:
+    """The model that a policy is kept near, as config.objective.grpo.reference says."""
+    if which == "none":
+        return None
+    if which == "base":
+        if tree.flatten(program.layout.frozen["base"]).keys() != tree.flatten(program.model.specs()).keys():
+            raise UsageError(
+                "config.objective.grpo.reference='base' is the policy without its adapters, and this run trains "
+                "parameters of the model itself; use 'role' with config.roles.reference"
+            )
+        return frozen_role(program.model, "base")
+    model = program.roles[REFERENCE].model
+    for field in ("vocab_size", "architecture"):
+        mine, theirs = (getattr(each.config, field) for each in (program.model, model))
+        if mine != theirs:
+            raise UsageError(
+                f"config.model.{field}={mine!r}, but config.roles.reference has {theirs!r}; the divergence needs the "
+                "same tokens, read from the same arrays"
+            )
+    return frozen_role(model, REFERENCE)
+
+
+def prompt_room(experiment: RlExperiment) -> int:
+    """The most tokens of a prompt."""
+    data = experiment.data
+    return data.encoder_length or data.length + 1 - experiment.rl.new_tokens
+
+
+def tokens_per_step(experiment: RlExperiment) -> int:
+    data = experiment.data
+    return data.batch_size * (data.length + data.encoder_length)
+
+
+def with_rollouts(program: Program, buffers: Mapping[str, np.ndarray]) -> Layout:
+    """The layout of a run, with the buffers of its answers as one more part of what a checkpoint holds."""
+    layout, everywhere = program.layout, replicated(program.mesh)
+    arrays = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere) for name, array in buffers.items()
+    }
+    axes = {name: (None,) * array.ndim for name, array in buffers.items()}
+    return dataclasses.replace(
+        layout, state={**layout.state, "rollouts": arrays}, axes={**layout.axes, "rollouts": axes}
+    )
+
+
+def check_rows(experiment: RlExperiment, sizes: Mapping[str, int]) -> None:
+    """Rows that are decoded at once lie on the data shards, like those of an update."""
+    rules = sharding_rules.rules(experiment.mesh.rules)
+    shards = math.prod(sizes[axis] for axis in rules.mesh_axes("batch"))
+    rows = experiment.rl.rows or experiment.rl.answers
+    if rows % shards:
+        raise UsageError(
+            f"config.rl.rows={experiment.rl.rows} decodes {rows} answers at once, which is not divisible by the "
+            f"{shards} data shards; use {multiples(rows, shards)}"
+        )
+
+
+def facts(experiment: RlExperiment) -> dict[str, str]:
+    """For the start screen."""
+    rl, config = experiment.rl, named(experiment.objective)
+    updates = rl.epochs * rl.answers // experiment.data.batch_size
+    return {
+        "an iteration": f"{rl.prompts} prompts x {rl.samples} answers of at most {rl.new_tokens} tokens, {updates} "
+        f"update{'s' * (updates > 1)} of {experiment.data.batch_size} rows",
+        "rewards": ", ".join(f"{part.weight:g} x {name} ({part.kind})" for name, part in rl.rewards.items()),
+        "advantages": f"divided by std (ddof {rl.advantage.ddof}) + {rl.advantage.epsilon:g}"
+        if rl.advantage.scale == "std"
+        else "not scaled",
+        "loss": f"aggregated by {config.aggregation}, clipped at -{config.clip_low:g} and +{config.clip_high:g}, "
+        f"KL {config.kl_coefficient:g}, temperature {config.temperature:g}",
+    }

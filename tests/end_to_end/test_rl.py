@@ -1,0 +1,165 @@
+"""`t5x_like rl` as a user calls it: what holds at the first update, what a killed run goes on with, what is refused."""
+
+import json
+import re
+
+import pytest
+
+from t5x_like.__main__ import main
+from tests.end_to_end.commands import ROOT, rows, train
+from tools import crash_test
+
+CONFIG = "configs/rl/test.py"
+UPDATES = 4  # of an iteration: 2 epochs x 16 answers / 8 rows
+
+
+@pytest.fixture(autouse=True)
+def _in_the_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def rl(workdir, *arguments, config=CONFIG):
+    return main(["rl", *([f"--config={config}"] if config else []), f"--workdir={workdir}", *arguments])
+
+
+def with_reference(tmp_path, finished, **fields):
+    """A config file that begins with the model of `finished`, which is its reference too, and its functions."""
+    lines = "\n".join(f"    config.{name} = {value!r}" for name, value in fields.items())
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from configs.rl import test\n\n\ndef get_config():\n    config = test.get_config()\n"
+        f"    config.checkpoint.init_from = {str(finished)!r}\n"
+        f"    config.roles.reference = {{'source': {str(finished)!r}, 'rules': '', 'dtype': 'stored'}}\n"
+        f"    config.objective.grpo.update({{'kl_coefficient': 0.1, 'reference': 'role'}})\n{lines}\n"
+        "    return config\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(finished, tmp_path_factory):
+    """A run of 8 updates in two iterations from a model that is its reference; the workdir, and its config file."""
+    folder = tmp_path_factory.mktemp("rl")
+    config = with_reference(folder, finished)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        arguments = ["--config.loop.steps=8", "--config.rl.epochs=2", "--config.checkpoint.every_steps=3"]
+        assert rl(folder / "run", *arguments, config=config) == 0
+    return folder / "run", config
+
+
+def updates(workdir):
+    return {row["step"]: row for row in rows(workdir) if "train/loss" in row}
+
+
+def test_the_first_update_of_an_iteration_is_on_policy_and_the_first_of_all_on_the_reference(trained):
+    found = updates(trained[0])
+    for step in (1, 1 + UPDATES):
+        assert found[step]["train/ratio_token_mean"] == 1.0
+        assert found[step]["train/clipped_low_fraction"] == found[step]["train/clipped_high_fraction"] == 0.0
+        assert found[step]["train/update_kl_token_mean"] == 0.0
+    assert abs(found[1]["train/kl_token_mean"]) < 1e-10
+    assert found[UPDATES]["train/kl_token_mean"] > 1e-6, "the policy did not move: nothing is told apart"
+    assert found[UPDATES]["train/ratio_token_mean"] != 1.0
+
+
+def test_rollout_and_training_agree_at_every_update(trained):
+    """The old log-probabilities, by the training forward, beside those of the sampler."""
+    gaps = [row["train/rollout_gap_token_mean"] for row in updates(trained[0]).values()]
+    assert len(gaps) == 8 and max(gaps) < 1e-5
+
+
+def test_rows_tell_what_the_answers_were_worth(trained):
+    row = updates(trained[0])[1]
+    for name in ("reward", "reward/share", "length_mean", "stopped_by_length", "groups_without_spread"):
+        assert 0 <= row[f"train/{name}"] <= 6
+    assert row["train/reward_failures/share"] == 0
+    evaluations = [row for row in rows(trained[0]) if "eval/validation/reward" in row]
+    assert [row["step"] for row in evaluations] == [8]
+
+
+def test_a_checkpoint_between_two_updates_holds_the_answers_that_are_pending(trained):
+    arrays = crash_test.read_arrays(trained[0] / "checkpoints" / "6")
+    assert arrays["rollouts/iteration"] == 1 and arrays["rollouts/tokens"].shape == (16, 6)
+    assert arrays["rollouts/old_logp"].min() < 0 and arrays["rollouts/reference_logp"].min() < 0
+
+
+def test_a_resume_needs_the_functions_of_the_config_file(trained, capsys):
+    assert rl(trained[0], "--config.loop.steps=9", config=None) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is a function of a config file, and a stored config holds no code" in line
+
+
+def test_a_policy_is_a_model_like_any_other(trained, capsys):
+    assert main(["generate", str(trained[0]), "--prompt=a=", "--max_new_tokens=3", "--temperature=0"]) == 0
+    assert "a=" in capsys.readouterr().out
+
+
+def test_a_killed_run_is_bit_identical_to_an_undisturbed_one(capsys, tmp_path):
+    """Killed at random moments (rollouts, updates, saves), six updates an iteration, saved after every fourth."""
+    status = crash_test.main(["--rl", "--kills=3", "--stops=1", f"--folder={tmp_path}"])
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert re.search(r"SIGTERM +stepping +(\d+) +\1 +75", output), output
+
+
+def test_the_command_of_a_config_is_named_where_another_is_used(trained, finished, tmp_path, capsys):
+    assert train(tmp_path / "a", config=CONFIG) == 2
+    assert "start it by that" in capsys.readouterr().err
+    assert train(trained[0], config=None) == 2
+    assert "one of `t5x_like rl`" in capsys.readouterr().err
+    assert rl(tmp_path / "b", config="configs/pretrain/test.py") == 2
+    assert "one of `t5x_like train`" in capsys.readouterr().err
+
+
+KL = ["--config.objective.grpo.kl_coefficient=0.1"]
+BAD = {
+    "a batch that is no part of an iteration": (["--config.data.batch_size=5"], "does not divide the answers"),
+    "an answer longer than the row": (["--config.rl.new_tokens=9"], "config.rl.new_tokens=9 is longer than a row"),
+    "no prompts": (["--config.rl.generate=None"], "give prompts by one of them"),
+    "prompts twice": (["--config.data.source=jsonl:x"], "give prompts by one of them"),
+    "a prompt that has no room": (["--config.rl.new_tokens=8", "--config.data.truncate.rule=drop"], "is room for 1"),
+    "one sample": (["--config.rl.samples=1"], "should be at least 2"),
+    "rows that do not divide": (["--config.rl.rows=3"], "does not divide config.rl.prompts x samples = 16"),
+    "a divergence without a reference": (["--config.objective.grpo.kl_coefficient=0.1"], "needs a reference"),
+    "a reference that is not there": ([*KL, "--config.objective.grpo.reference=role"], "give config.roles.reference"),
+    "a base without adapters": ([*KL, "--config.objective.grpo.reference=base"], "is the policy without its adapters"),
+    "spikes": (["--config.loop.on_spike=skip"], "leave it 'off'"),
+    "dropout": (["--config.model.dropout=0.1"], "a policy without dropout"),
+    "a tokenizer to be trained": (["--config.data.tokenizer=train:bpe:300"], "the tokenizer of the model"),
+    "an unknown metric": (["--config.checkpoint.best_metric=eval/validation/loss"], "did you mean"),
+    "another objective": (["--config.objective.name=lm"], "'rollouts' is nothing for config.objective.name='lm'"),
+    "an end token of two": (["--config.rl.end_tokens=('ab',)"], "'ab' is 2 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, tmp_path, capsys):
+    arguments, text = BAD[name]
+    if "best_metric" in arguments[0]:
+        arguments = [*arguments, "--config.checkpoint.every_steps=20"]
+    assert rl(tmp_path / "run", "--check", *arguments) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert text in line, line
+
+
+def test_examples_of_a_file_are_prompts_with_their_answers(tmp_path, capsys):
+    """The records that instruction tuning reads; long ones are cut from the left, or left out and counted."""
+    records = [{"inputs": f"{letter}=", "targets": letter} for letter in "abcd"] + [{"inputs": "x" * 50, "targets": ""}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from configs.rl import test\nfrom t5x_like.configs import common\n\n\ndef get_config():\n"
+        "    config = test.get_config()\n    config.rl.generate = None\n"
+        f"    config.data.source = config.data.validation = 'jsonl:{tmp_path}/prompts.jsonl'\n"
+        "    config.data.fields.update({'inputs': 'inputs', 'targets': 'targets'})\n"
+        "    config.rl.rewards = {'exact': common.reward('exact')}\n    return config\n"
+    )
+    assert rl(tmp_path / "cut", "--check", config=config) == 0
+    assert "5 prompts" in capsys.readouterr().out
+    arguments = ["--config.loop.steps=2", "--config.data.truncate.rule=drop", "--config.optim.schedule.warmup_steps=0"]
+    assert rl(tmp_path / "run", *arguments, config=config) == 0
+    assert re.search(r"4 prompts, 1 too long and left out", " ".join(capsys.readouterr().out.split()))
+    # A stored config without functions is resumed by the workdir alone.
+    assert rl(tmp_path / "run", "--config.loop.steps=3", config=None) == 0
+    assert max(updates(tmp_path / "run")) == 3
