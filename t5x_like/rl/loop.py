@@ -224,7 +224,7 @@ class Iterations:
         self._evaluated += 1
         judged = self._judge(samples, f"evaluation/{self._evaluated}", f"evaluation, batch {index}")
         count = np.float32(len(texts))
-        sums = {"reward": (self._rewards.total(judged["rewards"]).sum(), count)}
+        sums: dict[str, Any] = {"reward": (self._rewards.total(judged["rewards"]).sum(), count)}
         for part, name in enumerate(self._rewards.names):
             sums[f"reward/{name}"] = (judged["rewards"][part].sum(dtype=np.float64), count)
         sums["length_mean"] = (drawn["lengths"].sum(), count)

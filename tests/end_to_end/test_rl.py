@@ -18,7 +18,7 @@ def _in_the_project(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def rl(workdir, *arguments, config=CONFIG):
+def rl(workdir, *arguments, config: object = CONFIG):
     return main(["rl", *([f"--config={config}"] if config else []), f"--workdir={workdir}", *arguments])
 
 
