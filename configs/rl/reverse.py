@@ -1,4 +1,7 @@
-"""A task that can be verified: spell a word backwards. GRPO from a start that does it sometimes to one that does it.
+"""A task that can be verified: spell a word backwards. GRPO from a start that does it half of the time.
+
+The start has learned from demonstrations of which every other one is wrong: it repeats the word as it is. So it can do
+both, and nothing but the reward tells it which is wanted.
 
     python -m configs.rl.reverse runs/reverse.jsonl                                   20,000 examples, for the start
     t5x_like train --config=configs/rl/reverse_start.py:runs/reverse.jsonl --workdir=runs/reverse_start
@@ -25,12 +28,6 @@ def word(seed: int, index: int) -> tuple[str, str]:
     return f"{letters}>", letters[::-1]
 
 
-def letters(prompt: str, answer: str, expected: str) -> float:
-    """The share of letters that stand in their places: it tells wrong answers apart."""
-    del prompt
-    return sum(a == b for a, b in zip(answer, expected, strict=False)) / max(len(answer), len(expected))
-
-
 def get_config(start: str = "runs/reverse_start") -> ConfigDict:
     """`start`: the model that the policy begins with, of configs/rl/reverse_start.py."""
     config = common.rl_config()
@@ -41,22 +38,21 @@ def get_config(start: str = "runs/reverse_start") -> ConfigDict:
     config.data.update({"tokenizer": "bytes", "batch_size": 128, "length": LONGEST + 10})
     config.rl.update({"prompts": 32, "samples": 8, "new_tokens": LONGEST + 2, "generate": word, "held_out": 256})
     config.rl.rewards.exact = common.reward("exact")
-    config.rl.rewards.letters = common.reward("function", function=letters)
-    config.optim.update({"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0})
+    config.optim.update({"learning_rate": 3e-4, "weight_decay": 0.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 10})
-    config.loop.update({"steps": 300, "log_every_steps": 2})
-    config.evaluate.every_steps = 50
-    config.checkpoint.every_steps = 100
+    config.loop.update({"steps": 100, "log_every_steps": 2})
+    config.evaluate.every_steps = 20
+    config.checkpoint.every_steps = 20
     config.telemetry.measure_cpu_peak = False
     return config
 
 
 def write(path: str, count: int = 20_000) -> None:
-    """Examples for instruction tuning, of seeds that `t5x_like rl` does not use: a run counts from 0."""
+    """Demonstrations for instruction tuning, every other one wrong, of a seed that `t5x_like rl` does not use."""
     with open(path, "w", encoding="ascii") as out:
         for index in range(count):
-            prompt, answer = word(-1, index)
-            out.write(json.dumps({"inputs": prompt, "targets": answer}) + "\n")
+            prompt, right = word(-1, index)
+            out.write(json.dumps({"inputs": prompt, "targets": right if index % 2 else right[::-1]}) + "\n")
 
 
 if __name__ == "__main__":
