@@ -21,7 +21,9 @@ COMMANDS = {
     "prepare": "tokenize the data of a config into its cache",
     "plan": "compile a config for a TPU topology and print memory, cycles and collectives",
     "generate": "continue text with a model directory",
+    "evaluate": "score models on tasks and texts",
     "convert": "convert a model directory to Hugging Face's files, or theirs to ours",
+    "export": "write a model for others to use: plain or in int8, with model card and checksums",
     "inspect": "print what a model directory holds, or the documents in a batch",
 }
 

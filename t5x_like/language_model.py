@@ -6,6 +6,7 @@ lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,13 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from t5x_like.compress import quant_array
+from t5x_like.compress import reading as quantizing
+from t5x_like.compress.quant_array import QuantArray
 from t5x_like.convert.convert import load_params
 from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import dtypes, tree
+from t5x_like.core.config import nearest
 from t5x_like.core.environment import READING, spare_search
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.data.read import source_target
+from t5x_like.data.templates.chat import Chat
+from t5x_like.data.templates.messages import of_list
 from t5x_like.data.tokenizers import sentinels, vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
@@ -32,22 +39,28 @@ from t5x_like.layers.scoring.head import logits
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel.sharding import named
-from t5x_like.runs import roles
+from t5x_like.runs import adapters, roles
 from t5x_like.storage import model_directory, paths, patterns
-from t5x_like.storage.base import restore_whole
+from t5x_like.storage.reading import Place
+
+# How the matrices of a model may be held; see `load`.
+DTYPES = ("compute", "stored", *dtypes.NAMES, "int8")
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """Functions of a model, its parameters and its vocabulary. Made by `t5x_like.load`.
 
-    start_id: the token that the decoder of an encoder-decoder begins with.
+    start_id: the token that the decoder of an encoder-decoder begins with. checkpoint: where the parameters were read,
+    if that is one of ours. mesh: where they lie, None for one device.
     """
 
     model: Model
     params: Tree
     vocabulary: Vocabulary
     start_id: int = 0
+    checkpoint: str | None = None
+    mesh: Mesh | None = None
 
     @property
     def platform(self) -> str:
@@ -110,17 +123,78 @@ class LanguageModel:
             tokens = [[self.start_id, *self._encode_answer(prefix)]] * len(prompts)
         if not all(sources or tokens):
             raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
+        sampling, stops = Sampling(temperature, top_k, top_p), [self.vocabulary.eos_id]
+        return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        beyond_max_length: bool = False,
+    ) -> list[str]:
+        """The assistant's answer to a conversation, or to each of several: lists of {"role": ..., "content": ...}.
+
+        They are written by the chat template that the model was trained with, or that its folder holds
+        (`vocabulary.chat_template`), and an answer ends with the token that ends a turn there. UserError for a model
+        without a chat template, and for messages that are none.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [of_list(list(each), "chat") for each in ([messages] if one else messages)]
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={max_new_tokens} should be at least 1")
+        if not conversations:
+            return []
+        parts = [self._chat.prompt(conversation).parts() for conversation in conversations]
+        tokens = [self.vocabulary.encode_parts(each)[0].tolist() for each in parts]
+        sources = None
+        if self.has_encoder:
+            sources = [[*source, *self._end] for source in tokens]
+            tokens = [[self.start_id]] * len(sources)
+        sampling, stops = Sampling(temperature, top_k, top_p), self._chat.stop_ids()
+        return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
+
+    @functools.cached_property
+    def _chat(self) -> Chat:
+        template = self.vocabulary.chat_template
+        if not template:
+            raise UserError(
+                "the model has no chat template: it was trained without config.data.chat.template; use generate, or "
+                "put chat_template.jinja beside its tokenizer"
+            )
+        return Chat(template, self.vocabulary, where="the model's chat template")
+
+    @property
+    def _end(self) -> list[int]:
+        return [] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id]
+
+    def _continued(
+        self,
+        tokens: list[list[int]],
+        sources: list[list[int]] | None,
+        stops: Sequence[int | None],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        beyond_max_length: bool,
+    ) -> list[str]:
+        """The text that follows each prompt, up to the first of the tokens `stops`."""
         self._check_prompt(max(map(len, sources or tokens)))
         self._check_length(max(map(len, tokens)), max_new_tokens, beyond_max_length)
         new = decode.generate(
             *self._for_decoding,
             tokens,
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p),
+            sampling=sampling,
             seed=seed,
-            stop_id=self.vocabulary.eos_id,
+            stop_id=stops[0] if stops else None,
             sources=sources,
         )
+        new = [[*itertools.takewhile(lambda token: token not in stops, row)] for row in new]
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 
     def log_likelihood(
@@ -161,8 +235,7 @@ class LanguageModel:
 
     def _encode_source(self, text: str) -> list[int]:
         """Tokens of what an encoder reads; EOS ends them, as in training."""
-        end = [] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id]
-        return [*self._encode_answer(text), *end]
+        return [*self._encode_answer(text), *self._end]
 
     def _encode_answer(self, text: str) -> list[int]:
         """Tokens of a text with sentinels."""
@@ -240,20 +313,27 @@ def load(
     mesh: Mesh | None = None,
     rules: str = "",
     dtype: str = "compute",
+    base: LanguageModel | None = None,
 ) -> LanguageModel:
     """The model of a workdir, model directory or Hugging Face folder.
+
+    base: of an adapter, the model that it was trained on, if that is loaded already; then its parameters serve both,
+    and any number of adapters.
 
     step: of a workdir, its newest checkpoint if None; `ema` takes the averaged parameters. They lie on the first
     device, or on `mesh` as `rules` (as in `config.mesh.rules`) say; then call it under `jax.set_mesh(mesh)`. `dtype`:
     "compute" holds matrices once in the type that they are multiplied in (bfloat16 on an accelerator), "stored" all as
-    saved, a name such as "bfloat16" matrices in that type; norms and biases stay as saved. Raises UserError where
-    something is missing or damaged.
+    saved, a name such as "bfloat16" matrices in that type, "int8" as whole numbers with a scale for each output
+    channel, made while they are read; norms and biases stay as saved, and so does what was saved in int8. Raises
+    UserError where something is missing or damaged.
     """
-    if dtype not in ("compute", "stored", *dtypes.NAMES):
-        raise UsageError(f"dtype={dtype!r} should be 'compute', 'stored' or one of {', '.join(dtypes.NAMES)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype!r} is unknown; {nearest(dtype, DTYPES)}")
     spare_search()
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     platform = devices[0].platform
+    if base is not None and (mesh is not None or rules or dtype != "compute"):
+        raise UsageError("load: an adapter lies on mesh, rules and dtype of its base; give them there")
     directory = patterns.one(os.fspath(directory))
     if is_foreign(directory):
         if step is not None or ema:
@@ -273,10 +353,17 @@ def load(
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
-    model = roles.build_model(config, rules=rules, platform=platform)
-    wanted = _templates(model, mesh, dtype)
-    params = restore_whole(place.checkpoint, "ema" if ema else "params", wanted)
-    return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary))
+    item = "ema" if ema else "params"
+    model = roles.build_model(config, rules=rules, platform=platform) if base is None else base.model
+    mesh = mesh if base is None else base.mesh
+    put = functools.partial(_templates, model, mesh, dtype="stored")
+    if base is None:
+        wanted = _templates(model, mesh, model.specs(), dtype)
+        quantized = {"kinds": quant_array.KINDS, "place": _place(model, mesh)}
+        params = adapters.restore_attached(place.checkpoint, item, model, wanted, put, **quantized)
+    else:
+        params = adapters.restore_onto(base.params, model, base.checkpoint, place.checkpoint, item, put)
+    return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary), place.checkpoint, mesh)
 
 
 def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> int:
@@ -289,16 +376,36 @@ def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> 
     return next((token for token in stored if isinstance(token, int)), 0)
 
 
-def _templates(model: Model, mesh: Mesh | None, dtype: str) -> dict[str, Any]:
+def _templates(model: Model, mesh: Mesh | None, specs: Tree, dtype: str) -> dict[str, Any]:
     """Where each parameter shall lie, and in which type."""
-    held = {"compute": model.dtypes.compute, "stored": None}.get(dtype, dtype)
-    specs = model.specs() if held is None else in_dtype(model.specs(), held)
+    held = {"compute": model.dtypes.compute, "int8": model.dtypes.compute, "stored": None}.get(dtype, dtype)
+    specs = specs if held is None else in_dtype(specs, held)
 
     def template(path: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        del path
         sharding = None if mesh is None else named(mesh, model.rules, spec.axes, spec.shape)
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
-    return tree.map_with_path(template, specs)
+    plain = tree.map_with_path(template, specs)
+    return quantizing.templates(specs, plain, _place(model, mesh)) if dtype == "int8" else plain
+
+
+def _place(model: Model, mesh: Mesh | None) -> Place:
+    """Where a leaf, or a part of one in several parts, shall lie; None for the first device."""
+    specs = tree.flatten(model.specs())
+
+    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+        if mesh is None:
+            return None
+        spec = specs[path] if path in specs else specs[path.rpartition("/")[0]]
+        # A scale has dims of size 1 where its weight has been summed.
+        axes = tuple(
+            axis if size == shape[dim] else None
+            for dim, (axis, size) in enumerate(zip(spec.axes, spec.shape, strict=True))
+        )
+        return named(mesh, model.rules, axes, shape)
+
+    return place
 
 
 def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, platform: str) -> LanguageModel:
@@ -310,7 +417,11 @@ def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, 
 
         def templates(config: model_config.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
             models.append(roles.build_model(config, rules=rules, platform=platform))
-            return tree.flatten(_templates(models[0], mesh, dtype))
+            return tree.flatten(_templates(models[0], mesh, models[0].specs(), dtype))
 
-        params = load_params(foreign, templates)
+        def packed(path: str, values: np.ndarray, scale: np.ndarray) -> QuantArray:
+            spec = tree.flatten(models[0].specs())[path]
+            return quantizing.placed(path, values, scale, spec.axes, _place(models[0], mesh))
+
+        params = load_params(foreign, templates, packed=packed)
     return LanguageModel(models[0], params, vocabulary, _start_id(models[0], foreign.extra, vocabulary))

@@ -8,6 +8,7 @@ preset. Units and meanings are documented at the dataclass that each section bec
 
 from ml_collections import ConfigDict
 
+from t5x_like.configs.common.adapter import adapter
 from t5x_like.configs.common.bundled import bundled
 from t5x_like.configs.common.checkpoint import checkpoint
 from t5x_like.configs.common.data import data
@@ -21,6 +22,7 @@ from t5x_like.configs.common.runtime import runtime
 from t5x_like.configs.common.telemetry import telemetry
 
 __all__ = [
+    "adapter",
     "bundled",
     "checkpoint",
     "config",
@@ -44,6 +46,7 @@ def config() -> ConfigDict:
         {
             "seed": 0,
             "model": model(),
+            "adapter": adapter(),
             "data": data(),
             "mesh": mesh(),
             "optim": optim(),

@@ -46,6 +46,8 @@ def describe(directory: str, step: int | None = None) -> Iterator[str]:
     note = model_directory.read_metadata(found.checkpoint)
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["time"]))
     yield f"{found.checkpoint}  (step {note['step']}, saved {saved})"
+    if "base" in note:
+        yield f"the trained part alone; its base is {note['base']['directory']}"
     others = [other for other in found.steps if other != note["step"]]
     if others:
         yield f"other checkpoints: {', '.join(map(str, others))}"

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_like.convert import huggingface, native, tokenizers
+from t5x_like.convert import compressed_tensors, huggingface, native, tokenizers
+from t5x_like.convert.compressed_tensors import PackedTensors, Packing
 from t5x_like.convert.families import FAMILIES
 from t5x_like.convert.foreign import Foreign, open_foreign
 from t5x_like.convert.mapping import FLOATS, ModelMap, Reading
@@ -24,12 +25,14 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.models import config as model_config
 from t5x_like.models.config import ModelConfig
 from t5x_like.storage import model_directory, paths, patterns, streams
+from t5x_like.storage.leaves import Built
 
 
 def to_native(source: str, target: str, *, dtype: str | None = None) -> ModelConfig:
     """Converts a model of another program into a model directory. dtype None: as stored. Returns the model's config."""
     _check_dtype(dtype)
     with open_foreign(patterns.one(source)) as foreign, staged(target) as staging:
+        foreign.check()
         config, mapping, reading = open_reading(foreign, dtype=dtype)
         itemsize = np.dtype(config.dtype.params).itemsize
         streams.require_space(staging, itemsize * sum(math.prod(leaf.shape) for leaf in mapping.leaves.values()))
@@ -56,20 +59,50 @@ def open_reading(foreign: Foreign, *, dtype: str | None) -> tuple[ModelConfig, M
 
 
 def load_params(
-    foreign: Foreign, templates: Callable[[ModelConfig], Mapping[str, jax.ShapeDtypeStruct]]
+    foreign: Foreign,
+    templates: Callable[[ModelConfig], Mapping[str, jax.ShapeDtypeStruct | Built]],
+    *,
+    packed: Callable[[str, np.ndarray, np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a model of another program. templates(config): the type and place of each leaf, by path.
+    """The parameters of a model of another program. templates(config): the type and place of each leaf, by path, or
+    what makes the leaf of the pieces that are read. packed(path, values, scale): a leaf that is stored in int8; None:
+    such leaves are read as floats.
 
     A device's share of a leaf is read when it is placed; the host holds one share at a time. A leaf without a sharding
     goes to the first device.
     """
+    foreign.check()
     config, mapping, reading = open_reading(foreign, dtype=None)
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
     for path, wanted in templates(config).items():
+        if packed is not None and _is_packed(foreign, reading, path):
+            arrays[path] = packed(path, *_read_packed(foreign.tensors, mapping, reading, path))
+            continue
+        if isinstance(wanted, Built):
+            arrays[path] = wanted.build(functools.partial(reading.read, path), mapping.chunk(path, 4))
+            continue
         read = functools.partial(_read_share, mapping, reading, path, np.dtype(wanted.dtype).name)
         arrays[path] = jax.block_until_ready(jax.make_array_from_callback(wanted.shape, wanted.sharding or first, read))
     return tree.unflatten(arrays)
+
+
+def _is_packed(foreign: Foreign, reading: Reading, path: str) -> bool:
+    return isinstance(foreign.tensors, PackedTensors) and all(map(foreign.tensors.is_packed, reading.names(path)))
+
+
+def _read_packed(
+    tensors: PackedTensors, mapping: ModelMap, reading: Reading, path: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int8 values, float32 scales with size 1 in the dims that are summed) of a leaf that is stored so."""
+    shape, summed = mapping.leaves[path].shape, mapping.summed(path)
+    scale_shape = [1 if dim in summed else size for dim, size in enumerate(shape)]
+    values, scale = np.empty(shape, np.int8), np.empty(scale_shape, np.float32)
+    for region in streams.chunks(shape, mapping.chunk(path, 1)):
+        values[tuple(slice(*span) for span in region)] = reading.gather(path, region, np.int8, tensors.values)
+    for region in streams.chunks(scale_shape, mapping.chunk(path, 4)):
+        scale[tuple(slice(*span) for span in region)] = reading.gather(path, region, np.float32, tensors.scales)
+    return values, scale
 
 
 def _read_share(mapping: ModelMap, reading: Reading, path: str, dtype: str, index: Any) -> np.ndarray:
@@ -96,8 +129,14 @@ def to_huggingface(
     step: int | None = None,
     item: str = native.PARAMS,
     shard_bytes: int = huggingface.SHARD_BYTES,
+    pack: Callable[[ModelMap, np.dtype], Packing] | None = None,
+    finish: Callable[[str, model_directory.ModelDirectory, dict[str, Any]], None] | None = None,
 ) -> ModelConfig:
-    """Converts a model directory into a Hugging Face folder. dtype None: as stored. Returns the model's config."""
+    """Converts a model directory into a Hugging Face folder. dtype None: as stored. Returns the model's config.
+
+    pack(mapping, float type): which leaves are written in int8, and how; None for none. finish(folder, source, its
+    metadata): puts more files into the folder before it takes its name.
+    """
     _check_dtype(dtype)
     place = model_directory.locate(patterns.one(source), step=step)
     note = model_directory.read_metadata(place.checkpoint)
@@ -106,6 +145,9 @@ def to_huggingface(
         raise UserError(f"{source} is a model of the family {config.family}, which Hugging Face does not have")
     family = FAMILIES[config.family]
     mapping = native.model_map(family.table, config)
+    if note["kinds"].get(item):
+        kind = next(iter(note["kinds"][item].values()))["kind"]
+        raise UserError(f"{place.checkpoint} holds {kind} weights; convert the model that they were made from")
     leaves = streams.read_item(place.checkpoint, item)
     _check_leaves(leaves, mapping, where=place.checkpoint)
     dtypes = {path: np.dtype(dtype) if dtype else leaf.dtype for path, leaf in leaves.items()}
@@ -113,7 +155,12 @@ def to_huggingface(
     settings = huggingface.settings(
         family, config, dtype=dtypes["embed/tokens"].name, token_ids=token_ids, name=config.family
     )
-    described = {name: (shape, dtypes[path]) for name, (shape, path) in mapping.written().items()}
+    packing = None if pack is None else pack(mapping, dtypes["embed/tokens"])
+    if packing is None:
+        described = {name: (shape, dtypes[path]) for name, (shape, path) in mapping.written().items()}
+    else:
+        described = packing.described(mapping.written(), dtypes)
+        settings["quantization_config"] = compressed_tensors.settings()
     with staged(target) as staging:
         streams.require_space(staging, sum(math.prod(s) * d.itemsize for s, d in described.values()))
         tokenizers.write(place.tokenizer, staging, name=config.family)
@@ -123,9 +170,12 @@ def to_huggingface(
         writer = huggingface.FolderWriter(staging, described, shard_bytes=shard_bytes)
         try:
             recorded = note["fingerprints"][item]
-            from_native(leaves, mapping, writer, dtype=dtype, recorded=recorded, where=place.checkpoint)
+            where = place.checkpoint
+            from_native(leaves, mapping, writer, dtype=dtype, recorded=recorded, where=where, packing=packing)
         finally:
             writer.close()
+        if finish is not None:
+            finish(staging, place, note)
     return config
 
 

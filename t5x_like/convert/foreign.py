@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from t5x_like.convert import huggingface, llama2c, staging, t5x
+from t5x_like.convert import checksums, huggingface, llama2c, staging, t5x
 from t5x_like.convert.mapping import Source, Table
 from t5x_like.core.errors import UserError
 from t5x_like.models.config import ModelConfig
@@ -15,7 +16,10 @@ from t5x_like.storage import paths
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """form: in words. fields: of our model's section. tokenizer: its files. extra: what goes into the metadata."""
+    """form: in words. fields: of our model's section. tokenizer: its files. extra: what goes into the metadata.
+
+    check(): compares its files with their checksums, where it has any; for whoever reads all of it.
+    """
 
     path: str
     form: str
@@ -25,6 +29,7 @@ class Foreign:
     tensors: Source
     tokenizer: Sequence[str]
     extra: Mapping[str, Any]
+    check: Callable[[], None] = lambda: None
 
 
 def is_foreign(path: str) -> bool:
@@ -77,6 +82,7 @@ def _open_folder(folder: huggingface.Folder) -> Iterator[Foreign]:
             tensors,
             folder.tokenizer_files(),
             {"generation_config": folder.generation(), "token_ids": ids},
+            functools.partial(checksums.check, folder.path),
         )
 
 

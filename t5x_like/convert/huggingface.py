@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from t5x_like.convert import safetensors
+from t5x_like.convert import compressed_tensors, safetensors
+from t5x_like.convert.compressed_tensors import PackedTensors
 from t5x_like.convert.families import FAMILIES, Family
 from t5x_like.convert.layout import Span
 from t5x_like.convert.safetensors import FileTensors
@@ -49,8 +50,9 @@ class Folder:
         if kind not in FAMILIES:
             raise UserError(f"{self.where}: model_type={kind!r} is not converted yet; {nearest(kind, FAMILIES)}")
         self.name, self.family = kind, FAMILIES[kind]
-        if self.settings.get("quantization_config") is not None:
-            raise UserError(f"{self.where}: quantization_config is set; convert the model that was not quantized")
+        self._packed = self.settings.get("quantization_config") is not None
+        if self._packed:
+            compressed_tensors.check(self.settings["quantization_config"], where=self.where)
 
     def section(self, tensors: Collection[str]) -> dict[str, Any]:
         """The fields of our model's section that config.json gives; `tensors`: the names beside it."""
@@ -65,12 +67,13 @@ class Folder:
         return [place for place in places if os.path.isfile(place)]
 
     @contextlib.contextmanager
-    def tensors(self) -> Iterator["ShardedTensors"]:
+    def tensors(self) -> Iterator["ShardedTensors | PackedTensors"]:
         """The tensors of all files, which are open as long as the context."""
         names = _weight_files(self.path)
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(safetensors.open_file(os.path.join(self.path, name))) for name in names]
-            yield ShardedTensors(self.path, files)
+            tensors = ShardedTensors(self.path, files)
+            yield PackedTensors(tensors) if self._packed else tensors
 
 
 def is_folder(directory: str) -> bool:
@@ -102,8 +105,8 @@ class ShardedTensors:
             found.update(file.described())
         return found
 
-    def read(self, name: str, span: Span, *, reuse: bool = False) -> np.ndarray:
-        return self._files[name].read(name, span, reuse=reuse)
+    def read(self, name: str, span: Span, *, reuse: bool = False, dtype: Any = None) -> np.ndarray:
+        return self._files[name].read(name, span, reuse=reuse, dtype=dtype)
 
 
 def read_object(path: str) -> dict[str, Any]:

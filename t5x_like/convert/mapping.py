@@ -8,7 +8,7 @@ vocabulary are ours alone: zeros when read, dropped when written.
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401  (numpy learns the names of bfloat16 and its kin)
@@ -100,7 +100,7 @@ class ModelMap:
 
     def __init__(self, table: Table, specs: Mapping[str, Any], *, vocab_size: int):
         """`specs`: path -> ParamSpec of our model. A table that does not fit them is a defect: ValueError."""
-        self.table = table
+        self.table, self.specs = table, specs
         self.leaves = {path: _leaf(spec, vocab_size) for path, spec in specs.items()}
         self.tensors: dict[str, list[Tensor]] = {}
         for row in table.rows:
@@ -149,6 +149,12 @@ class ModelMap:
         count = BLOCK_BYTES // (math.prod(leaf.shape[1:]) * itemsize)
         return (min(max(count, 1), leaf.layers), *piece)
 
+    def summed(self, path: str) -> tuple[int, ...]:
+        """The dims of our leaf that are the columns of their matrices [out, in]."""
+        layout = self.tensors[path][0].layout
+        first = 1 if self.leaves[path].stacked else 0
+        return tuple(first + dim for dim, group in enumerate(layout.ours) if set(group) <= set(layout.theirs[1]))
+
     def cut(self, path: str, region: Region) -> Iterator[tuple[Tensor, tuple[int, ...], Region]]:
         """What a region of ours consists of: (their tensor, where in the region its layer begins, region of a layer).
 
@@ -192,19 +198,28 @@ class Reading:
 
         Raises UserError for a number that is not finite.
         """
-        result = scratch.array("ours", [end - begin for begin, end in region], self.dtypes[path])
+        return self.gather(path, region, self.dtypes[path], self._read_finite)
+
+    def gather(self, path: str, region: Region, dtype: Any, read: Callable[[str, Span], np.ndarray]) -> np.ndarray:
+        """As `read`, of what `read(name, span)` gives of their tensors."""
+        result = scratch.array("ours", [end - begin for begin, end in region], np.dtype(dtype))
         leaf = self._mapping.leaves[path]
         if leaf.shape != leaf.logical:
             result[...] = 0
         for tensor, index, kept in self._mapping.cut(path, region):
-            found = self._source.read(self._names[tensor.name], tensor.layout.span(kept), reuse=True)
-            if not all_finite(found):
-                raise UserError(
-                    f"{self._source.where}: {self._names[tensor.name]!r} holds NaN or infinity; it is no trained model"
-                )
-            piece = tensor.layout.to_ours(found, kept)
+            piece = tensor.layout.to_ours(read(self._names[tensor.name], tensor.layout.span(kept)), kept)
             copy(piece, result[index][tuple(slice(end - begin) for begin, end in kept)])
         return result
+
+    def names(self, path: str) -> list[str]:
+        """Their tensors that hold a leaf."""
+        return [self._names[tensor.name] for tensor in self._mapping.tensors[path]]
+
+    def _read_finite(self, name: str, span: Span) -> np.ndarray:
+        found = self._source.read(name, span, reuse=True)
+        if not all_finite(found):
+            raise UserError(f"{self._source.where}: {name!r} holds NaN or infinity; it is no trained model")
+        return found
 
     def _checked(self, given: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.dtype]:
         where, wanted = self._source.where, self._mapping.described()

@@ -45,7 +45,12 @@ def model_config(name: str, fields: Mapping[str, Any], *, dtype: str, where: str
 
 def model_specs(config: ModelConfig) -> dict[str, Any]:
     """path -> ParamSpec."""
-    return tree.flatten(Model(config, rules(), DtypePolicy(config.dtype.params, config.dtype.params)).specs())
+    return tree.flatten(model(config).specs())
+
+
+def model(config: ModelConfig) -> Model:
+    """A model to ask about its parameters."""
+    return Model(config, rules(), DtypePolicy(config.dtype.params, config.dtype.params))
 
 
 def model_map(table: Callable[[ModelConfig], Table], config: ModelConfig) -> ModelMap:

@@ -52,8 +52,10 @@ class FileTensors:
     def described(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {name: (shape, dtype) for name, (shape, dtype, _) in self._tensors.items()}
 
-    def read(self, name: str, span: Span, *, reuse: bool = False) -> np.ndarray:
-        _, dtype, offset = self._tensors[name]
+    def read(self, name: str, span: Span, *, reuse: bool = False, dtype: Any = None) -> np.ndarray:
+        """dtype: what the bytes are taken as, with a span in elements of it; None for what they are."""
+        _, stored, offset = self._tensors[name]
+        dtype = stored if dtype is None else np.dtype(dtype)
         starts, length = span.runs()
         array = scratch.array("theirs", span.shape, dtype) if reuse else np.empty(span.shape, dtype)
         rest = array.reshape(-1).view(np.uint8).data

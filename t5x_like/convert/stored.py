@@ -12,6 +12,7 @@ from t5x_like.convert import native
 from t5x_like.convert.convert import load_params, open_reading
 from t5x_like.convert.foreign import is_foreign, open_foreign
 from t5x_like.core import tree
+from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.models import config as model_config
@@ -48,6 +49,11 @@ def open_model(directory: str) -> StoredModel:
         return _foreign(directory)
     place = model_directory.locate(directory)
     note = model_directory.read_metadata(place.checkpoint)
+    if (note["config"].get("adapter") or {}).get("name", "none") != "none":
+        raise UserError(
+            f"{place.checkpoint} is an adapter, and a whole model is wanted here; merge it by "
+            f"`t5x_like convert {directory} MODEL --to=native` and give MODEL"
+        )
     return StoredModel(
         directory=place.checkpoint,
         step=note["step"],

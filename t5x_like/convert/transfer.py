@@ -5,10 +5,7 @@ threads holds one piece about four times: as read, in the other order, in the ot
 That is the bound on memory, whatever the size of the model.
 """
 
-import contextlib
-import ctypes
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,14 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from t5x_like.convert import scratch
+from t5x_like.convert.compressed_tensors import Packing
 from t5x_like.convert.mapping import ModelMap, Reading, Target, all_finite
 from t5x_like.core.errors import UserError
 from t5x_like.storage import fingerprint
 from t5x_like.storage.model_directory import DamagedCheckpoint
-from t5x_like.storage.streams import ItemWriter, LeafReader, Region, chunks
+from t5x_like.storage.streams import ItemWriter, LeafReader, Region, chunks, free_pieces_at_once
 
 THREADS = 2
-_MMAP_THRESHOLD = -3  # the parameter of mallopt(3)
 _ONE, _Result = TypeVar("_ONE"), TypeVar("_Result")
 
 
@@ -59,8 +56,10 @@ def from_native(
     dtype: str | None,
     recorded: Mapping[str, int],
     where: str,
+    packing: Packing | None = None,
 ) -> None:
     """Reads every leaf once and puts it into their tensors. Raises DamagedCheckpoint where bits are not `recorded`."""
+    packed = {} if packing is None else packing.dims
 
     def move(job: tuple[str, Region]) -> tuple[str, int]:
         path, region = job
@@ -70,10 +69,16 @@ def from_native(
         value = fingerprint.part(piece, [begin for begin, _ in region], leaf.shape)
         if not all_finite(piece):
             raise UserError(f"{where}: {path!r} holds NaN or infinity; take an earlier checkpoint")
-        mapping.write(target, path, region, piece if dtype is None else piece.astype(dtype, copy=False))
+        if packing is not None and path in packed:
+            packing.write(mapping, target, path, region, piece)
+        else:
+            mapping.write(target, path, region, piece if dtype is None else piece.astype(dtype, copy=False))
         return path, value
 
-    jobs = ((path, region) for path, leaf in leaves.items() for region in chunks(leaf.shape, leaf.chunk))
+    def pieces(path: str, leaf: LeafReader) -> Iterator[Region]:
+        return chunks(leaf.shape, leaf.chunk if packing is None else packing.chunk(path, leaf.shape, leaf.chunk))
+
+    jobs = ((path, region) for path, leaf in leaves.items() for region in pieces(path, leaf))
     sums = _add(in_threads(move, jobs), leaves)
     wrong = [path for path, value in sums.items() if value != recorded.get(path)]
     if wrong:
@@ -82,7 +87,7 @@ def from_native(
 
 def in_threads(function: Callable[[_ONE], _Result], jobs: Iterable[_ONE]) -> Iterator[_Result]:
     """The results in order, with at most THREADS calls begun and not yet given out, so that few pieces are held."""
-    _free_pieces_at_once()
+    free_pieces_at_once()
     waiting: list[Any] = []
     jobs = iter(jobs)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -95,17 +100,6 @@ def in_threads(function: Callable[[_ONE], _Result], jobs: Iterable[_ONE]) -> Ite
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _free_pieces_at_once() -> None:
-    """Tells glibc to map every large array by itself, so that it is given back when it is freed.
-
-    Else its threshold grows to 32 MB with the first ones freed, and pieces leave holes in the heap of each thread:
-    430 MB instead of 85 after a gigabyte. The price is page faults, a third of the time of a conversion.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _add(parts: Iterable[tuple[str, int]], names: Iterable[str]) -> dict[str, int]:

@@ -53,6 +53,13 @@ class ArraySpec:
 
 
 @runtime_checkable
+class RandomLeaf(Protocol):
+    """A leaf that draws random numbers in training (dropout). with_key: the leaf that does so, for one call."""
+
+    def with_key(self, key: Any, /) -> Any: ...
+
+
+@runtime_checkable
 class Leaf(Protocol):
     """A weight that is no plain array: knows its logical shape, axes and kind, and its contractions.
 

@@ -37,11 +37,15 @@ class SetEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a config's data became: {name: set} to train on and held out, and the tokenizer's folder."""
+    """What a config's data became: {name: set} to train on and held out, and the tokenizer's folder.
+
+    chat_template: the Jinja text that conversations were written by, "" for none; stored where there is one
+    """
 
     tokenizer: str
     train: dict[str, SetEntry]
     validation: dict[str, SetEntry]
+    chat_template: str = ""
 
 
 def key(config: DataConfig) -> str:
@@ -53,6 +57,7 @@ def key(config: DataConfig) -> str:
         chosen["csv_separator"] = config.separator
     if config.extra_ids:
         chosen["extra_ids"] = config.extra_ids
+    chosen |= config.reading
     chosen["sources"] = sorted(config.mixture.sources.items())
     if config.tokenizer.startswith("train:"):
         chosen["tokenizer_training_bytes"] = config.tokenizer_training_bytes
@@ -90,6 +95,8 @@ def write_manifest(
     it is. Where the cache may not be written, in the folder `beside`."""
     folder = local_folder(cache_dir)
     content = {"version": VERSION, **dataclasses.asdict(manifest)}
+    if not manifest.chat_template:
+        del content["chat_template"]
     try:
         paths.write_json_if_other(str(folder / name(config)), content)
         if paths.is_remote(cache_dir):
@@ -149,7 +156,7 @@ def _manifest(content: Any, where: str) -> Manifest:
             }
             for part in ("train", "validation")
         ]
-        return Manifest(content["tokenizer"], *sets)
+        return Manifest(content["tokenizer"], *sets, chat_template=content.get("chat_template", ""))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a manifest of a token cache ({error!r}); delete it and prepare again") from None
 

@@ -4,6 +4,7 @@ Every field is given by the config (configs/common); there are no defaults in co
 """
 
 import dataclasses
+from typing import Any
 
 from t5x_like.core.config import RESUME_MAY_CHANGE, nearest
 from t5x_like.core.errors import UsageError
@@ -11,6 +12,7 @@ from t5x_like.core.errors import UsageError
 ON_BAD_RECORD = ("stop", "skip")
 PACKINGS = ("concatenate", "examples", "single")
 TRUNCATIONS = ("cut", "drop", "end")
+CHAT_TEMPLATES = ("none", "tokenizer", "chatml", "llama3", "plain", "t5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,7 @@ class FieldsConfig:
     an example: inputs followed by targets, with the loss on targets only. Both empty: plain documents.
     prompt, chosen, rejected: all three, or none. A record is a pair: two answers to a prompt, the chosen one better
     label: the class of `text`, a whole number from 0; or none
+    messages: a conversation, a list of {role, content} (data/templates/messages.py); or none
     """
 
     text: str
@@ -30,16 +33,20 @@ class FieldsConfig:
     chosen: str
     rejected: str
     label: str
+    messages: str
 
     @property
     def given(self) -> list[str]:
         """The names as fingerprints of caches hold them: the later ones only where there are any."""
         names = list(dataclasses.astuple(self))
-        return names if any(names[3:]) else names[:3]
+        last = max((index for index, name in enumerate(names) if name), default=0)
+        return names[: 3 if last < 3 else 7 if last < 7 else 8]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The fields that are read of a record."""
+        if self.messages:
+            return (self.messages,)
         if self.rejected:
             return (self.prompt, self.chosen, self.rejected)
         if self.targets:
@@ -52,7 +59,7 @@ class FieldsConfig:
         return ("rejected",) * bool(self.rejected) + ("labels",) * bool(self.label)
 
 
-PLAIN = FieldsConfig(text="text", inputs="", targets="", prompt="", chosen="", rejected="", label="")
+PLAIN = FieldsConfig(text="text", inputs="", targets="", prompt="", chosen="", rejected="", label="", messages="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +135,31 @@ class TruncateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """How conversations (fields.messages) and examples (fields.inputs and targets) are written as text.
+
+    template: "none" (examples alone, inputs followed by targets), "tokenizer" (the tokenizer's own chat template),
+        "chatml", "llama3", "plain" or "t5" (data/templates/named.py)
+    train_on: "assistant" (every turn of the assistant) or "last" (its last turn)
+    system: what a conversation that has no message of the system begins with; "" for none
+    """
+
+    template: str
+    train_on: str
+    system: str
+
+    def check(self, path: str) -> None:
+        if self.template not in CHAT_TEMPLATES:
+            raise UsageError(f"{path}.template={self.template!r} is unknown; {nearest(self.template, CHAT_TEMPLATES)}")
+        if self.train_on not in ("assistant", "last"):
+            raise UsageError(f"{path}.train_on={self.train_on!r} should be assistant (every turn of it) or last")
+        if self.template == "none" and (self.train_on, self.system) != ("assistant", ""):
+            raise UsageError(
+                f"{path}.train_on and system have no effect with template='none'; leave them at 'assistant' and ''"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer, held-out text and the shape of a batch.
 
@@ -154,6 +186,7 @@ class DataConfig:
     start_token: what a decoder with an encoder begins with: "pad" (id 0, as T5), "bos", "eos" or an id
     packing: "concatenate" (one stream, cut into rows), "examples" (whole examples, best fit into rows) or "single"
         (one example a row)
+    chat: how conversations become text
     truncate: what becomes of an example that is longer than its row (whole examples: not packing "concatenate")
     attend_across_documents: documents of one row see each other (then a batch has no segment_ids)
     prefix: the inputs of an example are seen by all of its tokens, not by those after them alone (a prefix LM,
@@ -169,6 +202,7 @@ class DataConfig:
     source: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     mixture: MixtureConfig
     fields: FieldsConfig
+    chat: ChatConfig
     csv_separator: str
     on_bad_record: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     max_bad_share: float = dataclasses.field(metadata=RESUME_MAY_CHANGE)
@@ -195,7 +229,46 @@ class DataConfig:
     cache: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     verify: bool = dataclasses.field(metadata=RESUME_MAY_CHANGE)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a token set stores besides tokens (data/token_set.py)."""
+        return ("trained",) if self.chats and not self.answers_apart else self.fields.columns
+
+    @property
+    def chats(self) -> bool:
+        """Whether records are written by a chat template."""
+        return self.chat.template != "none"
+
+    @property
+    def answers_apart(self) -> bool:
+        """Whether each turn of the assistant is an example of its own: the target of what comes before."""
+        return self.features == "source_target"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `chat` decides of the tokens; {} where it decides nothing."""
+        return {"chat": [*dataclasses.astuple(self.chat), self.answers_apart]} if self.chats else {}
+
+    def _check_chat(self, path: str) -> None:
+        fields = self.fields
+        if fields.messages and not self.chats:
+            raise UsageError(f"{path}.fields.messages={fields.messages!r} needs {path}.chat.template, such as 'plain'")
+        if self.chats and not (fields.messages or fields.targets):
+            raise UsageError(
+                f"{path}.chat.template={self.chat.template!r} needs {path}.fields.messages, or inputs and targets"
+            )
+        if self.chat.template == "t5" and not self.answers_apart:
+            raise UsageError(
+                f"{path}.chat.template='t5' is for encoder-decoders ({path}.features='source_target'); use 'plain'"
+            )
+        if self.chats and self.features not in ("causal", "source_target"):
+            raise UsageError(
+                f"{path}.chat.template={self.chat.template!r} does not go with features={self.features!r}; "
+                "use 'causal' or 'source_target'"
+            )
+
     def check(self, path: str) -> None:
+        self._check_chat(path)
         ranges = {"batch_size": 1, "length": 1, "tokenizer_training_bytes": 1}
         ranges |= {"validation_batches": 0, "validation_stride": 0, "prefetch": 0, "workers": 0}
         for name, least in ranges.items():

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from t5x_like.core.errors import UserError
 from t5x_like.data.open_files import OpenFile, OpenFiles
 from t5x_like.storage import paths
 
-VERSION = 1  # of sets without columns, 2 of sets with them
+VERSION = 1  # of sets without columns, 2 of sets with them, 3 where one of them has an entry per token
+_VERSIONS = (VERSION, VERSION + 1, VERSION + 2)
 INDEX = "index.json"
 _READ_AT_ONCE = 1 << 20  # tokens, where many are only counted
 _IN_MEMORY = 4 << 20  # bytes of a section that is being written
@@ -42,7 +43,8 @@ _SECTIONS = (  # (name, numpy type or None for the tokens' own, entries per)
     ("large_positions", "<i8", "large"),
     ("large_values", "<i8", "large"),
 )
-_COLUMN_TYPE = "<i4"  # of sections that some sets have besides, one entry per document
+# Sections that some sets have besides: (numpy type, entries per).
+_COLUMNS = {"rejected": ("<i4", "documents"), "labels": ("<i4", "documents"), "trained": ("<u1", "tokens")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Encoded:
 
     ids, byte_counts: all tokens, with BOS and EOS; inputs: tokens at its begin without loss; files, offsets: its place
     columns: what some kinds of documents have besides: {"rejected": the token in it with which the second answer
-    begins} of a pair (prompt, chosen answer, rejected answer), {"labels": its class}
+    begins} of a pair (prompt, chosen answer, rejected answer), {"labels": its class}, {"trained": of every token, 1 if
+    it is predicted with loss} of a conversation
     """
 
     ids: Int[np.ndarray, "tokens"]
@@ -73,7 +76,7 @@ def shard_name(index: int) -> str:
 
 
 def _sections(columns: Sequence[str]) -> tuple[tuple[str, str | None, str], ...]:
-    return (*_SECTIONS, *((name, _COLUMN_TYPE, "documents") for name in columns))
+    return (*_SECTIONS, *((name, *_COLUMNS[name]) for name in columns))
 
 
 def write_shard(
@@ -194,7 +197,8 @@ def write_index(
     """Declares a token set complete. `unit`: what document offsets count, "byte" or "record"; notes: more facts."""
     total = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes", "skipped")}
     columns = {"columns": shards[0]["columns"]} if shards and "columns" in shards[0] else {}
-    version = VERSION + 1 if columns else VERSION
+    per_token = any(_COLUMNS[name][1] == "tokens" for name in columns.get("columns", ()))
+    version = VERSION + 2 if per_token else VERSION + 1 if columns else VERSION
     index = {"version": version, **columns, "fingerprint": fingerprint, "token_type": kind, "unit": unit, **total}
     paths.write_json_if_other(str(folder / INDEX), index | dict(notes) | {"shards": shards})
 
@@ -210,7 +214,8 @@ def remove_leftovers(folder: pathlib.Path) -> None:
 class TokenSet:
     """A complete token set, open for reading. `documents`, `tokens`, `text_bytes`, `skipped`, `bad`: totals.
 
-    `ends`, `inputs` and `columns` have one entry per document.
+    `ends`, `inputs` and `columns` have one entry per document. `marks_trained`: whether it says of every token if it is
+    trained; else all behind the inputs are.
 
     Sizes are checked when it is opened, checksums too with `verify`. Reading is safe from several threads. `files`
     may be those of several sets.
@@ -240,10 +245,13 @@ class TokenSet:
         joined = {name: np.concatenate([empty, *(column[name] for column in columns)]) for name in _READ_AT_OPENING}
         self.ends: np.ndarray = joined["ends"]  # the token behind each document
         self.inputs: np.ndarray | None = joined["inputs"].astype(np.int32) if joined["inputs"].any() else None
+        listed = index.get("columns", ())
         self.columns = {
             name: np.concatenate([empty, *(shard.column(name, 0, None) for shard in self._shards)])
-            for name in index.get("columns", ())
+            for name in listed
+            if _COLUMNS[name][1] == "documents"
         }
+        self.marks_trained = "trained" in listed
         self._large_positions, self._large_values = joined["large_positions"], joined["large_values"]
 
     def read(
@@ -268,6 +276,23 @@ class TokenSet:
             large = counts == _LARGE
             values[large] = self._large_values[np.searchsorted(self._large_positions, places[large])]
         return tokens.astype(np.int32), values
+
+    def read_trained(
+        self,
+        starts: Int[np.ndarray, "spans"],
+        lengths: Int[np.ndarray, "spans"],
+        rows: Int[np.ndarray, "spans"],
+        columns: Int[np.ndarray, "spans"],
+        shape: tuple[int, int],
+    ) -> Bool[np.ndarray, "n width"]:
+        """Of the same tokens as `read`, which are predicted with loss."""
+        marks = np.zeros(shape, np.uint8)
+        spans = (starts, lengths, rows, columns, self._shard_of(starts))
+        for start, length, row, column, shard in zip(*(array.tolist() for array in spans), strict=True):
+            for local, begin, end, number in self._within(start, length, shard):
+                found = self._shards[number].column("trained", local, end - begin)
+                marks[row, column + begin : column + end] = found
+        return marks > 0
 
     def begin(self, document: int) -> int:
         """The number of a document's first token."""
@@ -297,12 +322,17 @@ class TokenSet:
         return np.searchsorted(self._first_token, tokens, side="right") - 1
 
     def _read_span(self, tokens: np.ndarray, counts: np.ndarray, start: int, shard: int) -> None:
+        for local, begin, end, number in self._within(start, len(tokens), shard):
+            self._shards[number].read_into(tokens[begin:end], counts[begin:end], local)
+
+    def _within(self, start: int, length: int, shard: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first token within its shard, begin and end within the span, shard) of the parts of a span of tokens."""
         done = 0
-        while done < len(tokens):
+        while done < length:
             local = start + done - int(self._first_token[shard])
-            count = min(len(tokens) - done, self._shards[shard].tokens - local)
+            count = min(length - done, self._shards[shard].tokens - local)
             if count:
-                self._shards[shard].read_into(tokens[done : done + count], counts[done : done + count], local)
+                yield local, done, done + count, shard
             done, shard = done + count, shard + 1
 
 
@@ -384,7 +414,7 @@ def read_index(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: not the index of a token set ({error}); delete {folder} and prepare again") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if index.get("version") not in (VERSION, VERSION + 1):
+    if index.get("version") not in _VERSIONS:
         raise UserError(
             f"{path}: version {index.get('version')} instead of {VERSION}; delete {folder} and prepare again"
         )

@@ -208,9 +208,14 @@ def _fitted(row: Row, source: Sequence[int] | None, index: int, max_length: int,
 
 def _rows(model: Model, lengths: Lengths, tokens_per_batch: int, mesh: Mesh | None) -> int:
     """Rows of the batches of these lengths, which the batch axes of the mesh divide."""
-    sizes = {} if mesh is None else dict(mesh.shape)
-    shards = math.prod(sizes.get(name, 1) for name in model.rules.mesh_axes("batch"))
+    shards = batch_shards(model, mesh)
     return max(1, tokens_per_batch // (sum(lengths) * shards)) * shards
+
+
+def batch_shards(model: Model, mesh: Mesh | None) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    sizes = {} if mesh is None else dict(mesh.shape)
+    return math.prod(sizes.get(name, 1) for name in model.rules.mesh_axes("batch"))
 
 
 def _start(model: Model, params: Tree, texts: Sequence[Text], rows: int, lengths: Lengths, mesh: Mesh | None):

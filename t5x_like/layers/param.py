@@ -1,6 +1,7 @@
 """How a module declares a parameter, and how declared parameters get their first values.
 
-A declaration is shape, logical axes and the name of an initializer (normal with a stddev, or a constant); no array is
+A declaration is shape, logical axes and the name of an initializer (normal with a stddev, uniform up to a bound, or a
+constant); no array is
 made until `initialize`, and modules draw no random numbers themselves. Shardings and the dtype of computation are NOT
 here.
 """
@@ -24,6 +25,10 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str, stddev: float) -
     return (stddev * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: str, bound: float) -> jax.Array:
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+
 def _constant(key: jax.Array, shape: tuple[int, ...], dtype: str, value: float) -> jax.Array:
     del key
     return jnp.full(shape, value, dtype)
@@ -32,6 +37,7 @@ def _constant(key: jax.Array, shape: tuple[int, ...], dtype: str, value: float) 
 # What may stand in `ParamSpec.init`, as "name(number)".
 INITIALIZERS: dict[str, Callable[[jax.Array, tuple[int, ...], str, float], jax.Array]] = {
     "normal": _normal,
+    "uniform": _uniform,
     "constant": _constant,
 }
 

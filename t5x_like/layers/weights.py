@@ -17,7 +17,9 @@ from flax import nnx
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
-from t5x_like.core.types import Leaf
+from t5x_like.core import tree
+from t5x_like.core.types import Leaf, RandomLeaf, Tree
+from t5x_like.layers.param import fold
 
 
 def value(w: Any) -> Any:
@@ -31,7 +33,7 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]
     Equations read "kept contracted, contracted new -> kept new", such as "BTNH,NHD->BTD". The product has the type of x
     (the hardware accumulates in float32).
     """
-    kept, new = _parse(equation)
+    kept, new = parse(equation)
     leaf = value(w)
     if isinstance(leaf, Leaf):
         return leaf.contract(equation, x)
@@ -47,7 +49,7 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]
     return product.reshape(kept_shape + new_shape)
 
 
-def _parse(equation: str) -> tuple[int, int]:
+def parse(equation: str) -> tuple[int, int]:
     """(dims of x that are kept, dims of w that are new). Raises ValueError for an equation of another form."""
     match = re.fullmatch(r"([A-Z]*),([A-Z]+)->([A-Z]*)", equation)
     if match:
@@ -106,11 +108,27 @@ def ragged(x_MD: Float[Array, "M D"], w_EDF: Any, sizes_E: Int[Array, " E"]) -> 
     return jax.lax.ragged_dot(x_MD, _array(leaf).astype(x_MD.dtype), sizes_E)
 
 
+def keyed(params: Tree, key: jax.Array) -> dict[str, Any]:
+    """The parameters of one call in training: each leaf that draws random numbers gets a key by its path."""
+
+    def of_leaf(path: str, leaf: Any) -> Any:
+        return leaf.with_key(fold(key, path)) if isinstance(leaf, RandomLeaf) else leaf
+
+    return tree.map_with_path(of_leaf, params)
+
+
 def dense(w: Any, dtype: Any) -> Any:
     """The weight as one array: an array as it is stored, any other leaf written out in `dtype`. For the head alone,
     whose scorer cuts and gathers it."""
     leaf = value(w)
     return leaf.dense(dtype) if isinstance(leaf, Leaf) else leaf
+
+
+def against_rows(x_BTD: Float[Array, "B T D"], w: Any) -> Float[Array, "B T V"] | None:
+    """Float32 products of x with each row of a [V, D] leaf that multiplies so itself (`against_rows`), without writing
+    itself out as `dense` does; None for an array and any other leaf."""
+    multiply = getattr(value(w), "against_rows", None)
+    return None if multiply is None else multiply(x_BTD)
 
 
 def _array(leaf: Any) -> jax.Array:

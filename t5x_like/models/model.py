@@ -19,9 +19,10 @@ from t5x_like.core import tree
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
-from t5x_like.layers.param import empty, initialize
+from t5x_like.layers.param import empty, fold, initialize
 from t5x_like.layers.platform import float32_products
 from t5x_like.layers.scoring.head import Head
+from t5x_like.layers.weights import keyed
 from t5x_like.models import flops
 from t5x_like.models.architecture import Architecture, Output
 from t5x_like.models.config import ModelConfig
@@ -95,6 +96,7 @@ class Model:
     ) -> Output:
         _check_tree(params, self._specs)
         self._check_lengths(batch)
+        params = params if key is None else keyed(params, fold(key, "weights"))
         with use_rules(self.rules), float32_products(self.dtypes.compute):
             return self._architecture.apply(params, batch, cache=cache, fresh_rows_R=fresh_rows_R, key=key)
 

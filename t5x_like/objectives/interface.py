@@ -33,9 +33,12 @@ class Role:
     whole: Callable[[Tree, Mapping[str, Any]], Tree]
 
 
-def policy(model: Model) -> Role:
-    """The model that is trained; `frozen["base"]` holds those of its parameters that are not."""
-    return Role(model, lambda params, frozen: tree.join(params, frozen["base"]))
+def policy(model: Model, attach: Callable[[Tree], Tree] = lambda whole: whole) -> Role:
+    """The model that is trained; `frozen["base"]` holds those of its parameters that are not.
+
+    attach: puts adapters, which have a root of their own in the tree of both, onto the weights.
+    """
+    return Role(model, lambda params, frozen: attach(tree.join(params, frozen["base"])))
 
 
 def frozen_role(model: Model, name: str) -> Role:

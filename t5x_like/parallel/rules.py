@@ -30,6 +30,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "positions": (),
     "types": (),
     "buckets": (),
+    "rank": (),
     # Dims of activations.
     "batch": ("slice", "data", "fsdp", "expert"),
     "length": ("sequence",),

@@ -18,11 +18,12 @@ from t5x_like.data.read import features
 from t5x_like.inference.decode import decode_step
 from t5x_like.models.model import Model
 from t5x_like.objectives import table as objectives
-from t5x_like.objectives.interface import Objective, frozen_role, policy
+from t5x_like.objectives.interface import Objective, Role, frozen_role, policy
 from t5x_like.optim import optimizers
 from t5x_like.optim import rules as path_rules
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, named
+from t5x_like.peft import attach as adapters
 from t5x_like.runs.roles import POLICY, FrozenModel, build_model, frozen_models
 from t5x_like.runs.train import Experiment, multiples
 from t5x_like.training import state as train_state
@@ -50,21 +51,17 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     platform = mesh.devices.flat[0].platform
     model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
     rules = model.rules
-    specs = model.specs()
-    _check_rules(rules, specs, where="config.mesh.rules")
+    trained, trainable, frozen = _policy(experiment, model)
+    _check_rules(rules, tree.join(trainable, frozen), where="config.mesh.rules")
     data = experiment.data
     others = frozen_models(experiment.roles, length=max(data.length, data.encoder_length), platform=platform)
     for name, other in others.items():
         _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
-    frozen_paths = path_rules.frozen_paths(experiment.optim, specs)
-    frozen, trainable = tree.split(specs, lambda path: path in frozen_paths)
-    if not trainable:
-        raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
-    roles = {POLICY: policy(model)} | {name: frozen_role(other.model, name) for name, other in others.items()}
+    roles = {POLICY: trained} | {name: frozen_role(other.model, name) for name, other in others.items()}
     objective = objectives.build(experiment.objective, roles, features.arrays(data))
     steps = experiment.optim.schedule.steps
     assert steps is not None, "from_config has filled it in"
-    optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=frozen_paths)
+    optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=tree.flatten(frozen))
     base = {"base": train_state.Frozen(frozen, rules, source=None)}
     parts = train_state.Parts(trainable, rules, base | {name: other.part for name, other in others.items()})
     layout = train_state.layout(optimizer, parts, ema=experiment.loop.ema_decay is not None, mesh=mesh)
@@ -84,6 +81,19 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
         step=jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings(), None), compiler_options=options),
         evaluate=jax.jit(objective.evaluate, compiler_options=options),
     )
+
+
+def _policy(experiment: Experiment, model: Model) -> tuple[Role, dict[str, Any], dict[str, Any]]:
+    """(the model that is trained, specs of its parameters that are, and of those that are not)."""
+    adapter = adapters.build(experiment.adapter, model.specs())
+    candidates = model.specs() if adapter is None else adapter.specs()
+    frozen_paths = path_rules.frozen_paths(experiment.optim, candidates)
+    frozen, trainable = tree.split(candidates, lambda path: path in frozen_paths)
+    if not trainable:
+        raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
+    if adapter is None:
+        return policy(model), trainable, frozen
+    return policy(model, adapter.attach), trainable, tree.join(model.specs(), frozen)
 
 
 def decode_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: int) -> tuple[Any, tuple[Any, ...]]:
@@ -149,7 +159,7 @@ def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
 
 
 def _step_config(experiment: Experiment) -> StepConfig:
-    loop = experiment.loop
+    loop, lora = experiment.loop, experiment.adapter.lora
     return StepConfig(
         micro_batches=loop.micro_batches,
         clip_norm=experiment.optim.clip_norm,
@@ -157,7 +167,7 @@ def _step_config(experiment: Experiment) -> StepConfig:
         spike_deviations=None if loop.on_spike == "off" else loop.spike_deviations,
         spike_memory=loop.spike_memory,
         spike_warmup=loop.spike_warmup,
-        dropout=experiment.model.dropout > 0,
+        dropout=experiment.model.dropout > 0 or (lora is not None and lora.dropout > 0),
         seed=experiment.seed,
     )
 

@@ -10,6 +10,7 @@ import jax
 from t5x_like.core import tree
 from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.models.attention_paths import Path, attention_paths
+from t5x_like.peft.attach import is_adapter
 from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment
 from t5x_like.storage import paths
@@ -105,6 +106,8 @@ def closing(workdir: str, evaluation: Mapping[str, float], *, plot: bool) -> Ite
 def _model(experiment: Experiment, program: Program) -> dict[str, object]:
     c = experiment.model
     frozen = sum(leaf.size for _, leaf in tree.leaves(program.layout.frozen["base"]))
+    adapter = sum(leaf.size for path, leaf in tree.leaves(program.layout.state["params"]) if is_adapter(path))
+    untrained = "all frozen" if adapter else f"of which {format_count(frozen)} are frozen"
     others = {
         name: f"{role.model.config.family} {role.model.config.size}, "
         f"{format_count(role.model.parameter_count())} frozen parameters of {role.stored.directory}"
@@ -116,8 +119,8 @@ def _model(experiment: Experiment, program: Program) -> dict[str, object]:
     }
     return {
         "family": f"{c.family} {c.size}",
-        "parameters": format_count(program.model.parameter_count())
-        + (f", of which {format_count(frozen)} are frozen" if frozen else ""),
+        "parameters": format_count(program.model.parameter_count()) + (f", {untrained}" if frozen else ""),
+        **({"adapter": f"{experiment.adapter.name}, {format_count(adapter)} trained parameters"} if adapter else {}),
         **stacks,
         "sizes": f"width {c.width}, vocabulary {c.vocab_size} (stored {c.padded_vocab})",
         "numbers": f"{program.model.dtypes.params} parameters, {program.model.dtypes.compute} compute, remat {c.remat}",

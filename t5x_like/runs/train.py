@@ -17,6 +17,7 @@ from t5x_like.objectives import table as objectives
 from t5x_like.optim import optimizers
 from t5x_like.optim.schedules import ends_at_zero
 from t5x_like.parallel import mesh as meshes
+from t5x_like.peft.config import AdapterConfig
 from t5x_like.runs import branch, sections
 from t5x_like.runs.roles import RoleConfig, check_names
 from t5x_like.training import keep
@@ -31,6 +32,7 @@ class Experiment:
 
     seed: int
     model: model_config.ModelConfig
+    adapter: AdapterConfig
     data: DataConfig
     mesh: meshes.MeshConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
     optim: optimizers.OptimConfig
@@ -125,6 +127,12 @@ def _check_relations(experiment: Experiment) -> None:
     _check_features(experiment)
     wanted = objectives.wanted_roles(experiment.objective)
     check_names(experiment.roles, wanted, objective=experiment.objective.name)
+    checkpoint = experiment.checkpoint
+    if experiment.adapter.name != "none" and checkpoint.init_from is None and checkpoint.branch_from is None:
+        raise UsageError(
+            f"config.adapter.name={experiment.adapter.name!r} trains an adapter of a model that is there; give its "
+            "directory as config.checkpoint.init_from"
+        )
     if loop.ema_decay is not None and model.dtype.params != "float32":
         raise UsageError(
             f"config.loop.ema_decay={loop.ema_decay:g} needs config.model.dtype.params='float32': a change that small "

@@ -6,8 +6,8 @@ A path joins keys, attribute names and indices with `/`: an optax state's second
 the caller builds it again.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,19 @@ from t5x_like.core.errors import UserError
 
 # From the abstract parts by name, the logical shape and the axes, an abstract leaf (a pytree of the parts).
 Constructor = Callable[[dict[str, jax.ShapeDtypeStruct], tuple[int, ...], tuple[str | None, ...]], Any]
+
+
+@runtime_checkable
+class Built(Protocol):
+    """A template that makes its leaf itself of the array that is stored, read a region at a time.
+
+    build(read, chunk): `read(region)` gives a numpy array, which the next call may overwrite; every region is asked for
+    once. chunk: the shape of the pieces in which the array is stored.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def build(self, read: Callable[[Any], np.ndarray], chunk: Sequence[int], /) -> Any: ...
 
 
 def array_paths(item: Any) -> dict[str, Any]:

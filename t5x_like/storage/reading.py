@@ -5,7 +5,7 @@ functions together.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UserError
-from t5x_like.storage import leaves, paths
+from t5x_like.storage import fingerprint, leaves, paths, streams
 from t5x_like.storage.fingerprint import fingerprints
 from t5x_like.storage.model_directory import DamagedCheckpoint, read_metadata
 from t5x_like.storage.quiet import quiet_orbax
@@ -40,9 +40,9 @@ def restore(
 ) -> dict[str, Any]:
     """The items named in `templates`: trees of jax.ShapeDtypeStruct, each leaf with the sharding it shall have.
 
-    A template may hold part of an item. A leaf without a sharding goes to the first device; one of another dtype
-    than saved is converted after it was verified. At most `group_bytes` (or one array) are read before they are
-    verified and converted, so that in all there is little more than the result.
+    A template may hold part of an item, and leaves.Built, which make their leaves themselves. A leaf without a sharding
+    goes to the first device; one of another dtype than saved is converted after it was verified. At most `group_bytes`
+    (or one array) are read before they are verified and converted, so that in all there is little more than the result.
 
     Where the checkpoint recorded a leaf of another kind (quantized, low-rank) for a plain template, the leaf is built
     of its parts by the constructors `kinds`, in the dtypes that were saved; `place(path, shape)` says where each part
@@ -61,8 +61,9 @@ def restore(
         )
         wanted = leaves.array_paths(template)
         check_templates(wanted, recorded, where=where)
-        arrays: dict[str, jax.Array] = {}
-        for group in _groups(recorded, wanted, group_bytes):
+        built = {path: leaf for path, leaf in wanted.items() if isinstance(leaf, leaves.Built)}
+        arrays = _build(checkpoint, name, built, note["fingerprints"][name]) if built else {}
+        for group in _groups(recorded, [path for path in wanted if path not in built], group_bytes):
             read = _read(checkpoint, name, {path: wanted[path] for path in group}, recorded)
             _verify(checkpoint, name, read, note["fingerprints"][name])
             converted = {path: _as_dtype(array, wanted[path].dtype) for path, array in read.items()}
@@ -89,6 +90,31 @@ def _groups(recorded: Mapping[str, Mapping[str, Any]], wanted: Iterable[str], li
         total += size
     if group:
         yield group
+
+
+def _build(
+    checkpoint: str, name: str, templates: Mapping[str, leaves.Built], recorded: Mapping[str, int]
+) -> dict[str, Any]:
+    """The leaves of templates that make them themselves, each verified when it is whole."""
+    streams.free_pieces_at_once()
+    readers, result = streams.read_item(checkpoint, name), {}
+    for path, template in templates.items():
+        reader, total = readers[path], 0
+        buffer = np.empty(0, reader.dtype)
+
+        def read(region: streams.Region, reader: streams.LeafReader = reader) -> np.ndarray:
+            nonlocal total, buffer
+            if buffer.size < streams.size(region):
+                buffer = np.empty(streams.size(region), reader.dtype)
+            piece = buffer[: streams.size(region)].reshape([end - begin for begin, end in region])
+            reader.read_into(piece, region)
+            total += fingerprint.part(piece, [begin for begin, _ in region], reader.shape)
+            return piece
+
+        result[path] = template.build(read, reader.chunk)
+        if total % 2**32 != recorded.get(path):
+            raise _differs(checkpoint, name, [path])
+    return result
 
 
 def _with_kinds(
@@ -152,10 +178,12 @@ def _verify(checkpoint: str, name: str, arrays: Mapping[str, jax.Array], recorde
     now = fingerprints(arrays)
     wrong = [path for path in now if now[path] != recorded.get(path)]
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise DamagedCheckpoint(
-            f"checkpoint {checkpoint} is damaged: {name}/{wrong[0]}{more} differs from what was saved"
-        )
+        raise _differs(checkpoint, name, wrong)
+
+
+def _differs(checkpoint: str, name: str, wrong: Sequence[str]) -> DamagedCheckpoint:
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {name}/{wrong[0]}{more} differs from what was saved")
 
 
 def check_templates(wanted: Mapping[str, Any], recorded: Mapping[str, Mapping[str, Any]], *, where: str) -> None:

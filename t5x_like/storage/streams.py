@@ -5,11 +5,14 @@ a file for each chunk, uncompressed, beside `_METADATA`, which names the leaves.
 The note with config and fingerprints is the same as that of storage/checkpoint.py.
 """
 
+import contextlib
+import ctypes
 import itertools
 import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ from t5x_like.storage.model_directory import COMMITTED, METADATA, DamagedCheckpo
 # One half-open interval (begin, end) for each dim of an array.
 Region = tuple[tuple[int, int], ...]
 
+_MMAP_THRESHOLD = -3  # the parameter of mallopt(3)
 _ORBAX = "orbax.checkpoint._src.handlers"
 _HANDLERS = {
     "array": f"{_ORBAX}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
@@ -185,6 +189,17 @@ def require_space(folder: str, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise UserError(f"{folder} has {free / 1e9:.1f} GB free of the {wanted / 1e9:.1f} GB that are needed")
+
+
+def free_pieces_at_once() -> None:
+    """Tells glibc to map every large array by itself, so that it is given back when it is freed.
+
+    Else its threshold grows to 32 MB with the first ones freed, and pieces leave holes in the heap of each thread:
+    430 MB instead of 85 after a gigabyte. The price is page faults, a third of the time of a conversion.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _files(folder: str) -> dict[str, Any]:

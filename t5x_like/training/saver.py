@@ -17,6 +17,7 @@ from t5x_like.convert.foreign import is_foreign
 from t5x_like.convert.stored import open_model
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.peft.attach import is_adapter
 from t5x_like.storage import base as bases
 from t5x_like.storage import model_directory
 from t5x_like.storage.checkpoint import Checkpoints
@@ -152,7 +153,8 @@ def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) 
             f"config.checkpoint.init_from={source} was trained with another tokenizer ({found.tokenizer[:12]}, here "
             f"{tokenizer[:12]}); set config.data.tokenizer={found.tokenizer_folder}"
         )
-    templates = tree.join(layout.state["params"], layout.frozen["base"])
+    whole = tree.join(layout.state["params"], layout.frozen["base"])
+    _, templates = tree.split(whole, is_adapter)  # adapters are new
     rules = [(pattern, True) for pattern in select]
     chosen = tree.match_rules([*rules, (".*", False)], tree.flatten(templates), where="config.checkpoint.init_select")
     # A head that the source lacks (a reward model begins as a language model) is new and drawn.

@@ -31,7 +31,7 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 _GPT2 = {"vocab_size": 517, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 192}
-_T5 = {
+T5 = {
     "vocab_size": 517,
     "d_model": 32,
     "d_kv": 12,
@@ -55,8 +55,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", _LLAMA | {"num_key_value_heads": 2, "rope_parameters": _YARN}),
     "gpt2": ("GPT2", _GPT2),
     "gpt2_untied_one_layer": ("GPT2", _GPT2 | {"tie_word_embeddings": False, "n_layer": 1, "n_inner": 40}),
-    "t5": ("T5", _T5 | {"feed_forward_proj": "relu"}),
-    "t5_gated": ("T5", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5": ("T5", T5 | {"feed_forward_proj": "relu"}),
+    "t5_gated": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }
 _CLASSES = {
     "Llama": "LlamaForCausalLM",
@@ -69,7 +69,10 @@ _CLASSES = {
 def build(name: str) -> torch.nn.Module:
     """Random weights away from zero, norms away from one and biases from zero."""
     kind, fields = CASES[name]
-    model = getattr(transformers, _CLASSES[kind])(getattr(transformers, f"{kind}Config")(**fields))
+    return randomized(getattr(transformers, _CLASSES[kind])(getattr(transformers, f"{kind}Config")(**fields)))
+
+
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -76,6 +76,13 @@ if __name__ == "__main__":
 
     name, source, target = sys.argv[1:]
     before, start = peak_bytes(), time.perf_counter()
-    getattr(convert, name)(source, target)
+    if name == "export":
+        from t5x_like.compress import choice, quant_array
+        from t5x_like.convert import export
+
+        int8 = export.Int8(choice.dims, quant_array.quantized)
+        export.export(source, target, form="compressed-tensors", int8=int8)
+    else:
+        getattr(convert, name)(source, target)
     seconds = time.perf_counter() - start
     print(json.dumps({"before": before, "peak": peak_bytes(), "seconds": seconds}))

@@ -7,11 +7,14 @@ import pathlib
 import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import t5x_like
 from t5x_like.__main__ import main
+from t5x_like.convert import convert
 from t5x_like.core.errors import UsageError
 from t5x_like.storage import paths
+from tests.convert import folders as hugging_face
 from tests.end_to_end.commands import ROOT, train, unfinished
 
 
@@ -49,6 +52,8 @@ def test_an_empty_prompt_of_a_tokenizer_without_special_tokens_is_one_line(finis
         dataclasses.replace(lm, vocabulary=Bare()).generate("", max_new_tokens=2)
 
 
+_ADAPTED = ["--config.checkpoint.init_from={finished}", "--config.checkpoint.holds=trained"]
+_LORA = [*_ADAPTED, "--config.adapter.name=lora"]
 # {files} holds files that cannot be read as they are named, {finished} is a finished run.
 BAD_CONFIG = {
     "an unknown key": (["--config.loop.stepz=5"], 2, "stepz"),
@@ -182,6 +187,20 @@ BAD_CONFIG = {
     "no angles": (["--config.model.decoder.rope.theta=(0.0,)"], 2, "rope.theta=(0.0,) should be numbers above 0"),
     "a schedule of no steps": (["--config.optim.schedule.steps=0"], 2, "config.optim.schedule.steps=0"),
     "all smoothed": (["--config.objective.lm.label_smoothing=1.0"], 2, "label_smoothing=1 should be in [0, 1)"),
+    "an adapter of no model": (["--config.adapter.name=lora"], 2, "give its directory as config.checkpoint.init_from"),
+    "an adapter that is none": ([*_ADAPTED, "--config.adapter.name=lorra"], 2, "did you mean 'lora'"),
+    "a field of an adapter that is not named": (["--config.adapter.lora.rank=2"], 2, "config.adapter.name='none'"),
+    "an adapter of nothing": (
+        [*_LORA, "--config.adapter.lora.targets=('layers/attention/quer',)"],
+        2,
+        "'layers/attention/quer' matches no matrix of the layers; did you mean 'layers/attention/q",
+    ),
+    "an adapter without rank": ([*_LORA, "--config.adapter.lora.rank=0"], 2, "lora.rank=0 should be at least 1"),
+    "an adapter of a rank that no weight has": (
+        [*_LORA, "--config.adapter.lora.rank=17"],
+        2,
+        "rank=17 is more than 'layers/attention/k' has, a matrix of 32 x 16; use at most 16",
+    ),
     "best by a metric that checkpoints miss": (
         ["--config.checkpoint.best_metric=eval/validation/loss", "--config.evaluate.every_steps=7"],
         2,
@@ -271,6 +290,7 @@ BAD_TEXT = {
     "a seed of too many digits": ["--prompt=a", f"--seed={10**20}"],
     "a temperature below 0": ["--prompt=a", "--temperature=-1"],
     "a share of nothing": ["--prompt=a", "--top_p=0"],
+    "a type that is none": ["--prompt=a", "--dtype=int9"],
 }
 
 
@@ -308,6 +328,70 @@ def test_a_path_that_is_not_just_one_is_one_line(case, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("t5x_like: ") and part.replace("{files}", str(tmp_path)) in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.py", "b.py", "run-1", "run-2"]
+
+
+# {files} holds models: "gpt2" of ours, "theirs", which is exported, changed copies of it, and a folder "full".
+BAD_EXPORT = {
+    "a form that is none": (["export", "{finished}", "{new}", "--format=compressed-tensor"], 2, "did you mean"),
+    "no form": (["export", "{finished}", "{new}"], 2, "--format"),
+    "a float type that is none": (["export", "{finished}", "{new}", "--format=hf", "--dtype=fp8"], 2, "is unknown"),
+    "a family of no table": (
+        ["export", "{files}/gpt2", "{new}", "--format=compressed-tensors"],
+        1,
+        "is a model of the family gpt2, which --format=compressed-tensors does not write; it writes llama",
+    ),
+    "a folder that exists": (
+        ["export", "{finished}", "{files}/full", "--format=hf"],
+        2,
+        "exists; give the name of a new",
+    ),
+    "a folder of Hugging Face": (["export", "{files}/theirs", "{new}", "--format=hf"], 1, "make one of ours first"),
+    "no model": (["export", "{files}/none", "{new}", "--format=hf"], 1, "is no model directory"),
+    "a checksum that differs": (["convert", "{files}/damaged", "{new}"], 1, "is not what SHA256SUMS says"),
+    "one that is only used": (["generate", "{files}/damaged", "--prompt=a"], 1, "is not what SHA256SUMS says"),
+    "a file that a checksum names": (["convert", "{files}/short", "{new}"], 1, "generation_config.json: no such file"),
+    "weights of other bits": (
+        ["convert", "{files}/bits", "{new}"],
+        1,
+        "expected compressed-tensors with 8-bit integer weights, one scale a channel",
+    ),
+    "a packed weight without its scale": (["convert", "{files}/scaleless", "{new}"], 1, "up_proj.weight' is missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def exports(finished, tmp_path_factory):
+    root = tmp_path_factory.mktemp("exports")
+    hugging_face.save("gpt2", root / "gpt2-theirs")
+    convert.to_native(str(root / "gpt2-theirs"), str(root / "gpt2"))
+    assert main(["export", str(finished), str(root / "theirs"), "--format=compressed-tensors"]) == 0
+    for name in ("damaged", "short", "bits", "scaleless"):
+        shutil.copytree(root / "theirs", root / name)
+    content = bytearray((root / "damaged/model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (root / "damaged/model.safetensors").write_bytes(content)
+    (root / "short/generation_config.json").unlink()
+    for name in ("bits", "scaleless"):
+        (root / name / "SHA256SUMS").unlink()
+    settings = json.loads((root / "bits/config.json").read_text())
+    settings["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    (root / "bits/config.json").write_text(json.dumps(settings))
+    tensors = load_file(root / "scaleless/model.safetensors")
+    tensors.pop("model.layers.0.mlp.up_proj.weight_scale")
+    save_file(tensors, root / "scaleless/model.safetensors")
+    (root / "full").mkdir()
+    (root / "full/mine").write_text("kept")
+    return root
+
+
+@pytest.mark.parametrize("case", BAD_EXPORT)
+def test_a_bad_export_or_folder_is_one_line_and_leaves_nothing(case, exports, finished, tmp_path, capsys):
+    arguments, status, part = BAD_EXPORT[case]
+    given = {"files": exports, "finished": finished, "new": tmp_path / "new"}
+    assert main([argument.format(**given) for argument in arguments]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("t5x_like: ") and part in line, line
+    assert not list(tmp_path.iterdir()) and (exports / "full/mine").read_text() == "kept"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_matrices_are_held_in_the_type_that_is_asked_for(runs):
     held = tree.flatten(t5x_like.load(runs / "base", dtype="bfloat16").params)
     assert held["layers/mlp/up"].dtype == held["embed/tokens"].dtype == jnp.bfloat16
     assert held["final_norm/scale"].dtype == held["layers/mlp_norm/scale"].dtype == jnp.float32
-    with pytest.raises(UsageError, match="dtype='int3' should be 'compute', 'stored' or one of"):
+    with pytest.raises(UsageError, match="dtype='int3' is unknown; did you mean 'int8'"):
         t5x_like.load(runs / "base", dtype="int3")
 
 

@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 
 from configs.pretrain import test as test_config
 from t5x_like.core import tree
+from t5x_like.core.types import Tree
 from t5x_like.parallel import mesh as meshes
+from t5x_like.peft.attach import is_adapter
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 
@@ -30,15 +32,33 @@ FAMILIES = {
     "gpt2": {"kv_heads": 8},
     "t5": {"kv_heads": 8},
 }
-# Other objectives than that of language models: (family, fields of the objective).
-OBJECTIVES = {
-    "grpo": ("llama", {"kl_coefficient": 0.1, "reference": "base", "aggregation": "sequence", "temperature": 0.7}),
-    "grpo of t5": ("t5", {"kl_coefficient": 0.1, "reference": "base", "aggregation": "token", "temperature": 0.7}),
+# Runs that train otherwise than by the objective and parameters of a config: by name, the family and what changes.
+_GRPO = {"kl_coefficient": 0.1, "reference": "base", "aggregation": "token", "temperature": 0.7}
+_ROLLOUTS = {"features": "rollouts", "packing": "single"}
+RUNS = {
+    "lora": ("llama", {"adapter": {"name": "lora"}, "checkpoint": {"init_from": "not read here"}}),
+    "reward": (
+        "llama",
+        {
+            "objective": {"name": "reward", "reward": {"centering": 0.1}},
+            "data": {"features": "pair_texts", "packing": "single"},
+            "model": {"scalar_heads": ("reward",), "head": {"tied": True}},  # the LM head itself learns nothing
+        },
+    ),
+    "dpo": (
+        "llama",
+        {
+            "objective": {"name": "dpo", "dpo": {"beta": 0.3, "reference": "none", "label_smoothing": 0.1}},
+            "data": {"features": "pairs", "packing": "single"},
+        },
+    ),
+    "grpo": ("llama", {"objective": {"name": "grpo", "grpo": _GRPO | {"aggregation": "sequence"}}, "data": _ROLLOUTS}),
+    "grpo of t5": ("t5", {"objective": {"name": "grpo", "grpo": _GRPO}, "data": _ROLLOUTS}),
 }
 
 
 def _config(name: str) -> ConfigDict:
-    family, fields = OBJECTIVES.get(name, (name, {}))
+    family, changes = RUNS.get(name, (name, {}))
     config = test_config.get_config()
     config.model.family = family
     stack = {"layers": 2, "heads": 8, "head_size": 8, "mlp": 64, **FAMILIES[family]}
@@ -48,17 +68,26 @@ def _config(name: str) -> ConfigDict:
         config.model.encoder.update(stack)
         config.data.update({"features": "source_target", "encoder_length": 16, "packing": "examples"})
         config.data.fields.update({"inputs": "inputs", "targets": "targets"})
-    if fields:
-        config.objective.name = "grpo"
-        config.objective.grpo.update(fields)
-        config.data.update({"features": "rollouts", "packing": "single"})
     config.optim.update({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 0})
     config.optim.sgd.momentum = 0.9
     config.objective.lm.z_loss = 1e-2
     config.objective.lm.label_smoothing = 0.1 if family == "gpt2" else 0.0
     config.runtime.compiler_options.cpu = {"xla_backend_optimization_level": 0}  # compiles sooner, computes the same
+    for section, fields in changes.items():
+        config[section].update(fields)
     return config
+
+
+def _varied(params: Tree) -> Tree:
+    """Where an adapter begins with zeros, half of its gradients are zero: it goes on from elsewhere."""
+    draw = np.random.default_rng(1)
+
+    def away(path: str, leaf: jax.Array) -> jax.Array:
+        noise = draw.standard_normal(leaf.shape).astype(np.float32)
+        return jax.device_put(0.1 * noise, leaf.sharding) if is_adapter(path) else leaf
+
+    return tree.map_with_path(away, params)
 
 
 def _batch() -> dict[str, np.ndarray]:
@@ -80,6 +109,8 @@ def _batch() -> dict[str, np.ndarray]:
         "rollout_logp": logp[2],
         "advantages": rng.normal(size=rows).astype(np.float32),
         "on_policy": (np.arange(rows) % 2).astype(np.float32),
+        **_side("chosen", tokens, rng),
+        **_side("rejected", tokens[::-1], rng),
         "encoder_inputs": rng.integers(0, 256, (rows, 16)).astype(np.int32),
         "encoder_segment_ids": sources,
         "encoder_positions": np.tile(np.concatenate([np.arange(9), np.arange(7)]), (rows, 1)).astype(np.int32),
@@ -89,6 +120,20 @@ def _batch() -> dict[str, np.ndarray]:
         "segment_ids": segments,
         "positions": positions,
         "target_bytes": np.ones((rows, length), np.int32),
+    }
+
+
+def _side(side: str, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One answer of each pair, of a length of its own."""
+    rows, length = tokens[:, 1:].shape
+    columns = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    inside = columns < rng.integers(12, length + 1, (rows, 1))
+    return {
+        f"{side}/inputs": np.where(inside, tokens[:, :-1], 0),
+        f"{side}/targets": np.where(inside, tokens[:, 1:], 0),
+        f"{side}/loss_weights": (inside & (columns >= 5)).astype(np.float32),
+        f"{side}/segment_ids": inside.astype(np.int32),
+        f"{side}/positions": np.where(inside, columns, 0),
     }
 
 
@@ -109,6 +154,7 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
     with jax.set_mesh(mesh):
         program = programs.step_program(experiment, mesh)
         state, frozen = programs.initialize(program, seed=0)
+        state["params"] = _varied(state["params"])
         host = _batch()
         batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
@@ -120,7 +166,7 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
 @pytest.fixture(scope="module")
 def single():
     """The result of one device, made once for each family."""
-    return {name: _step(name, {"preset": "data"}, 1) for name in (*FAMILIES, *OBJECTIVES)}
+    return {name: _step(name, {"preset": "data"}, 1) for name in (*FAMILIES, *RUNS)}
 
 
 CASES = [("llama", name) for name in MESHES] + [
@@ -129,6 +175,11 @@ CASES = [("llama", name) for name in MESHES] + [
     ("t5", "fsdp=8"),
     ("t5", "data=2 fsdp=2 tensor=2"),
     ("t5", "fsdp=2 sequence=2 tensor=2"),
+    ("lora", "data=2 fsdp=2 tensor=2"),
+    ("lora", "fsdp=2 sequence=2 tensor=2"),
+    ("reward", "data=2 fsdp=2 tensor=2"),
+    ("reward", "fsdp=2 sequence=2 tensor=2"),
+    ("dpo", "data=2 fsdp=2 tensor=2"),
     ("grpo", "data=2 fsdp=2 tensor=2"),
     ("grpo", "fsdp=2 sequence=2 tensor=2"),
     ("grpo of t5", "data=2 fsdp=2 tensor=2"),
@@ -140,7 +191,7 @@ def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name)
     _assert_equal(single[family], _step(family, MESHES[name], 8))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OBJECTIVES])
+@pytest.mark.parametrize("family", [*FAMILIES, *RUNS])
 def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(single, family):
     """Though micro-batches hold different numbers of tokens, as every other row is padded more."""
     result = _step(family, {"preset": "data"}, 1, micro_batches=4)

@@ -2,6 +2,7 @@
 
     python -m tools.benchmark step       a training step of a 30M Llama: ours, torch + transformers, matmul peak
     python -m tools.benchmark t5_step    a training step of a 30M T5: ours, torch + transformers
+    python -m tools.benchmark lora_step  the same of all parameters and of LoRA: time and memory
     python -m tools.benchmark decode     greedy text of the 30M Llama, 1 and 16 rows: ours, transformers' generate
     python -m tools.benchmark grpo       an iteration of GRPO of the 30M Llama: ours, TRL
     python -m tools.benchmark convert    1 GB from and to Hugging Face's form, beside copying its files
@@ -18,11 +19,12 @@ import argparse
 import json
 import sys
 
-from tools.benchmark import convert, decode, grpo, imports, input, save, step, t5_step, timing
+from tools.benchmark import convert, decode, grpo, imports, input, lora_step, save, step, t5_step, timing
 
 MEASUREMENTS = {
     "step": step.measure,
     "t5_step": t5_step.measure,
+    "lora_step": lora_step.measure,
     "decode": decode.measure,
     "grpo": grpo.measure,
     "convert": convert.measure,

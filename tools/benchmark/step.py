@@ -54,21 +54,21 @@ def _matmul(values: Values) -> dict[str, Any]:
     return {"flops": 2 * size**3 / seconds}
 
 
-def _tokens() -> Any:
+def drawn_tokens() -> Any:
     import numpy as np
 
     return np.random.default_rng(0).integers(0, SHAPE["vocab"], (SHAPE["rows"], SHAPE["length"] + 1))
 
 
 def _ours(values: Values) -> dict[str, Any]:
-    tokens = _tokens()
+    tokens = drawn_tokens()
     return train_step.ours(config(), {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, values["steps"])
 
 
 def _torch(values: Values, *, bf16: bool) -> dict[str, Any]:
     import torch
 
-    model, tokens = transformers_model(), _tokens()
+    model, tokens = transformers_model(), drawn_tokens()
     inputs, targets = torch.tensor(tokens[:, :-1]), torch.tensor(tokens[:, 1:])
 
     def loss() -> Any:

@@ -31,6 +31,14 @@ def ours(config: Any, arrays: Mapping[str, np.ndarray], steps: int) -> dict[str,
                 batch[name] = np.broadcast_to(np.arange(leaf.shape[1], dtype=leaf.dtype), leaf.shape)
         batch |= {name: value.astype(batch[name].dtype) for name, value in arrays.items()}
         placed = {name: jax.device_put(value, program.batch[name].sharding) for name, value in batch.items()}
+        step_memory = program.step.lower(state, frozen, placed).compile().memory_analysis()
+        memory = {
+            "gradients": sum(
+                leaf.nbytes for leaf in jax.tree.leaves(state["params"])
+            ),  # each as large as its parameter
+            "optimizer": sum(leaf.nbytes for leaf in jax.tree.leaves(state["optimizer"])),
+            "temporaries": step_memory.temp_size_in_bytes,
+        }
         carry = [state]
         losses = []
 
@@ -46,6 +54,7 @@ def ours(config: Any, arrays: Mapping[str, np.ndarray], steps: int) -> dict[str,
             "seconds": timing.seconds(step, steps),
             "first": first,
             "loss": losses[0],
+            **memory,
             "flops": flops * config.data.batch_size * config.data.length,
         }
 

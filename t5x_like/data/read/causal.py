@@ -34,10 +34,10 @@ def arrays(config: DataConfig) -> dict[str, ArraySpec]:
 
 
 def check(config: DataConfig) -> None:
-    if config.prefix and (config.packing != "examples" or not config.fields.inputs):
+    if config.prefix and (config.packing != "examples" or not config.fields.inputs or config.chats):
         raise UsageError(
-            "config.data.prefix=True needs examples with inputs, each whole in its row; set config.data.fields.inputs "
-            "and config.data.packing='examples'"
+            "config.data.prefix=True needs examples with inputs, each whole in its row, without a chat template; set "
+            "config.data.fields.inputs and config.data.packing='examples'"
         )
 
 

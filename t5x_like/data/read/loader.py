@@ -227,7 +227,7 @@ def open_data(config: DataConfig, *, cache_dir: str, seed: int, beside: str = ""
     check(config)
     manifest = cache.read_manifest(config, cache_dir, beside=beside)
     folder = cache.local_folder(cache_dir)
-    vocabulary = vocabularies.load(str(folder / manifest.tokenizer))
+    vocabulary = vocabularies.load(str(folder / manifest.tokenizer)).with_chat_template(manifest.chat_template)
     files = open_files()
     opening = (folder, config, vocabulary, files)
     train = [

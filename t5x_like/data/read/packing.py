@@ -35,7 +35,7 @@ class Rows:
 
 class Packing(Protocol):
     """Rows of one token set. `cut`: what of its examples did not fit; `trained(rows)`: tokens with loss in the first
-    `rows` rows."""
+    `rows` rows (of a conversation, those from the first of these on)."""
 
     cut: Cut
 
@@ -85,6 +85,8 @@ class Concatenated:
         trained = np.ones((len(starts), width), bool)
         if self._set.inputs is not None:
             trained = self._behind_inputs(starts, begins)
+        if self._set.marks_trained:
+            trained &= self._set.read_trained(starts, valid, spans, np.zeros_like(spans), trained.shape)
         trained[starts > 0, : width - self._stride] = False
         return Rows(tokens, counts, begins, trained, valid)
 
@@ -140,16 +142,27 @@ class BestFit:
         before = np.cumsum(lengths) - lengths
         column = before - before[np.cumsum(held) - held][row]
         shape = (len(rows), self._width)
-        tokens, counts = self._set.read(*self._spans(examples, row, column), shape)
+        spans = self._spans(examples, row, column)
+        tokens, counts = self._set.read(*spans, shape)
         if self._bos is not None:
-            cut = self._skipped[examples] > 0
+            cut = np.flatnonzero(self._skipped[examples] > 0)
+            cut = cut[self._begins_with_bos(examples[cut])]
             tokens[row[cut], column[cut]], counts[row[cut], column[cut]] = self._bos, 0
-        begins, trained = np.zeros(shape, bool), np.ones(shape, bool)
+        begins = np.zeros(shape, bool)
+        trained = self._set.read_trained(*spans, shape) if self._set.marks_trained else np.ones(shape, bool)
         begins[row, column] = True
         silent = self._silent[examples]
         trained[np.repeat(row, silent), ranges(column, silent)] = False
         valid = np.bincount(row, weights=lengths, minlength=len(rows)).astype(np.int64)
         return Rows(tokens, counts, begins, trained, valid)
+
+    def _begins_with_bos(self, examples: np.ndarray) -> np.ndarray:
+        """Whether an example begins with that token before it is cut: what a chat template writes may not."""
+        if not self._set.marks_trained or not len(examples):
+            return np.ones(len(examples), bool)
+        rows, firsts = np.arange(len(examples)), (self._begins - self._skipped)[examples]
+        found, _ = self._set.read(firsts, np.ones_like(rows), rows, np.zeros_like(rows), (len(rows), 1))
+        return found[:, 0] == self._bos
 
     def _spans(
         self, examples: np.ndarray, row: np.ndarray, column: np.ndarray

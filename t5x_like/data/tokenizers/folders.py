@@ -15,6 +15,7 @@ from t5x_like.data.tokenizers import word_cache
 from t5x_like.data.tokenizers.added_tokens import AddedToken
 
 SETTINGS = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 MADE_OF_MODEL = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer")  # by the model itself
 REBUILT = ("LlamaTokenizer", "CodeLlamaTokenizer", "T5Tokenizer", "GemmaTokenizer", "XLMRobertaTokenizer")
 _OF_FAMILY = {"t5": "T5Tokenizer", "xlm-roberta": "XLMRobertaTokenizer"} | {  # where only config.json says what it is
@@ -55,6 +56,22 @@ class Folder:
     def names(self) -> tuple[str | None, str | None]:
         """(bos, eos)"""
         return self.name("bos_token"), self.name("eos_token")
+
+    @property
+    def chat_template(self) -> str:
+        """How conversations are written for this tokenizer; "" where no file says so."""
+        try:
+            return (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            found = self.settings.get("chat_template") or ""
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / CHAT_TEMPLATE}: not the text of a template ({error})") from None
+        if isinstance(found, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = named.get("default") or ""
+        if not isinstance(found, str):
+            raise UserError(f"{self.path / SETTINGS}: chat_template should be a text, is {found!r:.60}")
+        return found
 
     def tokens(
         self, usual: dict[str, str]

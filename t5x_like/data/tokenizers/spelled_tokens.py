@@ -53,13 +53,29 @@ def encoder(layout: dict[str, Any], tokenizer: Any) -> Any:
     changed = hidden(layout)
     if changed is not None:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(changed))
-    model = (changed or layout).get("model") or {}
+    _exact(tokenizer, (changed or layout).get("model") or {})
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def finder(layout: dict[str, Any]) -> Any:
+    """The library's tokenizer that makes special tokens of what spells them: for texts that a chat template wrote."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(layout))
+    _exact(tokenizer, layout.get("model") or {})
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _exact(tokenizer: Any, model: dict[str, Any]) -> None:
+    import tokenizers
+
     if model.get("type") == "Unigram" and all(score == np.float32(score) for _, score in model["vocab"]):
         # Of a SentencePiece model. The library's JSON reader is off by a last bit, which would decide exact ties.
         pieces = [(piece, float(score)) for piece, score in model["vocab"]]
         unknown, fallback = model.get("unk_id"), bool(model.get("byte_fallback"))
         tokenizer.model = tokenizers.models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback)
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

@@ -10,7 +10,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,10 @@ class Engine(Protocol):
         """None when joining surfaces is exact."""
         ...
 
+    def encode_parts(self, parts: Sequence[str | int]) -> list[tuple[list[int], list[int]]]:
+        """(ids, bytes per id) of each text of `parts`, between which special tokens stand; of those, nothing."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFile:
@@ -55,6 +59,7 @@ class TokenizerFile:
     named_sentinels: int  # ids at the end that the file itself names <extra_id_0> (the last one), <extra_id_1>, ...
     added: tuple[AddedToken, ...] = ()  # behind the pieces of a SentencePiece model
     legacy: bool = False  # with those: a space is put before the text behind one too
+    specials: tuple[tuple[str, int], ...] = ()  # tokens that no text gives, by name
     rounds: bool = False  # adds up rounded scores along a text, so that near ties depend on how long it is
     found: tuple[str, ...] = ()  # added tokens that are found in a text
     hides_sentinels: bool = False  # has <extra_id_0>, and not as its last id
@@ -73,10 +78,15 @@ class _Bytes:
     def decode(self, ids: list[int]) -> str | None:
         return None
 
+    def encode_parts(self, parts: Sequence[str | int]) -> list[tuple[list[int], list[int]]]:
+        return [([], []) if isinstance(p, int) else (self.encode([p])[0], self.count_bytes(p)) for p in parts]
+
 
 def read_bytes(*, extra_ids: int) -> TokenizerFile:
     surfaces = (b"",) * _BYTES_OFFSET + tuple(bytes([value]) for value in range(256)) + (b"",) * extra_ids
-    return TokenizerFile("bytes", "", b"", _Bytes(), surfaces, None, 1, extra_ids, cuts.ANYWHERE, named_sentinels=0)
+    specials = (("<pad>", 0), ("</s>", 1))
+    file = TokenizerFile("bytes", "", b"", _Bytes(), surfaces, None, 1, extra_ids, cuts.ANYWHERE, named_sentinels=0)
+    return dataclasses.replace(file, specials=specials)
 
 
 # SentencePiece.
@@ -101,7 +111,22 @@ class _SentencePiece:
         """What encodes a text behind an added token: `plain` puts no space before it."""
         return self._processor if self._legacy and not text.startswith(" ") else self._plain
 
+    def encode_parts(self, parts: Sequence[str | int]) -> list[tuple[list[int], list[int]]]:
+        first = next((index for index, part in enumerate(parts) if part != ""), 0)
+        return [
+            ([], [])
+            if isinstance(part, int)
+            else (self._encode_part(part, later=index > first), self._count(part, later=index > first))
+            for index, part in enumerate(parts)
+        ]
+
+    def _encode_part(self, text: str, *, later: bool) -> list[int]:
+        return [*self._division.encode(text, self._encode_later if later else self._encode, self._encode_later)]
+
     def count_bytes(self, text: str) -> list[int]:
+        return self._count(text, later=False)
+
+    def _count(self, text: str, *, later: bool) -> list[int]:
         counts: list[int] = []
         divided = self._division.divide(text)
         contents = self._division.contents
@@ -109,7 +134,8 @@ class _SentencePiece:
             if isinstance(part, int):
                 counts.append(len(contents[part].encode()))
             elif part:
-                found = _count_pieces(self._behind_added(part) if index else self._processor, part)
+                behind = index > 0 or later
+                found = _count_pieces(self._behind_added(part) if behind else self._processor, part)
                 if not found and counts:
                     counts[-1] += len(part.encode())
                 counts += found
@@ -155,7 +181,7 @@ def read_sentencepiece(
     for token in more:
         surfaces[token.id] = b"" if token.special else token.content.encode()
     division = Division(more)
-    plain = _processor(content + _NO_DUMMY_PREFIX, path) if division.divides else processor
+    plain = _processor(content + _NO_DUMMY_PREFIX, path)
     bos, eos = processor.bos_id(), processor.eos_id()
     return TokenizerFile(
         "sentencepiece",
@@ -173,6 +199,10 @@ def read_sentencepiece(
         rounds=sentencepiece_files.read(content, path).kind == sentencepiece_files.UNIGRAM,
         found=tuple(division.contents.values()),
         hides_sentinels=any(token.content == "<extra_id_0>" for token in more),
+        specials=(
+            *((processor.id_to_piece(token), token) for token in range(size) if processor.is_control(token)),
+            *((token.content, token.id) for token in more if token.special),
+        ),
     )
 
 
@@ -229,8 +259,11 @@ def _spread(counts: list[int], is_byte: list[bool], total: int) -> list[int]:
 
 
 class _Tokenizers:
-    def __init__(self, tokenizer: Any, encoder: Any, *, exact: bool, pattern: str | None):
-        self._tokenizer, self._encoder, self._exact = tokenizer, encoder, exact
+    def __init__(self, tokenizer: Any, encoder: Any, layout: dict[str, Any], specials: Mapping[str, int]):
+        style = _style(layout)
+        pattern = pattern_of(layout)
+        self._tokenizer, self._encoder, self._exact = tokenizer, encoder, style != "opaque"
+        self._layout, self._names = layout, {token: name for name, token in specials.items()}
         self._words = None if pattern is None else WordCache(pattern, self._encode)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -249,6 +282,54 @@ class _Tokenizers:
 
     def decode(self, ids: list[int]) -> str | None:
         return None if self._exact else self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    @functools.cached_property
+    def _finding(self) -> Any:
+        """The tokenizer as it comes, which finds special tokens in a text."""
+        return spelled_tokens.finder(self._layout)
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[tuple[list[int], list[int]]]:
+        """By the library on the whole text, which knows what white space a special token takes with it; part by part
+        where a text spells one out."""
+        texts = [self._names[part] if isinstance(part, int) else part for part in parts]
+        whole = self._finding.encode("".join(texts), add_special_tokens=False)
+        if [token for token in whole.ids if token in self._names] == [p for p in parts if isinstance(p, int)]:
+            counts = _counts_from_offsets("".join(texts), whole.offsets)
+            return [*_divided(parts, whole.ids, counts, set(self._names))]
+        first = next((index for index, part in enumerate(parts) if part != ""), 0)
+        return [
+            ([], []) if isinstance(part, int) else self._encode_part(part, later=index > first)
+            for index, part in enumerate(parts)
+        ]
+
+    def _encode_part(self, text: str, *, later: bool) -> tuple[list[int], list[int]]:
+        """Behind something no space is put before a text that begins with none: it is encoded behind a line end, whose
+        tokens are left out."""
+        line = self._encode(["\n"])[0] if later else []
+        ids = self._encode([f"\n{text}" if later else text])[0]
+        if ids[: len(line)] != line:
+            ids, line = self._encode([text])[0], []
+        counts = self.count_bytes(f"\n{text}" if line else text)[len(line) :]
+        if counts:
+            counts[0] += len(text.encode()) - sum(counts)
+        return ids[len(line) :], counts
+
+
+def _divided(
+    parts: Sequence[str | int], ids: Sequence[int], counts: Sequence[int], specials: set[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The ids of a whole text, and their counts, given to its parts: special tokens stand between them."""
+    at = 0
+    for part in parts:
+        end = at
+        while end < len(ids) and ids[end] not in specials:
+            end += 1
+        if isinstance(part, int):
+            yield [], []
+            at += 1
+        else:
+            yield [*ids[at:end]], [*counts[at:end]]
+            at = end
 
 
 def _counts_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
@@ -289,11 +370,12 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
     ids = {piece: token for token, piece in pieces.items()}
     bos, eos = (named_token(ids, name, path) for name in names)
     specials = {token["content"]: token["id"] for token in added.values() if token["special"]}
+    specials.pop(unknown, None)
     bos = next((specials[n] for n in _BOS_NAMES if n in specials), None) if names == (None, None) else bos
     eos = next((specials[n] for n in _EOS_NAMES if n in specials), None) if eos is None else eos
     bos = None if bos == eos else bos  # GPT-2 names one token twice: documents are then separated by one, not two
     encoder = spelled_tokens.encoder(layout, tokenizer)
-    engine = _Tokenizers(tokenizer, encoder, exact=style != "opaque", pattern=pattern_of(layout))
+    engine = _Tokenizers(tokenizer, encoder, layout, specials)
     places = cuts.between_words(layout, surfaces)
     named = _named_sentinels(lambda token: pieces.get(token, ""), len(surfaces))
     return TokenizerFile(
@@ -310,6 +392,7 @@ def read_tokenizer_json(content: bytes, path: pathlib.Path, names: tuple[str | N
         rounds=cuts.rounds(layout),
         found=tuple(token["content"] for token in added.values() if not token["special"]),
         hides_sentinels=not named and "<extra_id_0>" in ids,
+        specials=tuple(specials.items()),
     )
 
 

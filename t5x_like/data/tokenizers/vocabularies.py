@@ -38,9 +38,13 @@ class Vocabulary:
     stand for no text. Padding is id 0 for every tokenizer and is told by segment ids, never by its value: 0 is a
     padding token in `bytes` and in T5's models, <unk> in trained SentencePiece models, <|endoftext|> in a trained BPE,
     and the piece of a byte in a trained unigram. EOS is 1 in `bytes` and T5's models.
+
+    `specials`: {name: id} of the tokens that no text gives. `chat_template`: Jinja, how conversations are written
+    (data/templates); "" for none. It is no part of what encode and decode are.
     """
 
-    def __init__(self, file: TokenizerFile):
+    def __init__(self, file: TokenizerFile, chat_template: str = ""):
+        self.specials, self.chat_template = dict(file.specials), chat_template
         self._file, self._engine, self._surfaces = file, file.engine, file.surfaces
         self.kind, self.size = file.kind, len(file.surfaces)
         self.bos_id, self.eos_id = file.bos_id, file.eos_id
@@ -58,7 +62,10 @@ class Vocabulary:
         if self.extra_ids:
             raise UserError(f"the tokenizer has {self.extra_ids} extra ids of its own, not {count}; set extra_ids=0")
         surfaces = (*self._surfaces, *(b"",) * count)
-        return Vocabulary(dataclasses.replace(self._file, surfaces=surfaces, extra_ids=count))
+        return Vocabulary(dataclasses.replace(self._file, surfaces=surfaces, extra_ids=count), self.chat_template)
+
+    def with_chat_template(self, text: str) -> "Vocabulary":
+        return Vocabulary(self._file, text)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -140,6 +147,29 @@ class Vocabulary:
             flat += ids
         return np.array(flat, np.int32), lengths
 
+    def encode_parts(self, parts: Sequence[str | int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a text in which special tokens stand: (ids, bytes of text of each, byte of the text where each begins).
+
+        `parts`: texts, and the ids of special tokens between them, which are spelled out in the text that places count
+        bytes of, and stand for none.
+        """
+        names = {token: name for name, token in self.specials.items()}
+        ids: list[int] = []
+        counts: list[int] = []
+        begins: list[int] = []
+        place = 0
+        for part, (found, widths) in zip(parts, self._engine.encode_parts(parts), strict=True):
+            if isinstance(part, int):
+                found, size = [part], len(names[part].encode())
+                widths, starts = [0], [place]
+            else:
+                size = len(part.encode())
+                first = place + size - sum(widths)  # what a special token takes with it is before
+                starts = (first + np.cumsum(widths) - widths).tolist() if widths else []
+            ids, counts, begins = ids + found, counts + widths, begins + starts
+            place += size
+        return np.array(ids, np.int32), np.array(counts, np.int64), np.array(begins, np.int64)
+
     def count_bytes(self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray) -> Int[np.ndarray, "tokens"]:
         """UTF-8 bytes of its text that each token of `encode_batch(texts)` stands for; they add up to the text.
 
@@ -184,6 +214,8 @@ class Vocabulary:
         } | ({"added": self._file.added, "legacy": self._file.legacy} if self._file.added else {})
         if self._file.name:
             paths.write_bytes_atomic(str(folder / self._file.name), self._file.content)
+        if self.chat_template:
+            paths.write_text_atomic(str(folder / folders.CHAT_TEMPLATE), self.chat_template)
         paths.write_json_atomic(str(folder / SETTINGS), settings)
 
     def _join(self, ids: Sequence[int]) -> bytes:
@@ -196,10 +228,14 @@ def load(path: str) -> Vocabulary:
     if path == "bytes":
         return Vocabulary(tokenizer_files.read_bytes(extra_ids=0))
     place = pathlib.Path(path)
-    if place.is_dir():
-        return _load_folder(place)
+    found = _load_folder(place) if place.is_dir() else _load_file(place)
+    template = Folder(place if place.is_dir() else place.parent).chat_template
+    return found.with_chat_template(template) if template else found
+
+
+def _load_file(place: pathlib.Path) -> Vocabulary:
     if not place.is_file():
-        raise UserError(f"tokenizer {path}: no such file; give a tokenizer.json, a SentencePiece model or 'bytes'")
+        raise UserError(f"tokenizer {place}: no such file; give a tokenizer.json, a SentencePiece model or 'bytes'")
     content = place.read_bytes()
     folder = Folder(place.parent)
     if content.lstrip()[:1] == b"{":

@@ -47,21 +47,21 @@ def total(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"bad": {"count": sum(bad["count"] for bad in found), "first": first}} if found else {}
 
 
-def check(
-    shards: Sequence[dict[str, Any]], kind: str, files: Sequence[str], *, rule: str, share: float, where: str
-) -> None:
-    """UserError for a source whose bad records the rule does not allow."""
-    found = total(shards)
-    if not found:
-        return
-    count, (file, offset, problem) = found["bad"]["count"], found["bad"]["first"][0]
-    first = f"{place(kind, files[int(file)], offset)}: {problem}"
-    if rule == "stop":
-        raise UserError(f"{first}; {_REMEDY}")
-    records = count + sum(shard["documents"] + shard["skipped"] for shard in shards)
+def check_none(shards: Sequence[dict[str, Any]], kind: str, files: Sequence[str]) -> None:
+    """UserError for a token set that was written under the rule "skip" and holds less than its source."""
+    for file, offset, problem in total(shards).get("bad", {"first": []})["first"][:1]:
+        raise UserError(f"{place(kind, files[int(file)], offset)}: {problem}; {_REMEDY}")
+
+
+def check_share(source: str, parts: Sequence[tuple[dict[str, Any], Sequence[str]]], share: float) -> None:
+    """UserError for a source of which too many records are bad. parts: index and files of each token set that holds
+    records of it, since a few held-out ones say little by themselves."""
+    count = sum(index["bad"]["count"] for index, _ in parts if "bad" in index)
+    records = count + sum(index["documents"] + index["skipped"] for index, _ in parts)
     if count > share * records:
+        first = next(line for index, files in parts for line in lines(index, source.partition(":")[0], files))
         raise UserError(
-            f"{where}: {count} of {records} records are bad, which is more than config.data.max_bad_share={share:g}; "
+            f"{source}: {count} of {records} records are bad, which is more than config.data.max_bad_share={share:g}; "
             f"the first is {first}; mend them or raise the share"
         )
 

@@ -51,8 +51,9 @@ def place(config: DataConfig, folder: pathlib.Path, found: Parts, report: Report
     else:
         name = _trained(config, folder, list(found.train.values()), trained, report)
         vocabulary = vocabularies.load(str(folder / name))
-    name = parts.place_vocabulary(vocabulary.with_extra_ids(config.extra_ids), folder)
-    if found.vocabulary not in (None, name):  # the name of the folder is the fingerprint
+    vocabulary = vocabulary.with_extra_ids(config.extra_ids)
+    name = parts.place_vocabulary(vocabulary, folder, with_chat_template=config.chat.template == "tokenizer")
+    if found.vocabulary not in (None, parts.folder_name(vocabulary.with_chat_template(""))):  # its fingerprint
         raise UsageError(f"config.data.tokenizer={config.tokenizer} is not the vocabulary of the SeqIO task; use task")
     return name
 

@@ -15,8 +15,9 @@ import numpy as np
 from t5x_like.core.errors import UserError
 from t5x_like.data import token_set
 from t5x_like.data.config import PLAIN, FieldsConfig
+from t5x_like.data.templates.sandbox import TemplateRefused
 from t5x_like.data.tokenizers import long_texts, vocabularies
-from t5x_like.data.write import bad_records, preprocessors, sources
+from t5x_like.data.write import bad_records, chats, preprocessors, sources
 from t5x_like.data.write.preprocessors import Document
 from t5x_like.data.write.sources import Piece, Source, SourceFile
 
@@ -33,7 +34,7 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     """Writes the shards a job of data/write/prepare.py describes, in one reading; returns their facts."""
     vocabulary = load_vocabulary(job["tokenizer"])
     plain = job["kind"] in ("text", "lines")
-    columns = PLAIN.columns if plain else FieldsConfig(**job["fields"]).columns
+    columns = PLAIN.columns if plain else tuple(job["columns"])
     pieces = {index: [Piece(*piece) for piece in given] for index, given in job["shards"]}
     wanted = () if plain else FieldsConfig(**job["fields"]).names
 
@@ -46,7 +47,7 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     with _rare_collections():
         for index, given in pieces.items():
             tally = bad_records.Tally(job["kind"], job["files"], rule=job["on_bad_record"])
-            documents = _documents(job, cursor, given, tally, report)
+            documents = _documents(job, cursor, given, tally, report, vocabulary)
             batches = encode(documents, vocabulary, columns=columns)
             place, kind = pathlib.Path(job["folder"]), job["token_type"]
             written.append(token_set.write_shard(place, index, batches, kind, columns=columns, notes=tally.facts))
@@ -70,11 +71,17 @@ def load_vocabulary(path: str) -> vocabularies.Vocabulary:
 
 
 def _documents(
-    job: dict[str, Any], cursor: sources.Cursor, pieces: Sequence[Piece], tally: bad_records.Tally, report: Report
+    job: dict[str, Any],
+    cursor: sources.Cursor,
+    pieces: Sequence[Piece],
+    tally: bad_records.Tally,
+    report: Report,
+    vocabulary: vocabularies.Vocabulary,
 ) -> Iterator[Placed]:
-    fields = FieldsConfig(**job["fields"])
+    fields, names = FieldsConfig(**job["fields"]), job["preprocessors"]
+    writer = chats.Writer(job["chat"], vocabulary) if job["chat"] else None
     for piece in pieces:
-        yield from _read_piece(job["kind"], cursor.records(piece), piece, fields, job["preprocessors"], tally, report)
+        yield from _read_piece(job["kind"], cursor.records(piece), piece, fields, names, tally, report, writer)
 
 
 def read_pieces(
@@ -127,8 +134,9 @@ def _read_piece(
     names: Sequence[str],
     tally: bad_records.Tally,
     report: Report,
+    writer: chats.Writer | None = None,
 ) -> Iterator[Placed]:
-    """`report` gets the offsets passed."""
+    """`report` gets the offsets passed. Without a writer, of a conversation the texts alone are read."""
     done = piece.begin
     reading = PLAIN if kind in ("text", "lines") else fields
     for record in records:
@@ -136,17 +144,31 @@ def _read_piece(
             report(record.offset - done)
             done = record.offset
         tally.records += 1
-        problem = record.problem
+        problem, documents = record.problem, []
         if not problem:
             try:
-                document = preprocessors.document(record.fields, reading, names)
+                documents = _documents_of(record.fields, reading, names, writer)
+            except TemplateRefused:  # no fault of the record
+                raise
             except UserError as error:
                 problem = str(error)
         if problem:
             tally.add(piece.file, record.offset, problem)
             continue
-        yield piece.file, record.offset, document
+        for document in documents:
+            yield piece.file, record.offset, document
     report(piece.end - done)
+
+
+def _documents_of(
+    record: dict[str, Any], fields: FieldsConfig, names: Sequence[str], writer: chats.Writer | None
+) -> list[Document]:
+    if not fields.messages and (writer is None or not fields.targets):
+        return [preprocessors.document(record, fields, names)]
+    messages = preprocessors.conversation(record, fields, names)
+    if writer is None:
+        return [Document("", "\n".join(message.get("content", "") for message in messages))]
+    return [Document("", "", written=written) for written in writer.written(messages)]
 
 
 def encode(
@@ -157,7 +179,9 @@ def encode(
     size = 0
     for placed in documents:
         batch.append(placed)
-        size += len(placed[2].inputs) + len(placed[2].text) + len(placed[2].rejected) + 16
+        document = placed[2]
+        size += len(document.inputs) + len(document.text) + len(document.rejected) + 16
+        size += document.written.size if document.written else 0
         if size >= _BATCH_CHARACTERS:
             yield _encode_batch(batch, vocabulary, columns)
             batch, size = [], 0
@@ -169,6 +193,9 @@ def _encode_batch(
     batch: list[Placed], vocabulary: vocabularies.Vocabulary, columns: Sequence[str]
 ) -> token_set.Encoded:
     documents = [document for _, _, document in batch]
+    if documents[0].written is not None:
+        places = [(file, offset) for file, offset, _ in batch]
+        return chats.encode([document.written for document in documents], places, vocabulary)
     if "rejected" in columns:
         parts = [part for d in documents for part in (d.inputs, d.text, d.rejected)]
     elif any(document.inputs for document in documents):

@@ -237,9 +237,19 @@ def task_rates(
     return rates
 
 
-def place_vocabulary(vocabulary: vocabularies.Vocabulary, folder: pathlib.Path) -> str:
+def folder_name(vocabulary: vocabularies.Vocabulary) -> str:
+    """Of a vocabulary in the cache."""
+    template = vocabulary.chat_template
+    mark = f"-{hashlib.sha256(template.encode()).hexdigest()[:8]}" if template else ""
+    return f"tokenizer-{vocabulary.fingerprint[:16]}{mark}"
+
+
+def place_vocabulary(
+    vocabulary: vocabularies.Vocabulary, folder: pathlib.Path, *, with_chat_template: bool = False
+) -> str:
     """Saves a vocabulary in the cache, unless it is there; the name of its folder."""
-    name = f"tokenizer-{vocabulary.fingerprint[:16]}"
+    vocabulary = vocabulary if with_chat_template else vocabulary.with_chat_template("")
+    name = folder_name(vocabulary)
     if not (folder / name / vocabularies.SETTINGS).is_file():
         vocabulary.save(str(folder / name))
     return name

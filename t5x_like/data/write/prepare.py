@@ -15,7 +15,17 @@ from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError
 from t5x_like.data import cache, token_set
 from t5x_like.data.config import DataConfig
-from t5x_like.data.write import bad_records, chosen_tokenizer, encoding, memory, parts, preprocessors, sources, workers
+from t5x_like.data.write import (
+    bad_records,
+    chats,
+    chosen_tokenizer,
+    encoding,
+    memory,
+    parts,
+    preprocessors,
+    sources,
+    workers,
+)
 from t5x_like.data.write.chosen_tokenizer import Training
 from t5x_like.data.write.parts import Part, Parts
 from t5x_like.storage import paths
@@ -205,7 +215,18 @@ def manifest_of(
         name: cache.SetEntry(place, str(part.source), tuple(file.path for file in part.files), None)
         for place, (name, part) in zip(folders[len(train) :], found.validation.items(), strict=True)
     }
-    return cache.Manifest(tokenizer, entries, held_out)
+    _check_shares(config, [*entries.values(), *held_out.values()], folder)
+    chat = chats.job(config, encoding.load_vocabulary(str(folder / tokenizer)))
+    return cache.Manifest(tokenizer, entries, held_out, chat_template=chat.get("template", ""))
+
+
+def _check_shares(config: DataConfig, entries: list[cache.SetEntry], folder: pathlib.Path) -> None:
+    """UserError for a source with more bad records than config.data.max_bad_share allows."""
+    by_source: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {}
+    for entry in entries:
+        by_source.setdefault(entry.source, []).append((token_set.read_index(folder / entry.folder), entry.files))
+    for source, sets in by_source.items():
+        bad_records.check_share(source, sets, config.max_bad_share)
 
 
 def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
@@ -220,6 +241,7 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
     """The token set of each part; makes their folders."""
     vocabulary = encoding.load_vocabulary(str(folder / tokenizer))
     kind = token_set.token_type(vocabulary.size)
+    chat = chats.job(config, vocabulary)
     plans = []
     for part in given:
         fingerprint = cache.digest(
@@ -231,11 +253,12 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
                 part.task,
                 parts.reading(config, part),
                 vocabulary.fingerprint,
+                *([chat] if chat and part.source.kind not in ("text", "lines") else []),
             ]
         )
         place = folder / f"tokens-{fingerprint[:16]}"
         paths.make_directory(str(place))
-        function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind)
+        function, jobs = _jobs(config, part, place, str(folder / tokenizer), kind, chat)
         weight = sum(file.size for file in part.files) / max(sum(file.measure for file in part.files), 1)
         unit = sources.unit(part.source.kind)
         plans.append(SetPlan(place, fingerprint, unit, kind, function, jobs, weight, part, config))
@@ -256,10 +279,11 @@ def _write_sets(
 
 
 def _jobs(
-    config: DataConfig, part: Part, place: pathlib.Path, tokenizer: str, kind: str
+    config: DataConfig, part: Part, place: pathlib.Path, tokenizer: str, kind: str, chat: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]]]:
     """(worker function, one job a shard)."""
     job: dict[str, Any] = {"folder": str(place), "tokenizer": tokenizer, "token_type": kind}
+    job |= {"chat": chat, "columns": config.columns}
     if part.task is not None:
         named = {"module": part.source.path, "name": f"{part.task['task']}:{part.task['split']}"}
         named |= {"files": [file.path for file in part.files], "on_bad_record": config.on_bad_record}
@@ -306,10 +330,9 @@ def _joined(function: str, jobs: list[dict[str, Any]], part: Part) -> list[dict[
 
 
 def _notes(config: DataConfig, part: Part, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What an index says of bad records and of empty files, where there are any. UserError for too many bad ones."""
-    files = [file.path for file in part.files]
-    rule, share = config.on_bad_record, config.max_bad_share
-    bad_records.check(shards, part.source.kind, files, rule=rule, share=share, where=str(part.source))
+    """What an index says of bad records and of empty files, where there are any."""
+    if config.on_bad_record == "stop":
+        bad_records.check_none(shards, part.source.kind, [file.path for file in part.files])
     empty = sum(not file.measure for file in part.files) if part.begin == 0 else 0
     return bad_records.total(shards) | ({"empty_files": empty} if empty else {})
 

@@ -1,6 +1,6 @@
 """From a record to a document: which field is its text, and named changes of that text.
 
-Not templates and chat formats: those turn several fields into a text and stand in a file of their own.
+Chat templates, which turn a conversation into a text, are in data/templates; `conversation` reads it from a record.
 """
 
 import unicodedata
@@ -10,18 +10,21 @@ from typing import Any, NamedTuple
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data.config import FieldsConfig
+from t5x_like.data.templates import messages
 
 
 class Document(NamedTuple):
     """Text to train on; `inputs` comes before it and is only read (empty for plain documents).
 
-    rejected: of a pair, the answer to `inputs` that is worse than `text`; label: the class of `text`
+    rejected: of a pair, the answer to `inputs` that is worse than `text`; label: the class of `text`; written: a
+    conversation through a chat template (data/write/chats.py), which has no other text
     """
 
     inputs: str
     text: str
     rejected: str = ""
     label: int = 0
+    written: Any = None
 
 
 _MISSING = object()
@@ -43,8 +46,10 @@ def check(names: Sequence[str], fields: FieldsConfig) -> None:
     pair = [bool(name) for name in (fields.prompt, fields.chosen, fields.rejected)]
     if any(pair) and not all(pair):
         raise UsageError("config.data.fields: give all of prompt, chosen and rejected, or none")
-    if any(pair) + bool(fields.inputs) + bool(fields.label) > 1:
-        raise UsageError("config.data.fields: give inputs and targets, or prompt, chosen and rejected, or label")
+    if any(pair) + bool(fields.inputs) + bool(fields.label) + bool(fields.messages) > 1:
+        raise UsageError(
+            "config.data.fields: give inputs and targets, or prompt, chosen and rejected, or label, or messages"
+        )
 
 
 def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str]) -> Document:
@@ -67,6 +72,24 @@ def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str])
     if fields.targets:
         return Document(texts["inputs"], texts["targets"])
     return Document("", texts["text"], label=_label(record, fields.label) if fields.label else 0)
+
+
+def conversation(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str]) -> list[messages.Message]:
+    """The messages of a record, or the two of an example; UserError as in `document`."""
+
+    def change(text: str) -> str:
+        for name in names:
+            text = PREPROCESSORS[name](text)
+        _check_unicode(text, fields.messages)
+        return text
+
+    if fields.targets:
+        found = document(record, fields, names)
+        return messages.of_example(found.inputs, found.text)
+    value = _value(record, fields.messages)
+    if value is _MISSING:
+        raise UserError(f"no field {fields.messages!r} among {', '.join(record)}; set config.data.fields.messages")
+    return messages.of_value(value, fields.messages, change)
 
 
 def _label(record: dict[str, Any], name: str) -> int:

@@ -20,8 +20,10 @@ import numpy as np
 
 from t5x_like.core.errors import UserError
 from t5x_like.data import token_set
+from t5x_like.data.templates import messages
+from t5x_like.data.templates.sandbox import TemplateRefused
 from t5x_like.data.tokenizers import tokenizer_files, vocabularies
-from t5x_like.data.write import bad_records
+from t5x_like.data.write import bad_records, chats
 from t5x_like.data.write.encoding import assemble
 
 _BATCH_EXAMPLES = 1000
@@ -88,10 +90,15 @@ def encode_shard(job: dict[str, Any], report: Callable[[int], None]) -> dict[str
     task, split = _provider(job["module"], job["name"])
     vocabulary = vocabularies.load(job["tokenizer"])
     tally = bad_records.Tally("seqio", job["files"], rule=job["on_bad_record"])
-    batches = _batches(_examples(task, split, job), job["shard"], vocabulary, tally, report)
-    return token_set.write_shard(
-        pathlib.Path(job["folder"]), job["index"], batches, job["token_type"], notes=tally.facts
-    )
+    examples = _examples(task, split, job)
+    columns = tuple(job["columns"]) if job["chat"] else ()
+    if job["chat"]:
+        writer = chats.Writer(job["chat"], vocabulary)
+        batches = _chat_batches(examples, job["shard"], writer, vocabulary, tally, report)
+    else:
+        batches = _batches(examples, job["shard"], vocabulary, tally, report)
+    place = pathlib.Path(job["folder"])
+    return token_set.write_shard(place, job["index"], batches, job["token_type"], columns=columns, notes=tally.facts)
 
 
 def _provider(module: str, name: str) -> tuple[Any, str]:
@@ -162,9 +169,9 @@ def _vocabulary(provider: Any) -> vocabularies.Vocabulary | None:
     import seqio
 
     features = provider.output_features
-    if "targets" not in features:
-        raise UserError(f"seqio task {provider.name} has features {', '.join(features)}; needs targets")
-    theirs = features["targets"].vocabulary
+    if "targets" not in features and "messages" not in features:
+        raise UserError(f"seqio task {provider.name} has features {', '.join(features)}; needs targets, or messages")
+    theirs = features["targets" if "targets" in features else "messages"].vocabulary
     if "inputs" in features and features["inputs"].vocabulary != theirs:
         raise UserError(f"seqio task {provider.name}: inputs and targets have two vocabularies; one model reads both")
     if isinstance(theirs, seqio.SentencePieceVocabulary):
@@ -208,6 +215,49 @@ def _batches(
             ids, counts = (np.concatenate(column) for column in zip(*chosen, strict=True))
             yield assemble(ids, counts, sizes, [(shard, number) for number, _ in good], vocabulary)
         report(len(batch))
+
+
+def _chat_batches(
+    examples: Iterator[dict[str, Any]],
+    shard: int,
+    writer: chats.Writer,
+    vocabulary: vocabularies.Vocabulary,
+    tally: bad_records.Tally,
+    report: Callable[[int], None],
+) -> Iterator[token_set.Encoded]:
+    numbered = enumerate(examples)
+    while batch := list(itertools.islice(numbered, _BATCH_EXAMPLES)):
+        written, places = [], []
+        for number, example in batch:
+            tally.records += 1
+            try:
+                found = list(writer.written(_messages(example)))
+            except TemplateRefused:  # no fault of the example
+                raise
+            except UserError as error:
+                tally.add(shard, number, str(error))
+                continue
+            written += found
+            places += [(shard, number)] * len(found)
+        if written:
+            yield chats.encode(written, places, vocabulary)
+        report(len(batch))
+
+
+def _messages(example: dict[str, Any]) -> list[messages.Message]:
+    """The conversation of an example: its feature `messages`, which is JSON, or its inputs and targets, as texts."""
+    if "messages" in example:
+        return messages.of_value(_text(np.asarray(example["messages"]), "messages"), "messages", str)
+    texts = {}
+    for name in ("inputs", "targets"):
+        feature = example.get(f"{name}_pretokenized", example.get(name))
+        if feature is None:
+            raise UserError(f"no feature {name!r} among {', '.join(example)}")
+        value = np.asarray(feature)
+        if value.dtype.kind in "iu":
+            raise UserError(f"{name} are ids, and a chat template needs their text; keep it as {name}_pretokenized")
+        texts[name] = _text(value, name)
+    return messages.of_example(texts["inputs"], texts["targets"])
 
 
 def _examples(task: Any, split: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -69,6 +69,17 @@ def test_a_bad_record_is_named_or_left_out(tmp_path, name, packed):
         )
 
 
+def test_the_share_is_that_of_the_source_not_of_what_is_held_out_of_it(tmp_path):
+    lines = [json.dumps({"text": text}) for text in GOOD] + ['{"text": null}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    given = {"source": f"jsonl:{tmp_path}/a.jsonl", "validation": "0.15", "on_bad_record": "skip"}
+    config = corpus.config(**given, max_bad_share=0.04)
+    done = prepare.prepare(config, str(tmp_path / "cache"), report=None)
+    assert done.bad == 1 and 1 <= len(documents(config, tmp_path / "cache", "validation")) < 6
+    with pytest.raises(UserError, match="1 of 31 records are bad"):
+        prepare.prepare(corpus.config(**given, max_bad_share=0.03), str(tmp_path / "cache"), report=None)
+
+
 def test_a_file_of_another_encoding_is_left_out_of_texts(tmp_path):
     for name, content in (("a", b"one"), ("b", "zw\u00f6lf".encode("latin-1")), ("c", b"three")):
         (tmp_path / f"{name}.txt").write_bytes(content)

@@ -47,7 +47,8 @@ def child(config, folder, **options):
 def contents(folder):
     """{file: content} of a cache, without times and what it remembers of sources that were not written just before."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if not name.startswith(("prepared-", "contents-"))}
+    other = ("prepared-", "contents-", "files-")
+    return {name: content for name, content in found.items() if not name.startswith(other)}
 
 
 def tokens_of(config, folder, name="train"):

@@ -22,7 +22,7 @@ def _small_shards(monkeypatch):
 def contents(folder):
     """{file: content} of a cache, without what it remembers of sources that were not written just before."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if not name.startswith("contents-")}
+    return {name: content for name, content in found.items() if not name.startswith(("contents-", "files-"))}
 
 
 @pytest.fixture

@@ -1,0 +1,97 @@
+"""Conversations of records: from the forms in which people have them to a list of {role, content}.
+
+A message is {role, content} (its other keys go to the template as they are), or {from, value} as ShareGPT has it. A
+list may also be written as JSON, as in a CSV cell or a SeqIO feature. Raises UserError, without the place of a record.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UserError
+from t5x_like.data.templates.sandbox import CLOSE, OPEN
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+# What other data sets call them.
+NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "observation": "tool"}
+BREAK = "\ufdd2"  # within a text that spells out a special token
+_RESERVED = (OPEN, CLOSE, BREAK)
+
+
+def of_value(value: Any, name: str, change: Callable[[str], str]) -> list[Message]:
+    """The messages of a field `name`; `change` is what preprocessors do to each text. One is the assistant's."""
+    if isinstance(value, str | bytes):
+        value = _of_json(value, name)
+    found = of_list(value, f"field {name!r}", change)
+    if all(message["role"] != "assistant" for message in found):
+        raise UserError(f"the conversation of field {name!r} has no turn of the assistant, so nothing of it is trained")
+    return found
+
+
+def of_list(value: Any, where: str, change: Callable[[str], str] = str) -> list[Message]:
+    """The messages of a list, whoever speaks last."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} should be a list of messages, is {_shown(value)}")
+    return [_message(each, f"message {number} of {where}", change) for number, each in enumerate(value, 1)]
+
+
+def of_example(inputs: str, targets: str) -> list[Message]:
+    """An example as a conversation of one question."""
+    return [{"role": "user", "content": inputs}, {"role": "assistant", "content": targets}]
+
+
+def _of_json(value: str | bytes, name: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise UserError(f"field {name!r} should be a list of messages, is the text {_shown(value)}") from None
+
+
+def _message(value: Any, where: str, change: Callable[[str], str]) -> Message:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} should be {{role, content}}, is {_shown(value)}")
+    given = {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if "from" in given and "role" not in given:
+        given = {"role": given.pop("from"), "content": given.pop("value", None), **given}
+    role = given.get("role")
+    role = NAMES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        told = nearest(role, [*ROLES, *NAMES]) if isinstance(role, str) else f"known: {', '.join(ROLES)}"
+        raise UserError(f"{where} has the role {_shown(role)}, which is unknown; {told}")
+    content = given.get("content")
+    if content is None and "tool_calls" in given:
+        return given | {"role": role}
+    if isinstance(content, list):
+        content = _joined(content, where)
+    if not isinstance(content, str):
+        raise UserError(f"{where} should have a text as its content, has {_shown(content)}")
+    text = change(content)
+    odd = next((mark for mark in _RESERVED if mark in text), None)
+    if odd is not None:
+        raise UserError(f"{where} holds U+{ord(odd):04X}, which is no character; mend the file")
+    return given | {"role": role, "content": text}
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """Of [{"type": "text", "text": ...}, ...]."""
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where} holds other parts than texts, which is not supported")
+    return "".join(texts)
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON values: a template sees no object that could do more."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    return next((kind(value) for kind in (str, int, float) if isinstance(value, kind)), f"<{type(value).__name__}>")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else " ".join(f"{value!r:.60}".split())

@@ -1,0 +1,340 @@
+"""A sandbox for chat templates that came from elsewhere: no code, no files, bounded time and size.
+
+The language is Jinja as tokenizers carry it (transformers' apply_chat_template), in an environment without a loader,
+without attributes that begin with an underscore, and with the globals and filters that are listed here alone. Every
+round of a loop, every macro and every joining of texts is counted against `ROUNDS`, `SECONDS` and `SIZE`; whatever a
+template does, it ends with a text of at most SIZE characters or with a `TemplateRefused`, in one line.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import jinja2.utils
+from jinja2.visitor import NodeTransformer
+
+from t5x_like.core.errors import UserError
+
+SECONDS = 5.0
+SIZE = 1 << 22  # characters of a text, or entries of a list
+MADE = 1 << 26  # of all texts and lists that are made on the way
+ROUNDS = 1 << 20  # of loops and macros
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around what {% generation %} marks: noncharacters, which no text holds
+
+
+class TemplateRefused(UserError):
+    """The template itself cannot be used, whatever the conversation is."""
+
+
+class ConversationRefused(UserError):
+    """The template does not render this conversation: it says so (raise_exception), or fails with it."""
+
+
+class Template:
+    """A compiled template. Raises TemplateRefused where it is no Jinja, or asks for what the sandbox has not."""
+
+    def __init__(self, source: str, *, now: datetime.datetime | None = None):
+        """now: what strftime_now tells, None for the time of each call."""
+        self._environment = _Environment(now)
+        self._lock = threading.Lock()
+        with _one_line():
+            self._template = self._environment.from_string(source)
+
+    def render(self, values: Mapping[str, Any]) -> str:
+        """`values`: plain JSON values alone."""
+        with self._lock, _one_line():
+            self._environment.meter.start()
+            pieces = []
+            for piece in self._template.generate(**values):
+                self._environment.meter.add(len(piece))
+                pieces.append(piece)
+            return "".join(pieces)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except (TemplateRefused, ConversationRefused):
+        raise
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateRefused(f"line {error.lineno} is no Jinja: {_line(error)}") from None
+    except jinja2.sandbox.SecurityError as error:
+        raise TemplateRefused(f"it asks for what no template may do: {_line(error)}") from None
+    except RecursionError:
+        raise TemplateRefused("its macros call each other without end") from None
+    except Exception as error:  # a template may raise whatever its expressions do
+        raise ConversationRefused(f"{type(error).__name__}: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+class _Meter:
+    """What one rendering has used."""
+
+    def start(self) -> None:
+        self._rounds, self._size, self._made, self._end = 0, 0, 0, time.monotonic() + SECONDS
+
+    def tick(self) -> str:
+        self._rounds += 1
+        if self._rounds > ROUNDS or time.monotonic() > self._end:
+            raise TemplateRefused(f"it takes more than {ROUNDS} rounds of its loops, or more than {SECONDS:g} s")
+        return ""
+
+    def add(self, size: int) -> None:
+        self._size += size
+        self.check(self._size)
+
+    def check(self, size: int) -> None:
+        if size > SIZE or self._made > MADE:
+            raise TemplateRefused(f"it makes a text or a list of more than {SIZE} characters or entries")
+
+    def sized(self, value: Any) -> Any:
+        if isinstance(value, str | list | tuple | dict):
+            self._made += len(value)
+            self.check(len(value))
+        return value
+
+    def whole(self, value: Any) -> Any:
+        """The value, if writing it out is short enough: lists in lists may hold the same one many times."""
+        waiting, size = [value], 0
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, str):
+                size += len(each)
+            elif isinstance(each, Mapping):
+                waiting += [*each.keys(), *each.values()]
+            elif isinstance(each, list | tuple | set):
+                waiting += each
+            size += 1
+            self.check(size + len(waiting))
+        return value
+
+
+class _Counted(NodeTransformer):
+    """Puts a count into every loop and macro, and has texts joined by a function that looks at their size."""
+
+    def visit_For(self, node: Any) -> Any:
+        return self._ticking(node)
+
+    def visit_Macro(self, node: Any) -> Any:
+        return self._ticking(node)
+
+    def visit_CallBlock(self, node: Any) -> Any:
+        return self._ticking(node)
+
+    def visit_Concat(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        return _call("concatenate", node.nodes, node.lineno)
+
+    def visit_Getitem(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        sliced = isinstance(node.arg, jinja2.nodes.Slice)
+        return _call("measured", [node], node.lineno) if sliced else node
+
+    def _ticking(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        tick = jinja2.nodes.ExprStmt(_call("tick", [], node.lineno), lineno=node.lineno)
+        node.body = [tick, *node.body]
+        return node
+
+
+def _call(name: str, arguments: list[Any], line: int) -> Any:
+    function = jinja2.nodes.EnvironmentAttribute(name, lineno=line)
+    return jinja2.nodes.Call(function, arguments, [], None, None, lineno=line)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: what is between them the assistant wrote."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        return f"{OPEN}{caller()}{CLOSE}"
+
+
+_OF_FILES = (jinja2.nodes.Include, jinja2.nodes.Import, jinja2.nodes.FromImport, jinja2.nodes.Extends)
+_STRING_METHODS = frozenset(
+    "capitalize count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper "
+    "join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
+    "splitlines startswith strip swapcase title upper".split()
+)
+# Filters that give no more than they are given, and those of the table below.
+_FILTERS = (
+    "abs attr capitalize count d default dictsort e escape first float groupby int items last length list lower map "
+    "max min reject rejectattr reverse round safe select selectattr sort title trim unique upper".split()
+)
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """`concatenate`, `measured` and `tick` are called by compiled templates."""
+
+    intercepted_binops = frozenset("+ * ** %".split())
+
+    def __init__(self, now: datetime.datetime | None):
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"], cache_size=0
+        )
+        meter = self.meter = _Meter()
+        self.finalize = meter.whole
+        meter.start()
+        own = {"tojson": _tojson(meter), "replace": self._replace, "join": self._join, "indent": self._indent}
+        own |= {"string": lambda value: str(meter.whole(value)), "sum": _sum}
+        filters = {name: self.filters[name] for name in _FILTERS} | own
+        self.filters = {name: self._counted(function) for name, function in filters.items()}
+        namespace = {"dict": _Dictionary(), "namespace": _Namespace, "range": self.globals["range"]}
+        moment = _moment(now)
+        self.globals = namespace | {"raise_exception": _raise_exception, "strftime_now": moment}
+
+    def tick(self) -> str:
+        return self.meter.tick()
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.meter.tick()
+            return self.meter.sized(function(*args, **kwargs))
+
+        return counted
+
+    def measured(self, value: Any) -> Any:
+        return self.meter.sized(value)
+
+    def concatenate(self, *values: Any) -> str:
+        texts = [str(self.meter.whole(value)) for value in values]
+        self.meter.check(sum(map(len, texts)))
+        return self.meter.sized("".join(texts))
+
+    def _parse(self, source: str, name: Any, filename: Any) -> Any:
+        tree = super()._parse(source, name, filename)
+        if next(tree.find_all(_OF_FILES), None) is not None:
+            raise TemplateRefused("it asks for another file")
+        return _Counted().visit(tree)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str):
+            return attr in _STRING_METHODS
+        return super().is_safe_attribute(obj, attr, value) and attr != "format_map"
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__}")
+
+    def wrap_str_format(self, value: Any) -> None:
+        """`format` is no method that a template has: it pads to any width."""
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
+        if operator in ("**", "%") and sizes:
+            raise TemplateRefused(f"{operator} of texts or lists is not supported")
+        if operator == "**":
+            self.meter.check(SIZE + 1 if _large(left) or _large(right, 64) else 0)
+        if operator == "*":
+            times = next((side for side in (left, right) if isinstance(side, int)), 0)
+            self.meter.check(max(sizes, default=0) * times)
+            self.meter.check(SIZE + 1 if not sizes and (_large(left) or _large(right)) else 0)
+        return self.meter.sized(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902
+        __self.meter.tick()
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, str) and name == "replace" and len(args) > 1:
+            return __self._replace(owner, *args)
+        if isinstance(owner, str) and name == "join" and args:
+            return __self._join(args[0], owner)
+        return __self.meter.sized(super().call(__context, __obj, *args, **kwargs))
+
+    def _replace(self, text: Any, old: str, new: str, count: int | None = None) -> str:
+        text, old, new = str(text), str(old), str(new)
+        self.meter.check(len(text) + text.count(old) * len(new))
+        return text.replace(old, new, -1 if count is None else count)
+
+    def _join(self, values: Any, between: str = "", attribute: str | None = None) -> str:
+        listed = [value[attribute] if attribute is not None else value for value in values]
+        texts = [str(self.meter.whole(value)) for value in listed]
+        self.meter.check(sum(map(len, texts)) + len(texts) * len(between))
+        return between.join(texts)
+
+    def _indent(self, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+        begin = width if isinstance(width, str) else " " * min(width, 1 << 10)
+        self.meter.check(len(text) + text.count("\n") * len(begin))
+        first_line, *others = text.splitlines() or [""]
+        others = [begin + line if line or blank else line for line in others]
+        return "\n".join([begin + first_line if first else first_line, *others])
+
+
+def _sum(values: Any, attribute: str | None = None, start: float = 0) -> float:
+    listed = [value if attribute is None else value[attribute] for value in values]
+    if not all(isinstance(value, int | float) for value in (start, *listed)):
+        raise TemplateRefused("the filter sum is for numbers")
+    return sum(listed, start)
+
+
+def _large(value: Any, limit: int = 1 << 64) -> bool:
+    return isinstance(value, int) and abs(value) > limit
+
+
+class _Dictionary:
+    """`dict(...)` and `dict.fromkeys(...)` without the type itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A namespace whose names do not begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        for name in dict(*args[1:], **kwargs):
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise jinja2.sandbox.SecurityError(f"the namespace has no attribute {name!r}")
+
+
+def _raise_exception(message: str) -> None:
+    raise ConversationRefused(" ".join(str(message).split())[:200])
+
+
+def _moment(now: datetime.datetime | None) -> Callable[[str], str]:
+    return lambda form: (now or datetime.datetime.now()).strftime(form)
+
+
+def _tojson(meter: _Meter) -> Callable[..., str]:
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        spaces = min(indent, 64) if isinstance(indent, int) else indent
+        return json.dumps(
+            meter.whole(value), ensure_ascii=ensure_ascii, indent=spaces, separators=separators, sort_keys=sort_keys
+        )
+
+    return tojson
+
+
+__all__ = ["CLOSE", "OPEN", "ConversationRefused", "Template", "TemplateRefused"]

@@ -1,0 +1,103 @@
+"""Claims about standard errors and paired differences, against plain formulas."""
+
+import math
+
+import numpy as np
+import pytest
+
+from t5x_like.evaluation import report, statistics
+from t5x_like.evaluation.results import Evaluation, Metric
+from t5x_like.evaluation.statistics import Difference, mean
+from t5x_like.evaluation.text import bits
+
+
+def metric(items, *, name="acc", aggregate=mean, better=True, documents=None):
+    documents = documents or tuple(map(str, range(len(items))))
+    error = statistics.error(items, aggregate)
+    return Metric("t", name, "none", aggregate(items), error, better, tuple(items), tuple(documents), aggregate)
+
+
+def pair(count=400):
+    """Two models of which the second is a little better, on documents that are hard for both."""
+    random = np.random.default_rng(0)
+    hard = random.uniform(0, 1, count)
+    before = (hard < 0.5).astype(float)
+    return before.tolist(), np.where(random.uniform(0, 1, count) < 0.06, 1.0, before).tolist()
+
+
+def test_the_error_of_a_mean_is_the_deviation_over_the_root():
+    before, _ = pair()
+    assert metric(before).error == pytest.approx(np.std(before, ddof=1) / math.sqrt(len(before)))
+    assert metric([1.0]).error is None
+
+
+def test_a_pair_has_a_smaller_error_than_two_models_apart():
+    before, after = map(metric, pair())
+    (found,) = statistics.differences([before], [after])
+    assert found.value == pytest.approx(after.value - before.value) and found.documents == 400
+    deltas = np.subtract(after.items, before.items)
+    assert found.error == pytest.approx(deltas.std(ddof=1) / 20)
+    assert before.error is not None and after.error is not None
+    assert found.error < 0.5 * math.hypot(before.error, after.error)
+    assert found.value > 2 * found.error and not found.is_worse(2)
+
+
+def test_a_bootstrap_agrees_with_the_linear_formula():
+    random = np.random.default_rng(1)
+    weights = random.integers(50, 500, 300)
+    losses = weights * random.normal(2.0, 0.4, 300)
+    better = losses * random.normal(0.97, 0.02, 300)
+    before, after = ([*zip(each.tolist(), weights.tolist(), strict=True)] for each in (losses, better))
+
+    def linear(values):
+        rest = values - values.sum() / weights.sum() * weights
+        return math.sqrt(300 / 299 * np.square(rest).sum()) / weights.sum() / math.log(2)
+
+    first, second = (metric(each, aggregate=bits, better=False) for each in (before, after))
+    assert first.value == pytest.approx(losses.sum() / weights.sum() / math.log(2))
+    assert first.error == pytest.approx(linear(losses), rel=0.1)
+    (found,) = statistics.differences([first], [second])
+    assert found.error == pytest.approx(linear(better - losses), rel=0.1) and found.value < 0
+    assert statistics.differences([first], [second]) == [found]  # seeded
+
+
+def test_only_shared_documents_are_paired():
+    before = metric([0.0, 1.0, 1.0], documents=("a", "b", "c"))
+    after = metric([1.0, 0.0], documents=("c", "a"))
+    (found,) = statistics.differences([before], [after])
+    assert (found.documents, found.value) == (2, 0.0)
+    assert statistics.differences([before], [metric([1.0], documents=("z",))]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "better", "worse"),
+    [
+        (-0.05, 0.02, True, True),
+        (-0.03, 0.02, True, False),
+        (0.05, 0.02, True, False),
+        (0.05, 0.02, False, True),
+        (-0.05, None, True, True),
+        (0.0, 0.0, True, False),
+        (-0.5, 0.01, None, False),
+    ],
+)
+def test_worse_is_by_more_than_so_many_errors_in_the_direction_of_the_metric(value, error, better, worse):
+    assert Difference("t", "m", "none", value, error, 9, better).is_worse(2.0) == worse
+
+
+def test_a_report_is_read_again_and_paired(tmp_path):
+    before, after = map(metric, pair())
+    loss = metric([(3.0, 5.0), (4.0, 5.5)], name="bits_per_byte", aggregate=bits, better=False)
+    stored = report.Report({"seed": 1}, [Evaluation("a", (before, loss), {"t": 0}, 3, {})], {})
+    report.write(stored, str(tmp_path / "out"), samples=False)
+    again = report.read(str(tmp_path / "out" / "report.json"))
+    assert again.model == str(tmp_path / "out" / "report.json")
+    assert statistics.differences(again.metrics, [after]) == statistics.differences([before], [after])
+    assert statistics.differences(again.metrics, [loss])[0].value == 0
+    whole = report.Report({}, [again, Evaluation("b", (after, loss), {}, 0, {})], {"b": [*again_pairs(again, after)]})
+    page = whole.to_markdown()
+    assert f"| t | acc (higher is better) | 400 | {before.value:.4f} +- " in page and "+0.0" in page
+
+
+def again_pairs(again, after):
+    return statistics.differences(again.metrics, [after])
