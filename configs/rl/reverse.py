@@ -1,4 +1,4 @@
-"""A task that can be verified: spell a word backwards. GRPO from a start that does it half of the time.
+"""A task that can be verified: spell a word backwards. GRPO from a start that does it now and then.
 
 The start has learned from demonstrations of which every other one is wrong: it repeats the word as it is. So it can do
 both, and nothing but the reward tells it which is wanted.
@@ -6,7 +6,7 @@ both, and nothing but the reward tells it which is wanted.
     python -m configs.rl.reverse runs/reverse.jsonl                                   20,000 examples, for the start
     t5x_like train --config=configs/rl/reverse_start.py:runs/reverse.jsonl --workdir=runs/reverse_start
     t5x_like rl --config=configs/rl/reverse.py:runs/reverse_start --workdir=runs/reverse
-Hardware: 2 CPU cores. Expected: see docs/log.md.
+Hardware: 2 CPU cores, a minute. Expected: 98% of held-out words after 100 updates, from about 20% (docs/log.md).
 """
 
 import json

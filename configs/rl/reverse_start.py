@@ -2,7 +2,7 @@
 
     python -m configs.rl.reverse runs/reverse.jsonl
     t5x_like train --config=configs/rl/reverse_start.py:runs/reverse.jsonl --workdir=runs/reverse_start
-Hardware: 2 CPU cores. Expected: see docs/log.md.
+Hardware: 2 CPU cores, half a minute. Expected: about one sampled answer in five is the word backwards.
 """
 
 from ml_collections import ConfigDict

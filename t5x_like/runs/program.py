@@ -36,6 +36,7 @@ class Program:
 
     mesh: Mesh
     model: Model
+    policy: Role  # the model as it is trained, with its adapters
     roles: Mapping[str, FrozenModel]  # the models that are read beside it
     objective: Objective
     optimizer: optimizers.Optimizer
@@ -72,6 +73,7 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     return Program(
         mesh=mesh,
         model=model,
+        policy=trained,
         roles=others,
         objective=objective,
         optimizer=optimizer,

@@ -298,8 +298,10 @@ def compile_programs(experiment: RlExperiment, program: Program, asked: Asked) -
         answer=compiled(made.answer) if asked.held_out else made.answer,
         score=made.score.lower(*parameters, made.scored).compile() if several else made.score,
         reference=made.reference and made.reference.lower(*parameters, made.scored).compile(),
+        reward=made.reward and made.reward.lower(*parameters, made.judged).compile(),
         batch=program.batch,
         scored=made.scored,
+        judged=made.judged,
     )
     return Compiled(step, found)
 

@@ -163,3 +163,47 @@ def test_examples_of_a_file_are_prompts_with_their_answers(tmp_path, capsys):
     # A stored config without functions is resumed by the workdir alone.
     assert rl(tmp_path / "run", "--config.loop.steps=3", config=None) == 0
     assert max(updates(tmp_path / "run")) == 3
+
+
+def test_an_adapter_is_trained_and_its_base_is_the_reference(finished, tmp_path):
+    """At first the adapter changes nothing: no divergence. Then there is one, and the base is where it was."""
+    lora = "config.adapter.name = 'lora'\n    config.adapter.lora.rank = 2\n    config.checkpoint.holds = 'trained'"
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from configs.rl import test\n\n\ndef get_config():\n    config = test.get_config()\n"
+        f"    config.checkpoint.init_from = {str(finished)!r}\n    {lora}\n"
+        "    config.objective.grpo.update({'kl_coefficient': 0.1, 'reference': 'base'})\n    return config\n"
+    )
+    assert rl(tmp_path / "run", "--config.loop.steps=4", config=config) == 0
+    found = updates(tmp_path / "run")
+    assert abs(found[1]["train/kl_token_mean"]) < 1e-10 and found[1]["train/ratio_token_mean"] == 1.0
+    assert found[4]["train/kl_token_mean"] > 1e-7
+    names = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
+    assert all(name.startswith("params/adapters/") for name in names if name.startswith("params/"))
+
+
+def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path):
+    pairs = [{"prompt": f"{letter}=", "chosen": letter, "rejected": "x"} for letter in "abcd"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 4))
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "from configs.pretrain import test\n\n\ndef get_config():\n    config = test.get_config()\n"
+        f"    config.data.update({{'source': 'jsonl:{tmp_path}/pairs.jsonl', 'features': 'pair_texts'}})\n"
+        "    config.data.update({'packing': 'single', 'validation': '', 'validation_batches': 0})\n"
+        "    config.data.fields.update({'text': '', 'prompt': 'prompt', 'chosen': 'chosen', 'rejected': 'rejected'})\n"
+        "    config.model.scalar_heads = ('reward',)\n    config.objective.name = 'reward'\n    return config\n"
+    )
+    assert train(tmp_path / "judge", "--config.loop.steps=4", config=str(judge)) == 0
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from configs.rl import test\nfrom t5x_like.configs import common\n\n\ndef get_config():\n"
+        "    config = test.get_config()\n    config.rl.rewards.judge = common.reward('model', weight=2.0)\n"
+        f"    config.roles.reward = {{'source': {str(tmp_path / 'judge')!r}, 'rules': '', 'dtype': 'stored'}}\n"
+        "    return config\n"
+    )
+    assert rl(tmp_path / "run", "--config.loop.steps=4", config=config) == 0
+    row = updates(tmp_path / "run")[4]
+    assert row["train/reward/judge"] != 0
+    assert row["train/reward"] == pytest.approx(row["train/reward/share"] + 2 * row["train/reward/judge"], rel=1e-5)
+    arrays = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
+    assert len(set(arrays["rollouts/rewards"][1].tolist())) > 4, "it says the same of all answers"
