@@ -163,6 +163,8 @@ def _read_piece(
 def _documents_of(
     record: dict[str, Any], fields: FieldsConfig, names: Sequence[str], writer: chats.Writer | None
 ) -> list[Document]:
+    if writer is not None and fields.rejected:
+        return [Document("", "", written=writer.pair(*preprocessors.conversations(record, fields, names)))]
     if not fields.messages and (writer is None or not fields.targets):
         return [preprocessors.document(record, fields, names)]
     messages = preprocessors.conversation(record, fields, names)
