@@ -1,7 +1,11 @@
 """`t5x_like rl` as a user calls it: what holds at the first update, what a killed run goes on with, what is refused."""
 
 import json
+import os
 import re
+import statistics
+import subprocess
+import sys
 
 import pytest
 
@@ -207,3 +211,22 @@ def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path):
     assert row["train/reward"] == pytest.approx(row["train/reward/share"] + 2 * row["train/reward/judge"], rel=1e-5)
     arrays = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
     assert len(set(arrays["rollouts/rewards"][1].tolist())) > 4, "it says the same of all answers"
+
+
+def test_a_policy_learns_what_is_rewarded(tmp_path):
+    """From random parameters: answers of letters, which a fifth of all bytes are. On one device, as a user has it."""
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from configs.rl import test\nfrom t5x_like.configs import common\n\n\n"
+        "def letters(prompt, answer, expected):\n"
+        "    return sum(sign.isascii() and sign.isalpha() for sign in answer) / 6\n\n\n"
+        "def get_config():\n    config = test.get_config()\n    config.data.batch_size = 128\n"
+        "    config.rl.update({'prompts': 16, 'samples': 8, 'held_out': 0})\n"
+        "    config.rl.rewards = {'letters': common.reward('function', function=letters)}\n    return config\n"
+    )
+    command = ["t5x_like", "rl", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.loop.steps=60"]
+    variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", *command], env=os.environ | variables, check=True, capture_output=True)
+    rewards = [row["train/reward"] for row in updates(tmp_path / "run").values()]
+    assert statistics.mean(rewards[:3]) < 0.35
+    assert statistics.mean(rewards[-5:]) > 0.85
