@@ -7,6 +7,7 @@
     python -m tools.benchmark decode     greedy text of the 30M Llama, 1 and 16 rows: ours, transformers' generate
     python -m tools.benchmark evaluate   scores of the 30M Llama: ours, lm_eval on transformers, a forward pass
     python -m tools.benchmark int8       greedy text of a 300M Llama in int8, 1 and 16 rows: ours in both, transformers
+    python -m tools.benchmark grpo       an iteration of GRPO of the 30M Llama: ours, TRL
     python -m tools.benchmark convert    1 GB from and to Hugging Face's form, beside copying its files
     python -m tools.benchmark input      prepare and read rates, beside SeqIO and beside what a step consumes
     python -m tools.benchmark save       how long asynchronous saving stalls the loop
@@ -21,7 +22,21 @@ import argparse
 import json
 import sys
 
-from tools.benchmark import convert, decode, evaluate
+from tools.benchmark import (
+    convert,
+    decode,
+    evaluate,
+    grpo,
+    imports,
+    input,
+    int8,
+    lora_step,
+    save,
+    sft_step,
+    step,
+    t5_step,
+    timing,
+)
 
 MEASUREMENTS = {
     "step": step.measure,
@@ -31,6 +46,7 @@ MEASUREMENTS = {
     "decode": decode.measure,
     "evaluate": evaluate.measure,
     "int8": int8.measure,
+    "grpo": grpo.measure,
     "convert": convert.measure,
     "input": input.measure,
     "save": save.measure,
