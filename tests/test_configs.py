@@ -43,3 +43,9 @@ def test_defaults_alone_are_a_sound_config():
     config = common.config()
     config.model.vocab_size = 259
     assert experiments.from_config(config).model.family == "llama"
+
+
+@pytest.mark.parametrize("name", ["chat_tiny", "chat_t5_tiny"])
+def test_configs_of_instruction_tuning_are_sound(name):
+    section = experiments.from_config(importlib.import_module(f"configs.instruct.{name}").get_config()).data
+    assert section.chats and section.answers_apart == (name == "chat_t5_tiny")

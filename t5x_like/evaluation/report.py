@@ -91,14 +91,15 @@ def read(path: str) -> Evaluation:
         return Evaluation(path, tuple(_metric(each) for each in found["metrics"]), found["shots"], 0, {})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a report of `t5x_like evaluate` ({type(error).__name__}: {error}); give its report.json"
+            f"{path}: no report of `t5x_like evaluate` ({type(error).__name__}: {error}); give its report.json"
         ) from None
 
 
 def _metric(stored: Mapping[str, Any]) -> Metric:
-    fields = {name: stored[name] for name in _STORED}
-    items = tuple(_tuples(item) for item in fields.pop("items"))
-    return Metric(**fields | {"documents": tuple(fields["documents"])}, items=items, aggregate=mean)
+    fields: dict[str, Any] = {name: stored[name] for name in _STORED}
+    fields["items"] = tuple(_tuples(item) for item in fields["items"])
+    fields["documents"] = tuple(fields["documents"])
+    return Metric(**fields, aggregate=mean)
 
 
 def _tuples(item: Any) -> Any:

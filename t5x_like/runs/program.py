@@ -36,7 +36,7 @@ class Program:
 
     mesh: Mesh
     model: Model
-    policy: Role  # the model with its parameters
+    policy: Role  # the model as it is trained, with its adapters
     roles: Mapping[str, FrozenModel]  # the models that are read beside it
     objective: Objective
     optimizer: optimizers.Optimizer

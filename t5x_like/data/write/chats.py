@@ -127,7 +127,7 @@ def _encode(written: Written, vocabulary: Vocabulary) -> tuple[np.ndarray, np.nd
         return ids, counts, _trained(written.whole, begins)
     source, target = (vocabulary.encode_parts(parts) for parts in (written.source, written.target))
     ids, counts, _ = (np.concatenate(pair) for pair in zip(source, target, strict=True))
-    if not len(ids) or ids[-1] != vocabulary.eos_id:
+    if vocabulary.eos_id is not None and (not len(ids) or ids[-1] != vocabulary.eos_id):
         ids, counts = np.append(ids, vocabulary.eos_id), np.append(counts, 0)
     return ids, counts, (np.arange(len(ids)) >= len(source[0])).astype(np.int64)
 

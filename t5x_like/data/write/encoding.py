@@ -46,7 +46,7 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     written = []
     with _rare_collections():
         for index, given in pieces.items():
-            tally = bad_records.Tally(job["kind"], job["files"], rule=job["on_bad_record"])
+            tally = bad_records.Tally(job["kind"], job["files"], rule=job["on_bad_record"], several=bool(job["chat"]))
             documents = _documents(job, cursor, given, tally, report, vocabulary)
             batches = encode(documents, vocabulary, columns=columns)
             place, kind = pathlib.Path(job["folder"]), job["token_type"]
