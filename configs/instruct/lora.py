@@ -4,7 +4,8 @@
     t5x_like train --config=configs/instruct/lora.py --workdir=runs/lora_tiny
     t5x_like generate runs/lora_tiny --chat --prompt="Give me a list of fruits." --temperature=0
     t5x_like convert runs/lora_tiny out/lora_tiny
-Hardware: 2 CPU cores, some minutes. Expected: RESULT (docs/log.md).
+Hardware: 2 CPU cores, about 84 s of CPU time. Expected: 2.73 (oasst) and 3.15 (self_instruct) bits per held-out byte of
+answers (docs/log.md).
 """
 
 from ml_collections import ConfigDict
