@@ -80,6 +80,7 @@ def load_params(
     arrays = {}
     for path, wanted in templates(config).items():
         if packed is not None and _is_packed(foreign, reading, path):
+            assert isinstance(foreign.tensors, PackedTensors)
             arrays[path] = packed(path, *_read_packed(foreign.tensors, mapping, reading, path))
             continue
         if isinstance(wanted, Built):
@@ -234,7 +235,9 @@ def changed(
             change=change,
         )
         inherited = inherit(place, note, staging)
-        native.complete(checkpoint, config, moved, provenance=inherited.provenance | provenance, extra=inherited.extra)
+        native.complete(
+            checkpoint, config, moved, provenance=dict(inherited.provenance) | dict(provenance), extra=inherited.extra
+        )
     return config
 
 

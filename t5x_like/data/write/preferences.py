@@ -32,7 +32,7 @@ def divided(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def conversations(
-    prompt: Any, chosen: Any, rejected: Any, names: tuple[str, str, str], change: Callable[[str], str]
+    prompt: Any, chosen: Any, rejected: Any, *, names: tuple[str, str, str], change: Callable[[str], str]
 ) -> tuple[list[Message], list[Message]]:
     """Both conversations, each with the answer as its last message. prompt: a text, messages, or None where both begin
     with it; answers: texts or messages; names: of these fields."""

@@ -112,7 +112,13 @@ def conversations(
         values[kind] = _value(record, name) if name else None
         if values[kind] is _MISSING:
             raise UserError(f"no field {name!r} among {', '.join(record)}; set config.data.fields.{kind}")
-    return preferences.conversations(*values.values(), (fields.prompt, fields.chosen, fields.rejected), change)
+    return preferences.conversations(
+        values["prompt"],
+        values["chosen"],
+        values["rejected"],
+        names=(fields.prompt, fields.chosen, fields.rejected),
+        change=change,
+    )
 
 
 def _label(record: dict[str, Any], name: str) -> int:
