@@ -23,14 +23,15 @@ class Report:
     differences: Mapping[str, Sequence[Difference]]
 
     def to_json(self) -> dict[str, Any]:
-        models = {
-            evaluation.model: {
+        models = [
+            {
+                "model": evaluation.model,
                 "metrics": [{name: getattr(metric, name) for name in _STORED} for metric in evaluation.metrics],
                 "shots": evaluation.shots,
                 "truncated": evaluation.truncated,
             }
             for evaluation in self.evaluations
-        }
+        ]
         differences = {name: [dataclasses.asdict(each) for each in found] for name, found in self.differences.items()}
         return {"format": FORMAT, "facts": dict(self.facts), "models": models, "differences": differences}
 
@@ -87,7 +88,7 @@ def read(path: str) -> Evaluation:
         content = json.loads(paths.read_bytes(path))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, this program reads {FORMAT}")
-        found = list(content["models"].values())[-1]
+        found = content["models"][-1]
         return Evaluation(path, tuple(_metric(each) for each in found["metrics"]), found["shots"], 0, {})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(

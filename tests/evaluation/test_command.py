@@ -99,7 +99,7 @@ def test_two_models_stand_side_by_side_and_a_worse_one_fails(folder_of, tmp_path
     assert f"| {bad} - {good} |" in page and "| choice | acc (higher is better) | 8 |" in page
     assert (tmp_path / "out" / "report.md").read_text() == page
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [*written["models"]] == [good, bad] and len(written["differences"][bad]) == 10
+    assert [each["model"] for each in written["models"]] == [good, bad] and len(written["differences"][bad]) == 10
     (samples,) = pathlib.Path(tmp_path, "out", "samples").glob("*stories*/word.jsonl")
     assert len(samples.read_text().splitlines()) == 8
     assert main(["evaluate", bad, f"--text={text}", f"--fail_if_worse={good}"]) == 1
