@@ -1,4 +1,4 @@
-"""The task of configs/instruct/tiny.py learned by an adapter: LoRA on the finished model of configs/pretrain/tiny.py.
+"""The task of configs/instruct/chat_tiny.py learned by an adapter: LoRA on the finished model of configs/pretrain/tiny.py.
 
     make train
     t5x_like train --config=configs/instruct/lora.py --workdir=runs/lora_tiny
@@ -10,12 +10,12 @@ answers (docs/log.md).
 
 from ml_collections import ConfigDict
 
-from t5x_like.configs.instruct import tiny
+from t5x_like.configs.instruct import chat_tiny
 
 
 def get_config(base: str = "runs/tiny") -> ConfigDict:
     """`base`: the workdir of a run of configs/pretrain/tiny.py."""
-    config = tiny.get_config(base)
+    config = chat_tiny.get_config(base)
     config.adapter.name = "lora"
     config.adapter.lora.update({"rank": 8, "alpha": 16.0})
     config.checkpoint.holds = "trained"

@@ -79,9 +79,13 @@ def load_params(
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
     for path, wanted in templates(config).items():
-        if packed is not None and _is_packed(foreign, reading, path):
-            assert isinstance(foreign.tensors, PackedTensors)
-            arrays[path] = packed(path, *_read_packed(foreign.tensors, mapping, reading, path))
+        tensors = foreign.tensors
+        if (
+            packed is not None
+            and isinstance(tensors, PackedTensors)
+            and all(map(tensors.is_packed, reading.names(path)))
+        ):
+            arrays[path] = packed(path, *_read_packed(tensors, mapping, reading, path))
             continue
         if isinstance(wanted, Built):
             arrays[path] = wanted.build(functools.partial(reading.read, path), mapping.chunk(path, 4))
@@ -89,10 +93,6 @@ def load_params(
         read = functools.partial(_read_share, mapping, reading, path, np.dtype(wanted.dtype).name)
         arrays[path] = jax.block_until_ready(jax.make_array_from_callback(wanted.shape, wanted.sharding or first, read))
     return tree.unflatten(arrays)
-
-
-def _is_packed(foreign: Foreign, reading: Reading, path: str) -> bool:
-    return isinstance(foreign.tensors, PackedTensors) and all(map(foreign.tensors.is_packed, reading.names(path)))
 
 
 def _read_packed(

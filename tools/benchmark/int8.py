@@ -102,7 +102,7 @@ def _transformers(values: Values) -> dict[str, Any]:
     from transformers import LlamaForCausalLM
 
     torch.set_num_threads(THREADS)
-    model = LlamaForCausalLM.from_pretrained(values["folder"], dtype=torch.float32).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(values["folder"], dtype=torch.float32).eval()
     prompts = torch.tensor(_prompts(values["rows"]))
 
     def generate(new: int) -> Any:
