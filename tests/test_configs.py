@@ -45,7 +45,17 @@ def test_defaults_alone_are_a_sound_config():
     assert experiments.from_config(config).model.family == "llama"
 
 
-@pytest.mark.parametrize("name", ["chat_tiny", "chat_t5_tiny"])
-def test_configs_of_instruction_tuning_are_sound(name):
-    section = experiments.from_config(importlib.import_module(f"configs.instruct.{name}").get_config()).data
-    assert section.chats and section.answers_apart == (name == "chat_t5_tiny")
+OTHERS = sorted(
+    f"{folder}.{path.stem}"
+    for folder in ("distill", "instruct", "preference")
+    for path in (ROOT / "configs" / folder).glob("*.py")
+    if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_shipped_configs_are_sound(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    section = experiments.from_config(config).data
+    assert section.chats == (name.startswith("instruct.") and "llama3" not in name)
+    assert section.answers_apart == ("t5" in name)

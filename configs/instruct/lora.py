@@ -1,4 +1,4 @@
-"""The task of configs/instruct/chat_tiny.py learned by an adapter: LoRA on the finished model of configs/pretrain/tiny.py.
+"""The task of configs/instruct/chat_tiny.py learned by an adapter: LoRA on the model of configs/pretrain/tiny.py.
 
     make train
     t5x_like train --config=configs/instruct/lora.py --workdir=runs/lora_tiny

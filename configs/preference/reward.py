@@ -2,7 +2,7 @@
 
     make train
     t5x_like train --config=configs/preference/reward.py --workdir=runs/reward
-Hardware: 2 CPU cores, TIME. Expected: RESULT (docs/log.md).
+Hardware: 2 CPU cores, 190 s of CPU time. Expected: 0.57 of the held-out pairs judged as people did (docs/log.md).
 
 The pairs are the test set of hh-rlhf (harmless-base; MIT licence): two answers to the same dialogue, the chosen one
 less harmful. A model that has read Shakespeare alone cannot judge harm; what it can find is the manner of an answer.
