@@ -234,7 +234,9 @@ def changed(
             change=change,
         )
         inherited = inherit(place, note, staging)
-        native.complete(checkpoint, config, moved, provenance=inherited.provenance | provenance, extra=inherited.extra)
+        native.complete(
+            checkpoint, config, moved, provenance={**inherited.provenance, **provenance}, extra=inherited.extra
+        )
     return config
 
 

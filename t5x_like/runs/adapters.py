@@ -104,7 +104,7 @@ def write_peft(target: str, source: str, parts: Mapping[str, np.ndarray]) -> Non
         raise UsageError(f"{source} holds no adapter; leave --to=peft out")
     lora = note["config"]["adapter"]["lora"]
     factors = {
-        path: Factors(*(_stacked(target, parts[f"{path}/{name}"]) for name in ("a", "b")), target.ranks)
+        path: Factors(_stacked(target, parts[f"{path}/a"]), _stacked(target, parts[f"{path}/b"]), target.ranks)
         for path, target in adapter.targets.items()
     }
     saved = PeftAdapter(
