@@ -50,13 +50,14 @@ def build(case: str, folder: pathlib.Path) -> tuple[torch.nn.Module, pathlib.Pat
     folders.save(name, folder / "hf")
     kind = "AutoModelForSeq2SeqLM" if name == "t5" else "AutoModelForCausalLM"
     base = getattr(transformers, kind).from_pretrained(folder / "hf", dtype=torch.float32)
-    model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4} | fields)).eval()
+    given: Any = {"r": 4} | fields
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(**given)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "lora_" in path:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder / "saved")
+    model.save_pretrained(str(folder / "saved"))
     return model, folder / "saved"
 
 
