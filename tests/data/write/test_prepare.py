@@ -165,7 +165,7 @@ def test_a_fraction_of_one_document_is_cut_between_two_characters(tmp_path):
 
 def test_the_last_tenth_of_tinyshakespeare_is_what_others_hold_out():
     config = corpus.config(source="text:configs/data/tinyshakespeare/input.txt", validation="0.1")
-    found = parts.find(config, pathlib.Path("unused"), workers.Pool(1))
+    found = parts.find(config, tmp_path, workers.Pool(1))
     assert (found.train["train"].end, found.validation["validation"].begin) == (
         1003854,
         1003854,
