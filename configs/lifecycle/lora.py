@@ -1,0 +1,21 @@
+"""LoRA: the instructed model learns one more task (double) in an adapter of rank 8; the model itself stays as it is.
+
+    t5x_like train --config=configs/lifecycle/lora.py:runs/lifecycle --workdir=runs/lifecycle/lora
+One of the stages of configs/lifecycle/tiny.py, which says what it costs and gains.
+"""
+
+from ml_collections import ConfigDict
+
+from t5x_like.configs.lifecycle import instruct
+
+
+def get_config(folder: str = "runs/lifecycle", base: str = "runs/tiny") -> ConfigDict:
+    """`folder`: that of the lifecycle, with `data` and `instruct` in it."""
+    config = instruct.get_config(folder, base)
+    config.checkpoint.update({"init_from": f"{folder}/instruct", "holds": "trained"})
+    config.adapter.name = "lora"
+    config.data.mixture.update({"sources": {}, "rates": {}, "counts": "examples"})
+    config.data.update({"source": f"jsonl:{folder}/data/new_examples.jsonl", "batch_size": 4})
+    config.optim.update({"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0})
+    config.loop.steps = 80
+    return config
