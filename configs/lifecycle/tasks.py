@@ -19,7 +19,7 @@ from t5x_like.configs import common
 # Letters that are one token in runs/tiny, behind a blank as well as at the begin of a text.
 LETTERS = "abcdefghklmnopstuvwy"
 HELD_OUT = 1 << 32  # seeds from here on are those of held-out prompts in `t5x_like rl`
-PLAYS_BYTES = 65_536  # of held-out text
+TEXTS, TEXT_BYTES = 40, 900  # of the plays; a text fits the window of the model
 EXAMPLES, PAIRS = 4000, 800  # of each task, for training
 HELD_OUT_EXAMPLES, HELD_OUT_PAIRS = 100, 60  # of each task
 
@@ -135,13 +135,12 @@ def write(folder: str) -> None:
         "conversations": [{"messages": each} for each in conversations if each not in held],
         "pairs": [_pair(each) for each in _examples(TASKS, PAIRS)],
         "pairs_held_out": [_pair(each) for each in _examples(TASKS, HELD_OUT_PAIRS, held_out=True)],
+        "conversations_held_out": [{"text": _rendered(each)[:TEXT_BYTES]} for each in held],
+        "plays_held_out": [{"text": each} for each in _plays()],
         "held_out": [_asked(each) for each in _examples(TASKS | NEW_TASKS, HELD_OUT_EXAMPLES, held_out=True)],
     }.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         _write(out / f"{name}.jsonl", lines.encode())
-    _write(out / "conversations_held_out.txt", "\n".join(map(_rendered, held)).encode())
-    plays = pathlib.Path(common.bundled("tinyshakespeare/input.txt")).read_bytes()[-PLAYS_BYTES:]
-    _write(out / "plays_held_out.txt", plays[plays.index(b"\n\n") + 2 :])
 
 
 def _examples(tasks: dict, number: int, *, held_out: bool = False) -> Iterator[Example]:
@@ -179,6 +178,15 @@ def _conversations() -> Iterator[list[dict]]:
     for name in ("self_instruct", "oasst"):
         for line in pathlib.Path(common.bundled(f"instructions/{name}.jsonl")).read_text("utf-8").splitlines():
             yield json.loads(line)["messages"]
+
+
+def _plays() -> Iterator[str]:
+    """Pieces of the last tenth of the plays, which configs/pretrain/tiny.py holds out, spread over it."""
+    whole = pathlib.Path(common.bundled("tinyshakespeare/input.txt")).read_text("ascii")
+    first = len(whole) - len(whole) // 10 + TEXT_BYTES  # clear of where the training part ends
+    apart = (len(whole) - first) // TEXTS
+    for begin in range(first, first + TEXTS * apart, apart):
+        yield whole[begin : begin + TEXT_BYTES]
 
 
 def _rendered(messages: list[dict]) -> str:

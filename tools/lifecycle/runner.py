@@ -94,7 +94,7 @@ def _finish(
         record["starts"] += 1
         _note(stage, folder, record)
         before = record["seconds"], record["cpu_seconds"]
-        with open(log_path(stage, folder), "ab") as log:
+        with open(log_path(stage, folder), "wb" if record["starts"] == 1 else "ab") as log:
             for seconds, cpu in child.run([sys.executable, *stage.command], log, environment):
                 record["seconds"], record["cpu_seconds"] = before[0] + seconds, before[1] + cpu
                 _note(stage, folder, record)
@@ -128,7 +128,9 @@ class _Child:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], log: Any, environment: dict[str, str] | None) -> Iterator[tuple[float, float]]:
+    def run(
+        self, command: Sequence[str], log: Any, environment: dict[str, str] | None
+    ) -> Iterator[tuple[float, float]]:
         """Gives (seconds, CPU seconds) so far, now and then and at the end."""
         if self.asked:
             raise Stopped

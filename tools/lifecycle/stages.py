@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from t5x_like.core.errors import UsageError
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.runs.arguments import load_config, split_config
 
 CHECKPOINTS = "checkpoints"
@@ -45,7 +45,9 @@ def read(config: str, folder: str) -> list[Stage]:
     """What `get_stages(folder, [ARG])` of FILE[:ARG] returns, in an order in which they can run."""
     path, colon, text = config.partition(":")
     if not os.path.isfile(path):
-        raise UsageError(f"--config={config}: there is no file {path}; give a file with get_stages, as configs/lifecycle")
+        raise UsageError(
+            f"--config={config}: there is no file {path}; give a file with get_stages, as configs/lifecycle"
+        )
     loader = importlib.machinery.SourceFileLoader("lifecycle_config", path)
     module = types.ModuleType(loader.name)
     module.__file__ = path
@@ -79,7 +81,9 @@ def _check(stages: Sequence[Stage], folder: str, where: str) -> None:
             if maker is not None and maker >= number:
                 raise UsageError(f"{where}: the stage {stage.name!r} reads {path}, which a later stage makes; move it")
             if maker is None and not os.path.exists(path) and not _below(path, made):
-                raise UsageError(f"{where}: the stage {stage.name!r} reads {path}, which is not there; no stage makes it")
+                raise UsageError(
+                    f"{where}: the stage {stage.name!r} reads {path}, which is not there; no stage makes it"
+                )
 
 
 def _below(path: str, made: dict[str, int]) -> bool:
@@ -92,6 +96,9 @@ def fingerprint(stage: Stage) -> str:
     resolved: Any = None
     if any(argument.startswith("--config=") for argument in chosen):
         resolved, _ = load_config(chosen)
+    for path in stage.reads:
+        if not os.path.exists(path):
+            raise UserError(f"the stage {stage.name!r} reads {path}, which is not there; run the stage that makes it")
     said = [others, resolved, {path: digest(path) for path in stage.reads}, stage.makes]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=_described).encode()).hexdigest()
 

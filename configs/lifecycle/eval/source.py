@@ -17,6 +17,10 @@ def pairs(data="", **_):
     return _split([{"prompt": each["prompt"], "choices": [each["chosen"], each["rejected"]]} for each in found])
 
 
+def texts(name="", data="", **_):
+    return _split(_records(data, name))
+
+
 def _records(data, name):
     if not data:
         raise ValueError(f"the task reads {name}.jsonl of a lifecycle; give --data=FOLDER")
