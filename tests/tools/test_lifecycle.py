@@ -14,9 +14,9 @@ import pytest
 
 from configs.lifecycle import tasks
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.runs import rl_program
 from t5x_like.runs import train as experiments
 from t5x_like.runs.functions import named_functions
+from t5x_like.runs.rl_program import RlExperiment
 from tools.lifecycle import __main__ as lifecycle
 from tools.lifecycle import measures, page, runner, stages
 
@@ -246,16 +246,18 @@ def test_a_share_is_compared_with_guessing(tmp_path):
 def test_table_and_page_have_costs_gains_curves_and_samples(folder):
     before = report(pathlib.Path(folder, "before.json"), [0.0] * 30)
     after = report(pathlib.Path(folder, "after.json"), [1.0] * 20 + [0.0] * 10)
-    run = pathlib.Path(folder, "run")
-    run.mkdir()
-    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": "NaN"}\n')
     sample = {"arguments": [["<2 + 2>", {}]], "filtered_resps": ["5"], "target": "4"}
-    (run / "asked.jsonl").write_text(json.dumps(sample) + "\n")
+    rows = '{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": "NaN"}\n'
+    run = pathlib.Path(folder, "run")
+    writes = (
+        f"import pathlib; run = pathlib.Path({str(run)!r}); run.mkdir(); (run / 'metrics.jsonl').write_text({rows!r}); "
+        f"(run / 'asked.jsonl').write_text({json.dumps(sample)!r})"
+    )
     stage = stages.Stage(
-        *("learn", "learns", ("-c", "pass"), (), str(run), True),
+        *("learn", "learns", ("-c", writes), (), str(run), True),
         curves=("train/loss",),
         gains=(paired(before, after),),
-        samples=(f"{run}/*.jsonl",),
+        samples=(f"{run}/ask*.jsonl",),
     )
     graph = [stage, *miniature(folder)]
     runner.run(graph, folder)
@@ -287,7 +289,7 @@ def test_the_configs_of_the_shipped_stages_are_sound(name):
     config = importlib.import_module(f"configs.lifecycle.{name}").get_config("F", "runs/tiny")
     if name == "grpo":
         config, _, _ = named_functions(config.to_dict())
-        assert rl_program.from_config(config).rl.answers == 160
+        assert experiments.built(RlExperiment, config).rl.answers == 160
     else:
         assert experiments.from_config(config).data.length in (64, 256)
 

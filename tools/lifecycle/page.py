@@ -1,5 +1,6 @@
 """The table of a lifecycle as Markdown, and its page: one HTML file that needs nothing else, plots as SVG."""
 
+import glob
 import html
 import json
 import math
@@ -117,7 +118,7 @@ def _curve(stage: str, name: str, found: Sequence[Mapping[str, Any]]) -> str:
 def _samples(stage: Stage) -> str:
     parts = [f"<h3>{html.escape(stage.name)}</h3>"]
     for pattern in stage.samples:
-        for path in sorted(pathlib.Path().glob(pattern) if not pattern.startswith("/") else [pathlib.Path(pattern)]):
+        for path in map(pathlib.Path, sorted(glob.glob(pattern))):
             parts.append(_asked(path) if path.suffix == ".jsonl" else f"<pre>{html.escape(path.read_text())}</pre>")
     return "".join(parts)
 

@@ -46,7 +46,7 @@ def read(config: str, folder: str) -> list[Stage]:
     path, colon, text = config.partition(":")
     if not os.path.isfile(path):
         raise UsageError(
-            f"--config={config}: there is no file {path}; give a file with get_stages, as configs/lifecycle"
+            f"--config={config}: there is no such file; give one with get_stages, such as configs/lifecycle/tiny.py"
         )
     loader = importlib.machinery.SourceFileLoader("lifecycle_config", path)
     module = types.ModuleType(loader.name)
@@ -82,7 +82,7 @@ def _check(stages: Sequence[Stage], folder: str, where: str) -> None:
                 raise UsageError(f"{where}: the stage {stage.name!r} reads {path}, which a later stage makes; move it")
             if maker is None and not os.path.exists(path) and not _below(path, made):
                 raise UsageError(
-                    f"{where}: the stage {stage.name!r} reads {path}, which is not there; no stage makes it"
+                    f"{where}: the stage {stage.name!r} reads {path}, which no stage makes and is not there"
                 )
 
 
