@@ -141,7 +141,7 @@ def test_a_run_that_has_saved_is_started_again_by_itself(folder):
 def test_a_command_that_fails_is_one_line_and_is_tried_again_next_time(folder):
     graph = miniature(folder)
     os.remove(f"{folder}/input")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="the stage 'copy' reads .*counted, which is not there"):
         stages.fingerprint(graph[1])
     wrong = stages.Stage("wrong", "fails", ("-c", "raise SystemExit('no such thing')"))
     with pytest.raises(
