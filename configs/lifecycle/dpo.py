@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from t5x_like.configs.lifecycle import reward
 
 
-def get_config(folder: str = "runs/lifecycle", base: str = "runs/tiny") -> ConfigDict:
+def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
     """`folder`: that of the lifecycle, with `data` and `instruct` in it."""
-    config = reward.pairs(folder, base)
+    config = reward.pairs(folder)
     config.objective.name = "dpo"
     config.roles.reference = {"source": f"{folder}/instruct", "rules": "", "dtype": "stored"}
     config.data.features = "pairs"

@@ -11,13 +11,13 @@ from t5x_like.configs.lifecycle import tasks
 from t5x_like.configs.pretrain import tiny
 
 
-def get_config(folder: str = "runs/lifecycle", base: str = "runs/tiny") -> ConfigDict:
-    """`folder`: that of the lifecycle, with `dpo` in it."""
+def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
+    """`folder`: that of the lifecycle, with `instruct` and `dpo` in it."""
     config = common.rl_config()
     config.model = tiny.get_config().model
     config.checkpoint.update({"init_from": f"{folder}/dpo", "every_steps": 20})
     config.data.fields.update({"inputs": "", "targets": ""})
-    config.data.update({"tokenizer": f"{base}/tokenizer", "batch_size": 80, "length": 64})
+    config.data.update({"tokenizer": f"{folder}/instruct/tokenizer", "batch_size": 80, "length": 64})
     config.rl.update({"prompts": 20, "samples": 8, "new_tokens": 20, "generate": tasks.ask, "held_out": 100})
     config.rl.rewards.exact = common.reward("exact")
     config.rl.rewards.share = common.reward("function", function=tasks.share, weight=0.5)

@@ -9,13 +9,14 @@ from ml_collections import ConfigDict
 from t5x_like.configs.lifecycle import instruct
 
 
-def get_config(folder: str = "runs/lifecycle", base: str = "runs/tiny") -> ConfigDict:
+def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
     """`folder`: that of the lifecycle, with `data` and `instruct` in it."""
-    config = instruct.get_config(folder, base)
+    config = instruct.get_config(folder)
     config.checkpoint.update({"init_from": f"{folder}/instruct", "holds": "trained"})
     config.adapter.name = "lora"
     config.data.mixture.update({"sources": {}, "rates": {}, "counts": "examples"})
     config.data.update({"source": f"jsonl:{folder}/data/new_examples.jsonl", "batch_size": 4})
+    config.data.tokenizer = f"{folder}/instruct/tokenizer"
     config.optim.update({"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0})
     config.loop.steps = 80
     return config

@@ -11,9 +11,9 @@ from t5x_like.configs.lifecycle import instruct
 LENGTH = 64  # tokens of a question with its answer
 
 
-def get_config(folder: str = "runs/lifecycle", base: str = "runs/tiny") -> ConfigDict:
+def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
     """`folder`: that of the lifecycle, with `data` and `instruct` in it."""
-    config = pairs(folder, base)
+    config = pairs(folder)
     config.model.scalar_heads = ("reward",)
     config.objective.name = "reward"
     config.data.features = "pair_texts"
@@ -22,9 +22,9 @@ def get_config(folder: str = "runs/lifecycle", base: str = "runs/tiny") -> Confi
     return config
 
 
-def pairs(folder: str, base: str) -> ConfigDict:
+def pairs(folder: str) -> ConfigDict:
     """What a run over pairs has: the instructed model, the pairs, the held-out pairs."""
-    config = instruct.get_config(folder, base)
+    config = instruct.get_config(folder)
     config.checkpoint.init_from = f"{folder}/instruct"
     config.data.mixture.update({"sources": {}, "rates": {}, "counts": "examples"})
     config.data.update({"source": f"jsonl:{folder}/data/pairs.jsonl", "packing": "single", "length": LENGTH})
@@ -32,6 +32,7 @@ def pairs(folder: str, base: str) -> ConfigDict:
     config.data.fields.update({"text": "", "messages": ""})
     config.data.fields.update({"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})
     config.data.chat.template = "none"
+    config.data.tokenizer = f"{folder}/instruct/tokenizer"
     config.data.batch_size = 20  # pairs; divides the held-out ones
     config.evaluate.every_steps = 50
     return config

@@ -62,7 +62,7 @@ def get_stages(folder: str, base: str = "runs/tiny") -> list[dict]:
             "curves": ["train/loss", "eval/validation/accuracy"],
         },
         evaluate(folder, "dpo"),
-        run(folder, "grpo", base, reads=[dpo, *COMMON], says="GRPO: right answers are reinforced", command="rl")
+        run(folder, "grpo", base, reads=[instruct, dpo, *COMMON], says="GRPO: right answers are reinforced", command="rl")
         | {"gains": gains(folder, "grpo", "dpo", "questions", "pairs", "conversations", "plays")},
         evaluate(folder, "grpo"),
         {

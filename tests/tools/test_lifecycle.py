@@ -286,7 +286,7 @@ def test_the_shipped_stages_can_run_in_their_order(tmp_path):
 
 @pytest.mark.parametrize("name", ["instruct", "lora", "reward", "dpo", "grpo"])
 def test_the_configs_of_the_shipped_stages_are_sound(name):
-    config = importlib.import_module(f"configs.lifecycle.{name}").get_config("F", "runs/tiny")
+    config = importlib.import_module(f"configs.lifecycle.{name}").get_config("F")
     if name == "grpo":
         config, _, _ = named_functions(config.to_dict())
         assert experiments.built(RlExperiment, config).rl.answers == 160
