@@ -42,18 +42,22 @@ def get_stages(folder: str, base: str = "runs/tiny") -> list[dict]:
             "curves": ["train/loss", "eval/validation/bits_per_byte"],
         },
         evaluate(folder, "pretrain", base),
-        run(folder, "instruct", base, reads=[base, data], says="instruction tuning on questions and conversations")
+        run(
+            *(folder, "instruct", f"--config.checkpoint.init_from={base}", f"--config.data.tokenizer={base}/tokenizer"),
+            reads=[base, data],
+            says="instruction tuning on questions and conversations",
+        )
         | {"gains": gains(folder, "instruct", "pretrain", "questions", "pairs", "conversations", "plays")},
         evaluate(folder, "instruct"),
-        run(folder, "lora", base, reads=[instruct, data], says="an adapter of rank 8 for a task that is new (double)")
+        run(folder, "lora", reads=[instruct, data], says="an adapter of rank 8 for a task that is new (double)")
         | {"gains": gains(folder, "lora", "instruct", "double", "questions")},
         evaluate(folder, "lora"),
-        run(folder, "reward", base, reads=[instruct, data], says="a reward model on pairs of right and wrong answers")
+        run(folder, "reward", reads=[instruct, data], says="a reward model on pairs of right and wrong answers")
         | {
             "gains": [share(folder, "reward", "held-out pairs in order")],
             "curves": ["train/loss", "eval/validation/accuracy"],
         },
-        run(folder, "dpo", base, reads=[instruct, data], says="DPO on the same pairs")
+        run(folder, "dpo", reads=[instruct, data], says="DPO on the same pairs")
         | {
             "gains": [
                 share(folder, "dpo", "held-out pairs in order, beside the reference"),
@@ -62,7 +66,7 @@ def get_stages(folder: str, base: str = "runs/tiny") -> list[dict]:
             "curves": ["train/loss", "eval/validation/accuracy"],
         },
         evaluate(folder, "dpo"),
-        run(folder, "grpo", base, reads=[instruct, dpo, *COMMON], says="GRPO: right answers are reinforced", command="rl")
+        run(folder, "grpo", reads=[instruct, dpo, *COMMON], says="GRPO: right answers are reinforced", command="rl")
         | {"gains": gains(folder, "grpo", "dpo", "questions", "pairs", "conversations", "plays")},
         evaluate(folder, "grpo"),
         {
@@ -87,13 +91,12 @@ def get_stages(folder: str, base: str = "runs/tiny") -> list[dict]:
     ]
 
 
-def run(folder: str, name: str, base: str, *, reads: list[str], says: str, command: str = "train") -> dict:
+def run(folder: str, name: str, *overrides: str, reads: list[str], says: str, command: str = "train") -> dict:
     config = f"--config={CONFIGS}/{name}.py:{folder}"
-    said = [f"--config.checkpoint.init_from={base}"] if name == "instruct" else []
     return {
         "name": name,
         "says": says,
-        "command": ["-m", "t5x_like", command, config, f"--workdir={folder}/{name}", *said],
+        "command": ["-m", "t5x_like", command, config, f"--workdir={folder}/{name}", *overrides],
         "reads": reads,
         "makes": f"{folder}/{name}",
         "resumes": True,
