@@ -115,7 +115,11 @@ def digest(path: str) -> str:
     steps = sorted(int(each.name) for each in root.glob(f"{CHECKPOINTS}/*") if each.name.isdigit())
     if steps:
         root = root / CHECKPOINTS / str(steps[-1]) / "metadata"
-    files = [root] if root.is_file() else sorted(each for each in root.rglob("*") if each.is_file())
+    files = (
+        [root]
+        if root.is_file()
+        else sorted(each for each in root.rglob("*") if each.is_file() and each.parent.name != "__pycache__")
+    )
     for each in files:
         content = hashlib.sha256(each.read_bytes()).hexdigest()
         found.update(f"{each.relative_to(root)} {content}\n".encode())
