@@ -6,6 +6,7 @@ One of the stages of configs/lifecycle/tiny.py, which says what it costs and gai
 
 from ml_collections import ConfigDict
 
+from t5x_like.configs import common
 from t5x_like.configs.lifecycle import instruct
 
 
@@ -14,7 +15,7 @@ def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
     config = instruct.get_config(folder)
     config.checkpoint.update({"init_from": f"{folder}/instruct", "holds": "trained"})
     config.adapter.name = "lora"
-    config.data.mixture.update({"sources": {}, "rates": {}, "counts": "examples"})
+    config.data.mixture = common.data()["mixture"]
     config.data.update({"source": f"jsonl:{folder}/data/new_examples.jsonl", "batch_size": 4})
     config.data.tokenizer = f"{folder}/instruct/tokenizer"
     config.optim.update({"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0})

@@ -6,6 +6,7 @@ One of the stages of configs/lifecycle/tiny.py, which says what it costs and gai
 
 from ml_collections import ConfigDict
 
+from t5x_like.configs import common
 from t5x_like.configs.lifecycle import instruct
 
 LENGTH = 64  # tokens of a question with its answer
@@ -26,7 +27,7 @@ def pairs(folder: str) -> ConfigDict:
     """What a run over pairs has: the instructed model, the pairs, the held-out pairs."""
     config = instruct.get_config(folder)
     config.checkpoint.init_from = f"{folder}/instruct"
-    config.data.mixture.update({"sources": {}, "rates": {}, "counts": "examples"})
+    config.data.mixture = common.data()["mixture"]
     config.data.update({"source": f"jsonl:{folder}/data/pairs.jsonl", "packing": "single", "length": LENGTH})
     config.data.validation = f"jsonl:{folder}/data/pairs_held_out.jsonl"
     config.data.fields.update({"text": "", "messages": ""})
