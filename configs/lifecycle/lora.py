@@ -6,7 +6,6 @@ One of the stages of configs/lifecycle/tiny.py, which says what it costs and gai
 
 from ml_collections import ConfigDict
 
-from t5x_like.configs import common
 from t5x_like.configs.lifecycle import instruct
 
 
@@ -15,9 +14,12 @@ def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
     config = instruct.get_config(folder)
     config.checkpoint.update({"init_from": f"{folder}/instruct", "holds": "trained"})
     config.adapter.name = "lora"
-    config.data.mixture = common.data()["mixture"]
-    config.data.update({"source": f"jsonl:{folder}/data/new_examples.jsonl", "batch_size": 4})
+    # Without the old tasks beside the new one the adapter answers every question as if it were the new one.
+    sources = {"new": f"jsonl:{folder}/data/new_examples.jsonl", "old": f"jsonl:{folder}/data/examples.jsonl"}
+    config.data.mixture.sources = sources
+    config.data.mixture.rates = {"new": 0.3, "old": 0.7}
+    config.data.batch_size = 4
     config.data.tokenizer = f"{folder}/instruct/tokenizer"
-    config.optim.update({"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0})
+    config.optim.update({"name": "adamw", "learning_rate": 5e-3, "weight_decay": 0.0})
     config.loop.steps = 80
     return config
