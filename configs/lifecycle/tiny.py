@@ -19,12 +19,17 @@ data, GRPO's included. All models answer the same questions, and differences are
 QUESTIONS = tuple(f"lifecycle_{name}" for name in ("reverse", "sort", "repeat", "count", "add"))
 CONFIGS = "configs/lifecycle"
 COMMON = ("configs/lifecycle/tasks.py",)
+MEASURES = ("questions", "pairs", "conversations", "plays")
 CHAT = ("Reverse: b a d c", "Sort: t e a m", "Count a: a b c a a", "Add 12 and 7.", "Give me a list of fruits.")
 
 
 def get_stages(folder: str, base: str = "runs/tiny") -> list[dict]:
     """`folder`: of all that is made; `base`: the workdir of configs/pretrain/tiny.py, trained here if it is not yet."""
-    data, instruct, dpo, grpo = (f"{folder}/{name}" for name in ("data", "instruct", "dpo", "grpo"))
+    return [*_begin(folder, base), *_preferences(folder), *_end(folder)]
+
+
+def _begin(folder: str, base: str) -> list[dict]:
+    data, instruct = f"{folder}/data", f"{folder}/instruct"
     return [
         {
             "name": "data",
@@ -47,45 +52,49 @@ def get_stages(folder: str, base: str = "runs/tiny") -> list[dict]:
             reads=[base, data],
             says="instruction tuning on questions and conversations",
         )
-        | {"gains": gains(folder, "instruct", "pretrain", "questions", "pairs", "conversations", "plays")},
+        | {"gains": gains(folder, "instruct", "pretrain", *MEASURES)},
         evaluate(folder, "instruct"),
         run(folder, "lora", reads=[instruct, data], says="an adapter of rank 8 for a task that is new (double)")
         | {"gains": gains(folder, "lora", "instruct", "double", "questions")},
         evaluate(folder, "lora"),
-        run(folder, "reward", reads=[instruct, data], says="a reward model on pairs of right and wrong answers")
-        | {
-            "gains": [share(folder, "reward", "held-out pairs in order")],
-            "curves": ["train/loss", "eval/validation/accuracy"],
-        },
-        run(folder, "dpo", reads=[instruct, data], says="DPO on the same pairs")
-        | {
-            "gains": [
-                share(folder, "dpo", "held-out pairs in order, beside the reference"),
-                *gains(folder, "dpo", "instruct", "pairs", "questions", "conversations", "plays"),
-            ],
-            "curves": ["train/loss", "eval/validation/accuracy"],
-        },
+    ]
+
+
+def _preferences(folder: str) -> list[dict]:
+    reads, curves = [f"{folder}/instruct", f"{folder}/data"], ["train/loss", "eval/validation/accuracy"]
+    in_order = share(folder, "dpo", "held-out pairs in order, beside the reference")
+    return [
+        run(folder, "reward", reads=reads, says="a reward model on pairs of right and wrong answers")
+        | {"gains": [share(folder, "reward", "held-out pairs in order")], "curves": curves},
+        run(folder, "dpo", reads=reads, says="DPO on the same pairs")
+        | {"gains": [in_order, *gains(folder, "dpo", "instruct", *MEASURES)], "curves": curves},
         evaluate(folder, "dpo"),
+    ]
+
+
+def _end(folder: str) -> list[dict]:
+    instruct, dpo, grpo, export = (f"{folder}/{name}" for name in ("instruct", "dpo", "grpo", "export"))
+    return [
         run(folder, "grpo", reads=[instruct, dpo, *COMMON], says="GRPO: right answers are reinforced", command="rl")
-        | {"gains": gains(folder, "grpo", "dpo", "questions", "pairs", "conversations", "plays")},
+        | {"gains": gains(folder, "grpo", "dpo", *MEASURES), "curves": ["train/loss", "eval/validation/reward/exact"]},
         evaluate(folder, "grpo"),
         {
             "name": "export",
             "says": "int8 weights as a compressed-tensors folder",
-            "command": ["-m", "t5x_like", "export", grpo, f"{folder}/export", "--format=compressed-tensors"],
+            "command": ["-m", "t5x_like", "export", grpo, export, "--format=compressed-tensors"],
             "reads": [grpo],
-            "makes": f"{folder}/export",
-            "gains": gains(folder, "export", "grpo", "questions", "pairs", "conversations", "plays"),
+            "makes": export,
+            "gains": gains(folder, "export", "grpo", *MEASURES),
         },
         evaluate(folder, "export"),
         {
             "name": "sample",
             "says": "the exported folder is read again and answers",
             "command": [
-                *["-m", "t5x_like", "generate", f"{folder}/export", "--chat", "--temperature=0", "--max_new_tokens=40"],
+                *["-m", "t5x_like", "generate", export, "--chat", "--temperature=0", "--max_new_tokens=40"],
                 *(f"--prompt={each}" for each in CHAT),
             ],
-            "reads": [f"{folder}/export"],
+            "reads": [export],
             "samples": [f"{folder}/logs/sample.txt"],
         },
     ]

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from t5x_like import __version__
+import t5x_like
 from t5x_like.core.errors import UsageError, UserError
 from tools.lifecycle import page, runner, stages
 
@@ -45,7 +45,7 @@ def report(graph: Sequence[stages.Stage], folder: str) -> str:
     table = page.rows(graph, {stage.name: runner.record_of(stage, folder) for stage in graph})
     facts = [
         f"{time.strftime('%Y-%m-%d %H:%M')}, {platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, t5x_like {__version__}"
+        f"{platform.python_version()}, t5x_like {t5x_like.__version__}"
     ]
     text = page.markdown(table)
     for name, content in (("report.md", text), ("report.html", page.page("A lifecycle", graph, table, facts))):

@@ -66,8 +66,7 @@ def _stage(given: dict[str, Any], where: str) -> Stage:
         raise UsageError(f"{where}: a stage has the field {unknown[0]!r}; fields are {', '.join(sorted(known))}")
     if lacking := [name for name in ("name", "says", "command") if not given.get(name)]:
         raise UsageError(f"{where}: the stage {given.get('name', '')!r} lacks {lacking[0]}")
-    lists = ("command", "reads", "curves", "gains", "samples")
-    return Stage(**given | {name: tuple(given[name]) for name in lists if name in given})
+    return Stage(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _check(stages: Sequence[Stage], folder: str, where: str) -> None:
