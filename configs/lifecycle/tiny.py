@@ -3,14 +3,14 @@
     make lifecycle
 Hardware: 2 CPU cores. Time, gains and their intervals: docs/log.md.
 
-The model is that of configs/pretrain/tiny.py, one million parameters that have read Shakespeare. What such a model can
-really learn decides the tasks (tasks.py): rules over a few tokens that are always the same tokens, letters with blanks
-between them and numbers below 100, which attention can copy, order and count; a wrong answer is one token away from a
-right one. So every stage has something to gain that a held-out question can show: instruction tuning the form of an
-answer and part of the rules, an adapter a rule that the model has not seen, reward model and DPO the difference between
-right and almost right, GRPO the answers that sampling finds now and then. Real conversations (those of
-configs/instruct) are one fifth of the tokens: they show that language is learned beside rules, by bits per byte, since
-a model of this size does not learn to be right about the world. The plays that it read first show what it forgets.
+The model is that of configs/pretrain/tiny.py: one million parameters that have read Shakespeare. What it can really
+learn decides the tasks (tasks.py): rules over a few tokens that are always the same, letters with blanks between them
+and numbers up to 100, which attention can copy, order and count; a wrong answer is one token away from a right one. So
+every stage has something to gain that a held-out question can show: instruction tuning the form of an answer and part
+of the rules, an adapter a rule that the model has not seen, reward model and DPO the difference between right and
+almost right, GRPO the answers that sampling finds now and then. Real conversations (those of configs/instruct) are one
+fifth of the tokens: they show that language is learned beside rules, by bits per byte, since a model of this size does
+not learn to be right about the world. The plays that it read first show what it forgets.
 
 A held-out question is decided by its own digest (tasks.py), so the hundred questions of each task were in no run's
 data, GRPO's included. All models answer the same questions, and differences are taken question by question.
@@ -34,8 +34,8 @@ def _begin(folder: str, base: str) -> list[dict]:
         {
             "name": "data",
             "says": "writes questions, pairs and held-out texts",
-            "command": ["-m", "configs.lifecycle.tasks", data],
-            "reads": [*COMMON, "configs/data/instructions", "configs/data/tinyshakespeare"],
+            "command": ["-m", "configs.lifecycle.data", data],
+            "reads": [*COMMON, f"{CONFIGS}/data.py", "configs/data/instructions", "configs/data/tinyshakespeare"],
             "makes": data,
         },
         {

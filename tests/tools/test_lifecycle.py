@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from configs.lifecycle import tasks
+from configs.lifecycle import data, tasks
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.runs import train as experiments
 from t5x_like.runs.functions import named_functions
@@ -313,10 +313,10 @@ def test_answers_are_those_of_the_rules():
 
 
 def test_the_data_are_written_the_same_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "EXAMPLES", 20)
-    monkeypatch.setattr(tasks, "PAIRS", 10)
+    monkeypatch.setattr(data, "EXAMPLES", 20)
+    monkeypatch.setattr(data, "PAIRS", 10)
     for name in "ab":
-        tasks.write(str(tmp_path / name))
+        data.write(str(tmp_path / name))
     assert stages.digest(str(tmp_path / "a")) == stages.digest(str(tmp_path / "b"))
     lines = {path.stem: len(path.read_text().splitlines()) for path in (tmp_path / "a").iterdir()}
     assert (lines["pairs_held_out"], lines["held_out"], lines["plays_held_out"]) == (300, 600, 40)
