@@ -13,8 +13,9 @@ def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
     """`folder`: that of the lifecycle, with `data` and `instruct` in it."""
     config = reward.pairs(folder)
     config.objective.name = "dpo"
+    config.objective.dpo.beta = 0.5  # kept near: a wrong answer is one token away from a right one
     config.roles.reference = {"source": f"{folder}/instruct", "rules": "", "dtype": "stored"}
     config.data.features = "pairs"
-    config.optim.update({"name": "adamw", "learning_rate": 3e-4, "weight_decay": 0.0})
+    config.optim.update({"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0})
     config.loop.steps = 100
     return config

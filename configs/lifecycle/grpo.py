@@ -17,13 +17,13 @@ def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
     config.model = tiny.get_config().model
     config.checkpoint.update({"init_from": f"{folder}/dpo", "every_steps": 20})
     config.data.fields.update({"inputs": "", "targets": ""})
-    config.data.update({"tokenizer": f"{folder}/instruct/tokenizer", "batch_size": 80, "length": 64})
+    config.data.update({"tokenizer": f"{folder}/instruct/tokenizer", "batch_size": 160, "length": 64})
     config.rl.update({"prompts": 20, "samples": 8, "new_tokens": 20, "generate": tasks.ask, "held_out": 100})
     config.rl.rewards.exact = common.reward("exact")
     config.rl.rewards.share = common.reward("function", function=tasks.share, weight=0.5)
-    config.optim.update({"name": "adamw", "learning_rate": 3e-4, "weight_decay": 0.0, "clip_norm": 1.0})
+    config.optim.update({"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0, "clip_norm": 1.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 5})
-    config.loop.update({"steps": 120, "log_every_steps": 2})
-    config.evaluate.every_steps = 40
+    config.loop.update({"steps": 60, "log_every_steps": 2})
+    config.evaluate.every_steps = 20
     config.telemetry.update({"measure_cpu_peak": False, "tensorboard": False})
     return config

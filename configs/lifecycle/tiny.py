@@ -1,7 +1,7 @@
 """The whole life of a small model: read, instructed, adapted, judged, aligned, reinforced, compressed, measured.
 
     make lifecycle
-Hardware: 2 CPU cores. Time, gains and their intervals: docs/log.md.
+Hardware: 2 CPU cores, about 10 minutes. Gains and their intervals: docs/log.md.
 
 The model is that of configs/pretrain/tiny.py: one million parameters that have read Shakespeare. What it can really
 learn decides the tasks (tasks.py): rules over a few tokens that are always the same, letters with blanks between them
@@ -24,7 +24,7 @@ CHAT = ("Reverse: b a d c", "Sort: t e a m", "Count a: a b c a a", "Add 12 and 7
 
 
 def get_stages(folder: str, base: str = "runs/tiny") -> list[dict]:
-    """`folder`: of all that is made; `base`: the workdir of configs/pretrain/tiny.py, trained here if it is not yet."""
+    """`folder`: of all that is made; `base`: the workdir of configs/pretrain/tiny.py, trained here where it is not."""
     return [*_begin(folder, base), *_preferences(folder), *_end(folder)]
 
 
@@ -136,12 +136,9 @@ def gains(folder: str, name: str, before: str, *of: str) -> list[dict]:
         "conversations": ("bits per byte, conversations", "bits_per_byte", ("lifecycle_conversations",)),
         "plays": ("bits per byte, plays", "bits_per_byte", ("lifecycle_plays",)),
     }
-    reports = {
-        "report": f"{folder}/evaluate_{name}/report.json",
-        "before": f"{folder}/evaluate_{before}/report.json",
-    }
+    report, old = (f"{folder}/evaluate_{each}/report.json" for each in (name, before))
     return [
-        {"kind": "paired", "label": label, "metric": metric, "tasks": tasks, **reports}
+        {"kind": "paired", "label": label, "metric": metric, "tasks": tasks, "report": report, "before": old}
         for label, metric, tasks in (known[each] for each in of)
     ]
 

@@ -309,7 +309,7 @@ def test_answers_are_those_of_the_rules():
         for task, rule in (("reverse", lambda x: x[::-1]), ("sort", sorted), ("repeat", list)):
             question, answer = tasks.TASKS[task](chance)
             assert answer.split() == list(rule(question.partition(": ")[2].split()))
-    assert tasks.ask(0, 4)[0].startswith("User:\nAdd ") and tasks.share("", "a c", "a b") == 0.5
+    assert tasks.ask(0, 4)[0].startswith("User:\nSort: ") and tasks.share("", "a c", "a b") == 0.5
 
 
 def test_the_data_are_written_the_same_twice(tmp_path, monkeypatch):
