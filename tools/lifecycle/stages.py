@@ -66,7 +66,8 @@ def _stage(given: dict[str, Any], where: str) -> Stage:
         raise UsageError(f"{where}: a stage has the field {unknown[0]!r}; fields are {', '.join(sorted(known))}")
     if lacking := [name for name in ("name", "says", "command") if not given.get(name)]:
         raise UsageError(f"{where}: the stage {given.get('name', '')!r} lacks {lacking[0]}")
-    return Stage(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    fields: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in given.items()}
+    return Stage(**fields)
 
 
 def _check(stages: Sequence[Stage], folder: str, where: str) -> None:
