@@ -43,3 +43,19 @@ def test_defaults_alone_are_a_sound_config():
     config = common.config()
     config.model.vocab_size = 259
     assert experiments.from_config(config).model.family == "llama"
+
+
+OTHERS = sorted(
+    f"{folder}.{path.stem}"
+    for folder in ("distill", "instruct", "preference")
+    for path in (ROOT / "configs" / folder).glob("*.py")
+    if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_shipped_configs_are_sound(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    section = experiments.from_config(config).data
+    assert section.chats == (name.startswith("instruct.") and "llama3" not in name)
+    assert section.answers_apart == ("t5" in name)

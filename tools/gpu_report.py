@@ -11,6 +11,7 @@ prompts too: its time is that of `generate` as a whole. Exit status 1 if a part 
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -226,8 +227,8 @@ def _gpu_tests(shape: Mapping[str, Any]) -> dict[str, Any]:
     return {"counts": counts, "failed": failed}
 
 
-def _train(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A training step of the config's own program, on random tokens."""
+def _train(shape: Mapping[str, Any], *, rank: int = 0) -> dict[str, Any]:
+    """A training step of the config's own program, on random tokens; with a rank, of LoRA on every matrix."""
     import numpy as np
 
     from configs import common
@@ -237,6 +238,10 @@ def _train(shape: Mapping[str, Any]) -> dict[str, Any]:
     config.model.update({"family": "llama", "size": shape["size"], "remat": shape["remat"]})
     config.model.dtype.compute = "bfloat16"
     config.data.update({"batch_size": shape["rows"], "length": shape["length"], "attend_across_documents": True})
+    if rank:
+        config.adapter.name = "lora"
+        config.adapter.lora.update({"rank": rank, "alpha": 2.0 * rank, "targets": (".*",)})
+        config.checkpoint.init_from = "not read: parameters are drawn"
     tokens = np.random.default_rng(0).integers(0, 512, (shape["rows"], shape["length"] + 1))
     measured = train_step.ours(config, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, STEPS)
     return measured | {"tokens": shape["rows"] * shape["length"], **_device()}
@@ -384,7 +389,7 @@ def _train_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _torch_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _step_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("step", f"{result['seconds']:.4f} s, {result['tokens'] / result['seconds']:.0f} tokens/s")]
 
 
@@ -403,6 +408,7 @@ def _worker(name: str) -> Callable[[str], list[str]]:
 WORK: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "tests": _gpu_tests,
     "train": _train,
+    "lora": functools.partial(_train, rank=16),
     "decode": _decode,
     "packed": _packed,
     "train_torch": _train_torch,
@@ -410,12 +416,13 @@ WORK: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 # The limits and the minute of unpacking wheels are the 9 minutes.
 PARTS: Mapping[str, Part] = {
-    "train": Part("training", 110, _worker("train"), _train_rows),
-    "decode": Part("decoding", 100, _worker("decode"), _decode_rows),
-    "tests": Part("GPU tests", 110, _worker("tests"), _test_rows),
-    "train_torch": Part("training, transformers", 40, _worker("train_torch"), _torch_rows),
-    "decode_torch": Part("decoding, transformers", 50, _worker("decode_torch"), _decode_rows),
-    "packed": Part("training, four documents a row", 70, _worker("packed"), _train_rows),
+    "train": Part("training", 60, _worker("train"), _train_rows),
+    "lora": Part("training, LoRA of rank 16", 40, _worker("lora"), _step_rows),
+    "decode": Part("decoding", 60, _worker("decode"), _decode_rows),
+    "train_torch": Part("training, transformers", 40, _worker("train_torch"), _step_rows),
+    "decode_torch": Part("decoding, transformers", 60, _worker("decode_torch"), _decode_rows),
+    "packed": Part("training, four documents a row", 40, _worker("packed"), _train_rows),
+    "tests": Part("GPU tests", 180, _worker("tests"), _test_rows),
 }
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The whole life of a small model: read, instructed, adapted, judged, aligned, reinforced, compressed, measured.
 
     make lifecycle
-Hardware: 2 CPU cores, about 10 minutes. Gains and their intervals: docs/log.md.
+Hardware: 2 CPU cores; 430 s of CPU beside pretraining. Gains and their intervals: docs/log.md.
 
 The model is that of configs/pretrain/tiny.py: one million parameters that have read Shakespeare. What it can really
 learn decides the tasks (tasks.py): rules over a few tokens that are always the same, letters with blanks between them

@@ -63,7 +63,7 @@ def _parser() -> Parser:
     add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
     add("--gen_kwargs", default="", help="generation_kwargs of all tasks, as max_gen_toks=64,temperature=0.7")
     add("--chat", action="store_true", help="put requests through the tokenizer's chat template")
-    add("--batch_tokens", type=int, default=4096, help="tokens of a batch (default 4096)")
+    add("--batch_tokens", type=int, default=2048, help="tokens of a batch (default 2048; more for an accelerator)")
     add("--seed", type=int, default=1234, help="of few-shot examples and of sampling (default 1234)")
     add("--dtype", default="compute", help="of matrices: compute (default), stored, or a name such as bfloat16")
     add("--ema", action="store_true", help="read the averaged parameters")
@@ -147,14 +147,14 @@ def _open(directory: str, options: Any, mesh: "Mesh | None") -> "tuple[Evaluated
     template = None
     if options.chat and stored.tokenizer_folder is not None:
         with paths.local_copy(stored.tokenizer_folder) as local:
-            template = chat.read(local)
+            template = chat.read(local, loaded.vocabulary)
     if options.chat and (template is None or not template.template):
         raise UserError(f"{directory}: its tokenizer has no chat template; leave --chat out")
     section = None
     if stored.step is not None:
         section = model_directory.read_metadata(stored.directory)["config"].get("data")
-    subject = EvaluatedModel(
-        directory, loaded.model, loaded.params, loaded.vocabulary, loaded.start_id, mesh=mesh, chat=template
+    subject = EvaluatedModel.of(
+        directory, loaded.model, loaded.params, loaded.vocabulary, start_id=loaded.start_id, mesh=mesh, chat=template
     )
     return subject, section
 

@@ -4,6 +4,7 @@ The result is staged beside its place and renamed when it is whole.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -19,13 +20,15 @@ from t5x_like.convert.compressed_tensors import PackedTensors, Packing
 from t5x_like.convert.families import FAMILIES
 from t5x_like.convert.foreign import Foreign, open_foreign
 from t5x_like.convert.mapping import FLOATS, ModelMap, Reading
-from t5x_like.convert.transfer import from_native, in_threads
+from t5x_like.convert.transfer import Change, between_native, from_native, in_threads
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.models import config as model_config
 from t5x_like.models.config import ModelConfig
 from t5x_like.storage import model_directory, paths, patterns, streams
+from t5x_like.storage.base import readers
 from t5x_like.storage.leaves import Built
+from t5x_like.storage.model_directory import ModelDirectory
 
 
 def to_native(source: str, target: str, *, dtype: str | None = None) -> ModelConfig:
@@ -76,8 +79,13 @@ def load_params(
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
     for path, wanted in templates(config).items():
-        if packed is not None and _is_packed(foreign, reading, path):
-            arrays[path] = packed(path, *_read_packed(foreign.tensors, mapping, reading, path))
+        tensors = foreign.tensors
+        if (
+            packed is not None
+            and isinstance(tensors, PackedTensors)
+            and all(map(tensors.is_packed, reading.names(path)))
+        ):
+            arrays[path] = packed(path, *_read_packed(tensors, mapping, reading, path))
             continue
         if isinstance(wanted, Built):
             arrays[path] = wanted.build(functools.partial(reading.read, path), mapping.chunk(path, 4))
@@ -85,10 +93,6 @@ def load_params(
         read = functools.partial(_read_share, mapping, reading, path, np.dtype(wanted.dtype).name)
         arrays[path] = jax.block_until_ready(jax.make_array_from_callback(wanted.shape, wanted.sharding or first, read))
     return tree.unflatten(arrays)
-
-
-def _is_packed(foreign: Foreign, reading: Reading, path: str) -> bool:
-    return isinstance(foreign.tensors, PackedTensors) and all(map(foreign.tensors.is_packed, reading.names(path)))
 
 
 def _read_packed(
@@ -129,11 +133,13 @@ def to_huggingface(
     step: int | None = None,
     item: str = native.PARAMS,
     shard_bytes: int = huggingface.SHARD_BYTES,
+    change: Change | None = None,
     pack: Callable[[ModelMap, np.dtype], Packing] | None = None,
     finish: Callable[[str, model_directory.ModelDirectory, dict[str, Any]], None] | None = None,
 ) -> ModelConfig:
     """Converts a model directory into a Hugging Face folder. dtype None: as stored. Returns the model's config.
 
+    change: what becomes of the weights, piece by piece; arrays that are none of the model's are left out then.
     pack(mapping, float type): which leaves are written in int8, and how; None for none. finish(folder, source, its
     metadata): puts more files into the folder before it takes its name.
     """
@@ -148,8 +154,9 @@ def to_huggingface(
     if note["kinds"].get(item):
         kind = next(iter(note["kinds"][item].values()))["kind"]
         raise UserError(f"{place.checkpoint} holds {kind} weights; convert the model that they were made from")
-    leaves = streams.read_item(place.checkpoint, item)
-    _check_leaves(leaves, mapping, where=place.checkpoint)
+    leaves, recorded = readers(place.checkpoint, item)
+    leaves = leaves if change is None else {path: leaf for path, leaf in leaves.items() if path in mapping.leaves}
+    _check_leaves(leaves, mapping.leaves, where=place.checkpoint)
     dtypes = {path: np.dtype(dtype) if dtype else leaf.dtype for path, leaf in leaves.items()}
     token_ids = tokenizers.token_ids(place.tokenizer, note)
     settings = huggingface.settings(
@@ -169,14 +176,81 @@ def to_huggingface(
         paths.write_json_atomic(os.path.join(staging, huggingface.GENERATION), generation)
         writer = huggingface.FolderWriter(staging, described, shard_bytes=shard_bytes)
         try:
-            recorded = note["fingerprints"][item]
             where = place.checkpoint
-            from_native(leaves, mapping, writer, dtype=dtype, recorded=recorded, where=where, packing=packing)
+            from_native(
+                leaves,
+                mapping,
+                writer,
+                dtype=dtype,
+                recorded=recorded,
+                where=where,
+                packing=packing,
+                change=change,
+            )
         finally:
             writer.close()
         if finish is not None:
             finish(staging, place, note)
     return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Inherited:
+    provenance: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def changed(
+    source: str,
+    target: str,
+    *,
+    change: Change,
+    dtype: str | None = None,
+    step: int | None = None,
+    item: str = native.PARAMS,
+    provenance: Mapping[str, Any],
+) -> ModelConfig:
+    """A model directory of the model in another, its weights changed piece by piece. Returns the model's config."""
+    _check_dtype(dtype)
+    place = model_directory.locate(patterns.one(source), step=step)
+    note = model_directory.read_metadata(place.checkpoint)
+    config = model_config.resolve(note["config"]["model"])
+    specs = native.model_specs(config)
+    leaves, recorded = readers(place.checkpoint, item)
+    leaves = {path: leaf for path, leaf in leaves.items() if path in specs}
+    _check_leaves(leaves, specs, where=place.checkpoint)
+    types = {path: np.dtype(dtype) if dtype else leaf.dtype for path, leaf in leaves.items()}
+    config = dataclasses.replace(config, dtype=dataclasses.replace(config.dtype, params=types["embed/tokens"].name))
+    with staged(target) as staging:
+        streams.require_space(
+            staging, sum(math.prod(leaf.shape) * types[path].itemsize for path, leaf in leaves.items())
+        )
+        checkpoint = os.path.join(staging, model_directory.CHECKPOINTS, "0")
+        moved = between_native(
+            leaves,
+            os.path.join(checkpoint, native.PARAMS),
+            dtype=dtype,
+            recorded=recorded,
+            where=place.checkpoint,
+            change=change,
+        )
+        inherited = inherit(place, note, staging)
+        native.complete(
+            checkpoint, config, moved, provenance=dict(inherited.provenance) | dict(provenance), extra=inherited.extra
+        )
+    return config
+
+
+def inherit(place: ModelDirectory, note: Mapping[str, Any], staging: str) -> Inherited:
+    """What a model directory that is made of another one takes from it. Copies its tokenizer."""
+    if paths.exists(place.tokenizer):
+        with paths.local_copy(place.tokenizer) as folder:
+            shutil.copytree(folder, os.path.join(staging, model_directory.TOKENIZER))
+    known = note.get("provenance", {})
+    kept = {name: known[name] for name in ("tokenizer",) if name in known}
+    extra = {"token_ids": tokenizers.token_ids(place.tokenizer, note)}
+    extra |= {name: note[name] for name in ("generation_config",) if name in note}
+    return Inherited(kept, extra)
 
 
 @contextlib.contextmanager
@@ -204,16 +278,15 @@ def _check_dtype(dtype: str | None) -> None:
         raise UsageError(f"--dtype={dtype!r} is unknown; use one of {', '.join(FLOATS)}")
 
 
-def _check_leaves(leaves: dict[str, Any], mapping: ModelMap, *, where: str) -> None:
-    missing = sorted(mapping.leaves.keys() - leaves.keys())
-    more = sorted(leaves.keys() - mapping.leaves.keys())
+def _check_leaves(leaves: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> None:
+    """wanted: by path, with the shape of each."""
+    missing = sorted(wanted.keys() - leaves.keys())
+    more = sorted(leaves.keys() - wanted.keys())
     if missing or more:
         what = f"{missing[0]!r} is missing" if missing else f"{more[0]!r} is unknown to its family"
         raise UserError(f"{where}: {what}; the parameters are not those of its config")
     for path, leaf in leaves.items():
-        if leaf.shape != mapping.leaves[path].shape:
-            raise UserError(
-                f"{where}: {path!r} has the shape {list(leaf.shape)}, expected {list(mapping.leaves[path].shape)}"
-            )
+        if leaf.shape != wanted[path].shape:
+            raise UserError(f"{where}: {path!r} has the shape {list(leaf.shape)}, expected {list(wanted[path].shape)}")
         if leaf.dtype.name not in FLOATS:
             raise UserError(f"{where}: {path!r} is stored as {leaf.dtype.name}; expected {', '.join(FLOATS)}")

@@ -72,10 +72,27 @@ def write(
     fingerprint = _write_tokenizer(os.path.join(directory, model_directory.TOKENIZER), tokenizer, config)
     checkpoint = os.path.join(directory, model_directory.CHECKPOINTS, "0")
     moved = to_native(reading, mapping, os.path.join(checkpoint, PARAMS), dtype=dtype)
-    axes = {path: list(spec.axes) for path, spec in model_specs(config).items()}
+    complete(checkpoint, config, moved, provenance={**provenance, **fingerprint}, extra=extra)
+
+
+def complete(
+    checkpoint: str,
+    config: ModelConfig,
+    moved: Mapping[str, Any],
+    *,
+    provenance: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    axes: Mapping[str, Sequence[str | None]] | None = None,
+    sections: Mapping[str, Any] | None = None,
+) -> None:
+    """Makes a folder with the item PARAMS a checkpoint. moved: as `transfer.to_native` gives it.
+
+    axes: by path, where they are not those of the model. sections: of the config, besides the model's.
+    """
+    axes = axes or {path: list(spec.axes) for path, spec in model_specs(config).items()}
     metadata = {
-        "config": {"model": paths.as_json(dataclasses.asdict(config))},
-        "provenance": {**provenance, **fingerprint, "revision": manifest.revision(), "versions": manifest.versions()},
+        "config": {"model": paths.as_json(dataclasses.asdict(config)), **(sections or {})},
+        "provenance": {**provenance, "revision": manifest.revision(), "versions": manifest.versions()},
         "axes": {PARAMS: axes},
         **extra,
     }

@@ -6,7 +6,8 @@ That is the bound on memory, whatever the size of the model.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ from t5x_like.storage import fingerprint
 from t5x_like.storage.model_directory import DamagedCheckpoint
 from t5x_like.storage.streams import ItemWriter, LeafReader, Region, chunks, free_pieces_at_once
 
+# What becomes of a piece on its way: (path, region, piece, dtype that is wanted) -> piece, in that or a finer type.
+Change = Callable[[str, Region, np.ndarray, np.dtype], np.ndarray]
 THREADS = 2
 _ONE, _Result = TypeVar("_ONE"), TypeVar("_Result")
 
@@ -57,9 +60,73 @@ def from_native(
     recorded: Mapping[str, int],
     where: str,
     packing: Packing | None = None,
+    change: Change | None = None,
 ) -> None:
     """Reads every leaf once and puts it into their tensors. Raises DamagedCheckpoint where bits are not `recorded`."""
-    packed = {} if packing is None else packing.dims
+
+    def write(path: str, region: Region, piece: np.ndarray) -> None:
+        wanted = piece.dtype if dtype is None else np.dtype(dtype)
+        new = piece if change is None else change(path, region, piece, wanted)
+        if packing is not None and path in packing.dims:
+            packing.write(mapping, target, path, region, new)
+        else:
+            mapping.write(target, path, region, new.astype(wanted, copy=False))
+
+    chunk = None if packing is None else packing.chunk
+    _read_all(leaves, write, recorded=recorded, where=where, chunk=chunk)
+
+
+def between_native(
+    leaves: Mapping[str, LeafReader],
+    item: str,
+    *,
+    dtype: str | None,
+    recorded: Mapping[str, int],
+    where: str,
+    change: Change,
+) -> dict[str, dict[str, Any]]:
+    """Writes the leaves of ours, changed, into a new item of ours. Returns as `to_native`."""
+    types = {path: np.dtype(dtype) if dtype else leaf.dtype for path, leaf in leaves.items()}
+    writer = ItemWriter(item, {path: (leaf.shape, types[path], leaf.chunk) for path, leaf in sorted(leaves.items())})
+    sums = dict.fromkeys(writer.leaves, 0)
+    lock = threading.Lock()
+
+    def write(path: str, region: Region, piece: np.ndarray) -> None:
+        new = change(path, region, piece, types[path]).astype(types[path], copy=False)
+        writer.leaves[path].write(region, new)
+        value = fingerprint.part(new, [begin for begin, _ in region], writer.leaves[path].shape)
+        with lock:
+            sums[path] = (sums[path] + value) % 2**32
+
+    _read_all(leaves, write, recorded=recorded, where=where, chunk=None)
+    arrays = {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in writer.leaves.items()}
+    return {"arrays": arrays, "fingerprints": sums}
+
+
+def write_item(item: str, given: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Writes small arrays by path as an item, each in one piece. Returns as `to_native`."""
+    writer = ItemWriter(item, {path: (array.shape, array.dtype, array.shape) for path, array in given.items()})
+    for path, array in given.items():
+        writer.leaves[path].write(tuple((0, size) for size in array.shape), array)
+    return {
+        "arrays": {path: {"shape": list(array.shape), "dtype": array.dtype.name} for path, array in given.items()},
+        "fingerprints": {path: fingerprint.part(array, [0] * array.ndim, array.shape) for path, array in given.items()},
+    }
+
+
+def _read_all(
+    leaves: Mapping[str, LeafReader],
+    write: Callable[[str, Region, np.ndarray], None],
+    *,
+    recorded: Mapping[str, int],
+    where: str,
+    chunk: Callable[[str, Sequence[int], Sequence[int]], Sequence[int]] | None,
+) -> None:
+    """Reads every leaf once, piece by piece, and hands each on as it was stored.
+
+    chunk(path, shape, stored chunk): the pieces, where they are not those that were stored. Raises DamagedCheckpoint
+    where bits are not `recorded`.
+    """
 
     def move(job: tuple[str, Region]) -> tuple[str, int]:
         path, region = job
@@ -69,14 +136,11 @@ def from_native(
         value = fingerprint.part(piece, [begin for begin, _ in region], leaf.shape)
         if not all_finite(piece):
             raise UserError(f"{where}: {path!r} holds NaN or infinity; take an earlier checkpoint")
-        if packing is not None and path in packed:
-            packing.write(mapping, target, path, region, piece)
-        else:
-            mapping.write(target, path, region, piece if dtype is None else piece.astype(dtype, copy=False))
+        write(path, region, piece)
         return path, value
 
     def pieces(path: str, leaf: LeafReader) -> Iterator[Region]:
-        return chunks(leaf.shape, leaf.chunk if packing is None else packing.chunk(path, leaf.shape, leaf.chunk))
+        return chunks(leaf.shape, leaf.chunk if chunk is None else chunk(path, leaf.shape, leaf.chunk))
 
     jobs = ((path, region) for path, leaf in leaves.items() for region in pieces(path, leaf))
     sums = _add(in_threads(move, jobs), leaves)

@@ -18,6 +18,7 @@ from t5x_like.models.model import Model
 from t5x_like.parallel.rules import rules
 
 ROWS, LENGTH = 2, 160
+SHARE = 1e-5  # of the largest logit: two float32 models that are equal but for roundings of their weights
 LIMIT = 2e-5  # of float32 logits of order 1 to 10; a wrong rotation or norm gives 1e-2 and more
 
 
@@ -73,6 +74,15 @@ def our_logits(model: Model, params: Tree, ids: np.ndarray, sources: np.ndarray 
         return logits(hidden_BTD, head)[:, :, : head.vocab_size]
 
     return np.asarray(run(params, batch))
+
+
+def between(one: Tree, other: Tree, model: Model) -> float:
+    """The largest difference of logits of two trees of parameters of a model, as a share of the largest logit."""
+    config = model.config
+    ids, lengths = tokens(config.vocab_size, config.max_length)
+    sources = None if config.encoder is None else ids[:, ::-1].copy()
+    first, second = (our_logits(model, params, ids, sources) for params in (one, other))
+    return difference(first, second, lengths) / float(np.abs(first).max())
 
 
 def verify(folder: str) -> float:

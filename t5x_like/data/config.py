@@ -21,7 +21,8 @@ class FieldsConfig:
 
     text: the field of plain documents. When `inputs` and `targets` are given they are used instead, and a record is
     an example: inputs followed by targets, with the loss on targets only. Both empty: plain documents.
-    prompt, chosen, rejected: all three, or none. A record is a pair: two answers to a prompt, the chosen one better
+    prompt, chosen, rejected: or none. A record is a pair: two answers to a prompt, the chosen one better; without
+        prompt, chosen and rejected are whole dialogues that begin with it (data/write/preferences.py)
     label: the class of `text`, a whole number from 0; or none
     messages: a conversation, a list of {role, content} (data/templates/messages.py); or none
     """
@@ -48,7 +49,7 @@ class FieldsConfig:
         if self.messages:
             return (self.messages,)
         if self.rejected:
-            return (self.prompt, self.chosen, self.rejected)
+            return tuple(name for name in (self.prompt, self.chosen, self.rejected) if name)
         if self.targets:
             return (self.inputs, self.targets)
         return (self.text, self.label) if self.label else (self.text,)
@@ -232,7 +233,8 @@ class DataConfig:
     @property
     def columns(self) -> tuple[str, ...]:
         """What a token set stores besides tokens (data/token_set.py)."""
-        return ("trained",) if self.chats and not self.answers_apart else self.fields.columns
+        marked = self.chats and not self.answers_apart and not self.fields.rejected
+        return ("trained",) if marked else self.fields.columns
 
     @property
     def chats(self) -> bool:
@@ -253,18 +255,20 @@ class DataConfig:
         fields = self.fields
         if fields.messages and not self.chats:
             raise UsageError(f"{path}.fields.messages={fields.messages!r} needs {path}.chat.template, such as 'plain'")
-        if self.chats and not (fields.messages or fields.targets):
+        if self.chats and not (fields.messages or fields.targets or fields.rejected):
             raise UsageError(
-                f"{path}.chat.template={self.chat.template!r} needs {path}.fields.messages, or inputs and targets"
+                f"{path}.chat.template={self.chat.template!r} needs {path}.fields.messages, or inputs and targets, or "
+                "chosen and rejected"
             )
         if self.chat.template == "t5" and not self.answers_apart:
             raise UsageError(
                 f"{path}.chat.template='t5' is for encoder-decoders ({path}.features='source_target'); use 'plain'"
             )
-        if self.chats and self.features not in ("causal", "source_target"):
+        written = ("pairs", "pair_texts") if fields.rejected else ("causal", "source_target")
+        if self.chats and self.features not in written:
             raise UsageError(
                 f"{path}.chat.template={self.chat.template!r} does not go with features={self.features!r}; "
-                "use 'causal' or 'source_target'"
+                f"use {' or '.join(map(repr, written))}"
             )
 
     def check(self, path: str) -> None:

@@ -122,7 +122,7 @@ class Backend(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
+            groups.setdefault(repr(_arguments(request)[1]), []).append(index)
         answers = [""] * len(requests)
         for chosen in groups.values():
             limits = self._limits(requests[chosen[0]])
@@ -138,7 +138,7 @@ class Backend(TemplateLM):
 
     def _limits(self, request: Instance) -> generation.Limits:
         try:
-            limits = read_limits(request.args[1], seed=self._seed)
+            limits = read_limits(_arguments(request)[1], seed=self._seed)
             generation.room(self._subject, limits)
             return limits
         except UsageError as error:
@@ -151,6 +151,10 @@ class Backend(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self._subject.chat.template if chat_template and self._subject.chat is not None else ""
+
+
+def _arguments(request: Instance) -> tuple[Any, ...]:
+    return request.args  # which the harness annotates as no tuple in particular
 
 
 # The names that a length has in tasks, the first that is given counts; and what else generation_kwargs may hold.

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.errors import UserError
+from t5x_like.data.templates.sandbox import Template
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 
-_SETTINGS, _TEMPLATE, _LAYOUT = "tokenizer_config.json", "chat_template.jinja", "tokenizer.json"
+_SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +26,12 @@ class Chat:
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         """The text of a conversation. Without a generation prompt the last message is left open, to be continued."""
-        from jinja2 import TemplateError
-
         if not self.template:
             raise UserError(f"the tokenizer has no chat template; add {_TEMPLATE} to its folder, or leave --chat out")
+        values = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            text = _compiled(self.template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self.names
-            )
-        except TemplateError as error:
+            text = _compiled(self.template).render({**self.names, "tools": None, "documents": None, **values})
+        except UserError as error:
             raise UserError(f"the chat template does not render these messages: {error}") from None
         if add_generation_prompt:
             return text
@@ -57,23 +55,20 @@ class Chat:
         return re.compile(f"({'|'.join(map(re.escape, longest))})")
 
 
-def read(folder: str) -> Chat:
+def read(folder: str, vocabulary: Vocabulary) -> Chat:
     """Of the files of Hugging Face in a local folder; a folder without them has no template."""
-    settings, layout = (_object(os.path.join(folder, name)) for name in (_SETTINGS, _LAYOUT))
-    template = settings.get("chat_template") or ""
+    template = _object(os.path.join(folder, _SETTINGS)).get("chat_template") or ""
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default", "")
     place = os.path.join(folder, _TEMPLATE)
     if os.path.exists(place):
         with open(place, encoding="utf-8") as file:
             template = file.read()
-    special = {each["content"]: each["id"] for each in layout.get("added_tokens", [])}
-    names = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
-    return Chat(template, special, {name: text for name, text in names.items() if text})
-
-
-def _content(token: Any) -> str:
-    return token.get("content", "") if isinstance(token, Mapping) else token or ""
+    special = dict(vocabulary.specials)
+    by_id = {token: text for text, token in special.items()}
+    ends = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
+    names = {name: "" if token is None else by_id.get(token, "") for name, token in ends.items()}
+    return Chat(template, special, names)
 
 
 def _object(path: str) -> dict[str, Any]:
@@ -87,13 +82,5 @@ def _object(path: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _compiled(template: str) -> Any:
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(template)
+def _compiled(template: str) -> Template:
+    return Template(template)

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import Tree
 from t5x_like.evaluation.model import EvaluatedModel
 from t5x_like.inference import decode
 from t5x_like.inference.sampling import Sampling
 from t5x_like.inference.score import batch_shards
 from t5x_like.inference.weights import for_decoding
+from t5x_like.models.model import Model
 
 FIRST_ROUND = 32  # new tokens; each further round adds as many as there are
 
@@ -74,8 +76,8 @@ def _batches(
 @dataclasses.dataclass(frozen=True)
 class _Batch:
     subject: EvaluatedModel
-    model: object
-    params: object
+    model: Model
+    params: Tree
     prompts: Sequence[list[int]]
     limits: Limits
 

@@ -26,8 +26,9 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "configs" / "eval"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """limit: documents of each task at most, None for all. shots: examples before each question, None for what the
-    task says. generation: NAME=VALUE,... over every task's generation_kwargs. chat: requests go through the model's chat template. batch_tokens: tokens of a batch."""
+    """limit: documents of each task at most, None for all. shots: examples before each question, None for what the task
+    says. generation: NAME=VALUE,... over every task's generation_kwargs. chat: requests go through the model's chat
+    template. batch_tokens: tokens of a batch."""
 
     limit: int | None
     shots: int | None
@@ -69,9 +70,10 @@ class Tasks:
 
         from t5x_like.evaluation.backend import Backend
 
+        run: Any = lm_eval.simple_evaluate  # a wrapper hides its signature
         backend = Backend(subject, batch_tokens=settings.batch_tokens, seed=settings.seed)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars and notes
-            found: Any = lm_eval.simple_evaluate(
+            found: Any = run(
                 backend,
                 tasks=self.names,
                 task_manager=self.of(self.names),
@@ -153,8 +155,8 @@ def _plain(item: Any) -> Any:
 def _manager(include: Sequence[str], names: Sequence[str], data: str) -> Any:
     from lm_eval.tasks import TaskManager
 
-    metadata = {"data": data} if data else {}
-    folders = [str(SHIPPED), *include]  # the later ones count where two have a task of one name
+    metadata: dict[str, Any] = {"data": data} if data else {}
+    folders: list[str | pathlib.Path] = [SHIPPED, *include]  # the later ones count where two have a task of one name
     local = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     if all(_matching(pattern, local.all_tasks, strict=False) for pattern in names):
         return local  # to read the harness's own thousands of files takes seconds

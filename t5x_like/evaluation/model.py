@@ -12,6 +12,7 @@ from t5x_like.core.types import Tree
 from t5x_like.data.tokenizers import sentinels
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.evaluation.chat import Chat
+from t5x_like.inference.weights import for_decoding
 from t5x_like.models.model import Model
 
 
@@ -30,6 +31,21 @@ class EvaluatedModel:
     start_id: int
     mesh: Mesh | None
     chat: Chat | None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        model: Model,
+        params: Tree,
+        vocabulary: Vocabulary,
+        *,
+        start_id: int,
+        mesh: Mesh | None,
+        chat: Chat | None,
+    ) -> "EvaluatedModel":
+        """With weights that are read best over and over: on a CPU a copy, layer by layer, instead of `params`."""
+        return cls(name, *for_decoding(model, params), vocabulary, start_id, mesh, chat)
 
     @property
     def has_encoder(self) -> bool:

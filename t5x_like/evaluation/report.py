@@ -23,14 +23,15 @@ class Report:
     differences: Mapping[str, Sequence[Difference]]
 
     def to_json(self) -> dict[str, Any]:
-        models = {
-            evaluation.model: {
+        models = [
+            {
+                "model": evaluation.model,
                 "metrics": [{name: getattr(metric, name) for name in _STORED} for metric in evaluation.metrics],
                 "shots": evaluation.shots,
                 "truncated": evaluation.truncated,
             }
             for evaluation in self.evaluations
-        }
+        ]
         differences = {name: [dataclasses.asdict(each) for each in found] for name, found in self.differences.items()}
         return {"format": FORMAT, "facts": dict(self.facts), "models": models, "differences": differences}
 
@@ -87,18 +88,19 @@ def read(path: str) -> Evaluation:
         content = json.loads(paths.read_bytes(path))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, this program reads {FORMAT}")
-        found = list(content["models"].values())[-1]
+        found = content["models"][-1]
         return Evaluation(path, tuple(_metric(each) for each in found["metrics"]), found["shots"], 0, {})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a report of `t5x_like evaluate` ({type(error).__name__}: {error}); give its report.json"
+            f"{path}: no report of `t5x_like evaluate` ({type(error).__name__}: {error}); give its report.json"
         ) from None
 
 
 def _metric(stored: Mapping[str, Any]) -> Metric:
-    fields = {name: stored[name] for name in _STORED}
-    items = tuple(_tuples(item) for item in fields.pop("items"))
-    return Metric(**fields | {"documents": tuple(fields["documents"])}, items=items, aggregate=mean)
+    fields: dict[str, Any] = {name: stored[name] for name in _STORED}
+    fields["items"] = tuple(_tuples(item) for item in fields["items"])
+    fields["documents"] = tuple(fields["documents"])
+    return Metric(**fields, aggregate=mean)
 
 
 def _tuples(item: Any) -> Any:

@@ -22,8 +22,9 @@ from t5x_like.core import config as bridge
 from t5x_like.core import formats
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
-from t5x_like.data import cache, token_set
+from t5x_like.data import cache
 from t5x_like.data.config import PLAIN, DataConfig
+from t5x_like.data.open_files import open_files
 from t5x_like.data.read.features import FEATURES
 from t5x_like.data.read.interface import Batch, Draw, Reader, Span
 from t5x_like.data.token_set import TokenSet
@@ -109,6 +110,7 @@ def config_of(subject: EvaluatedModel, section: Mapping[str, Any] | None, source
             )
         section = {**_SECTION, "length": subject.max_length}
         section = formats.upgrade({"format": 3, "data": section}, where="evaluation/text.py")["data"]
+    assert section is not None
     config = bridge.build(DataConfig, section, path="config.data")
     documents = config.features in ("causal", "span_corruption") and not config.fields.targets
     change: dict[str, Any] = {} if documents else {"features": "causal", "fields": PLAIN, "packing": "concatenate"}
@@ -140,7 +142,7 @@ class _Rows:
 
     def __init__(self, subject: EvaluatedModel, config: DataConfig, folder: pathlib.Path):
         self._subject, self._config = subject, config
-        self._set = TokenSet(folder, verify=False, files=token_set.open_files())
+        self._set = TokenSet(folder, verify=False, files=open_files())
         stride = config.validation_stride or config.length
         self._reader: Reader = FEATURES[config.features].open(self._set, config, subject.vocabulary, stride)
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
+from t5x_like.layers.platform import platform
 from t5x_like.layers.scoring.head import Head
 from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.models.model import Model
@@ -28,7 +29,6 @@ from t5x_like.parallel.sharding import constrain, named, use_rules
 # Tokens that one batch holds. A single short text costs as much as a whole batch, so a CPU wants few; a harness on an
 # accelerator wants more.
 TOKENS_PER_BATCH = 1024
-SHORTEST = 64
 TRUNCATE = ("error", "left")
 
 Row = tuple[Sequence[int], int]  # tokens, the index of the first that is scored
@@ -101,8 +101,8 @@ def score(
             found[index] = Likelihood(0.0, True, 0)
             continue
         lengths = (
-            row_length(len(text.ids) - 1, model.config.max_length),
-            row_length(len(text.source), model.config.max_length) if text.source else 0,
+            _row_length(len(text.ids) - 1, model.config.max_length),
+            _row_length(len(text.source), model.config.max_length) if text.source else 0,
         )
         texts = waiting.setdefault(lengths, [])
         texts.append(text)
@@ -165,17 +165,22 @@ def rolling_windows(ids: Sequence[int], *, max_length: int, context: int = 1) ->
     return rows
 
 
-def row_length(length: int, max_length: int) -> int:
-    """The length of the padded row that holds `length` <= max_length tokens: a power of 2, or 3/4 of one from 384 on.
-
-    From 128 on all but max_length are multiples of 128, which flash kernels need.
+def row_length(length: int, max_length: int, step: int = 64) -> int:
+    """The length of the padded row that holds `length` <= max_length tokens: a multiple of `step` up to eight of them,
+    then a power of 2 or 3/4 of one. Flash kernels need multiples of 128; on a CPU padding costs more than a program.
 
     >>> [row_length(length, 2000) for length in (1, 64, 65, 129, 257, 385, 1025, 1600)]
-    [64, 64, 128, 256, 384, 512, 1536, 2000]
+    [64, 64, 128, 192, 320, 448, 1536, 2000]
     """
-    power = max(SHORTEST, 1 << max(length - 1, 1).bit_length())
+    if length <= 8 * step:
+        return min(-(-max(length, 1) // step) * step, max_length)
+    power = 1 << (length - 1).bit_length()
     shorter = power // 4 * 3
-    return min(shorter if shorter % 128 == 0 and length <= shorter else power, max_length)
+    return min(shorter if length <= shorter else power, max_length)
+
+
+def _row_length(length: int, max_length: int) -> int:
+    return row_length(length, max_length, step=64 if platform() == "cpu" else 128)
 
 
 def _fitted(row: Row, source: Sequence[int] | None, index: int, max_length: int, truncate: str) -> Text:

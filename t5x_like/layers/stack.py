@@ -271,4 +271,4 @@ def _split(stack: Tree, sizes: Sequence[int]) -> list[Tree]:
 
 
 def _first(stack: Tree) -> Tree:
-    return jax.tree.map(lambda a: a[0], stack)
+    return jax.tree.map(lambda a: a.layers[0] if _is_apart(a) else a[0], stack, is_leaf=_is_apart)

@@ -7,8 +7,9 @@ equation 7).
 log p is the sum over the tokens of the answer, or their mean with `length_normalized`; the smoothing is that of labels
 which are wrong with this probability (conservative DPO). Before the first update the loss is log 2.
 
-`reference` says where log p_ref comes from: "role", a second model (config.roles.reference); "cache", numbers that
-were computed once and lie beside the tokens; "none", a reference that gives every answer the same probability.
+`reference` says where log p_ref comes from: "role", a second model (config.roles.reference); "base", the policy without
+its adapter (config.adapter); "cache", numbers that were computed once and lie beside the tokens; "none", a reference
+that gives every answer the same probability.
 
 Names: B pairs, T length of a text.
 """
@@ -26,7 +27,7 @@ from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.objectives import pairs
 from t5x_like.objectives.interface import Batch, Objective, Role, Sums
 
-REFERENCES = ("role", "cache", "none")
+REFERENCES = ("role", "base", "cache", "none")
 LOGP = "reference_logp"  # of each side, [B]: what "cache" reads
 
 
@@ -54,7 +55,12 @@ class DpoConfig:
 
 
 def build(config: DpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
-    policy = roles["policy"]
+    policy, reference = roles["policy"], roles.get("base" if config.reference == "base" else "reference")
+    if config.reference == "base" and "base" not in roles:
+        raise UsageError(
+            "config.objective.dpo.reference='base' is the policy without its adapter, and this run trains the model "
+            "itself; set config.adapter.name='lora', or use 'role' with config.roles.reference"
+        )
 
     def reference_logp(params, frozen, batch: Batch, both: Batch) -> tuple[jax.Array, ...]:
         """(chosen, rejected), each [B]; no gradient."""
@@ -63,9 +69,8 @@ def build(config: DpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, Arr
         elif config.reference == "none":
             found = (jnp.zeros(()),) * 2
         else:
-            found = pairs.sides(
-                answer_logp(roles["reference"], params, frozen, both, mean=config.length_normalized, key=None)
-            )
+            assert reference is not None, "the table of objectives has asked for it"
+            found = pairs.sides(answer_logp(reference, params, frozen, both, mean=config.length_normalized, key=None))
         return jax.lax.stop_gradient(found)
 
     def real(batch: Batch) -> jax.Array:

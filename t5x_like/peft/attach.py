@@ -42,6 +42,11 @@ class Target:
     def rank(self) -> int:
         return max(self.ranks)
 
+    @property
+    def stacked_dims(self) -> int:
+        """How many dims of the weight, the first ones, stack matrices."""
+        return len(_batch(self.spec))
+
     def specs(self) -> dict[str, ParamSpec]:
         """A, which begins as in peft (a uniform distribution by its inputs), and B, zeros.
 

@@ -10,7 +10,7 @@ import re
 from t5x_like.core.config import RESUME_MAY_CHANGE, nearest
 from t5x_like.core.errors import UsageError
 
-KINDS = ("exact", "number", "regex", "function")
+KINDS = ("exact", "number", "regex", "function", "model")
 TRUNCATED = ("keep", "leave_out")
 SCALES = ("std", "none")
 
@@ -21,7 +21,8 @@ class RewardConfig:
 
     kind: "exact" (the answer is the expected one, blanks at both ends aside), "number" (its last number is that of the
         expected answer), "regex" (`pattern` matches somewhere; with a group named `answer`, that is the expected one),
-        "function" (a `function(prompt, answer, expected)` of the config file, which returns a number)
+        "function" (a `function(prompt, answer, expected)` of the config file, which returns a number), "model" (what
+        the reward model config.roles.reward says of prompt and answer)
     """
 
     kind: str
@@ -95,6 +96,10 @@ class RlConfig:
     rewards: dict[str, RewardConfig]
     reward_seconds: float = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     failure_value: float
+
+    @property
+    def reward_model(self) -> bool:
+        return any(part.kind == "model" for part in self.rewards.values())
 
     @property
     def answers(self) -> int:

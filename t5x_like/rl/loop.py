@@ -26,7 +26,7 @@ from t5x_like.rl.config import RlConfig
 from t5x_like.rl.prompts import Encoder, Prompts, Text
 from t5x_like.rl.rewards import Rewards, Sample
 from t5x_like.rl.rollout import Rollout, rollout_batch
-from t5x_like.rl.rows import RowShape, first_targets, from_rows, on_rows, token_arrays
+from t5x_like.rl.rows import RowShape, first_targets, from_rows, on_rows, text_arrays, token_arrays
 from t5x_like.training.state import State
 
 Buffers = dict[str, np.ndarray]
@@ -42,8 +42,10 @@ class Programs:
     answer: Rollout  # greedily
     score: Any
     reference: Any
+    reward: Any  # of the reward model: (params, frozen, batch) -> [rows]; None without one
     batch: Mapping[str, jax.ShapeDtypeStruct]  # of the train step
     scored: Mapping[str, jax.ShapeDtypeStruct]  # of `score` and `reference`
+    judged: Mapping[str, jax.ShapeDtypeStruct]  # of `reward`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +133,10 @@ class Iterations:
         buffers = empty(config, self._rewards.names) | drawn
         buffers["iteration"] = np.array(iteration, np.int32)
         with self._around.timed("reward"):
-            answers = decoded(buffers, self._encoder)
-            samples = [
-                Sample(texts[index].prompt, answer, texts[index].expected)
-                for index, answer in zip(prompt.tolist(), answers, strict=True)
-            ]
-            buffers |= self._judge(samples, f"rollouts/{iteration}", f"iteration {iteration}")
+            asked = [texts[index] for index in prompt.tolist()]
+            buffers |= self._judge(
+                asked, ids, buffers, f"rollouts/{iteration}", f"iteration {iteration}", params, frozen
+            )
         with self._around.timed("scoring"):
             buffers |= self._score(buffers, ids, params, frozen)
         return buffers
@@ -158,16 +158,34 @@ class Iterations:
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {"rollout_logp": joined.pop("logp")} | joined
 
-    def _judge(self, samples: Sequence[Sample], name: str, where: str) -> Buffers:
-        """Judged by process 0, since judges may differ between two calls."""
+    def _judge(
+        self, asked: Sequence[Text], ids: Sequence[Sequence[int]], drawn: Buffers, name: str, where: str, params, frozen
+    ) -> Buffers:
+        """Verifiers are heard by process 0 alone, since they may differ between two calls; `name` is used once."""
         found = None
         if jax.process_index() == 0:
+            answers = decoded(drawn, self._encoder)
+            samples = [Sample(text.prompt, answer, text.expected) for text, answer in zip(asked, answers, strict=True)]
             judged = self._rewards.judge(samples, where=where)
             found = {"rewards": judged.values.tolist(), "failed": judged.failed.tolist()}
         self._around.progress()
         shared = self._around.share(name, found)
         self._around.progress()
-        return {"rewards": np.array(shared["rewards"], np.float32), "failed": np.array(shared["failed"], np.int32)}
+        values, failed = np.array(shared["rewards"], np.float32), np.array(shared["failed"], np.int32)
+        if self._programs.reward is not None:
+            values[self._rewards.of_model] = self._by_model(ids, drawn, params, frozen)
+        return {"rewards": values, "failed": failed}
+
+    def _by_model(self, ids: Sequence[Sequence[int]], drawn: Buffers, params: Any, frozen: Any) -> np.ndarray:
+        """What the reward model says of each text, some rows at a time; the last ones are filled up."""
+        arrays = text_arrays(ids, drawn["tokens"], drawn["lengths"], self._rows)
+        size, parts = self._batch_size, []
+        for first in range(0, len(ids), size):
+            rows = np.minimum(np.arange(first, first + size), len(ids) - 1)
+            batch = self._place({name: array[rows] for name, array in arrays.items()}, self._programs.judged)
+            parts.append(jax.device_get(self._programs.reward(params, frozen, batch)))
+            self._around.progress()
+        return np.concatenate(parts)[: len(ids)]
 
     def _score(self, buffers: Buffers, ids: Sequence[Sequence[int]], params: Any, frozen: Any) -> Buffers:
         """What is not read by any update stays 0: the old log-probabilities where there is one update alone."""
@@ -219,12 +237,11 @@ class Iterations:
         zeros = np.zeros(rows, np.int32)
         drawn = self._draw(self._programs.answer, filled, zeros, zeros, 0, params, frozen)
         drawn = {name: array[: len(texts)] for name, array in drawn.items()}
-        answers = decoded(drawn, self._encoder)
-        samples = [Sample(text.prompt, answer, text.expected) for text, answer in zip(texts, answers, strict=True)]
         self._evaluated += 1
-        judged = self._judge(samples, f"evaluation/{self._evaluated}", f"evaluation, batch {index}")
+        name, where = f"evaluation/{self._evaluated}", f"evaluation, batch {index}"
+        judged = self._judge(texts, ids, drawn, name, where, params, frozen)
         count = np.float32(len(texts))
-        sums = {"reward": (self._rewards.total(judged["rewards"]).sum(), count)}
+        sums: dict[str, Any] = {"reward": (self._rewards.total(judged["rewards"]).sum(), count)}
         for part, name in enumerate(self._rewards.names):
             sums[f"reward/{name}"] = (judged["rewards"][part].sum(dtype=np.float64), count)
         sums["length_mean"] = (drawn["lengths"].sum(), count)

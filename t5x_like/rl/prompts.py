@@ -33,7 +33,8 @@ class Text(NamedTuple):
 class Prompts(Protocol):
     """The prompts of a run, from index 0 on. `fingerprint`: of what they are made from."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def at(self, index: int) -> Text: ...
 

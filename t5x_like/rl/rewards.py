@@ -46,6 +46,7 @@ class Rewards:
     def __init__(self, config: RlConfig, functions: Mapping[str, Named], *, warn: Callable[[str], None]):
         self.names = list(config.rewards)
         self.weights = np.array([part.weight for part in config.rewards.values()], np.float64)
+        self.of_model = [part.kind == "model" for part in config.rewards.values()]
         self._limit, self._failure, self._warn = config.reward_seconds, config.failure_value, warn
         self._made = {
             name: {
@@ -54,6 +55,7 @@ class Rewards:
                 "function": None if part.function is None else dataclasses.asdict(functions[part.function]),
             }
             for name, part in config.rewards.items()
+            if part.kind != "model"
         }
         self._worker: _Worker | None = None
 
@@ -67,11 +69,11 @@ class Rewards:
             self._worker = None
 
     def judge(self, samples: Sequence[Sample], *, where: str) -> Judged:
-        """`where` says in a warning when these were made."""
+        """`where` says in a warning when these were made. The parts of a reward model stay 0: it judges elsewhere."""
         values = np.zeros((len(self.names), len(samples)), np.float32)
         failed = np.zeros(values.shape, np.int32)
         for part, name in enumerate(self.names):
-            for index, sample in enumerate(samples):
+            for index, sample in enumerate(samples if name in self._made else ()):
                 value, problem = self._ask(name, sample)
                 if problem:
                     self._warn(

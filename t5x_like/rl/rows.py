@@ -69,3 +69,16 @@ def from_rows(
     for row, (begin, count) in enumerate(zip(first.tolist(), lengths.tolist(), strict=True)):
         found[row, :count] = values[row, begin : begin + count]
     return found
+
+
+def text_arrays(
+    prompts: Sequence[Sequence[int]], answers: Int[np.ndarray, "R N"], lengths: Int[np.ndarray, " R"], shape: RowShape
+) -> dict[str, np.ndarray]:
+    """{inputs, segment_ids} [R, T]: prompt and answer as the whole text that a reward model reads. A source ends with
+    EOS, which such a text has not before its answer."""
+    width = (shape.source - 1 if shape.source else 1) + shape.length
+    tokens, held = np.zeros((len(prompts), width), np.int32), np.zeros(len(prompts), np.int64)
+    for row, (ids, answer, count) in enumerate(zip(prompts, answers, lengths.tolist(), strict=True)):
+        text = [*(ids[:-1] if shape.source else ids), *answer[:count].tolist()]
+        tokens[row, : len(text)], held[row] = text, len(text)
+    return {"inputs": tokens, "segment_ids": (np.arange(width)[None, :] < held[:, None]).astype(np.int32)}

@@ -1,15 +1,25 @@
-"""Adapters that checkpoints hold, put onto the weights of their base: read with it, or onto a model that is loaded."""
+"""Adapters in checkpoints: read with their base or onto a loaded one, merged, exchanged with the peft package."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
+from t5x_like.convert import native, peft_format
+from t5x_like.convert.convert import inherit, staged
+from t5x_like.convert.peft_format import Factors, PeftAdapter
+from t5x_like.convert.transfer import write_item
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Leaf, Tree
+from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.peft import attach
+from t5x_like.peft.merge import Merge
 from t5x_like.storage import base as bases
-from t5x_like.storage import model_directory
+from t5x_like.storage import model_directory, paths
 from t5x_like.storage.leaves import Constructor
 from t5x_like.storage.reading import Place, restore
 
@@ -58,3 +68,97 @@ def restore_onto(
         )
     parts = restore(checkpoint, {item: place(adapter.specs())})[item]
     return adapter.attach(tree.join(loaded, parts))
+
+
+def merge(checkpoint: str, item: str, *, sign: int = 1) -> Merge:
+    """What writes the adapter of a checkpoint into weights as they are converted, or with the sign -1 takes it out."""
+    note = model_directory.read_metadata(checkpoint)
+    model = native.model_specs(model_config.resolve(note["config"]["model"]))
+    adapter = attach.of_stored(note["config"], tree.unflatten(model))
+    if adapter is None:
+        raise UsageError(f"{checkpoint} holds no adapter; give the directory of a run with config.adapter.name='lora'")
+    return Merge(adapter, arrays(checkpoint, item), sign=sign)
+
+
+def arrays(checkpoint: str, item: str) -> dict[str, np.ndarray]:
+    """The arrays of an adapter by path below its root, on the host."""
+    note = model_directory.read_metadata(checkpoint)
+    wanted = {path: record for path, record in note["arrays"][item].items() if attach.is_adapter(path)}
+    templates = {path: jax.ShapeDtypeStruct(tuple(record["shape"]), "float32") for path, record in wanted.items()}
+    found = restore(checkpoint, {item: tree.unflatten(templates)})[item]
+    return {path: np.asarray(leaf) for path, leaf in tree.leaves(found[attach.ROOT])}
+
+
+def to_peft(source: str, target: str, *, step: int | None, item: str) -> None:
+    """Writes the adapter of a run as peft saves one; the path of our base stands in `base_model_name_or_path`."""
+    checkpoint = model_directory.locate(source, step=step).checkpoint
+    write_peft(target, checkpoint, arrays(checkpoint, item))
+
+
+def write_peft(target: str, source: str, parts: Mapping[str, np.ndarray]) -> None:
+    """As `to_peft`, of arrays in hand that are shaped as those of the adapter in `source`, such as its gradients."""
+    note = model_directory.read_metadata(model_directory.locate(source).checkpoint)
+    config = model_config.resolve(note["config"]["model"])
+    adapter = attach.of_stored(note["config"], tree.unflatten(native.model_specs(config)))
+    if adapter is None:
+        raise UsageError(f"{source} holds no adapter; leave --to=peft out")
+    lora = note["config"]["adapter"]["lora"]
+    factors = {
+        path: Factors(_stacked(target, parts[f"{path}/a"]), _stacked(target, parts[f"{path}/b"]), target.ranks)
+        for path, target in adapter.targets.items()
+    }
+    saved = PeftAdapter(
+        factors,
+        rank=lora["rank"],
+        alpha=lora["alpha"],
+        rank_stabilized=lora["rank_stabilized"],
+        dropout=lora["dropout"],
+        base=note.get("base", {}).get("directory", ""),
+    )
+    with staged(target) as staging:
+        peft_format.write(staging, config, saved)
+
+
+def from_peft(source: str, target: str, *, base: str) -> None:
+    """Makes a model directory of an adapter that peft saved, on `base`, one of ours."""
+    place = model_directory.locate(base)
+    note = model_directory.read_metadata(place.checkpoint)
+    if attach.has_adapter(note["config"]):
+        raise UsageError(f"--base={base} is an adapter itself; give the model below it")
+    config = model_config.resolve(note["config"]["model"])
+    specs = native.model_specs(config)
+    found = peft_format.read(source, config)
+    section = {
+        "name": "lora",
+        "lora": {
+            "rank": found.rank,
+            "alpha": found.alpha,
+            "rank_stabilized": found.rank_stabilized,
+            "dropout": found.dropout,
+            "targets": [re.escape(path) for path in found.factors],
+            "ranks": [[re.escape(path), list(factors.ranks)] for path, factors in found.factors.items()],
+        },
+    }
+    adapter = attach.of_stored({"adapter": section}, tree.unflatten(specs))
+    assert adapter is not None
+    new = tree.flatten(adapter.specs())
+    parts = {f"{attach.ROOT}/{path}/{name}": getattr(f, name) for path, f in found.factors.items() for name in "ab"}
+    with staged(target) as staging:
+        inherited = inherit(place, note, staging)
+        checkpoint = paths.join(staging, model_directory.CHECKPOINTS, "0")
+        moved = write_item(
+            paths.join(checkpoint, native.PARAMS), {path: parts[path].reshape(spec.shape) for path, spec in new.items()}
+        )
+        native.complete(
+            checkpoint,
+            config,
+            moved,
+            provenance=inherited.provenance | {"source": paths.normal(source), "form": "peft"},
+            extra=inherited.extra | {"base": bases.record(place.checkpoint, specs)},
+            axes={path: list(spec.axes) for path, spec in new.items()},
+            sections={"adapter": section},
+        )
+
+
+def _stacked(target: attach.Target, part: np.ndarray) -> np.ndarray:
+    return part if target.spec.axes[:1] == ("layers",) else part[None]

@@ -24,7 +24,7 @@ from t5x_like.optim import rules as path_rules
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, named
 from t5x_like.peft import attach as adapters
-from t5x_like.runs.roles import POLICY, FrozenModel, build_model, frozen_models
+from t5x_like.runs.roles import BASE, POLICY, FrozenModel, build_model, frozen_models
 from t5x_like.runs.train import Experiment, multiples
 from t5x_like.training import state as train_state
 from t5x_like.training.step import StepConfig, make_step
@@ -36,6 +36,7 @@ class Program:
 
     mesh: Mesh
     model: Model
+    policy: Role  # the model as it is trained, with its adapters
     roles: Mapping[str, FrozenModel]  # the models that are read beside it
     objective: Objective
     optimizer: optimizers.Optimizer
@@ -51,13 +52,13 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     platform = mesh.devices.flat[0].platform
     model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
     rules = model.rules
-    trained, trainable, frozen = _policy(experiment, model)
+    own, trainable, frozen = _policy(experiment, model)
     _check_rules(rules, tree.join(trainable, frozen), where="config.mesh.rules")
     data = experiment.data
     others = frozen_models(experiment.roles, length=max(data.length, data.encoder_length), platform=platform)
     for name, other in others.items():
         _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
-    roles = {POLICY: trained} | {name: frozen_role(other.model, name) for name, other in others.items()}
+    roles = own | {name: frozen_role(other.model, name) for name, other in others.items()}
     objective = objectives.build(experiment.objective, roles, features.arrays(data))
     steps = experiment.optim.schedule.steps
     assert steps is not None, "from_config has filled it in"
@@ -72,6 +73,7 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     return Program(
         mesh=mesh,
         model=model,
+        policy=own[POLICY],
         roles=others,
         objective=objective,
         optimizer=optimizer,
@@ -83,17 +85,23 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     )
 
 
-def _policy(experiment: Experiment, model: Model) -> tuple[Role, dict[str, Any], dict[str, Any]]:
-    """(the model that is trained, specs of its parameters that are, and of those that are not)."""
+def _policy(experiment: Experiment, model: Model) -> tuple[dict[str, Role], dict[str, Any], dict[str, Any]]:
+    """(the model that is trained, by role, with and without its adapter; specs of its parameters that are trained, and
+    of those that are not)."""
     adapter = adapters.build(experiment.adapter, model.specs())
-    candidates = model.specs() if adapter is None else adapter.specs()
+    base, candidates = {}, model.specs()
+    if adapter is not None:
+        # Heads besides the LM head begin with the run, so that they are trained with an adapter.
+        heads, base = tree.split(candidates, lambda path: path.startswith("heads/"))
+        candidates = tree.join(adapter.specs(), heads)
     frozen_paths = path_rules.frozen_paths(experiment.optim, candidates)
     frozen, trainable = tree.split(candidates, lambda path: path in frozen_paths)
     if not trainable:
         raise UsageError("config.optim.freeze leaves no parameter to train; let its rules spare some")
+    frozen = tree.join(base, frozen)
     if adapter is None:
-        return policy(model), trainable, frozen
-    return policy(model, adapter.attach), trainable, tree.join(model.specs(), frozen)
+        return {POLICY: policy(model)}, trainable, frozen
+    return {POLICY: policy(model, adapter.attach), BASE: frozen_role(model, BASE)}, trainable, frozen
 
 
 def decode_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: int) -> tuple[Any, tuple[Any, ...]]:

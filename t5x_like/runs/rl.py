@@ -66,6 +66,14 @@ class Asked:
         return self.prompts.fingerprint
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The train step, and what makes its batches."""
+
+    step: Any
+    programs: Programs
+
+
 def run(
     request: Request,
     *,
@@ -184,7 +192,8 @@ def _saver(experiment: RlExperiment, program: Program, checkpoints: Checkpoints,
 
 
 def _check(experiment: RlExperiment, session: Session, program: Program, asked: Asked, rewards: Rewards) -> int:
-    compiled = _compile(experiment, program, asked, session)
+    with session.faults.phase("compile"):
+        compiled = compile_programs(experiment, program, asked)
     told = _told(experiment, session, asked, program, origin="not started (--check)", start=0)
     for line in screen(summary.sections(experiment, program, told, memory=compiled.step.memory_analysis())):
         print(line)
@@ -220,21 +229,12 @@ def _loop(
         total_steps=experiment.loop.steps,
         start_step=start,
     )
-    with telemetry.timed("compile"):
-        compiled = _compile(experiment, program, asked, session)
+    with telemetry.timed("compile"), session.faults.phase("compile"):
+        compiled = compile_programs(experiment, program, asked)
     told = _told(experiment, session, asked, program, origin=origin, start=start)
     telemetry.summary(summary.sections(experiment, program, told, memory=compiled.step.memory_analysis()))
     around = Around(telemetry.timed, lambda: session.faults.enter("step"), _share(session))
-    source = Iterations(
-        experiment.rl,
-        compiled.programs,
-        asked.prompts,
-        asked.encoder,
-        rewards,
-        rows=_row_shape(experiment, asked.vocabulary),
-        seed=experiment.seed,
-        around=around,
-    )
+    source = iterations_of(experiment, compiled, asked, rewards, around)
     if rollouts is not None:
         source.restore(rollouts)
     held_out = {VALIDATION: HeldOut(asked.held_out, compiled.programs.answer.shape.rows)} if asked.held_out else {}
@@ -263,35 +263,46 @@ def _row_shape(experiment: RlExperiment, vocabulary: Vocabulary) -> RowShape:
     return RowShape(data.length, data.encoder_length, start)
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    step: Any
-    programs: Programs
+def iterations_of(
+    experiment: RlExperiment, compiled: Compiled, asked: Asked, rewards: Rewards, around: Around
+) -> Iterations:
+    """The source of the batches of a run."""
+    return Iterations(
+        experiment.rl,
+        compiled.programs,
+        asked.prompts,
+        asked.encoder,
+        rewards,
+        rows=_row_shape(experiment, asked.vocabulary),
+        seed=experiment.seed,
+        around=around,
+    )
 
 
-def _compile(experiment: RlExperiment, program: Program, asked: Asked, session: Session) -> Compiled:
+def compile_programs(experiment: RlExperiment, program: Program, asked: Asked) -> Compiled:
     """Every program of the run; from here on nothing waits for the compiler."""
     ends = end_ids(experiment.rl.end_tokens, asked.vocabulary)
     made: RlPrograms = rl_program.rl_programs(experiment, program, end_ids=ends)
     layout = program.layout
     parameters = (layout.state["params"], layout.frozen)
-    with session.faults.phase("compile"):
-        step = program.step.lower(layout.state, layout.frozen, program.batch).compile()
+    step = program.step.lower(layout.state, layout.frozen, program.batch).compile()
 
-        def compiled(rollout: Any) -> Any:
-            run = rollout.run.lower(*parameters, rollout.batch, rollout.iteration).compile()
-            return dataclasses.replace(rollout, run=run)
+    def compiled(rollout: Any) -> Any:
+        run = rollout.run.lower(*parameters, rollout.batch, rollout.iteration).compile()
+        return dataclasses.replace(rollout, run=run)
 
-        several = experiment.rl.epochs * experiment.rl.answers > experiment.data.batch_size
-        found = Programs(
-            mesh=program.mesh,
-            sample=compiled(made.sample),
-            answer=compiled(made.answer) if asked.held_out else made.answer,
-            score=made.score.lower(*parameters, made.scored).compile() if several else made.score,
-            reference=made.reference and made.reference.lower(*parameters, made.scored).compile(),
-            batch=program.batch,
-            scored=made.scored,
-        )
+    several = experiment.rl.epochs * experiment.rl.answers > experiment.data.batch_size
+    found = Programs(
+        mesh=program.mesh,
+        sample=compiled(made.sample),
+        answer=compiled(made.answer) if asked.held_out else made.answer,
+        score=made.score.lower(*parameters, made.scored).compile() if several else made.score,
+        reference=made.reference and made.reference.lower(*parameters, made.scored).compile(),
+        reward=made.reward and made.reward.lower(*parameters, made.judged).compile(),
+        batch=program.batch,
+        scored=made.scored,
+        judged=made.judged,
+    )
     return Compiled(step, found)
 
 

@@ -11,11 +11,14 @@ import numpy as np
 from t5x_like.core import tree
 from t5x_like.core.config import named
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.inference.sampling import GREEDY, Sampling
+from t5x_like.objectives import reward
 from t5x_like.objectives.grpo import GrpoConfig
-from t5x_like.objectives.interface import Role, frozen_role, policy
+from t5x_like.objectives.interface import Role, frozen_role
+from t5x_like.objectives.reward import HEAD
 from t5x_like.parallel import rules as sharding_rules
-from t5x_like.parallel.sharding import replicated
+from t5x_like.parallel.sharding import abstract_batch, replicated
 from t5x_like.rl.config import RlConfig
 from t5x_like.rl.rollout import Rollout, Shape, rollout_program
 from t5x_like.rl.scoring import TOKENS, scoring_function
@@ -23,7 +26,7 @@ from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment, multiples
 from t5x_like.training.state import Layout
 
-REFERENCE = "reference"
+REFERENCE, REWARD = "reference", "reward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,10 @@ class RlExperiment(Experiment):
     """A training run whose batches are made of answers of its own policy."""
 
     rl: RlConfig
+
+    @property
+    def wanted_roles(self) -> tuple[str, ...]:
+        return (*super().wanted_roles, *((REWARD,) if self.rl.reward_model else ()))
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -63,10 +70,10 @@ class RlExperiment(Experiment):
                 f"config.loop.on_spike={self.loop.on_spike!r}: the loss of grpo is near 0 by construction, and says "
                 "nothing of spikes; leave it 'off'"
             )
-        if self.model.dropout:
-            raise UsageError(
-                f"config.model.dropout={self.model.dropout:g}: ratios need a policy without dropout; set 0"
-            )
+        lora = self.adapter.lora
+        for field, dropout in (("model", self.model.dropout), ("adapter.lora", lora.dropout if lora else 0.0)):
+            if dropout:
+                raise UsageError(f"config.{field}.dropout={dropout:g}: ratios need a policy without dropout; set 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +84,16 @@ class RlPrograms:
     answer: Rollout
     score: Any
     reference: Any
+    reward: Any
     scored: dict[str, jax.ShapeDtypeStruct]
+    judged: dict[str, jax.ShapeDtypeStruct]  # the batch of `reward`
 
 
 def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[int, ...]) -> RlPrograms:
     rl, mesh, rules = experiment.rl, program.mesh, program.model.rules
     config: GrpoConfig = named(experiment.objective)
     options = experiment.runtime.compiler_options.of(mesh.devices.flat[0].platform)
-    role = policy(program.model)
+    role = program.policy
 
     def rollout(rows: int, sampling: Sampling) -> Rollout:
         length = 1 if experiment.data.encoder_length else prompt_room(experiment)
@@ -108,8 +117,33 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         answer=rollout(rows, GREEDY),
         score=scoring(role),
         reference=None if reference is None else scoring(reference),
+        reward=_reward_program(program, options) if rl.reward_model else None,
         scored={name: program.batch[name] for name in TOKENS if name in program.batch},
+        judged=abstract_batch(mesh, rules, _text_specs(experiment)),
     )
+
+
+def _reward_program(program: Program, options: Any) -> Any:
+    """(params, frozen, batch) -> the number of each text, replicated."""
+    model = program.roles[REWARD].model
+    if HEAD not in model.config.scalar_heads or model.config.architecture != "decoder":
+        raise UsageError(
+            f"config.roles.{REWARD}: this model is a {model.config.architecture} with the heads "
+            f"{model.config.scalar_heads}; a reward model is a decoder with the head {HEAD!r}, which "
+            "config.objective.name='reward' trains"
+        )
+    role = frozen_role(model, REWARD)
+
+    def judge(params, frozen, batch) -> jax.Array:
+        return reward.rewards(role, params, frozen, batch, key=None)
+
+    return jax.jit(judge, out_shardings=replicated(program.mesh), compiler_options=options)
+
+
+def _text_specs(experiment: RlExperiment) -> dict[str, ArraySpec]:
+    data = experiment.data
+    width = data.length + (data.encoder_length - 1 if data.encoder_length else 1)
+    return {name: ArraySpec((data.batch_size, width), "int32", ("batch", None)) for name in ("inputs", "segment_ids")}
 
 
 def _reference(which: str, program: Program) -> Role | None:

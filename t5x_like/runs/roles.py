@@ -18,6 +18,7 @@ from t5x_like.storage import patterns
 from t5x_like.training.state import Frozen, Source
 
 POLICY = "policy"
+BASE = "base"  # the policy without its adapter
 
 
 @dataclasses.dataclass(frozen=True)

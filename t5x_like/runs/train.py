@@ -45,6 +45,11 @@ class Experiment:
     telemetry: TelemetryConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
     runtime: RuntimeConfig = dataclasses.field(metadata=bridge.RESUME_MAY_CHANGE)
 
+    @property
+    def wanted_roles(self) -> tuple[str, ...]:
+        """The names of the models that the run reads, the policy first."""
+        return objectives.wanted_roles(self.objective)
+
     def check(self, path: str) -> None:
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"{path}.seed={self.seed} should be a whole number from 0 to 2^32 - 1")
@@ -125,8 +130,7 @@ def _check_relations(experiment: Experiment) -> None:
                 f"{model.max_length}; shorten the rows or lengthen the model's"
             )
     _check_features(experiment)
-    wanted = objectives.wanted_roles(experiment.objective)
-    check_names(experiment.roles, wanted, objective=experiment.objective.name)
+    check_names(experiment.roles, experiment.wanted_roles, objective=experiment.objective.name)
     checkpoint = experiment.checkpoint
     if experiment.adapter.name != "none" and checkpoint.init_from is None and checkpoint.branch_from is None:
         raise UsageError(

@@ -15,6 +15,7 @@ from t5x_like.storage import paths
 from t5x_like.storage.leaves import Constructor, array_paths
 from t5x_like.storage.model_directory import METADATA, read_metadata
 from t5x_like.storage.reading import Place, restore
+from t5x_like.storage.streams import LeafReader, read_item
 
 _ITEM = "params"  # of a base: its average, if it has one, is not what training began with
 _MODELS = ("params", "ema")  # items that may lack what a base has
@@ -39,17 +40,27 @@ def read(
     base: Mapping[str, str], templates: Any, *, where: str, kinds: Mapping[str, Constructor], place: Place | None
 ) -> dict[str, Any]:
     """The leaves `templates` of the base that the checkpoint `where` names, verified to be those it was trained on."""
+    directory = located(base, where=where)
+    if fingerprint(directory, array_paths(templates)) != base["fingerprint"]:
+        raise _changed(where, directory)
+    return restore_whole(directory, _ITEM, templates, kinds=kinds, place=place)
+
+
+def located(base: Mapping[str, str], *, where: str) -> str:
+    """The directory of a base. Raises UserError if it is gone."""
     directory = base["directory"]
     if not paths.exists(paths.join(directory, METADATA, METADATA)):
         raise UserError(
             f"{where} holds the trained part alone and needs its base {directory}, which is not there; "
             "move it back, or read a checkpoint that was saved with config.checkpoint.holds='model'"
         )
-    if fingerprint(directory, array_paths(templates)) != base["fingerprint"]:
-        raise UserError(
-            f"{where} was trained on other parameters than its base {directory} holds now; put the former ones back"
-        )
-    return restore_whole(directory, _ITEM, templates, kinds=kinds, place=place)
+    return directory
+
+
+def _changed(where: str, directory: str) -> UserError:
+    return UserError(
+        f"{where} was trained on other parameters than its base {directory} holds now; put the former ones back"
+    )
 
 
 def restore_whole(
@@ -81,6 +92,21 @@ def restore_items(checkpoint: str, templates: Mapping[str, Any]) -> dict[str, An
     return restore(checkpoint, others) | {
         name: restore_whole(checkpoint, name, template) for name, template in models.items()
     }
+
+
+def readers(checkpoint: str, item: str) -> tuple[dict[str, LeafReader], dict[str, int]]:
+    """The leaves of an item ready to be read in pieces, and the fingerprint of each; those that a checkpoint of a
+    trained part lacks are its base's, which must be the one that it names."""
+    note = read_metadata(checkpoint)
+    leaves, recorded = read_item(checkpoint, item), dict(note["fingerprints"][item])
+    if "base" not in note:
+        return leaves, recorded
+    directory = located(note["base"], where=checkpoint)
+    below, known = readers(directory, _ITEM)
+    wanted = below.keys() - leaves.keys()
+    if fingerprint(directory, wanted) != note["base"]["fingerprint"]:
+        raise _changed(checkpoint, directory)
+    return below | leaves, known | recorded
 
 
 def _leaves(checkpoint: str, item: str) -> dict[str, Any]:

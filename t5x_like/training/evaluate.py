@@ -37,8 +37,9 @@ def evaluate(
     *,
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """{name: value} over all batches; `perplexity` is exp of the mean loss. Two batches are in flight at most.
+    """{name: value} over all batches. Two batches are in flight at most.
 
+    Beside a mean loss of tokens, which come with their bytes, stands `perplexity`, its exponential.
     A value of which there is nothing (bits per byte where the targets hold no byte of text) is left out, never nan.
     None when `stop`, which is asked before each batch, says so.
     """
@@ -52,7 +53,7 @@ def evaluate(
         pending = sums
     _add(totals, pending)
     values = {name: total / weight for name, (total, weight) in totals.items() if weight}
-    if "loss" in values:
+    if "loss" in values and "bits_per_byte" in totals:
         values["perplexity"] = math.inf if values["loss"] > 700 else math.exp(values["loss"])
     return values
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import pathlib
 import shutil
+import sys
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -52,6 +53,10 @@ def test_an_empty_prompt_of_a_tokenizer_without_special_tokens_is_one_line(finis
         dataclasses.replace(lm, vocabulary=Bare()).generate("", max_new_tokens=2)
 
 
+CHAT = ["--config.data.fields.messages=messages", "--config.data.validation="]
+CHAT += ["--config.data.packing=examples", "--config.evaluate.every_steps=0"]
+CODED = ["--config.data.chat.template=tokenizer", "--config.data.tokenizer={files}/coded"]
+DROP = ["--config.data.truncate.rule=drop"]
 _ADAPTED = ["--config.checkpoint.init_from={finished}", "--config.checkpoint.holds=trained"]
 _LORA = [*_ADAPTED, "--config.adapter.name=lora"]
 # {files} holds files that cannot be read as they are named, {finished} is a finished run.
@@ -94,6 +99,36 @@ BAD_CONFIG = {
         ["--config.data.source=jsonl:{files}/null.jsonl", "--config.data.on_bad_record=skip"],
         1,
         "1 of 2 records are bad, which is more than config.data.max_bad_share=0.01",
+    ),
+    "a template that runs code": (
+        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", *CODED],
+        1,
+        "config.data.chat.template='tokenizer' is refused: it asks for what no template may do: access to attribute",
+    ),
+    "a conversation without the assistant": (
+        [*CHAT, "--config.data.source=jsonl:{files}/alone.jsonl", "--config.data.chat.template=plain"],
+        1,
+        "alone.jsonl:1 (byte 0): the conversation of field 'messages' has no turn of the assistant",
+    ),
+    "a role that is none": (
+        [*CHAT, "--config.data.source=jsonl:{files}/role.jsonl", "--config.data.chat.template=plain"],
+        1,
+        "role.jsonl:1 (byte 0): message 1 of field 'messages' has the role 'usr', which is unknown; did you",
+    ),
+    "messages that are no list": (
+        [*CHAT, "--config.data.source=jsonl:{files}/word.jsonl", "--config.data.chat.template=plain"],
+        1,
+        "word.jsonl:1 (byte 0): field 'messages' should be a list of messages, is the text 'hello'",
+    ),
+    "an answer longer than the row": (
+        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", "--config.data.chat.template=plain", *DROP],
+        1,
+        "no token to train on in its rows of 32: the inputs of its 1 examples leave no room for targets",
+    ),
+    "a template of other tokens": (
+        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", "--config.data.chat.template=chatml"],
+        2,
+        "config.data.chat.template='chatml', and the tokenizer lacks <|im_start|>, <|im_end|>; use 'plain'",
     ),
     "a rule for bad records that is none": (["--config.data.on_bad_record=skp"], 2, "did you mean 'skip'"),
     "a list of files with one that is missing": (
@@ -214,6 +249,17 @@ def _sizes(workdir: pathlib.Path) -> dict[str, int]:
     return {name: size for name, size in paths.tree_files(str(workdir)).items() if name != "lock"}
 
 
+def _write_conversations(folder: pathlib.Path) -> None:
+    """Of users and assistants, and a tokenizer of bytes whose template runs code."""
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 100}
+    chats = {"chat": [user, assistant], "alone": [user], "role": [{"role": "usr", "content": "a"}], "word": "hello"}
+    for name, messages in chats.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (folder / "coded").mkdir()
+    (folder / "coded" / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}')
+    (folder / "coded" / "chat_template.jinja").write_text("{{ ().__class__.__base__.__subclasses__() }}")
+
+
 @pytest.mark.parametrize("case", BAD_CONFIG)
 def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsys):
     before = _sizes(finished)
@@ -223,6 +269,7 @@ def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsy
     (tmp_path / "text.zip").write_bytes(b"PK\x03\x04" + b"x" * 100)
     (tmp_path / "half.gz").write_bytes(gzip.compress(b"some text" * 100)[:30])
     (tmp_path / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    _write_conversations(tmp_path)
     arguments, status, part = BAD_CONFIG[case]
     arguments = [argument.format(files=tmp_path, finished=finished) for argument in arguments]
     assert train(tmp_path / "run", *arguments) == status
@@ -392,6 +439,84 @@ def test_a_bad_export_or_folder_is_one_line_and_leaves_nothing(case, exports, fi
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("t5x_like: ") and part in line, line
     assert not list(tmp_path.iterdir()) and (exports / "full/mine").read_text() == "kept"
+
+
+_CHOICE = "task: mine\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\n"
+_CHOICE += (
+    "doc_to_target: 0\ndoc_to_choice: [a, b]\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+)
+# {files} holds tasks of ours, one of which reads a file that is not there; {finished} is a finished run.
+BAD_EVALUATION = {
+    "no tasks and no text": (["{finished}"], 2, "give --tasks=NAME,NAME or --text=PATH"),
+    "a task that is none": (["{finished}", "--tasks=local_helaswag"], 2, "did you mean 'local_hellaswag'"),
+    "a folder of tasks that is none": (["{finished}", "--tasks=a", "--include_path=no/such"], 1, "no such folder"),
+    "a shipped task without data": (["{finished}", "--tasks=local_gsm8k"], 1, "give --data=FOLDER"),
+    "a folder without a task's data": (
+        ["{finished}", "--tasks=local_gsm8k", "--data={files}"],
+        1,
+        "has no gsm8k/test.jsonl, which the task reads",
+    ),
+    "a task file without its data": (["{finished}", "--tasks=lost", "--include_path={files}"], 1, "missing.jsonl"),
+    "a text that is not there": (["{finished}", "--text=no/such.txt"], 1, "no/such.txt: no such file"),
+    "a kind of text that is none": (["{finished}", "--text=jsonl:"], 2, "should be KIND:PATH"),
+    "a model that is not there": (["no/such", "--text={files}/a.txt"], 1, "no/such is no model directory"),
+    "a model without a tokenizer": (["{files}/bare", "--text={files}/a.txt"], 1, "holds no tokenizer"),
+    "a model given twice": (["{finished}", "{finished}", "--text=a"], 2, "a model is given twice"),
+    "no template of a chat": (
+        ["{finished}", "--tasks=mine", "--chat", "--include_path={files}/good"],
+        1,
+        "no chat tem",
+    ),
+    "a batch of nothing": (["{finished}", "--text=a", "--batch_tokens=0"], 2, "--batch_tokens=0 should be at least 1"),
+    "a report that is none": (["{finished}", "--text={files}/a.txt", "--fail_if_worse={files}/a.json"], 1, "no report"),
+    "a mesh of no axis": (["{finished}", "--text={files}/a.txt", "--mesh=fspd=2"], 2, "'fspd=2' should be AXIS=SIZE"),
+    "a room that is too small": (
+        ["{finished}", "--tasks=long", "--include_path={files}/good"],
+        2,
+        "task long: {finished}: max_gen_toks=256 leaves no room for a context in this model's max_length=128",
+    ),
+    "an answer longer than the model": (
+        ["{finished}", "--tasks=wide", "--include_path={files}/good"],
+        1,
+        "an answer of 301 tokens is longer than this model's max_length=128",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def evaluation_files(finished, tmp_path_factory):
+    files = tmp_path_factory.mktemp("evaluation")
+    (files / "good").mkdir()
+    (files / "a.txt").write_text("some text")
+    (files / "a.json").write_text("{}")
+    (files / "lost.yaml").write_text(_CHOICE.format(file=files / "missing.jsonl").replace("mine", "lost"))
+    (files / "good" / "a.jsonl").write_text(json.dumps({"q": "a"}) + "\n")
+    good = _CHOICE.format(file=files / "good" / "a.jsonl")
+    (files / "good" / "mine.yaml").write_text(good)
+    (files / "good" / "wide.yaml").write_text(good.replace("mine", "wide").replace("[a, b]", f"[{'a' * 300}, b]"))
+    long = good.replace("mine", "long").replace(
+        "multiple_choice", "generate_until\nmetric_list: [{metric: exact_match}]"
+    )
+    (files / "good" / "long.yaml").write_text(long.replace("doc_to_choice: [a, b]\n", ""))
+    shutil.copytree(finished, files / "bare")
+    shutil.rmtree(files / "bare" / "tokenizer")
+    return files
+
+
+@pytest.mark.xdist_group("lm_eval")
+@pytest.mark.parametrize("case", BAD_EVALUATION)
+def test_what_cannot_be_evaluated_is_one_line(case, finished, evaluation_files, capsys):
+    arguments, status, part = BAD_EVALUATION[case]
+    values = {"finished": finished, "files": evaluation_files}
+    assert main(["evaluate", *(argument.format(**values) for argument in arguments)]) == status
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("t5x_like: ")]
+    assert part.format(**values) in line, line
+
+
+def test_tasks_without_the_harness_name_the_extra(finished, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["evaluate", str(finished), "--tasks=local_hellaswag"]) == 1
+    assert "t5x_like: tasks need lm_eval; pip install 't5x_like[eval]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 import t5x_like
+from configs.pretrain import test as test_config
 from t5x_like.__main__ import main
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.parallel import mesh as meshes
+from t5x_like.runs import program as programs
+from t5x_like.runs import train as experiments
 from t5x_like.storage.model_directory import digest, read_metadata
-from tests.end_to_end.commands import ROOT, train, values
+from tests.end_to_end.commands import ROOT, rows, train, values
 
 STEPS = "--config.optim.schedule.steps=8"
 LORA = ("--config.adapter.name=lora", "--config.adapter.lora.rank=4", "--config.adapter.lora.dropout=0.1")
@@ -118,3 +122,35 @@ def test_an_adapter_is_no_whole_model(adapters, tmp_path, capsys):
     begin = f"--config.checkpoint.init_from={adapters / 'one'}"
     assert train(tmp_path / "run", begin) == 1
     assert "is an adapter, and a whole model is wanted here; merge it by" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_policy_of_reinforcement_learning_may_be_an_adapter(adapters, tmp_path):
+    """Kept near its base, which is the policy without it: the same at first, then another."""
+    arguments = [
+        *("--config=configs/rl/test.py", f"--workdir={tmp_path / 'rl'}", "--config.adapter.name=lora"),
+        *(f"--config.checkpoint.init_from={adapters / 'base'}", "--config.checkpoint.holds=trained"),
+        *("--config.objective.grpo.kl_coefficient=0.1", "--config.objective.grpo.reference=base"),
+        *("--config.loop.steps=4", "--config.optim.schedule.steps=8", "--config.rl.epochs=2"),
+    ]
+    assert main(["rl", *arguments]) == 0
+    found = [row for row in rows(tmp_path / "rl") if "train/loss" in row]
+    assert found[0]["train/ratio_token_mean"] == 1.0 and abs(found[0]["train/kl_token_mean"]) < 1e-10
+    assert found[-1]["train/kl_token_mean"] > 1e-9 and found[-1]["train/ratio_token_mean"] != 1.0
+    assert max(row["train/rollout_gap_token_mean"] for row in found) < 1e-5
+    note = read_metadata(str(tmp_path / "rl/checkpoints/4"))
+    assert all(path.startswith("adapters/") for path in note["arrays"]["params"])
+    assert main(["rl", *arguments, "--config.adapter.lora.dropout=0.5"]) == 2
+
+
+def test_a_head_is_trained_beside_an_adapter(adapters):
+    """It begins with the run, and no base has it."""
+    config = test_config.get_config()
+    config.model.scalar_heads = ("reward",)
+    config.adapter.name = "lora"
+    config.checkpoint.init_from = str(adapters / "base")
+    experiment = experiments.from_config(config)
+    mesh = meshes.make(experiment.mesh, jax.devices()[:1])
+    parts = programs.step_program(experiment, mesh).parts
+    roots = {path.split("/")[0] for path, _ in tree.leaves(parts.trained)}
+    assert roots == {"adapters", "heads"}
+    assert "heads" not in parts.frozen["base"].specs

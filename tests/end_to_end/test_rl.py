@@ -1,7 +1,11 @@
 """`t5x_like rl` as a user calls it: what holds at the first update, what a killed run goes on with, what is refused."""
 
 import json
+import os
 import re
+import statistics
+import subprocess
+import sys
 
 import pytest
 
@@ -18,7 +22,7 @@ def _in_the_project(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def rl(workdir, *arguments, config=CONFIG):
+def rl(workdir, *arguments, config: object = CONFIG):
     return main(["rl", *([f"--config={config}"] if config else []), f"--workdir={workdir}", *arguments])
 
 
@@ -163,3 +167,66 @@ def test_examples_of_a_file_are_prompts_with_their_answers(tmp_path, capsys):
     # A stored config without functions is resumed by the workdir alone.
     assert rl(tmp_path / "run", "--config.loop.steps=3", config=None) == 0
     assert max(updates(tmp_path / "run")) == 3
+
+
+def test_an_adapter_is_trained_and_its_base_is_the_reference(finished, tmp_path):
+    """At first the adapter changes nothing: no divergence. Then there is one, and the base is where it was."""
+    lora = "config.adapter.name = 'lora'\n    config.adapter.lora.rank = 2\n    config.checkpoint.holds = 'trained'"
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from configs.rl import test\n\n\ndef get_config():\n    config = test.get_config()\n"
+        f"    config.checkpoint.init_from = {str(finished)!r}\n    {lora}\n"
+        "    config.objective.grpo.update({'kl_coefficient': 0.1, 'reference': 'base'})\n    return config\n"
+    )
+    assert rl(tmp_path / "run", "--config.loop.steps=4", config=config) == 0
+    found = updates(tmp_path / "run")
+    assert abs(found[1]["train/kl_token_mean"]) < 1e-10 and found[1]["train/ratio_token_mean"] == 1.0
+    assert found[4]["train/kl_token_mean"] > 1e-7
+    names = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
+    assert all(name.startswith("params/adapters/") for name in names if name.startswith("params/"))
+
+
+def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path):
+    pairs = [{"prompt": f"{letter}=", "chosen": letter, "rejected": "x"} for letter in "abcd"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 4))
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "from configs.pretrain import test\n\n\ndef get_config():\n    config = test.get_config()\n"
+        f"    config.data.update({{'source': 'jsonl:{tmp_path}/pairs.jsonl', 'features': 'pair_texts'}})\n"
+        "    config.data.update({'packing': 'single', 'validation': '', 'validation_batches': 0})\n"
+        "    config.data.fields.update({'text': '', 'prompt': 'prompt', 'chosen': 'chosen', 'rejected': 'rejected'})\n"
+        "    config.model.scalar_heads = ('reward',)\n    config.objective.name = 'reward'\n    return config\n"
+    )
+    assert train(tmp_path / "judge", "--config.loop.steps=4", config=str(judge)) == 0
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from configs.rl import test\nfrom t5x_like.configs import common\n\n\ndef get_config():\n"
+        "    config = test.get_config()\n    config.rl.rewards.judge = common.reward('model', weight=2.0)\n"
+        f"    config.roles.reward = {{'source': {str(tmp_path / 'judge')!r}, 'rules': '', 'dtype': 'stored'}}\n"
+        "    return config\n"
+    )
+    assert rl(tmp_path / "run", "--config.loop.steps=4", config=config) == 0
+    row = updates(tmp_path / "run")[4]
+    assert row["train/reward/judge"] != 0
+    assert row["train/reward"] == pytest.approx(row["train/reward/share"] + 2 * row["train/reward/judge"], rel=1e-5)
+    arrays = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
+    assert len(set(arrays["rollouts/rewards"][0].tolist())) > 4, "it says the same of all answers"
+
+
+def test_a_policy_learns_what_is_rewarded(tmp_path):
+    """From random parameters: answers of letters, which a fifth of all bytes are. On one device, as a user has it."""
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from configs.rl import test\nfrom t5x_like.configs import common\n\n\n"
+        "def letters(prompt, answer, expected):\n"
+        "    return sum(sign.isascii() and sign.isalpha() for sign in answer) / 6\n\n\n"
+        "def get_config():\n    config = test.get_config()\n    config.data.batch_size = 128\n"
+        "    config.rl.update({'prompts': 16, 'samples': 8, 'held_out': 0})\n"
+        "    config.rl.rewards = {'letters': common.reward('function', function=letters)}\n    return config\n"
+    )
+    command = ["t5x_like", "rl", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.loop.steps=60"]
+    variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", *command], env=os.environ | variables, check=True, capture_output=True)
+    rewards = [row["train/reward"] for row in updates(tmp_path / "run").values()]
+    assert statistics.mean(rewards[:3]) < 0.35
+    assert statistics.mean(rewards[-5:]) > 0.85

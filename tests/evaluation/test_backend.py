@@ -202,7 +202,8 @@ def chatty(tmp_path):
 def test_a_chat_is_rendered_and_encoded_as_by_transformers(chatty):
     from transformers import AutoTokenizer
 
-    theirs, read = AutoTokenizer.from_pretrained(chatty), chat.read(str(chatty))
+    theirs = AutoTokenizer.from_pretrained(chatty)
+    read = chat.read(str(chatty), vocabularies.load(str(chatty)))
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello there"}]
     rendered = read.render(messages, add_generation_prompt=True)
     assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -238,8 +239,8 @@ def test_tasks_through_a_chat_template_are_those_of_the_harness(chatty, tasks):
 @pytest.mark.parametrize(
     ("template", "part"),
     [
-        ("{{ ''.__class__.__mro__ }}", "does not render these messages: access to attribute '__class__'"),
-        ("{{ raise_exception('roles must alternate') }}", "does not render these messages: roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "does not render these messages: it asks for what no template may do"),
+        ("{{ raise_exception('roles must alternate') }}", "does not render these messages: .*roles must alternate"),
         ("{% for %}", "does not render these messages"),
         ("", "the tokenizer has no chat template"),
     ],

@@ -22,7 +22,7 @@ MESHES = {"fsdp=8": (8, 1), "fsdp=2 tensor=2": (2, 2)}
 
 @functools.cache
 def world():
-    """(model, parameters) of a model that takes 200 tokens: rows of 64, 128 and 200."""
+    """(model, parameters) of a model that takes 200 tokens: rows of 64, 128, 192 and 200."""
     model = cases.model("llama", max_length=LIMIT)
     return model, cases.random_params(model)
 
@@ -115,8 +115,8 @@ def test_texts_of_many_sizes_share_few_programs():
     before = scoring._scores._cache_size()
     for count in range(1, 11):
         score(model, params, [([1] * (19 * count + 2), 1)] * count, tokens_per_batch=256)
-    assert scoring._scores._cache_size() - before == 3  # rows of 64, 128 and 200 tokens
-    assert sorted({row_length(length, LIMIT) for length in range(1, LIMIT + 1)}) == [64, 128, 200]
+    assert scoring._scores._cache_size() - before == 3  # rows of 64, 128 and 192 tokens
+    assert sorted({row_length(length, LIMIT) for length in range(1, LIMIT + 1)}) == [64, 128, 192, 200]
 
 
 def test_a_text_that_is_too_long_is_refused_or_cut_at_its_beginning():

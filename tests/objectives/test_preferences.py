@@ -12,7 +12,9 @@ from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.objectives import dpo, pairs, reward
 from t5x_like.objectives.interface import frozen_role, policy
+from t5x_like.peft.attach import ROOT
 from tests.models import cases
+from tests.peft.test_lora import adapted
 
 ROWS, LENGTH = 8, 10
 NAMES = ("inputs", "targets", "loss_weights", "segment_ids", "positions")
@@ -163,3 +165,23 @@ def test_a_reward_model_needs_its_head():
     model = cases.model("llama")
     with pytest.raises(UsageError, match=r"set config.model.scalar_heads=\('reward',\)"):
         reward.build(reward.RewardConfig(0.0), {"policy": policy(model)}, ARRAYS)
+
+
+def test_the_reference_of_an_adapter_may_be_its_base():
+    """As if the base were a second model; an adapter that was just made is its reference."""
+    model, _, _, batch = world()
+    adapter, whole = adapted(model)
+    base = {name: part for name, part in whole.items() if name != ROOT}
+    params = {ROOT: whole[ROOT]}
+    roles = {"policy": policy(model, adapter.attach), "base": frozen_role(model, "base")}
+    roles["reference"] = frozen_role(model, "reference")
+
+    def loss(which, params):
+        objective = dpo.build(dpo.DpoConfig(0.3, 0.0, False, which), roles, ARRAYS)
+        return run(objective, params, {"base": base, "reference": base}, batch)[0]
+
+    assert loss("base", params) == loss("role", params) != pytest.approx(np.log(2), rel=1e-3)
+    new = {ROOT: tree.map_with_path(lambda path, x: x * (not path.endswith("/b")), whole[ROOT])}
+    assert loss("base", new) == pytest.approx(np.log(2), rel=1e-6)
+    with pytest.raises(UsageError, match="reference='base' is the policy without its adapter"):
+        dpo.build(dpo.DpoConfig(0.3, 0.0, False, "base"), {"policy": policy(model)}, ARRAYS)

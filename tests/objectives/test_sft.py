@@ -95,10 +95,8 @@ def llama(root):
     return model, params, scored(model, params, batch)
 
 
-def theirs(root, model, params) -> Scored:
-    """By TRL's trainer: its own rendering, masks, batch and loss."""
+def trainer(root, network):
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(root / "tokenizer"))
-    network = mapping.build(model.config, params)
     arguments = trl.SFTConfig(
         output_dir=str(root / "trl"),
         assistant_only_loss=True,
@@ -108,21 +106,36 @@ def theirs(root, model, params) -> Scored:
         bf16=False,
         report_to=[],
     )
-    rows = datasets.Dataset.from_list([{"messages": conversation} for conversation in CONVERSATIONS])
-    trainer = trl.SFTTrainer(network, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    batch = next(iter(trainer.get_train_dataloader()))
+    given = datasets.Dataset.from_list([{"messages": conversation} for conversation in CONVERSATIONS])
+    return trl.SFTTrainer(network, args=arguments, train_dataset=given, processing_class=tokenizer)
+
+
+def theirs(network, trainer, batch) -> Scored:
+    """By TRL's trainer, of one of its batches."""
+    network.zero_grad()
     loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
     with torch.no_grad():
         each = -trainer.model(**batch, fused_lm_head=True, use_cache=False).log_probs.numpy()
     each = each[:, : batch["labels"].shape[1] - 1][batch["labels"][:, 1:] != -100]
-    return Scored(float(loss.detach()), {name: value.grad.numpy() for name, value in network.named_parameters()}, each)
+    gradients = {name: value.grad.numpy().copy() for name, value in network.named_parameters()}
+    return Scored(float(loss.detach()), gradients, each)
 
 
 def test_losses_and_gradients_are_those_of_trl(root, llama):
     model, params, ours = llama
-    named = mapping.state(model.config, tree.unflatten(ours.gradients))
-    assert_equal(dataclasses.replace(ours, gradients=named), theirs(root, model, params))
+    ours = dataclasses.replace(ours, gradients=mapping.state(model.config, tree.unflatten(ours.gradients)))
+    network = mapping.build(model.config, params)
+    peer = trainer(root, network)
+    # Its own rendering, masks and padding.
+    assert_equal(ours, theirs(network, peer, next(iter(peer.get_train_dataloader()))))
+    # Our packed rows, whose conversations transformers tells apart by their positions.
+    batch = {name: torch.tensor(array).long() for name, array in rows(data(root)).items()}
+    labels = torch.full_like(batch["inputs"], -100)
+    trained = batch["loss_weights"][:, :-1] > 0
+    labels[:, 1:][trained] = batch["targets"][:, :-1][trained]
+    packed = {"input_ids": batch["inputs"], "position_ids": batch["positions"], "labels": labels}
+    assert_equal(ours, theirs(network, peer, packed))
     assert len(ours.each) > 90
     batch = rows(data(root))
     everything = batch | {"loss_weights": (batch["segment_ids"] > 0).astype(np.float32)}

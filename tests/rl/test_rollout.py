@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.inference.sampling import GREEDY, Sampling
 from t5x_like.objectives.grpo import GrpoConfig
@@ -105,7 +106,7 @@ def test_log_probabilities_of_rollout_and_of_training_agree(case, micro_batches)
 
     def scored(temperature):
         config = GrpoConfig(0.2, 0.2, 0.0, "none", "token", 0, temperature)
-        axes = {name: type("Spec", (), {"axes": ("batch", "length")}) for name in batch}
+        axes = {name: ArraySpec(array.shape, "int32", ("batch", "length")) for name, array in batch.items()}
         score = scoring_function(policy(model), config, rules=model.rules, inputs=axes, micro_batches=micro_batches)
         logp = jax.jit(score, compiler_options=FAST)(
             params, {"base": {}}, {name: jnp.asarray(x) for name, x in batch.items()}

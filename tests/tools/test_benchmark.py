@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.benchmark import convert, decode, shape, step, t5_step, timing
+from tools.benchmark import convert, decode, sft_step, shape, step, t5_step, timing
 
 SMALL = {"width": 32, "layers": 1, "heads": 2, "mlp": 48, "vocab": 256, "rows": 8, "length": 16}
 
@@ -20,9 +20,9 @@ def small(monkeypatch):
     monkeypatch.setattr(decode, "NEW", 6)
 
 
-@pytest.mark.parametrize("measurement", [step, t5_step], ids=["llama", "t5"])
-def test_a_training_step_of_both_peers_begins_at_the_loss_of_a_guess(small, measurement):
-    results = [measurement.WORKERS[name]({"steps": 1}) for name in ("ours", "torch")]
+@pytest.mark.parametrize("measurement,peer", [(step, "torch"), (t5_step, "torch"), (sft_step, "trl")])
+def test_a_training_step_of_both_peers_begins_at_the_loss_of_a_guess(small, measurement, peer):
+    results = [measurement.WORKERS[name]({"steps": 1}) for name in ("ours", peer)]
     for result in results:
         assert result["seconds"] > 0
         assert result["loss"] == pytest.approx(5.55, abs=1.5)  # ln 256, and what initial logits add

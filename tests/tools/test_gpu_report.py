@@ -14,7 +14,12 @@ TRAIN = {"seconds": 0.5, "tokens": 1000, "flops": 1e14, "first": 40.0, "loss": 1
 DECODE = {"tokens_per_second": {"1": 250.4, "16": 3000.0}, "parameters": 1.236e9}
 
 
-BESIDE = {"packed": TRAIN, "train_torch": {"seconds": 1.0, "tokens": 1000}, "decode_torch": DECODE}
+BESIDE = {
+    "packed": TRAIN,
+    "lora": {"seconds": 0.4, "tokens": 1000},
+    "train_torch": {"seconds": 1.0, "tokens": 1000},
+    "decode_torch": DECODE,
+}
 
 
 def stub(results):
@@ -103,13 +108,13 @@ def test_wheels_of_missing_packages_alone_are_unpacked(tmp_path):
     assert gpu_report.install_missing(tmp_path / "none", tmp_path / "site") == "All packages were there."
 
 
-@pytest.mark.parametrize("name", ["train", "packed", "decode", "train_torch", "decode_torch"])
+@pytest.mark.parametrize("name", ["train", "lora", "packed", "decode", "train_torch", "decode_torch"])
 def test_the_parts_run_on_a_tiny_model(name):
     result = gpu_report.WORK[name](gpu_report.SHAPES["tiny"])
     rows = dict(gpu_report.PARTS[name].rows(json.loads(json.dumps(result))))
     if name in ("train", "packed"):
         assert "unknown" in rows["MFU, bf16"]
     else:
-        assert set(rows) == ({"step"} if name == "train_torch" else {"parameters", "1 rows", "2 rows"})
+        assert set(rows) == ({"step"} if name in ("lora", "train_torch") else {"parameters", "1 rows", "2 rows"})
     if name == "packed":
         assert result["loss"] != gpu_report.WORK["train"](gpu_report.SHAPES["tiny"])["loss"]

@@ -4,6 +4,7 @@ Gradients are read from the momentum of SGD, which after one step is the gradien
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -18,6 +19,7 @@ from t5x_like.parallel import mesh as meshes
 from t5x_like.peft.attach import is_adapter
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
+from tests.training import conversations
 
 MESHES = {
     "data=8": {"preset": "data"},
@@ -35,6 +37,7 @@ FAMILIES = {
 # Runs that train otherwise than by the objective and parameters of a config: by name, the family and what changes.
 _GRPO = {"kl_coefficient": 0.1, "reference": "base", "aggregation": "token", "temperature": 0.7}
 _ROLLOUTS = {"features": "rollouts", "packing": "single"}
+_CHATS = {"packing": "examples", "length": 96, "fields": {"inputs": "", "targets": "", "messages": "messages"}}
 RUNS = {
     "lora": ("llama", {"adapter": {"name": "lora"}, "checkpoint": {"init_from": "not read here"}}),
     "reward": (
@@ -54,6 +57,8 @@ RUNS = {
     ),
     "grpo": ("llama", {"objective": {"name": "grpo", "grpo": _GRPO | {"aggregation": "sequence"}}, "data": _ROLLOUTS}),
     "grpo of t5": ("t5", {"objective": {"name": "grpo", "grpo": _GRPO}, "data": _ROLLOUTS}),
+    "sft": ("llama", {"data": _CHATS | {"chat": {"template": "plain"}}}),
+    "sft of t5": ("t5", {"data": _CHATS | {"chat": {"template": "t5"}, "encoder_length": 96}}),
 }
 
 
@@ -90,7 +95,13 @@ def _varied(params: Tree) -> Tree:
     return tree.map_with_path(away, params)
 
 
-def _batch() -> dict[str, np.ndarray]:
+@functools.cache
+def _batch(name: str) -> dict[str, np.ndarray]:
+    """Packed conversations, of which only the assistant's words have loss; of other runs, `_documents`."""
+    return conversations.rows(_config(name).data.to_dict()) if name.startswith("sft") else _documents()
+
+
+def _documents() -> dict[str, np.ndarray]:
     """Two documents a row, and padding at the end of every other row."""
     rng = np.random.default_rng(0)
     rows, length = 8, 32
@@ -155,7 +166,7 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
         program = programs.step_program(experiment, mesh)
         state, frozen = programs.initialize(program, seed=0)
         state["params"] = _varied(state["params"])
-        host = _batch()
+        host = _batch(family)
         batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
@@ -183,12 +194,24 @@ CASES = [("llama", name) for name in MESHES] + [
     ("grpo", "data=2 fsdp=2 tensor=2"),
     ("grpo", "fsdp=2 sequence=2 tensor=2"),
     ("grpo of t5", "data=2 fsdp=2 tensor=2"),
+    ("sft", "data=2 fsdp=2 tensor=2"),
+    ("sft", "fsdp=2 sequence=2 tensor=2"),
+    ("sft of t5", "data=2 fsdp=2 tensor=2"),
 ]
 
 
 @pytest.mark.parametrize("family,name", CASES)
 def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name):
     _assert_equal(single[family], _step(family, MESHES[name], 8))
+
+
+def test_packed_conversations_have_loss_on_few_of_their_tokens():
+    for name in ("sft", "sft of t5"):
+        batch = _batch(name)
+        assert batch["segment_ids"].max() > 1
+        inside, trained = (batch["segment_ids"] > 0).sum(axis=1), batch["loss_weights"].sum(axis=1)
+        assert (trained > 0).all() and len(set(trained.tolist())) > 2
+        assert (trained < inside / 2).all() if name == "sft" else (trained == inside).all()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *RUNS])

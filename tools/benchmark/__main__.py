@@ -2,8 +2,12 @@
 
     python -m tools.benchmark step       a training step of a 30M Llama: ours, torch + transformers, matmul peak
     python -m tools.benchmark t5_step    a training step of a 30M T5: ours, torch + transformers
+    python -m tools.benchmark sft_step   a step of instruction tuning on packed conversations: ours, TRL
     python -m tools.benchmark lora_step  the same of all parameters and of LoRA: time and memory
     python -m tools.benchmark decode     greedy text of the 30M Llama, 1 and 16 rows: ours, transformers' generate
+    python -m tools.benchmark evaluate   scores of the 30M Llama: ours, lm_eval on transformers, a forward pass
+    python -m tools.benchmark int8       greedy text of a 300M Llama in int8, 1 and 16 rows: ours in both, transformers
+    python -m tools.benchmark grpo       an iteration of GRPO of the 30M Llama: ours, TRL
     python -m tools.benchmark convert    1 GB from and to Hugging Face's form, beside copying its files
     python -m tools.benchmark input      prepare and read rates, beside SeqIO and beside what a step consumes
     python -m tools.benchmark save       how long asynchronous saving stalls the loop
@@ -18,13 +22,31 @@ import argparse
 import json
 import sys
 
-from tools.benchmark import convert, decode, imports, input, lora_step, save, step, t5_step, timing
+from tools.benchmark import (
+    convert,
+    decode,
+    evaluate,
+    grpo,
+    imports,
+    input,
+    int8,
+    lora_step,
+    save,
+    sft_step,
+    step,
+    t5_step,
+    timing,
+)
 
 MEASUREMENTS = {
     "step": step.measure,
     "t5_step": t5_step.measure,
+    "sft_step": sft_step.measure,
     "lora_step": lora_step.measure,
     "decode": decode.measure,
+    "evaluate": evaluate.measure,
+    "int8": int8.measure,
+    "grpo": grpo.measure,
     "convert": convert.measure,
     "input": input.measure,
     "save": save.measure,

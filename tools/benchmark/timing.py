@@ -42,7 +42,7 @@ def run_worker(worker: str, values: Values) -> dict[str, Any]:
 def answer(worker: str, values: Values) -> None:
     """What the new process does: the last line that it prints is its result."""
     file, name = worker.split(":")
-    if name != "torch":
+    if name not in ("torch", "transformers"):
         environment.restart_without_tcache()  # as the command line does
     print(json.dumps(importlib.import_module(f"tools.benchmark.{file}").WORKERS[name](values)))
 

@@ -77,9 +77,10 @@ def _message(value: Any, where: str, change: Callable[[str], str]) -> Message:
 def _joined(parts: list[Any], where: str) -> str:
     """Of [{"type": "text", "text": ...}, ...]."""
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    found = [text for text in texts if isinstance(text, str)]
+    if len(found) < len(texts):
         raise UserError(f"{where} holds other parts than texts, which is not supported")
-    return "".join(texts)
+    return "".join(found)
 
 
 def _plain(value: Any) -> Any:

@@ -60,7 +60,8 @@ _T5 = """\
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
         {{- '\\nassistant: ' if several else '\\n' }}
-        {%- generation %}{{- message.content + (eos_token if loop.last else '') }}{%- endgeneration %}
+        {%- set end = eos_token if loop.last and not add_generation_prompt else '' %}
+        {%- generation %}{{- message.content + end }}{%- endgeneration %}
         {{- '\\n' }}
     {%- elif message.role == 'system' %}
         {{- message.content + '\\n' }}

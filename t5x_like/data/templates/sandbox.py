@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
@@ -68,7 +69,7 @@ def _one_line() -> Iterator[None]:
         raise
     except jinja2.TemplateSyntaxError as error:
         raise TemplateRefused(f"line {error.lineno} is no Jinja: {_line(error)}") from None
-    except jinja2.sandbox.SecurityError as error:
+    except jinja2.exceptions.SecurityError as error:
         raise TemplateRefused(f"it asks for what no template may do: {_line(error)}") from None
     except RecursionError:
         raise TemplateRefused("its macros call each other without end") from None
@@ -233,7 +234,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value) and attr != "format_map"
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__}")
+        raise jinja2.exceptions.SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__}")
 
     def wrap_str_format(self, value: Any) -> None:
         """`format` is no method that a template has: it pads to any width."""
@@ -314,7 +315,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: str) -> None:
     if name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"the namespace has no attribute {name!r}")
+        raise jinja2.exceptions.SecurityError(f"the namespace has no attribute {name!r}")
 
 
 def _raise_exception(message: str) -> None:

@@ -5,7 +5,7 @@ ten as [file, offset, problem]}. A shard without a bad record is the same under 
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.core.errors import UserError
@@ -20,9 +20,11 @@ _REMEDY = "mend it, or leave such records out: config.data.on_bad_record=skip"
 class Tally:
     """Counts bad records of some files, given by number; under the rule "stop" the first one is an error."""
 
-    def __init__(self, kind: str, files: Sequence[str], *, rule: str):
+    def __init__(self, kind: str, files: Sequence[str], *, rule: str, several: bool = False):
+        """several: a record may be several documents; then how many records there are is told too."""
         self._kind, self._files, self._rule = kind, files, rule
         self._fields = "the features of the task" if kind == "seqio" else "config.data.fields"
+        self._several = several
         self.records = self.count = 0
         self.first: list[list[Any]] = []
 
@@ -37,14 +39,17 @@ class Tally:
             raise UserError(f"{at}: {problem}; all {_HOPELESS} first records are bad: check {self._fields}")
 
     def facts(self) -> dict[str, Any]:
-        return {"bad": {"count": self.count, "first": self.first}} if self.count else {}
+        records = {"records": self.records} if self._several else {}
+        return {"bad": {"count": self.count, "first": self.first, **records}} if self.count else {}
 
 
-def total(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The facts of all shards as those of one."""
     found = [shard["bad"] for shard in shards if "bad" in shard]
     first = list(itertools.islice((entry for bad in found for entry in bad["first"]), FIRST))
-    return {"bad": {"count": sum(bad["count"] for bad in found), "first": first}} if found else {}
+    several = any("records" in bad for bad in found)
+    records = {"records": sum(_records(shard) for shard in shards)} if several else {}
+    return {"bad": {"count": sum(bad["count"] for bad in found), "first": first, **records}} if found else {}
 
 
 def check_none(shards: Sequence[dict[str, Any]], kind: str, files: Sequence[str]) -> None:
@@ -57,13 +62,19 @@ def check_share(source: str, parts: Sequence[tuple[dict[str, Any], Sequence[str]
     """UserError for a source of which too many records are bad. parts: index and files of each token set that holds
     records of it, since a few held-out ones say little by themselves."""
     count = sum(index["bad"]["count"] for index, _ in parts if "bad" in index)
-    records = count + sum(index["documents"] + index["skipped"] for index, _ in parts)
+    records = sum(_records(index) for index, _ in parts)
     if count > share * records:
         first = next(line for index, files in parts for line in lines(index, source.partition(":")[0], files))
         raise UserError(
             f"{source}: {count} of {records} records are bad, which is more than config.data.max_bad_share={share:g}; "
             f"the first is {first}; mend them or raise the share"
         )
+
+
+def _records(shard: dict[str, Any]) -> int:
+    """Of a shard or an index, bad ones too."""
+    bad = shard.get("bad", {"count": 0})
+    return bad.get("records", bad["count"] + shard["documents"] + shard["skipped"])
 
 
 def lines(index: dict[str, Any], kind: str, files: Sequence[str]) -> list[str]:

@@ -24,15 +24,17 @@ Parts = list[str | int]
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A conversation as it is tokenized: the whole with what is trained of it, or a source and its target."""
+    """A conversation as it is tokenized: the whole with what is trained of it, or a source and its target, in a pair
+    also a target that is worse."""
 
     whole: Rendered | None
     source: Parts
     target: Parts
+    rejected: Parts | None = None
 
     @property
     def size(self) -> int:
-        parts = [*self.source, *self.target]
+        parts = [*self.source, *self.target, *(self.rejected or ())]
         return (len(self.whole.text) if self.whole else 0) + sum(len(p) for p in parts if isinstance(p, str))
 
 
@@ -52,6 +54,11 @@ class Writer:
         for source, target in [*self._chat.turns(messages, last=self._last)]:
             yield Written(None, source, target)
 
+    def pair(self, chosen: Sequence[Message], rejected: Sequence[Message]) -> Written:
+        """Two conversations that differ in their last turn, the assistant's."""
+        (source, better), (_, worse) = (next(iter(self._chat.turns(each, last=True))) for each in (chosen, rejected))
+        return Written(None, source, better, worse)
+
 
 def job(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a worker is told of a config's chat template; {} without one."""
@@ -68,6 +75,8 @@ def job(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Any]:
 
 def encode(written: Sequence[Written], places: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> token_set.Encoded:
     """The tokens of conversations, which have what the template writes and no more."""
+    if written[0].rejected is not None:
+        return _encode_pairs(written, places, vocabulary)
     encoded = [_encode(each, vocabulary) for each in written]
     kept = [len(ids) > 0 for ids, _, _ in encoded]
     where = np.array(places, np.int64).reshape(-1, 2)[kept]
@@ -88,6 +97,28 @@ def encode(written: Sequence[Written], places: Sequence[tuple[int, int]], vocabu
     )
 
 
+def _encode_pairs(
+    written: Sequence[Written], places: Sequence[tuple[int, int]], vocabulary: Vocabulary
+) -> token_set.Encoded:
+    """The prompt, both answers behind it; each ends with the end of the text, if its turn does not."""
+    pairs = [
+        [vocabulary.encode_parts(parts)[:2] for parts in (each.source, each.target, each.rejected or [])]
+        for each in written
+    ]
+    lengths = np.array([[len(ids) for ids, _ in pair] for pair in pairs], np.int64)
+    where = np.array(places, np.int64).reshape(-1, 2)
+    return token_set.Encoded(
+        np.concatenate([ids for pair in pairs for ids, _ in pair]).astype(np.int32),
+        np.concatenate([counts for pair in pairs for _, counts in pair]),
+        lengths.sum(axis=1),
+        lengths[:, 0],
+        where[:, 0],
+        where[:, 1],
+        0,
+        {"rejected": lengths[:, 0] + lengths[:, 1]},
+    )
+
+
 def _encode(written: Written, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids, bytes of each, 1 where it is trained)"""
     if written.whole is not None:
@@ -96,7 +127,7 @@ def _encode(written: Written, vocabulary: Vocabulary) -> tuple[np.ndarray, np.nd
         return ids, counts, _trained(written.whole, begins)
     source, target = (vocabulary.encode_parts(parts) for parts in (written.source, written.target))
     ids, counts, _ = (np.concatenate(pair) for pair in zip(source, target, strict=True))
-    if not len(ids) or ids[-1] != vocabulary.eos_id:
+    if vocabulary.eos_id is not None and (not len(ids) or ids[-1] != vocabulary.eos_id):
         ids, counts = np.append(ids, vocabulary.eos_id), np.append(counts, 0)
     return ids, counts, (np.arange(len(ids)) >= len(source[0])).astype(np.int64)
 

@@ -46,7 +46,7 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     written = []
     with _rare_collections():
         for index, given in pieces.items():
-            tally = bad_records.Tally(job["kind"], job["files"], rule=job["on_bad_record"])
+            tally = bad_records.Tally(job["kind"], job["files"], rule=job["on_bad_record"], several=bool(job["chat"]))
             documents = _documents(job, cursor, given, tally, report, vocabulary)
             batches = encode(documents, vocabulary, columns=columns)
             place, kind = pathlib.Path(job["folder"]), job["token_type"]
@@ -163,6 +163,8 @@ def _read_piece(
 def _documents_of(
     record: dict[str, Any], fields: FieldsConfig, names: Sequence[str], writer: chats.Writer | None
 ) -> list[Document]:
+    if writer is not None and fields.rejected:
+        return [Document("", "", written=writer.pair(*preprocessors.conversations(record, fields, names)))]
     if not fields.messages and (writer is None or not fields.targets):
         return [preprocessors.document(record, fields, names)]
     messages = preprocessors.conversation(record, fields, names)

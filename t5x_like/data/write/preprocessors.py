@@ -11,6 +11,7 @@ from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data.config import FieldsConfig
 from t5x_like.data.templates import messages
+from t5x_like.data.write import preferences
 
 
 class Document(NamedTuple):
@@ -43,9 +44,9 @@ def check(names: Sequence[str], fields: FieldsConfig) -> None:
             raise UsageError(f"config.data.preprocessors: {name!r} is unknown; {nearest(name, PREPROCESSORS)}")
     if bool(fields.inputs) != bool(fields.targets):
         raise UsageError("config.data.fields: give both inputs and targets, or neither (then text is used)")
-    pair = [bool(name) for name in (fields.prompt, fields.chosen, fields.rejected)]
-    if any(pair) and not all(pair):
-        raise UsageError("config.data.fields: give all of prompt, chosen and rejected, or none")
+    pair = [bool(name) for name in (fields.chosen, fields.rejected)]
+    if (any(pair) or fields.prompt) and not all(pair):
+        raise UsageError("config.data.fields: give chosen and rejected, and prompt unless they are whole dialogues")
     if any(pair) + bool(fields.inputs) + bool(fields.label) + bool(fields.messages) > 1:
         raise UsageError(
             "config.data.fields: give inputs and targets, or prompt, chosen and rejected, or label, or messages"
@@ -56,7 +57,7 @@ def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str])
     """The document of a record; a UserError does not say where the record lies."""
     kinds = ("text",)
     if fields.rejected:
-        kinds = ("prompt", "chosen", "rejected")
+        kinds = ("prompt", "chosen", "rejected") if fields.prompt else ("chosen", "rejected")
     elif fields.targets:
         kinds = ("targets", "inputs")
     texts = {}
@@ -68,7 +69,9 @@ def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str])
     for kind in reversed(kinds):
         _check_unicode(texts[kind], getattr(fields, kind))
     if fields.rejected:
-        return Document(texts["prompt"], texts["chosen"], rejected=texts["rejected"])
+        answers = texts["chosen"], texts["rejected"]
+        prompt, chosen, rejected = (texts["prompt"], *answers) if fields.prompt else preferences.divided(*answers)
+        return Document(prompt, chosen, rejected=rejected)
     if fields.targets:
         return Document(texts["inputs"], texts["targets"])
     return Document("", texts["text"], label=_label(record, fields.label) if fields.label else 0)
@@ -90,6 +93,32 @@ def conversation(record: dict[str, Any], fields: FieldsConfig, names: Sequence[s
     if value is _MISSING:
         raise UserError(f"no field {fields.messages!r} among {', '.join(record)}; set config.data.fields.messages")
     return messages.of_value(value, fields.messages, change)
+
+
+def conversations(
+    record: dict[str, Any], fields: FieldsConfig, names: Sequence[str]
+) -> tuple[list[messages.Message], list[messages.Message]]:
+    """Both conversations of a pair; UserError as in `document`."""
+
+    def change(text: str) -> str:
+        for name in names:
+            text = PREPROCESSORS[name](text)
+        _check_unicode(text, fields.chosen)
+        return text
+
+    values = {}
+    for kind in ("prompt", "chosen", "rejected"):
+        name = getattr(fields, kind)
+        values[kind] = _value(record, name) if name else None
+        if values[kind] is _MISSING:
+            raise UserError(f"no field {name!r} among {', '.join(record)}; set config.data.fields.{kind}")
+    return preferences.conversations(
+        values["prompt"],
+        values["chosen"],
+        values["rejected"],
+        names=(fields.prompt, fields.chosen, fields.rejected),
+        change=change,
+    )
 
 
 def _label(record: dict[str, Any], name: str) -> int:

@@ -89,7 +89,7 @@ def encode_shard(job: dict[str, Any], report: Callable[[int], None]) -> dict[str
     """
     task, split = _provider(job["module"], job["name"])
     vocabulary = vocabularies.load(job["tokenizer"])
-    tally = bad_records.Tally("seqio", job["files"], rule=job["on_bad_record"])
+    tally = bad_records.Tally("seqio", job["files"], rule=job["on_bad_record"], several=bool(job["chat"]))
     examples = _examples(task, split, job)
     columns = tuple(job["columns"]) if job["chat"] else ()
     if job["chat"]:

@@ -61,7 +61,7 @@ def test_pairs_are_read_as_pairs_only(tmp_path):
         corpus.opened(pairs(tmp_path, features="causal", packing="examples"), tmp_path / "cache")
     with pytest.raises(UsageError, match="needs two answers to each prompt"):
         corpus.opened(pairs(tmp_path, fields={"text": "c"}), tmp_path / "cache")
-    with pytest.raises(UsageError, match="give all of prompt, chosen and rejected, or none"):
+    with pytest.raises(UsageError, match="give chosen and rejected, and prompt unless they are whole dialogues"):
         corpus.opened(pairs(tmp_path, fields={"prompt": "p"}), tmp_path / "cache")
     with pytest.raises(UsageError, match="give inputs and targets, or prompt, chosen and rejected, or label"):
         fields = {"prompt": "p", "chosen": "c", "rejected": "r", "label": "p"}

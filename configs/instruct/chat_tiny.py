@@ -1,9 +1,10 @@
 """Teaches the model of configs/pretrain/tiny.py to answer: 457 conversations that people wrote (1 in 10 held out).
 
     make train
-    t5x_like train --config=configs/instruct/tiny.py --workdir=runs/instruct_tiny
+    t5x_like train --config=configs/instruct/chat_tiny.py --workdir=runs/instruct_tiny
     t5x_like generate runs/instruct_tiny --chat --prompt="Give me a list of fruits." --temperature=0
-Hardware: 2 CPU cores, TIME. Expected: RESULT (docs/log.md).
+Hardware: 2 CPU cores, 3 minutes beside other work. Expected: the held-out loss of the assistant's words falls from 5.19
+to 3.55 (self_instruct) and from 4.66 to 3.17 (oasst): docs/log.md.
 
 A model of one million parameters that has read nothing but Shakespeare learns the form of an answer, its language and
 its end; it does not learn to be right.

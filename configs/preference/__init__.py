@@ -1,0 +1,1 @@
+"""Configs of runs that learn from preferences: reward models and DPO."""

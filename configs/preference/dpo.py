@@ -1,0 +1,27 @@
+"""DPO of the model of configs/pretrain/tiny.py by an adapter, on 1,156 pairs of dialogues that people judged.
+
+    make train
+    t5x_like train --config=configs/preference/dpo.py --workdir=runs/dpo
+Hardware: 2 CPU cores, some minutes; each step reads every pair with the policy and with its base. Not measured yet.
+
+The pairs are those of configs/preference/reward.py. The reference is the policy without its adapter, so that no second
+model is held.
+"""
+
+from ml_collections import ConfigDict
+
+from t5x_like.configs.preference import reward
+
+
+def get_config(base: str = "runs/tiny") -> ConfigDict:
+    """`base`: the workdir of a run of configs/pretrain/tiny.py."""
+    config = reward.get_config(base)
+    config.model.scalar_heads = ()
+    config.objective.name = "dpo"
+    config.objective.dpo.update({"reference": "base", "beta": 0.1})
+    config.data.features = "pairs"
+    config.adapter.name = "lora"
+    config.adapter.lora.update({"rank": 8, "alpha": 16.0})
+    config.checkpoint.holds = "trained"
+    config.optim.update({"name": "adamw", "learning_rate": 2e-3, "weight_decay": 0.0})
+    return config
