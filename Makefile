@@ -1,6 +1,7 @@
 # What a person types. Everything runs in .venv, which is made on first use; nothing else of the machine is changed.
 #
 #   make train     train the bundled example in about 3 minutes on 2 cores, into runs/tiny
+#   make lifecycle the same model instructed, adapted, aligned, compressed and measured: runs/lifecycle/report.html
 #   make test      the test suite
 #   make check     what .ci/run runs: lint, types, doctests, tests
 #   make nightly   the slow tests, the long crash tests and the plan of Llama 3 8B on a pod
@@ -21,6 +22,7 @@ OLD := .venv-transformers-4
 WORKERS ?= 2
 TESTS ?=
 WORKDIR ?= runs/tiny
+LIFECYCLE ?= runs/lifecycle
 TORCH_INDEX ?=
 
 # The first interpreter that is new enough and can make environments; 3.11 first, as constraints.txt was tested on it.
@@ -28,7 +30,7 @@ ABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
 	"$$python" -c "$(ABLE)" 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: help train test install install-test transformers-4 check lint format types doctest nightly test-gpu \
+.PHONY: help train lifecycle test install install-test transformers-4 check lint format types doctest nightly test-gpu \
 	gpu-wheels constraints clean
 
 help:
@@ -38,6 +40,9 @@ train: $(VENV)/.installed
 	$(RUN) -m t5x_like train --config=configs/pretrain/tiny.py --workdir=$(WORKDIR)
 	@echo "a sample:"
 	@$(RUN) -m t5x_like generate $(WORKDIR) --prompt="ROMEO:" --temperature=0.8 --max_new_tokens=160
+
+lifecycle: $(VENV)/.installed-eval
+	$(RUN) -m tools.lifecycle --folder=$(LIFECYCLE)
 
 test: $(VENV)/.installed-test $(OLD)/.installed
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 $(TESTS)
@@ -107,6 +112,12 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing t5x_like with its test extras into $(VENV) (several GB, some minutes)"
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test]'
 	@touch $@ $(VENV)/.installed
+
+# Evaluation needs lm-evaluation-harness, which brings torch along. Whoever has the test extras has it.
+$(VENV)/.installed-eval: pyproject.toml constraints.txt | $(VENV)/.made
+	@$(RUN) -c "import lm_eval, t5x_like" 2>/dev/null || { echo "installing lm-evaluation-harness into $(VENV) (some minutes)"; \
+		$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[eval]'; }
+	@touch $@
 
 $(OLD)/.installed: | $(VENV)/.made
 	@echo "installing transformers 4 without torch into $(OLD) (half a minute)"

@@ -143,7 +143,7 @@ def _open(directory: str, options: Any, mesh: "Mesh | None") -> "tuple[Evaluated
 
     place, step = model_directory.split(directory)
     loaded = load(place, step=step, ema=options.ema, dtype=options.dtype, mesh=mesh)
-    stored = open_model(place)
+    stored = open_model(place, adapters=True)
     template = None
     if options.chat and stored.tokenizer_folder is not None:
         with paths.local_copy(stored.tokenizer_folder) as local:

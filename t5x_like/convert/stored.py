@@ -39,17 +39,17 @@ class StoredModel:
     read: Callable[[Tree], dict[str, Any]]
 
 
-def open_model(directory: str) -> StoredModel:
+def open_model(directory: str, *, adapters: bool = False) -> StoredModel:
     """The newest checkpoint of a workdir or model directory, a checkpoint itself, or a Hugging Face folder.
 
-    Reads no parameters. Raises UserError where there is no model.
+    adapters: whether it may hold an adapter, for who reads its notes alone. Reads no parameters. Raises UserError where there is no model.
     """
     directory = patterns.one(directory)
     if is_foreign(directory):
         return _foreign(directory)
     place = model_directory.locate(directory)
     note = model_directory.read_metadata(place.checkpoint)
-    if (note["config"].get("adapter") or {}).get("name", "none") != "none":
+    if not adapters and (note["config"].get("adapter") or {}).get("name", "none") != "none":
         raise UserError(
             f"{place.checkpoint} is an adapter, and a whole model is wanted here; merge it by "
             f"`t5x_like convert {directory} MODEL --to=native` and give MODEL"
