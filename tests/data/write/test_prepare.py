@@ -163,7 +163,7 @@ def test_a_fraction_of_one_document_is_cut_between_two_characters(tmp_path):
         assert 0 <= len(held_out.encode()) - float(fraction) * 4500 + 3 <= 6
 
 
-def test_the_last_tenth_of_tinyshakespeare_is_what_others_hold_out():
+def test_the_last_tenth_of_tinyshakespeare_is_what_others_hold_out(tmp_path):
     config = corpus.config(source="text:configs/data/tinyshakespeare/input.txt", validation="0.1")
     found = parts.find(config, tmp_path, workers.Pool(1))
     assert (found.train["train"].end, found.validation["validation"].begin) == (
