@@ -42,7 +42,8 @@ class StoredModel:
 def open_model(directory: str, *, adapters: bool = False) -> StoredModel:
     """The newest checkpoint of a workdir or model directory, a checkpoint itself, or a Hugging Face folder.
 
-    adapters: whether it may hold an adapter, for who reads its notes alone. Reads no parameters. Raises UserError where there is no model.
+    adapters: whether it may hold an adapter, for who reads its notes alone. Reads no parameters. Raises UserError
+    where there is no model.
     """
     directory = patterns.one(directory)
     if is_foreign(directory):

@@ -11,6 +11,7 @@ import pytest
 import t5x_like
 from configs.pretrain import test as test_config
 from t5x_like.__main__ import main
+from t5x_like.convert.stored import open_model
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.parallel import mesh as meshes
@@ -154,3 +155,16 @@ def test_a_head_is_trained_beside_an_adapter(adapters):
     roots = {path.split("/")[0] for path, _ in tree.leaves(parts.trained)}
     assert roots == {"adapters", "heads"}
     assert "heads" not in parts.frozen["base"].specs
+
+
+def test_an_adapter_is_evaluated_on_its_base(adapters, tmp_path, capsys):
+    """As `load` reads it, while who needs a whole model is told to merge it."""
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question.\n" * 20)
+    given = ["evaluate", str(adapters / "base"), str(adapters / "one"), f"--text={text}", f"--output={tmp_path}/out"]
+    assert main(given) == 0
+    models = json.loads((tmp_path / "out/report.json").read_text())["models"]
+    bits = [found["metrics"][0]["value"] for found in models]
+    assert len(bits) == 2 and bits[0] != bits[1]
+    with pytest.raises(UserError, match="is an adapter, and a whole model is wanted here"):
+        open_model(str(adapters / "one"))

@@ -14,6 +14,9 @@ import pytest
 
 from configs.lifecycle import data, tasks
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.evaluation import report as reports
+from t5x_like.evaluation.results import Evaluation, Metric
+from t5x_like.evaluation.statistics import mean
 from t5x_like.runs import train as experiments
 from t5x_like.runs.functions import named_functions
 from t5x_like.runs.rl_program import RlExperiment
@@ -193,10 +196,12 @@ def test_two_in_one_folder_are_refused(folder):
 
 
 def report(path, values, *, task="t", metric="exact_match"):
-    documents = [str(number) for number in range(len(values))]
-    found = {"task": task, "name": metric, "filter": "none", "items": values, "documents": documents}
-    path.write_text(json.dumps({"models": {"m": {"metrics": [found]}}}))
-    return str(path)
+    """As `t5x_like evaluate` writes it."""
+    items = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+    documents = tuple(str(number) for number in range(len(items)))
+    found = Metric(task, metric, "none", 0.0, None, None, items, documents, mean)
+    reports.write(reports.Report({}, [Evaluation("m", (found,), {}, 0, {})], {}), str(path), samples=False)
+    return str(path / "report.json")
 
 
 def paired(before, after, *, metric="exact_match"):

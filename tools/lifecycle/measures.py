@@ -51,7 +51,7 @@ def gain(given: Mapping[str, Any]) -> Gain:
 def items_of(report: str, metric: str, tasks: Sequence[str]) -> dict[str, Any]:
     """{task and document: what it contributes} of a report.json."""
     with open(report) as file:
-        found = list(json.load(file)["models"].values())[-1]["metrics"]
+        found = json.load(file)["models"][-1]["metrics"]
     items = {
         f"{each['task']} {document}": item
         for each in found
