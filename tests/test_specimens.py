@@ -1,4 +1,4 @@
-"""What earlier formats stored is read by the code of today: a run of format 1 loads, generates and resumes."""
+"""What earlier formats stored is read by the code of today: runs of formats 1 and 3 load, generate and resume."""
 
 import hashlib
 import json
@@ -121,3 +121,17 @@ def test_a_run_of_a_newer_format_is_one_line(workdir, capsys):
     assert main(["train", f"--workdir={workdir}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "config.json is of format 99, and this program knows up to" in line
+
+
+def test_a_run_of_format_3_generates_as_it_did_and_is_resumed_to_the_same_losses(tmp_path):
+    specimen = ROOT / "tests" / "specimens" / "format3"
+    expected = json.loads((specimen / "expected.json").read_text())
+    workdir = pathlib.Path(shutil.copytree(specimen / "run", tmp_path / "run"))
+    assert t5x_like.load(workdir).generate(expected["prompt"], max_new_tokens=24, temperature=0) == [expected["text"]]
+    done = alone("train", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(expected["rows"])
+    for row, then in zip(rows, expected["rows"], strict=True):
+        assert {name: row[name] for name in then} == pytest.approx(then, rel=1e-6)
+    assert json.loads((workdir / "config.json").read_text())["format"] > 3
