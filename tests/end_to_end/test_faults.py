@@ -355,6 +355,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_says_75(runs, tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests under nohup ignores it
         os.execv(sys.executable, [sys.executable, *command])
     shown = b""
     with contextlib.suppress(OSError):  # the child has ended
