@@ -10,6 +10,7 @@ import os
 import pathlib
 import pty
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from t5x_like.__main__ import main
 from t5x_like.core.metrics import is_measurement
 from t5x_like.data.read.loader import TrainData
+from t5x_like.data.write import sources
 from t5x_like.storage import paths
 from t5x_like.training.saver import Saver
 from tests.data import corpus
@@ -262,7 +264,8 @@ def test_a_lost_shard_is_written_again_where_its_source_is(runs, workdir, shard,
 def test_a_lost_shard_is_named_where_its_source_is_not(workdir, shard, harm, capsys, monkeypatch):
     HARM[harm](shard)
     before = _contents(workdir)
-    monkeypatch.chdir(workdir)  # the source of the config is a relative path
+    monkeypatch.chdir(workdir)  # the source of the config is a relative path, and no text of the program's own either
+    monkeypatch.setattr(sources, "_SHIPPED", workdir)
     verify = "--config.data.verify=True"  # a size is always checked, a checksum when this is asked for
     assert main(["train", _to(workdir), GO_ON, _cache(shard.parents[1]), verify]) == 1
     (line,) = _lines(capsys)

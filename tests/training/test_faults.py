@@ -230,6 +230,15 @@ def test_the_loop_pays_less_than_20_microseconds_a_step(tmp_path):
     assert min(timings) < 20e-6
 
 
+@pytest.fixture
+def terminal():
+    """SIGHUP as a terminal has it: whoever runs the tests under nohup ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_signal_handlers_are_put_back():
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
@@ -274,6 +283,7 @@ def test_a_warning_is_not_the_signal_that_ends_at_once(monkeypatch, names, ends_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.usefixtures("terminal")
 def test_a_signal_to_a_single_process_stops_it_within_the_step(number):
     with Faults(CONFIG, log_path=None) as faults:
         faults.enter("step")
