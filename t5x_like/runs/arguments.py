@@ -82,7 +82,7 @@ def _shipped(name: str) -> pathlib.Path:
     known = {
         f"{path.parent.name}/{path.stem}": path
         for path in sorted(pathlib.Path(__file__).parents[1].joinpath("configs").glob("*/*.py"))
-        if path.parent.name != "common" and path.stem != "__init__"
+        if path.parent.name != "common" and "\ndef get_config(" in path.read_text("utf-8")
     }
     short = name.removeprefix("configs/").removesuffix(".py")
     found = [each for each in known if short in (each, each.partition("/")[2])]
