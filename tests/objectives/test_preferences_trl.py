@@ -5,11 +5,14 @@ import functools
 import pathlib
 import shutil
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
+import trl
 
 from t5x_like.convert.stored import open_model
 from t5x_like.core import tree
@@ -20,10 +23,6 @@ from t5x_like.objectives import dpo, pairs, reward
 from t5x_like.objectives.interface import frozen_role, policy
 from t5x_like.parallel.rules import rules
 from tests.models import cases
-
-datasets = pytest.importorskip("datasets")
-trl = pytest.importorskip("trl")
-transformers = pytest.importorskip("transformers")
 
 STORIES = pathlib.Path(__file__).parents[1] / "data/stories260K"
 TEXTS = [
