@@ -6,7 +6,6 @@ lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from t5x_like.core.environment import READING, spare_search
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.data.read import source_target
-from t5x_like.data.templates.chat import Chat
+from t5x_like.data.templates.chat import Chat, named_text
 from t5x_like.data.templates.messages import of_list
 from t5x_like.data.tokenizers import sentinels, vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
@@ -123,7 +122,7 @@ class LanguageModel:
             tokens = [[self.start_id, *self._encode_answer(prefix)]] * len(prompts)
         if not all(sources or tokens):
             raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
-        sampling, stops = Sampling(temperature, top_k, top_p), [self.vocabulary.eos_id]
+        sampling, stops = Sampling(temperature, top_k, top_p), self._end
         return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
 
     def chat(
@@ -149,17 +148,18 @@ class LanguageModel:
             raise UsageError(f"max_new_tokens={max_new_tokens} should be at least 1")
         if not conversations:
             return []
-        parts = [self._chat.prompt(conversation).parts() for conversation in conversations]
+        parts = [self.template.prompt(conversation).parts() for conversation in conversations]
         tokens = [self.vocabulary.encode_parts(each)[0].tolist() for each in parts]
         sources = None
         if self.has_encoder:
             sources = [[*source, *self._end] for source in tokens]
             tokens = [[self.start_id]] * len(sources)
-        sampling, stops = Sampling(temperature, top_k, top_p), self._chat.stop_ids()
+        sampling, stops = Sampling(temperature, top_k, top_p), self.template.stop_ids()
         return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
 
     @functools.cached_property
-    def _chat(self) -> Chat:
+    def template(self) -> Chat:
+        """The chat template that it was trained with, or that its folder holds. UserError if there is none."""
         template = self.vocabulary.chat_template
         if not template:
             raise UserError(
@@ -176,7 +176,7 @@ class LanguageModel:
         self,
         tokens: list[list[int]],
         sources: list[list[int]] | None,
-        stops: Sequence[int | None],
+        stops: Sequence[int],
         max_new_tokens: int,
         sampling: Sampling,
         seed: int,
@@ -191,10 +191,9 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
-            stop_id=stops[0] if stops else None,
+            stop_ids=stops,
             sources=sources,
         )
-        new = [[*itertools.takewhile(lambda token: token not in stops, row)] for row in new]
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 
     def log_likelihood(
@@ -353,6 +352,7 @@ def load(
         raise UserError(
             f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
         )
+    vocabulary = _with_template_of_run(vocabulary, metadata["config"])
     item = "ema" if ema else "params"
     model = roles.build_model(config, rules=rules, platform=platform) if base is None else base.model
     mesh = mesh if base is None else base.mesh
@@ -364,6 +364,14 @@ def load(
     else:
         params = adapters.restore_onto(base.params, model, base.checkpoint, place.checkpoint, item, put)
     return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary), place.checkpoint, mesh)
+
+
+def _with_template_of_run(vocabulary: Vocabulary, config: Mapping[str, Any]) -> Vocabulary:
+    """With the chat template that the config of a run names, where its tokenizer's folder has none."""
+    section = (config.get("data") or {}).get("chat")
+    if vocabulary.chat_template or not section:
+        return vocabulary
+    return vocabulary.with_chat_template(named_text(section["template"], vocabulary, system=section["system"]))
 
 
 def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> int:

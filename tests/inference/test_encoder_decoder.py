@@ -38,10 +38,10 @@ def varied(params):
     return {**params, "embed": embed, "decoder": {**decoder, "layers": layers, "relative_bias": bias}}
 
 
-def generate(sources, case="t5", prompt=(0,), count=64, stop_id=None):
+def generate(sources, case="t5", prompt=(0,), count=64, stop_ids=()):
     prompts = [list(prompt)] * len(sources)
     return decode.generate(
-        *world(case), prompts, sources=sources, max_new_tokens=count, sampling=GREEDY, seed=0, stop_id=stop_id
+        *world(case), prompts, sources=sources, max_new_tokens=count, sampling=GREEDY, seed=0, stop_ids=stop_ids
     )
 
 
@@ -69,7 +69,7 @@ def test_a_source_is_answered_the_same_in_any_company_up_to_the_stop_token():
     together = generate(SOURCES)
     assert [generate([source])[0] for source in SOURCES] == together
     stop = together[0][9]
-    for row, full in zip(generate(SOURCES, stop_id=stop), together, strict=True):
+    for row, full in zip(generate(SOURCES, stop_ids=[stop]), together, strict=True):
         assert row == (full[: full.index(stop)] if stop in full else full)
 
 
@@ -82,7 +82,7 @@ def test_sources_are_for_models_with_an_encoder():
     llama = cases.model("llama")
     for model, sources in ((world()[0], None), (llama, [[1]])):
         with pytest.raises(ValueError, match="sources for a model with an encoder"):
-            decode.generate(model, {}, [[0]], sources=sources, max_new_tokens=1, sampling=GREEDY, seed=0, stop_id=None)
+            decode.generate(model, {}, [[0]], sources=sources, max_new_tokens=1, sampling=GREEDY, seed=0)
     with pytest.raises(UsageError, match="targets after sources"):
         scoring.score(*world(), [([0, 1], 1)])
 
@@ -166,7 +166,7 @@ def test_text_is_generated_scored_and_goes_on_from_a_prefix():
         max_new_tokens=12,
         sampling=GREEDY,
         seed=0,
-        stop_id=lm.vocabulary.eos_id,
+        stop_ids=[lm.vocabulary.eos_id],
     )
     assert one == sentinels.decode(lm.vocabulary, new)
     ((logp, greedy),) = lm.log_likelihood(["To be"], ["abc"])
