@@ -312,12 +312,12 @@ def load(
     mesh: Mesh | None = None,
     rules: str = "",
     dtype: str = "compute",
-    base: LanguageModel | None = None,
+    base: LanguageModel | str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """The model of a workdir, model directory or Hugging Face folder.
 
     base: of an adapter, the model that it was trained on, if that is loaded already; then its parameters serve both,
-    and any number of adapters.
+    and any number of adapters. Or the directory where that model lies now, if it is not found where it lay.
 
     step: of a workdir, its newest checkpoint if None; `ema` takes the averaged parameters. They lie on the first
     device, or on `mesh` as `rules` (as in `config.mesh.rules`) say; then call it under `jax.set_mesh(mesh)`. `dtype`:
@@ -331,7 +331,8 @@ def load(
     spare_search()
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     platform = devices[0].platform
-    if base is not None and (mesh is not None or rules or dtype != "compute"):
+    onto = base if isinstance(base, LanguageModel) else None
+    if onto is not None and (mesh is not None or rules or dtype != "compute"):
         raise UsageError("load: an adapter lies on mesh, rules and dtype of its base; give them there")
     directory = patterns.one(os.fspath(directory))
     if is_foreign(directory):
@@ -354,15 +355,16 @@ def load(
         )
     vocabulary = _with_template_of_run(vocabulary, metadata["config"])
     item = "ema" if ema else "params"
-    model = roles.build_model(config, rules=rules, platform=platform) if base is None else base.model
-    mesh = mesh if base is None else base.mesh
+    model = roles.build_model(config, rules=rules, platform=platform) if onto is None else onto.model
+    mesh = mesh if onto is None else onto.mesh
     put = functools.partial(_templates, model, mesh, dtype="stored")
-    if base is None:
+    if onto is None:
         wanted = _templates(model, mesh, model.specs(), dtype)
         quantized = {"kinds": quant_array.KINDS, "place": _place(model, mesh)}
-        params = adapters.restore_attached(place.checkpoint, item, model, wanted, put, **quantized)
+        at = None if base is None else patterns.one(os.fspath(base))
+        params = adapters.restore_attached(place.checkpoint, item, model, wanted, put, base=at, **quantized)
     else:
-        params = adapters.restore_onto(base.params, model, base.checkpoint, place.checkpoint, item, put)
+        params = adapters.restore_onto(onto.params, model, onto.checkpoint, place.checkpoint, item, put)
     return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary), place.checkpoint, mesh)
 
 
