@@ -202,6 +202,7 @@ def from_peft(source: str, target: str, *, base: str) -> None:
     }
     adapter = attach.of_stored({"adapter": section}, tree.unflatten(specs))
     assert adapter is not None
+    _check_copies(found.copies, place.checkpoint, specs, where=source)
     new = tree.flatten(adapter.specs())
     parts = {f"{attach.ROOT}/{path}/{name}": getattr(f, name) for path, f in found.factors.items() for name in "ab"}
     with staged(target) as staging:
@@ -219,6 +220,18 @@ def from_peft(source: str, target: str, *, base: str) -> None:
             axes={path: list(spec.axes) for path, spec in new.items()},
             sections={"adapter": section},
         )
+
+
+def _check_copies(copies: Mapping[str, np.ndarray], base: str, specs: Mapping[str, Any], *, where: str) -> None:
+    """What peft has saved of the base beside an adapter of its embedding must be the base's."""
+    for path, theirs in copies.items():
+        template = jax.ShapeDtypeStruct(specs[path].shape, "float32")
+        ours = tree.flatten(bases.restore_whole(base, native.PARAMS, tree.unflatten({path: template})))[path]
+        if not np.array_equal(np.asarray(ours)[: len(theirs)], theirs):
+            raise UserError(
+                f"{where}: it holds another {path!r} than the model of --base: not an adapter alone was trained; give "
+                "the model that it belongs to"
+            )
 
 
 def _stacked(target: attach.Target, part: np.ndarray) -> np.ndarray:
