@@ -33,7 +33,7 @@ OUTSIDE = {"configs": (), "launch": (9, 10, 11), "tools": (1, 9, 10, 11)}
 MEASURES = ("tools/benchmark/", "tools/gpu_report.py", "tools/gpu_work.py")
 # Files that speak of this process and not of a mesh.
 PROCESS = {
-    f"t5x_like/{name}.py" for name in ("core/environment", "parallel/multihost", "training/session", "language_model")
+    f"t5x_like/{name}.py" for name in ("core/environment", "parallel/multihost", "training/session", "runs/loading")
 }
 TENSORFLOW = ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text")
 

@@ -14,8 +14,9 @@ from t5x_like.data.tokenizers import sentinels, vocabularies
 from t5x_like.inference import decode
 from t5x_like.inference import score as scoring
 from t5x_like.inference.sampling import GREEDY
-from t5x_like.language_model import LanguageModel, _start_id
+from t5x_like.language_model import LanguageModel
 from t5x_like.layers.scoring.head import logits
+from t5x_like.runs.loading import start_id
 from tests.models import cases
 
 SOURCES = [[11, 12, 13, 14, 15, 16, 1], [21, 22, 1]]
@@ -208,8 +209,8 @@ def test_what_does_not_fit_a_model_is_one_line():
 
 def test_the_start_token_is_that_of_the_data_or_of_the_folder_a_model_came_from():
     model, vocabulary = language_model().model, language_model().vocabulary
-    assert _start_id(model, {"config": {"data": {"start_token": "eos"}}}, vocabulary) == vocabulary.eos_id
-    assert _start_id(model, {"generation_config": {"decoder_start_token_id": 5}, "token_ids": {}}, vocabulary) == 5
-    assert _start_id(model, {"generation_config": {}, "token_ids": {"decoder_start_token_id": 6}}, vocabulary) == 6
-    assert _start_id(model, {"config": {"model": {}}}, vocabulary) == 0
-    assert _start_id(types.SimpleNamespace(config=cases.config("llama")), {}, vocabulary) == 0
+    assert start_id(model, {"config": {"data": {"start_token": "eos"}}}, vocabulary) == vocabulary.eos_id
+    assert start_id(model, {"generation_config": {"decoder_start_token_id": 5}, "token_ids": {}}, vocabulary) == 5
+    assert start_id(model, {"generation_config": {}, "token_ids": {"decoder_start_token_id": 6}}, vocabulary) == 6
+    assert start_id(model, {"config": {"model": {}}}, vocabulary) == 0
+    assert start_id(types.SimpleNamespace(config=cases.config("llama")), {}, vocabulary) == 0
