@@ -12,6 +12,7 @@ from t5x_like.core import config as bridge
 from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError
 from t5x_like.data.config import DataConfig
+from t5x_like.data.read.features import FEATURES
 from t5x_like.models import config as model_config
 from t5x_like.objectives import table as objectives
 from t5x_like.optim import optimizers
@@ -164,10 +165,12 @@ def _check_features(experiment: Experiment) -> None:
     two = experiment.model.architecture == "encoder_decoder"
     if two != (experiment.data.encoder_length > 0):
         what = "reads a source" if two else "has no encoder"
+        remedy = f"use {'source_target or span_corruption' if two else 'causal'}"
+        if FEATURES[features].encoder is None:
+            remedy = f"set config.data.encoder_length to {'the most tokens of a prompt' if two else 0}"
         raise UsageError(
-            f"config.data.features={features!r} does not fit config.model.architecture="
-            f"{experiment.model.architecture!r}, which {what}; use "
-            f"{'source_target or span_corruption' if two else 'causal'}"
+            f"config.data.features={features!r} with config.data.encoder_length={experiment.data.encoder_length} does "
+            f"not fit config.model.architecture={experiment.model.architecture!r}, which {what}; {remedy}"
         )
 
 
