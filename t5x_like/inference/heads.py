@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -32,7 +33,7 @@ def read_last(
     mesh: Mesh | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Float[np.ndarray, " n"]:
-    """The number of `head` at the last token of each text, float32. sources: what an encoder reads, None without one."""
+    """The number of `head` at the last token of each text, float32. sources: what an encoder reads, if there is one."""
     if head not in model.config.scalar_heads:
         known = ", ".join(model.config.scalar_heads) or "none"
         raise UsageError(f"this model has no scalar head {head!r} (config.model.scalar_heads); it has {known}")
@@ -85,4 +86,4 @@ def _last(model: Model, head: str, params: Tree, batch: dict[str, jax.Array]) ->
     each_BT = model.read(params, model.apply(params, batch), head)
     last_B = (batch["segment_ids"] > 0).sum(axis=1).clip(1) - 1
     with use_rules(model.rules):  # every process reads all of them
-        return constrain(jax.numpy.take_along_axis(each_BT, last_B[:, None], axis=1)[:, 0], None)
+        return constrain(jnp.take_along_axis(each_BT, last_B[:, None], axis=1)[:, 0], None)
