@@ -49,7 +49,12 @@ class Experiment:
     @property
     def wanted_roles(self) -> tuple[str, ...]:
         """The names of the models that the run reads, the policy first."""
-        return objectives.wanted_roles(self.objective)
+        return (*objectives.wanted_roles(self.objective), *self.cached_roles)
+
+    @property
+    def cached_roles(self) -> tuple[str, ...]:
+        """Those of them that no step holds (runs/reference_logp.py)."""
+        return objectives.cached_roles(self.objective)
 
     def check(self, path: str) -> None:
         if not 0 <= self.seed < 2**32:

@@ -75,7 +75,9 @@ class AsDecoder(torch.nn.Module):
         targets = torch.tensor(padded([target for _, target in found], WIDTHS[1]))
         logp = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
         placed = torch.zeros(*input_ids.shape, dtype=logp.dtype)
-        placed = placed.masked_scatter(answer, torch.cat([row[: len(t)] for row, (_, t) in zip(logp, found)]))
+        placed = placed.masked_scatter(
+            answer, torch.cat([row[: len(t)] for row, (_, t) in zip(logp, found, strict=True)])
+        )
         rest = {name: torch.zeros_like(placed[:, 1:]) for name in ("entropy", "entropies", "mean_logits")}
         return types.SimpleNamespace(log_probs=placed[:, 1:], is_top1=rest["entropy"] > 0, **rest)
 

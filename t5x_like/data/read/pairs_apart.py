@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.types import ArraySpec
+from t5x_like.data import reference_logp
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.interface import Batch, Draw, Feature, Reader, Span, per_token
 from t5x_like.data.read.mixtures import Size
@@ -44,6 +45,7 @@ class PairsApart:
         self._length = config.length
         self._fitted = fit_apart(stored.prompts + 1, stored.longest, self._widths, config.truncate)
         self._kept, self.cut = kept(self._fitted)
+        self.reference: np.ndarray | None = None  # as in Pairs
 
     @property
     def size(self) -> Size:
@@ -58,7 +60,7 @@ class PairsApart:
         pairs = self._kept[np.asarray(rows)]
         read = self._answers if self._targets else self._texts
         sides = {f"{side}/{name}": array for side in SIDES for name, array in read(pairs, side).items()}
-        return self._sources(pairs) | sides
+        return self._sources(pairs) | sides | reference_logp.of_rows(self.reference, rows)
 
     def documents(self, row: int) -> list[Span]:
         pair = int(self._kept[row])

@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
+from t5x_like.data import reference_logp
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read import causal
 from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
@@ -70,6 +71,7 @@ class Pairs:
         self._answers = stored.answers
         self._fitted = fit(stored.prompts, stored.longest, self._width, config.truncate)
         self._begins, self._kept, self.cut = stored.begins + self._fitted.skipped, *kept(self._fitted)
+        self.reference: np.ndarray | None = None  # log-probabilities of each row (data/reference_logp.py)
 
     @property
     def size(self) -> Size:
@@ -85,7 +87,7 @@ class Pairs:
         for side in SIDES:
             read = causal.batch(self._read(np.asarray(rows), side), attend_across_documents=False)
             found |= {f"{side}/{name}": read[name] for name in PAIR_ARRAYS}
-        return found
+        return found | reference_logp.of_rows(self.reference, rows)
 
     def documents(self, row: int) -> list[Span]:
         pair = int(self._kept[row])
