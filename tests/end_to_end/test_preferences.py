@@ -131,7 +131,7 @@ BAD = {
     "a minimum that answers have anyway": (["--config.data.truncate.min_targets=2"], 2, "has no effect with features="),
     "a start token that is none": (["--config.data.start_token=begin"], 2, "start_token='begin' is no token"),
     "a head that is missing": (["--config.model.scalar_heads=()"], 2, "set config.model.scalar_heads=('reward',)"),
-    "rows packed": (["--config.data.packing=examples"], 2, "does not go with features='pair_texts'; use 'single'"),
+    "rows packed": (["--config.data.packing=examples"], 2, "does not go with features='pair_texts'; known: single"),
 }
 
 
