@@ -166,7 +166,7 @@ def test_dpo_of_a_t5_is_that_of_trl(kind, tmp_path, tmp_path_factory):
         return objective.loss(params, frozen, both, None, objective.weights(both))[0]
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    assert abs(theirs.item() - np.log(2)) > 1e-2
+    assert abs(theirs.item() - np.log(2)) > 1e-3
     assert float(value) == pytest.approx(theirs.item(), rel=1e-6)
     for path, expected in gradients_of(trained, base, tmp_path / "gradients").items():
         assert cases.largest_difference(tree.flatten(gradients)[path], expected) < 1e-5, path
@@ -203,7 +203,7 @@ def test_a_reward_model_of_a_t5_is_that_of_trl(tmp_path, tmp_path_factory):
         return objective.loss(params, {"base": {}}, both, None, objective.weights(both))[0]
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    assert abs(theirs.item() - np.log(2)) > 1e-2
+    assert abs(theirs.item() - np.log(2)) > 1e-3
     assert float(value) == pytest.approx(theirs.item(), rel=1e-6)
     flat = tree.flatten(gradients)
     expected = {"heads/reward/weight": trained.score.weight.grad.numpy()[0]}
