@@ -23,10 +23,9 @@ from t5x_like.rl.config import RlConfig
 from t5x_like.rl.rollout import Rollout, Shape, rollout_program
 from t5x_like.rl.scoring import TOKENS, scoring_function
 from t5x_like.runs.program import Program
+from t5x_like.runs.roles import REFERENCE, REWARD
 from t5x_like.runs.train import Experiment, multiples
 from t5x_like.training.state import Layout
-
-REFERENCE, REWARD = "reference", "reward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +122,56 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One program of an iteration with its abstract arguments. times: executions in an iteration; own: those of the
+    arguments that are there for this program alone."""
+
+    name: str
+    does: str
+    times: int
+    step: Any
+    arguments: tuple[Any, ...]
+    own: Any
+
+
+def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
+    """All programs of an iteration in the order in which they run, for who compiles them without a tokenizer: which
+    numbers the end tokens have makes no difference to a program."""
+    rl, rows, layout = experiment.rl, experiment.data.batch_size, program.layout
+    made = rl_programs(experiment, program, end_ids=tuple(range(len(rl.end_tokens))))
+    read = (layout.state["params"], layout.frozen)
+    sample = made.sample
+    drawn = f"prefill of {sample.shape.rows} prompts and a loop over at most {rl.new_tokens} tokens"
+    batches = -(-rl.answers // rows)
+    found = [
+        Stage(
+            "rollout",
+            drawn,
+            rl.answers // sample.shape.rows,
+            sample.run,
+            (*read, sample.batch, sample.iteration),
+            (sample.batch, sample.iteration),
+        )
+    ]
+    scored = {
+        "reward": (made.reward, made.judged, f"the reward model on {rows} texts"),
+        "score": (made.score if updates(experiment) > 1 else None, made.scored, f"the policy on {rows} rows"),
+        "reference": (made.reference, made.scored, f"the reference on {rows} rows"),
+    }
+    for name, (step, batch, does) in scored.items():
+        if step is not None:
+            found.append(Stage(name, does, batches, step, (*read, batch), batch))
+    update = (layout.state, layout.frozen, program.batch)
+    found.append(Stage("update", f"a train step on {rows} rows", updates(experiment), program.step, update, update[2]))
+    return tuple(found)
+
+
+def updates(experiment: RlExperiment) -> int:
+    """Of an iteration."""
+    return experiment.rl.epochs * experiment.rl.answers // experiment.data.batch_size
+
+
 def _reward_program(program: Program, options: Any) -> Any:
     """(params, frozen, batch) -> the number of each text, replicated."""
     model = program.roles[REWARD].model
@@ -206,10 +255,10 @@ def check_rows(experiment: RlExperiment, sizes: Mapping[str, int]) -> None:
 def facts(experiment: RlExperiment) -> dict[str, str]:
     """For the start screen."""
     rl, config = experiment.rl, named(experiment.objective)
-    updates = rl.epochs * rl.answers // experiment.data.batch_size
+    count = updates(experiment)
     return {
-        "an iteration": f"{rl.prompts} prompts x {rl.samples} answers of at most {rl.new_tokens} tokens, {updates} "
-        f"update{'s' * (updates > 1)} of {experiment.data.batch_size} rows",
+        "an iteration": f"{rl.prompts} prompts x {rl.samples} answers of at most {rl.new_tokens} tokens, {count} "
+        f"update{'s' * (count > 1)} of {experiment.data.batch_size} rows",
         "rewards": ", ".join(f"{part.weight:g} x {name} ({part.kind})" for name, part in rl.rewards.items()),
         "advantages": f"divided by std (ddof {rl.advantage.ddof}) + {rl.advantage.epsilon:g}"
         if rl.advantage.scale == "std"
