@@ -246,8 +246,9 @@ def _comparisons(
     if opcode == "compare":
         sides = [_value(module, computation, operand, arguments) for operand in operands]
         direction = re.search(r"direction=(\w+)", instruction.attributes)
-        known = direction and all(type(side) is int for side in sides)
-        return [(direction.group(1), *sides) if known else None]
+        if direction is None or any(type(side) is not int for side in sides):
+            return [None]
+        return [(direction.group(1), *sides)]
     if opcode in ("copy", "bitcast", "reshape", "convert"):
         return operand(0)
     if opcode == "parameter" and outside is not None:

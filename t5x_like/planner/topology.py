@@ -36,11 +36,11 @@ class _Generation:
 
 # Sizes and prefixes: Google Cloud TPU documentation and xpk; wrap-around and chip arrangements as MaxText compiles.
 _GENERATIONS = {
-    "v4": _Generation(prefix="v4", dims=3, cores=2, chip="megacore", largest=4096, hbm=V4),
-    "v5e": _Generation(prefix="v5litepod", dims=2, cores=1, chip="default", largest=256, hbm=V5E),
-    "v5p": _Generation(prefix="v5p", dims=3, cores=2, chip="megacore", largest=8960, hbm=V5P),
-    "v6e": _Generation(prefix="v6e", dims=2, cores=1, chip="default", largest=256, hbm=V6E),
-    "tpu7x": _Generation(prefix="tpu7x", dims=3, cores=2, chip="default", largest=9216, hbm=T7X),
+    "v4": _Generation(prefix="v4", dims=3, cores=2, chip="megacore", largest=4096, hbm=1.0),
+    "v5e": _Generation(prefix="v5litepod", dims=2, cores=1, chip="default", largest=256, hbm=1.0),
+    "v5p": _Generation(prefix="v5p", dims=3, cores=2, chip="megacore", largest=8960, hbm=1.0),
+    "v6e": _Generation(prefix="v6e", dims=2, cores=1, chip="default", largest=256, hbm=1.0),
+    "tpu7x": _Generation(prefix="tpu7x", dims=3, cores=2, chip="default", largest=9216, hbm=1.0),
 }
 _SMALL_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))

@@ -12,6 +12,7 @@ from t5x_like.core import tree
 from t5x_like.core.config import named
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
+from t5x_like.inference import weights
 from t5x_like.inference.sampling import GREEDY, Sampling
 from t5x_like.objectives import reward
 from t5x_like.objectives.grpo import GrpoConfig
@@ -93,13 +94,14 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
     config: GrpoConfig = named(experiment.objective)
     options = experiment.runtime.compiler_options.of(mesh.devices.flat[0].platform)
     role = program.policy
+    answering = _gathered(program) if rl.weights == "gathered" else role
 
     def rollout(rows: int, sampling: Sampling) -> Rollout:
         length = 1 if experiment.data.encoder_length else prompt_room(experiment)
         shape = Shape(rows, length, experiment.data.encoder_length, rl.new_tokens)
         # With the compiler's default options, as inference/decode.py says.
         return rollout_program(
-            role, mesh, shape, sampling=sampling, end_ids=end_ids, seed=experiment.seed, options=None
+            answering, mesh, shape, sampling=sampling, end_ids=end_ids, seed=experiment.seed, options=None
         )
 
     def scoring(which: Any) -> Any:
@@ -120,6 +122,21 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         scored={name: program.batch[name] for name in TOKENS if name in program.batch},
         judged=abstract_batch(mesh, rules, _text_specs(experiment)),
     )
+
+
+def _gathered(program: Program) -> Role:
+    """The policy as it answers: FSDP gathers it here, ahead of the loop over tokens, and not in every turn of it."""
+    model, parts = program.model, program.parts
+    rules = sharding_rules.gathered(model.rules)
+
+    def placed(params: Any, specs: Any) -> Any:
+        return weights.placed(params, specs, rules=rules, dtype=model.dtypes.compute)
+
+    def whole(params: Any, frozen: Mapping[str, Any]) -> Any:
+        base = placed(frozen["base"], parts.frozen["base"].specs)
+        return program.policy.whole(placed(params, parts.trained), {**frozen, "base": base})
+
+    return Role(dataclasses.replace(model, rules=rules), whole)
 
 
 @dataclasses.dataclass(frozen=True)
