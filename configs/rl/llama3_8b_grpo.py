@@ -17,7 +17,7 @@ from t5x_like.configs.pretrain import llama3_8b
 
 def get_config() -> ConfigDict:
     config, base = common.rl_config(), llama3_8b.get_config()
-    config.update({"model": base.model, "mesh": base.mesh, "runtime": base.runtime})
+    config.model, config.mesh, config.runtime = base.model, base.mesh, base.runtime
     config.model.size = "3_1_8b"
     config.checkpoint.init_from = "REPLACE/llama3_8b_chat"
     config.roles.reference = {"source": "REPLACE/llama3_8b_chat", "rules": "", "dtype": "bfloat16"}

@@ -136,15 +136,13 @@ def _iteration(experiment: Any, built: Any, place: Any, assumed: Mapping[str, st
     stages, parts = rl_program.stages(experiment, built), []
     for number, stage in enumerate(stages, start=1):
         print(f"compiling {stage.name}, {number} of {len(stages)}", file=sys.stderr)
-        found, problem, beside = None, "", 0
+        found, problem, beside = None, "", held - device_bytes(stage.reads)
         try:
             compiled = compile_program(stage.step, stage.arguments, mesh=built.mesh)
         except DoesNotFit as error:
             problem = str(error)
         else:
-            # A program lacks arguments that it does not read.
-            read = compiled.memory.arguments_bytes - device_bytes(stage.own)
-            found, beside = (compiled, cost(compiled.text, place.mesh)), max(held - read, 0)
+            found = (compiled, cost(compiled.text, place.mesh))
         parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem))
     facts = [f"{name}: {fact}" for name, fact in rl_program.facts(experiment).items()]
     facts += [f"role {name}: {source} is not there, planned like config.model" for name, source in assumed.items()]

@@ -36,9 +36,9 @@ class _Generation:
 
 # Sizes and prefixes: Google Cloud TPU documentation and xpk; wrap-around and chip arrangements as MaxText compiles.
 _GENERATIONS = {
-    "v4": _Generation(prefix="v4", dims=3, cores=2, chip="megacore", largest=4096, hbm=1.0),
-    "v5e": _Generation(prefix="v5litepod", dims=2, cores=1, chip="default", largest=256, hbm=1.0),
-    "v5p": _Generation(prefix="v5p", dims=3, cores=2, chip="megacore", largest=8960, hbm=1.0),
+    "v4": _Generation(prefix="v4", dims=3, cores=2, chip="megacore", largest=4096, hbm=30.75),
+    "v5e": _Generation(prefix="v5litepod", dims=2, cores=1, chip="default", largest=256, hbm=15.75),
+    "v5p": _Generation(prefix="v5p", dims=3, cores=2, chip="megacore", largest=8960, hbm=95.74),
     "v6e": _Generation(prefix="v6e", dims=2, cores=1, chip="default", largest=256, hbm=1.0),
     "tpu7x": _Generation(prefix="tpu7x", dims=3, cores=2, chip="default", largest=9216, hbm=1.0),
 }

@@ -141,15 +141,15 @@ def _gathered(program: Program) -> Role:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One program of an iteration with its abstract arguments. times: executions in an iteration; own: those of the
-    arguments that are there for this program alone."""
+    """One program of an iteration with its abstract arguments. times: executions in an iteration; reads: what it reads
+    of the state and the frozen parameters of the run, all of which a device holds meanwhile."""
 
     name: str
     does: str
     times: int
     step: Any
     arguments: tuple[Any, ...]
-    own: Any
+    reads: Any
 
 
 def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
@@ -157,31 +157,24 @@ def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
     numbers the end tokens have makes no difference to a program."""
     rl, rows, layout = experiment.rl, experiment.data.batch_size, program.layout
     made = rl_programs(experiment, program, end_ids=tuple(range(len(rl.end_tokens))))
-    read = (layout.state["params"], layout.frozen)
-    sample = made.sample
+    params, frozen = layout.state["params"], layout.frozen
+    policy, batches, sample = (params, frozen["base"]), -(-rl.answers // rows), made.sample
+
+    def scores(name: str, does: str, step: Any, batch: Any, reads: Any) -> list[Stage]:
+        return [] if step is None else [Stage(name, does, batches, step, (params, frozen, batch), reads)]
+
     drawn = f"prefill of {sample.shape.rows} prompts and a loop over at most {rl.new_tokens} tokens"
-    batches = -(-rl.answers // rows)
-    found = [
-        Stage(
-            "rollout",
-            drawn,
-            rl.answers // sample.shape.rows,
-            sample.run,
-            (*read, sample.batch, sample.iteration),
-            (sample.batch, sample.iteration),
-        )
-    ]
-    scored = {
-        "reward": (made.reward, made.judged, f"the reward model on {rows} texts"),
-        "score": (made.score if updates(experiment) > 1 else None, made.scored, f"the policy on {rows} rows"),
-        "reference": (made.reference, made.scored, f"the reference on {rows} rows"),
-    }
-    for name, (step, batch, does) in scored.items():
-        if step is not None:
-            found.append(Stage(name, does, batches, step, (*read, batch), batch))
-    update = (layout.state, layout.frozen, program.batch)
-    found.append(Stage("update", f"a train step on {rows} rows", updates(experiment), program.step, update, update[2]))
-    return tuple(found)
+    arguments = (params, frozen, sample.batch, sample.iteration)
+    score = made.score if updates(experiment) > 1 else None
+    which = "base" if named(experiment.objective).reference == "base" else REFERENCE
+    update, trained = (layout.state, frozen, program.batch), (layout.state, frozen["base"])
+    return (
+        Stage("rollout", drawn, rl.answers // sample.shape.rows, sample.run, arguments, policy),
+        *scores("reward", f"the reward model on {rows} texts", made.reward, made.judged, frozen.get(REWARD)),
+        *scores("score", f"the policy on {rows} rows", score, made.scored, policy),
+        *scores("reference", f"the reference on {rows} rows", made.reference, made.scored, frozen.get(which)),
+        Stage("update", f"a train step on {rows} rows", updates(experiment), program.step, update, trained),
+    )
 
 
 def updates(experiment: RlExperiment) -> int:

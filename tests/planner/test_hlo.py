@@ -108,7 +108,7 @@ ENDED = {
 @pytest.mark.parametrize(("end", "expected"), [("limit.2", ("at most", 12)), ("n", None)])
 def test_a_loop_that_data_may_end_before_has_its_limit(form, end, expected):
     start, _, rest = LOOP.partition("%less (")
-    text = start + ENDED[form] + rest[rest.index("}") + 1 :]
+    text = start + ENDED[form] + rest[rest.index("\n}") + 2 :]
     text = text.replace("fusion(%i.1, %limit.1)", "fusion(%i.1, %limit.1, %ended.1)").replace(
         "  ROOT %compare = pred", "  %ended.1 = pred[8]{0} custom-call(%state.1)\n  ROOT %compare = pred"
     )
