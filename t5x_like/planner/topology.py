@@ -38,9 +38,9 @@ class _Generation:
 _GENERATIONS = {
     "v4": _Generation(prefix="v4", dims=3, cores=2, chip="megacore", largest=4096, hbm=30.75),
     "v5e": _Generation(prefix="v5litepod", dims=2, cores=1, chip="default", largest=256, hbm=15.75),
-    "v5p": _Generation(prefix="v5p", dims=3, cores=2, chip="megacore", largest=8960, hbm=95.74),
-    "v6e": _Generation(prefix="v6e", dims=2, cores=1, chip="default", largest=256, hbm=1.0),
-    "tpu7x": _Generation(prefix="tpu7x", dims=3, cores=2, chip="default", largest=9216, hbm=1.0),
+    "v5p": _Generation(prefix="v5p", dims=3, cores=2, chip="megacore", largest=8960, hbm=95.73),
+    "v6e": _Generation(prefix="v6e", dims=2, cores=1, chip="default", largest=256, hbm=31.24),
+    "tpu7x": _Generation(prefix="tpu7x", dims=3, cores=2, chip="default", largest=9216, hbm=94.74),
 }
 _SMALL_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
