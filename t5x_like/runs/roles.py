@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import NoReturn
 
-from t5x_like.convert.stored import StoredModel, open_model
+from t5x_like.convert.stored import StoredModel
 from t5x_like.core import dtypes
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Tree
@@ -17,6 +17,7 @@ from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.objectives.reward import HEAD
 from t5x_like.parallel import rules as sharding_rules
+from t5x_like.runs.adapters import open_merged
 from t5x_like.storage import paths, patterns
 from t5x_like.training.state import Frozen, Source
 
@@ -31,9 +32,9 @@ Opener = Callable[[str, str], StoredModel]  # (name of a role, its source) -> th
 class RoleConfig:
     """`config.roles.NAME`: a model that a run reads and does not train.
 
-    source: workdir (its newest checkpoint), model directory or Hugging Face folder; a resume may find it elsewhere, but
-    with the same parameters. rules: as in config.mesh.rules, for this model. dtype: what its matrices are held in, one
-    of core/dtypes.py or "stored"; norms and biases stay as saved.
+    source: workdir (its newest checkpoint), model directory or Hugging Face folder; that of an adapter is merged into
+    its base. A resume may find it elsewhere, but with the same parameters. rules: as in config.mesh.rules, for this
+    model. dtype: what its matrices are held in, one of core/dtypes.py or "stored"; norms and biases stay as saved.
     """
 
     source: str
@@ -81,7 +82,7 @@ def check_names(roles: Collection[str], wanted: Collection[str], *, objective: s
 def open_role(name: str, source: str) -> StoredModel:
     """The model of a role that a run reads."""
     del name
-    return open_model(patterns.one(source))
+    return open_merged(patterns.one(source))
 
 
 def open_or_assume(policy: model_config.ModelConfig, assumed: dict[str, str]) -> Opener:
