@@ -23,7 +23,7 @@ def drawn(weights: str):
     config.adapter.name = "lora"  # so that both what is trained and what is frozen has parts of matrices
     config.checkpoint.init_from = "a model"
     experiment = train.built(rl_program.RlExperiment, named_functions(config.to_dict())[0])
-    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
+    mesh = make_mesh({"data": 1, "fsdp": 2})
     with jax.set_mesh(mesh):
         program = programs.step_program(experiment, mesh)
         rollout = rl_program.rl_programs(experiment, program, end_ids=(7,)).sample
