@@ -11,6 +11,8 @@ import pytest
 
 from configs import common
 from t5x_like.runs import train as experiments
+from t5x_like.runs.functions import named_functions
+from t5x_like.runs.rl_program import RlExperiment, prompt_room
 from t5x_like.storage import paths
 from t5x_like.storage.workdir import differences
 
@@ -57,5 +59,13 @@ OTHERS = sorted(
 def test_the_other_shipped_configs_are_sound(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     section = experiments.from_config(config).data
-    assert section.chats == (name.startswith("instruct.") and "llama3" not in name)
+    assert section.chats == (name.startswith("instruct.") and name != "instruct.llama3_8b_lora")
     assert section.answers_apart == ("t5" in name)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_grpo", "reverse", "test"])
+def test_the_shipped_configs_of_reinforcement_learning_are_sound(name):
+    config = named_functions(importlib.import_module(f"configs.rl.{name}").get_config().to_dict())[0]
+    experiment = experiments.built(RlExperiment, config)
+    assert experiment.rl.answers % experiment.data.batch_size == 0
+    assert prompt_room(experiment) > 0

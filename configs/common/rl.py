@@ -12,6 +12,7 @@ def rl() -> dict:
         "epochs": 1,
         "new_tokens": 64,
         "rows": 0,
+        "weights": "gathered",
         "end_tokens": ("eos",),
         "truncated": "keep",
         "generate": placeholder(object),  # a function, or None

@@ -1,16 +1,19 @@
 """`t5x_like plan --config=FILE --topology=v5p:4x4x4`: what the TPU compiler says of a config, without a TPU.
 
     t5x_like plan --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4
-    t5x_like plan --config=... --topology=v5e:2x4 --program=decode --rows=32 --length=2048 --json=plan.json
+    t5x_like plan --config=configs/rl/llama3_8b_grpo.py --topology=v5p:4x4x4 --json=plan.json
+    t5x_like plan --config=... --topology=v5e:2x4 --program=decode --rows=32 --length=2048
 
-Compiles the real train or decode step with abstract state and prints memory, estimated cycles and collectives. Opens
-no file but the config, and of each model of config.roles what says its shapes. Needs the extra [tpu], on Linux x86-64.
+Compiles the real train or decode step, or all programs of an iteration of `t5x_like rl`, with abstract state, and
+prints memory, estimated cycles and collectives. Opens no file but the config, and of each model of config.roles what
+says its shapes; a role that is not there is taken to be like the policy. Needs the extra [tpu], on Linux x86-64.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,30 +23,36 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.runs.arguments import ConfigParser, load_config, section, split_config
 from t5x_like.storage import paths
 
+PROGRAMS = ("train", "decode", "rl")
+
 
 def run(arguments: Sequence[str]) -> int:
     config_arguments, others = split_config(arguments)
     options = _parse(others)
     config, overrides = load_config(config_arguments)
+    program = _program(config, options.program)
     json_path = _writable(options.json) if options.json else None
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
 
-    from t5x_like.planner import report
+    from t5x_like.planner import iteration, report
 
-    plan = _plan(config, overrides, options)
+    plan = _planned(program, config, overrides, options)
+    form = iteration if isinstance(plan, iteration.Iteration) else report
     if json_path:
-        json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(report.to_json(plan), indent=2) + "\n")
+        json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(form.to_json(plan), indent=2) + "\n")
         os.replace(json_path.with_name(f"{json_path.name}.tmp"), json_path)
-    print(report.to_text(plan, details=options.details))
+    print(form.to_text(plan, details=options.details))
+    if isinstance(plan, iteration.Iteration) and plan.problems:
+        raise UserError(f"{plan.place.topology} is too small for this iteration: {'; '.join(plan.problems)}")
     return 0
 
 
 def _parse(arguments: Sequence[str]) -> Any:
     parser = ConfigParser(prog="t5x_like plan", description=__doc__)
     parser.add_argument("--topology", required=True, help="such as v5p:4x4x4, v5e:2x4, v6e:8x8, v4:2x2x4, tpu7x:2x2x2")
-    parser.add_argument("--program", choices=("train", "decode"), default="train")
+    parser.add_argument("--program", choices=PROGRAMS, help="default: rl for a config of `t5x_like rl`, else train")
     parser.add_argument("--rows", type=int, help="decode: texts at once, over all devices")
     parser.add_argument("--length", type=int, help="decode: tokens of each text that the cache has room for")
     parser.add_argument("--json", metavar="PATH", help="also write the plan as JSON")
@@ -52,9 +61,17 @@ def _parse(arguments: Sequence[str]) -> Any:
     sizes = (options.rows, options.length)
     if options.program == "decode" and not all(size and size > 0 for size in sizes):
         raise UsageError("--program=decode needs --rows and --length, both at least 1")
-    if options.program == "train" and sizes != (None, None):
+    if options.program != "decode" and sizes != (None, None):
         raise UsageError("--rows and --length are for --program=decode; a train step has config.data.batch_size")
     return options
+
+
+def _program(config: Mapping[str, Any], given: str | None) -> str:
+    """What is planned: all programs of an iteration where the config is one of `t5x_like rl`, unless one is named."""
+    of_rl = "rl" in config
+    if given == "rl" and not of_rl:
+        raise UsageError("--program=rl plans a config of `t5x_like rl`, and this one has no section rl; leave it out")
+    return given or ("rl" if of_rl else "train")
 
 
 def _writable(path: str) -> pathlib.Path:
@@ -67,24 +84,66 @@ def _writable(path: str) -> pathlib.Path:
     return target
 
 
-def _plan(config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any) -> Any:
+def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any) -> Any:
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import compile_program
     from t5x_like.planner.cost import cost
-    from t5x_like.planner.report import Plan
+    from t5x_like.planner.report import Place, Plan
     from t5x_like.runs import program as programs
-    from t5x_like.runs import train
+    from t5x_like.runs.roles import open_or_assume
 
-    experiment = train.from_config(config, overrides=overrides)
+    experiment = _experiment(config, overrides)
     topology = topologies.topology(options.topology)
     mesh = meshes.make(experiment.mesh, topology.devices)
-    if options.program == "train":
-        programs.check_mesh(experiment, mesh.shape)
-        program = programs.step_program(experiment, mesh)
-        step, step_arguments = program.step, (program.layout.state, program.layout.frozen, program.batch)
-    else:
+    place = Place(topology.name, topology.chips, dict(mesh.shape), topology.hbm_bytes)
+    if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
+    else:
+        programs.check_mesh(experiment, mesh.shape)
+        assumed: dict[str, str] = {}
+        built = programs.step_program(experiment, mesh, opened=open_or_assume(experiment.model, assumed))
+        for name, source in assumed.items():
+            print(f"config.roles.{name}.source={source} is not there: taken to be like config.model", file=sys.stderr)
+        if program == "rl":
+            return _iteration(experiment, built, place, assumed)
+        step, step_arguments = built.step, (built.layout.state, built.layout.frozen, built.batch)
     compiled = compile_program(step, step_arguments, mesh=mesh)
-    sizes = dict(mesh.shape)
-    return Plan(options.program, topology.name, topology.chips, sizes, compiled, cost(compiled.text, sizes))
+    return Plan(program, place, compiled, cost(compiled.text, place.mesh))
+
+
+def _experiment(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+    """A training run, or one of reinforcement learning, whose functions are not called."""
+    from t5x_like.runs import train
+    from t5x_like.runs.functions import named_functions
+    from t5x_like.runs.rl_program import RlExperiment
+
+    if "rl" not in config:
+        return train.from_config(config, overrides=overrides)
+    return train.built(RlExperiment, named_functions(config)[0], overrides=overrides)
+
+
+def _iteration(experiment: Any, built: Any, place: Any, assumed: Mapping[str, str]) -> Any:
+    """All programs of an iteration, compiled one after the other; one that does not fit does not hide the others."""
+    from t5x_like.parallel.sharding import device_bytes
+    from t5x_like.planner.compile import DoesNotFit, compile_program
+    from t5x_like.planner.cost import cost
+    from t5x_like.planner.iteration import Iteration, Part
+    from t5x_like.runs import rl_program
+
+    rl_program.check_rows(experiment, place.mesh)
+    held = device_bytes((built.layout.state, built.layout.frozen))
+    stages, parts = rl_program.stages(experiment, built), []
+    for number, stage in enumerate(stages, start=1):
+        print(f"compiling {stage.name}, {number} of {len(stages)}", file=sys.stderr)
+        found, problem, beside = None, "", held - device_bytes(stage.reads)
+        try:
+            compiled = compile_program(stage.step, stage.arguments, mesh=built.mesh)
+        except DoesNotFit as error:
+            problem = str(error)
+        else:
+            found = (compiled, cost(compiled.text, place.mesh))
+        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem))
+    facts = [f"{name}: {fact}" for name, fact in rl_program.facts(experiment).items()]
+    facts += [f"role {name}: {source} is not there, planned like config.model" for name, source in assumed.items()]
+    return Iteration("rl", place, facts, parts)

@@ -15,6 +15,8 @@ from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.layers import stack
 from t5x_like.layers.platform import platform
 from t5x_like.models.model import Model
+from t5x_like.parallel.rules import Rules
+from t5x_like.parallel.sharding import constrain, use_rules
 
 
 def in_dtype(specs: Tree, dtype: str) -> dict[str, Any]:
@@ -30,6 +32,13 @@ def serving_specs(model: Model) -> dict[str, Any]:
 def serving_params(model: Model, params: Tree) -> dict[str, Any]:
     """The parameters in these types; what has its type already is the same array. Under jit or outside."""
     return tree.map_with_path(lambda _, leaf, spec: leaf.astype(spec.dtype), params, serving_specs(model))
+
+
+def placed(params: Tree, specs: Tree, *, rules: Rules, dtype: str) -> dict[str, Any]:
+    """Plain arrays with matrices in `dtype`, then laid out by `rules`: what a mesh exchanges is the smaller type."""
+    with use_rules(rules):
+        held = in_dtype(specs, dtype)
+        return tree.map_with_path(lambda _, leaf, spec: constrain(leaf.astype(spec.dtype), *spec.axes), params, held)
 
 
 def for_decoding(model: Model, params: Tree) -> tuple[Model, Tree]:

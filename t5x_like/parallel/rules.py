@@ -127,6 +127,16 @@ def rules(overrides: str = "", *, field: str = "config.mesh.rules") -> Rules:
     return Rules(tuple(sorted(table.items())))
 
 
+def gathered(table: Rules) -> Rules:
+    """The table of weights that lie whole wherever they are multiplied with: nothing of what FSDP divides is gathered
+    at use. What tensor parallelism divides stays divided.
+
+    >>> gathered(rules()).mesh_axes("embed"), gathered(rules()).mesh_axes("mlp")
+    ((), ('tensor',))
+    """
+    return Rules(tuple((name, () if name == "embed" else mesh_axes) for name, mesh_axes in table.table))
+
+
 def unused(overridden: Rules, axes_in_use: Iterable[str | None]) -> list[str]:
     """Logical axes whose rule differs from the table although no tensor of the run has them."""
     return sorted({name for name, mesh_axes in overridden.table if TABLE[name] != mesh_axes} - set(axes_in_use))

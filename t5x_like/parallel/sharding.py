@@ -102,6 +102,12 @@ def abstract_batch(mesh: Mesh, rules: Rules, specs: Mapping[str, ArraySpec]) -> 
     }
 
 
+def device_bytes(arrays: Any) -> int:
+    """Bytes of a tree of sharded arrays, or of their shapes, on one device; the padding of layouts is not counted."""
+    leaves = jax.tree.leaves(arrays)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * np.dtype(a.dtype).itemsize for a in leaves)
+
+
 def addressable_rows(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> np.ndarray:
     """The global rows (dim 0) of a batch that devices of this process need, ascending and without repetition."""
     rows = np.zeros(next(iter(arrays.values())).shape[0], bool)

@@ -37,6 +37,10 @@ class Memory:
         return self.arguments_bytes + self.temporaries_bytes + self.outputs_bytes - self.aliased_bytes
 
 
+class DoesNotFit(UserError):
+    """A program needs more memory than a device has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """A compiled program. `text` is its scheduled HLO; seconds are of this machine."""
@@ -48,7 +52,7 @@ class Compiled:
 
 
 def compile_program(step: Any, arguments: Sequence[Any], *, mesh: Mesh) -> Compiled:
-    """Compiles `step(*arguments)` over `mesh`. UserError when it does not fit into the devices' memory.
+    """Compiles `step(*arguments)` over `mesh`. DoesNotFit when the devices' memory is too small for it.
 
     step: what `jax.jit` returned, with its own shardings, donation and compiler options. arguments: trees of
     `jax.ShapeDtypeStruct` with shardings on `mesh`.
@@ -58,7 +62,7 @@ def compile_program(step: Any, arguments: Sequence[Any], *, mesh: Mesh) -> Compi
         try:
             compiled, compile_seconds = _timed(lowered.compile)
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(_explain(str(error))) from None
+            raise _explained(str(error)) from None
     stats = compiled.memory_analysis()
     memory = Memory(
         arguments_bytes=stats.argument_size_in_bytes,
@@ -87,13 +91,13 @@ def _without_compilation_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _explain(message: str) -> str:
-    """One line of what the compiler said."""
+def _explained(message: str) -> UserError:
+    """What the compiler said, in one line."""
     memory = re.search(r"required for ([\w ]+) \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
     if memory:
         what, needed, limit = memory.groups()
-        return (
+        return DoesNotFit(
             f"the program does not fit: {what} need {needed}iB of the {limit}iB HBM of a device; use more chips, a "
             "smaller batch (config.data.batch_size, --rows), more config.loop.micro_batches or another mesh"
         )
-    return f"the TPU compiler fails: {' '.join(message.split())[:500]}"
+    return UserError(f"the TPU compiler fails: {' '.join(message.split())[:500]}")

@@ -32,11 +32,22 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop that data may end before its limit (decoding, when all rows have ended): counted as if it ran `turns`
+    times, which take `cycles` together."""
+
+    name: str
+    turns: int
+    cycles: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """One step, per device. `cycles` are the compiler's estimate for the TensorCore, kernels not included.
 
     `without_estimate`: {name: executions} of work that the compiler gave no estimate for (sorts, scatters), and
-    `unknown_loops`: loops whose length depends on data, counted once. Where these are long, `cycles` is too low.
+    `unknown_loops`: loops whose length depends on data alone, counted once. Where these are long, `cycles` is too low.
+    `limited_loops` are counted at their limit, so there it may be too high.
     """
 
     cycles: int
@@ -44,6 +55,7 @@ class Cost:
     collectives: tuple[Collective, ...]
     without_estimate: dict[str, int]
     unknown_loops: tuple[str, ...]
+    limited_loops: tuple[Loop, ...]
 
 
 def cost(text: str, mesh_shape: Mapping[str, int]) -> Cost:
@@ -57,6 +69,7 @@ def cost(text: str, mesh_shape: Mapping[str, int]) -> Cost:
         collectives=tuple(tally.collectives),
         without_estimate=dict(tally.without_estimate),
         unknown_loops=tuple(tally.unknown_loops),
+        limited_loops=tuple(tally.limited_loops),
     )
 
 
@@ -69,6 +82,7 @@ class _Tally:
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     without_estimate: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
+    limited_loops: list[Loop] = dataclasses.field(default_factory=list)
 
     def add(self, other: "_Tally") -> None:
         self.cycles += other.cycles
@@ -76,6 +90,7 @@ class _Tally:
         self.collectives += other.collectives
         self.without_estimate += other.without_estimate
         self.unknown_loops += other.unknown_loops
+        self.limited_loops += other.limited_loops
 
     def dearness(self) -> tuple[int, int]:
         return self.cycles, sum(item.count * item.bytes_each for item in self.collectives)
@@ -114,12 +129,17 @@ class _Walk:
         return tally
 
     def loop(self, computation: hlo.Computation, loop: hlo.Instruction, arguments: Sequence, times: int) -> _Tally:
-        trips = hlo.trip_count(self.module, computation, loop, arguments)
-        body = self.module.computations[loop.called("body")[0]]
+        trips = hlo.trips(self.module, computation, loop, arguments)
+        turns = times * (1 if trips is None else trips.count)
+        body, condition = (self.module.computations[loop.called(part)[0]] for part in ("body", "condition"))
         known = hlo.loop_arguments(self.module, computation, loop, arguments)
-        tally = self.computation(body, arguments=known, times=times * (1 if trips is None else trips))
+        tally = self.computation(body, arguments=known, times=turns)
+        # It may hold work: whether all rows have ended is asked of all devices.
+        tally.add(self.computation(condition, arguments=known, times=turns + times))
         if trips is None:
             tally.unknown_loops.append(loop.name)
+        elif not trips.exact:
+            tally.limited_loops.append(Loop(loop.name, turns, tally.cycles))
         return tally
 
     def instruction(

@@ -158,25 +158,39 @@ def array_bytes(shape: str) -> tuple[int, ...]:
 # evaluated: int, bool, None (unknown) or a list of these for a tuple.
 
 
-def trip_count(module: Module, computation: Computation, loop: Instruction, arguments: Sequence) -> int | None:
-    """How often a `while` in `computation` runs its body; None when that depends on data.
+@dataclasses.dataclass(frozen=True)
+class Trips:
+    """How often a loop runs its body: `count` times, or at most so often where data may end it before (not `exact`)."""
 
-    `arguments` are the known values of the parameters of `computation` (see `loop_arguments`).
+    count: int
+    exact: bool
+
+
+def trips(module: Module, computation: Computation, loop: Instruction, arguments: Sequence) -> Trips | None:
+    """Of a `while` in `computation`; None when data alone ends it.
+
+    `arguments` are the known values of the parameters of `computation` (see `loop_arguments`). A loop goes on while all
+    parts of an `and` hold, so each part that counts is a limit.
     """
     known = _KNOWN_TRIPS.search(loop.attributes)
     if known:
-        return int(known.group(1))
+        return Trips(int(known.group(1)), exact=True)
     condition = module.computations[loop.called("condition")[0]]
     states = _states(module, computation, loop, arguments)
-    found = [_comparison(module, condition, condition.root, [state]) for state in states]
-    if any(item is None for item in found):
+    found = [_comparisons(module, condition, condition.root, [state], None) for state in states]
+    counts = [_turns(part) for part in zip(*found, strict=True)]
+    limits = [count for count in counts if count is not None]
+    return Trips(min(limits), exact=len(limits) == len(counts)) if limits else None
+
+
+def _turns(comparisons: Sequence) -> int | None:
+    """Iterations that a comparison allows, of what it compares at the start of the first three."""
+    if any(item is None for item in comparisons):
         return None
-    direction = found[0][0]  # type: ignore[index]
-    gaps = [left - right for _, left, right in found]  # type: ignore[misc]
+    direction = comparisons[0][0]
+    gaps = [left - right for _, left, right in comparisons]
     step = gaps[1] - gaps[0]
-    if gaps[2] - gaps[1] != step:
-        return None
-    return _count(direction, gaps[0], step)
+    return _count(direction, gaps[0], step) if gaps[2] - gaps[1] == step else None
 
 
 def loop_arguments(module: Module, computation: Computation, loop: Instruction, arguments: Sequence) -> list:
@@ -214,22 +228,36 @@ def _count(direction: str, gap: int, step: int) -> int | None:
     return None
 
 
-def _comparison(module: Module, computation: Computation, name: str, arguments: Sequence):
-    """(direction, left, right) of the compare that decides a condition, or None."""
+def _comparisons(
+    module: Module, computation: Computation, name: str, arguments: Sequence, outside: Callable[[int], list] | None
+) -> list:
+    """[(direction, left, right)] of the compares that must all hold, None in place of each that is not understood.
+
+    outside: of a fused computation, the comparisons that its parameter of this number stands for.
+    """
     instruction = computation.instructions[name]
-    if instruction.opcode == "compare":
-        sides = [_value(module, computation, operand, arguments) for operand in instruction.operands]
+    opcode, operands = instruction.opcode, instruction.operands
+
+    def operand(index: int) -> list:
+        return _comparisons(module, computation, operands[index], arguments, outside)
+
+    if opcode == "and":
+        return operand(0) + operand(1)
+    if opcode == "compare":
+        sides = [_value(module, computation, operand, arguments) for operand in operands]
         direction = re.search(r"direction=(\w+)", instruction.attributes)
-        if direction and all(type(side) is int for side in sides):
-            return direction.group(1), sides[0], sides[1]
-        return None
-    if instruction.opcode in ("copy", "bitcast", "reshape", "convert"):
-        return _comparison(module, computation, instruction.operands[0], arguments)
-    if instruction.opcode in ("fusion", "call"):
+        if direction is None or any(type(side) is not int for side in sides):
+            return [None]
+        return [(direction.group(1), *sides)]
+    if opcode in ("copy", "bitcast", "reshape", "convert"):
+        return operand(0)
+    if opcode == "parameter" and outside is not None:
+        return outside(int(instruction.argument))
+    if opcode in ("fusion", "call"):
         called = module.computations[instruction.called("calls", "to_apply")[0]]
-        values = [_value(module, computation, operand, arguments) for operand in instruction.operands]
-        return _comparison(module, called, called.root, values)
-    return None
+        values = [_value(module, computation, operand, arguments) for operand in operands]
+        return _comparisons(module, called, called.root, values, operand)
+    return [None]
 
 
 # No min, max or select: equal in three iterations would then prove nothing for the rest.

@@ -15,60 +15,105 @@ from t5x_like.planner.cost import Cost
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known of a compiled program. `program` is "train" or "decode"; mesh: {axis: size} in mesh order."""
+class Place:
+    """Where programs are planned for. mesh: {axis: size} in mesh order; hbm_bytes: what a device has for programs."""
 
-    program: str
     topology: str
     chips: int
     mesh: dict[str, int]
+    hbm_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a compiled program. `program` is "train" or "decode"."""
+
+    program: str
+    place: Place
     compiled: Compiled
     cost: Cost
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The content of `plan --json`. Later versions add keys."""
-    memory = plan.compiled.memory
+    head = {"program": plan.program, **place_json(plan.place)}
+    return head | program_json(plan.compiled, plan.cost) | {"versions": versions()}
+
+
+def place_json(place: Place) -> dict[str, Any]:
+    return dataclasses.asdict(place)
+
+
+def program_json(compiled: Compiled, cost: Cost) -> dict[str, Any]:
+    memory = compiled.memory
     return {
-        "program": plan.program,
-        "topology": plan.topology,
-        "chips": plan.chips,
-        "mesh": plan.mesh,
         "memory": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
-        "cycles": plan.cost.cycles,
-        "collectives": [dataclasses.asdict(total) for total in collectives.totals(plan.cost.collectives)],
-        "collective_instructions": [dataclasses.asdict(item) for item in plan.cost.collectives],
-        "kernels": [dataclasses.asdict(kernel) for kernel in plan.cost.kernels],
-        "without_estimate": plan.cost.without_estimate,
-        "unknown_loops": list(plan.cost.unknown_loops),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
-        "lower_seconds": round(plan.compiled.lower_seconds, 1),
-        "compile_seconds": round(plan.compiled.compile_seconds, 1),
+        "cycles": cost.cycles,
+        "collectives": [dataclasses.asdict(total) for total in collectives.totals(cost.collectives)],
+        "collective_instructions": [dataclasses.asdict(item) for item in cost.collectives],
+        "kernels": [dataclasses.asdict(kernel) for kernel in cost.kernels],
+        "without_estimate": cost.without_estimate,
+        "unknown_loops": list(cost.unknown_loops),
+        "limited_loops": [dataclasses.asdict(loop) for loop in cost.limited_loops],
+        "lower_seconds": round(compiled.lower_seconds, 1),
+        "compile_seconds": round(compiled.compile_seconds, 1),
     }
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def to_text(plan: Plan, *, details: bool = False) -> str:
     """The table that `plan` prints; with `details` every collective instruction by itself."""
-    memory, cost = plan.compiled.memory, plan.cost
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
-        f"{plan.program} step on {plan.topology}: {plan.chips} chips, mesh {mesh}",
-        f"Estimates of the TPU compiler (libtpu {importlib.metadata.version('libtpu')}, "
-        f"{plan.compiled.compile_seconds:.0f} s), for one device and one step; nothing was run.",
+        f"{plan.program} step on {where(plan.place)}",
+        f"{labelled(plan.compiled.compile_seconds)}, for one device and one step; nothing was run.",
         "",
+        *program_lines(plan.compiled, plan.cost, plan.place, details=details),
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def where(place: Place) -> str:
+    mesh = " ".join(f"{axis}={size}" for axis, size in place.mesh.items() if size > 1) or "one device"
+    return f"{place.topology}: {place.chips} chips, mesh {mesh}"
+
+
+def labelled(seconds: float) -> str:
+    """What the figures are, by whom; seconds: of compiling."""
+    return f"Estimates of the TPU compiler (libtpu {importlib.metadata.version('libtpu')}, {seconds:.0f} s)"
+
+
+def program_lines(
+    compiled: Compiled, cost: Cost, place: Place, *, details: bool, beside_bytes: int | None = None
+) -> list[str]:
+    """Memory, cycles and collectives of one program. beside_bytes: what a device holds meanwhile besides."""
+    memory = compiled.memory
+    total = memory.total_bytes + (beside_bytes or 0)
+    beside = "what the run holds and this program does not read"
+    return [
         "memory (HBM)",
         f"  arguments    {_bytes(memory.arguments_bytes)}",
         f"  temporaries  {_bytes(memory.temporaries_bytes)}",
         f"  outputs      {_bytes(memory.outputs_bytes)}   {format_bytes(memory.aliased_bytes)} in place of arguments",
-        f"  together     {_bytes(memory.total_bytes)}",
+        *([] if beside_bytes is None else [f"  beside       {_bytes(beside_bytes)}   {beside}"]),
+        f"  together     {_bytes(total)}   {fit(total, place.hbm_bytes)}",
         "",
         f"cycles         {cost.cycles:.4g}, without collectives and the kernels below",
         *(f"  kernel       {kernel.name} x {kernel.count}" for kernel in cost.kernels),
         *_caveats(cost),
         "",
-        *_collectives(cost.collectives, details=details),
+        *collective_lines(cost.collectives, details=details),
     ]
-    return "\n".join(line.rstrip() for line in lines)
+
+
+def fit(total: int, hbm_bytes: int) -> str:
+    """
+    >>> fit(2**30, 2**34), fit(2**34 + 1, 2**34)
+    ('fits into 16.0 GiB', 'does not fit into 16.0 GiB')
+    """
+    return f"{'fits' if total <= hbm_bytes else 'does not fit'} into {format_bytes(hbm_bytes)}"
 
 
 def _bytes(size: int) -> str:
@@ -82,20 +127,23 @@ def _caveats(cost: Cost) -> list[str]:
         lines.append(f"  not counted  {listed}: the compiler gives no estimate")
     if cost.unknown_loops:
         lines.append(f"  counted once {', '.join(cost.unknown_loops)}: loops whose length depends on data")
+    for loop in cost.limited_loops:
+        each = f"{loop.cycles / max(loop.turns, 1):.4g}"
+        lines.append(f"  loop         {loop.name} x {loop.turns}, its limit, which data may not reach: {each} a turn")
     return lines
 
 
-def _collectives(items: Sequence[collectives.Collective], *, details: bool) -> list[str]:
+def collective_lines(items: Sequence[collectives.Collective], *, details: bool) -> list[str]:
     if not items:
         return ["collectives    none"]
     header = {"kind": "collectives", "axes": "axes", "group": "devices", "count": "count", "bytes": "bytes"}
     rows = [header, *(_row(total, total.bytes) for total in collectives.totals(items))]
-    lines = _table(rows)
+    lines = table(rows)
     if details:
         header = header | {"kind": "each instruction", "bytes": "bytes each", "source": "from"}
         largest = sorted(items, key=lambda item: -item.count * item.bytes_each)
         rows = [header, *({**_row(item, item.bytes_each), "source": item.source} for item in largest)]
-        lines += ["", *_table(rows)]
+        lines += ["", *table(rows)]
     return lines
 
 
@@ -109,10 +157,9 @@ def _row(item: collectives.Total | collectives.Collective, size: int) -> dict[st
     }
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Columns as wide as their longest cell; numbers to the right."""
+def table(rows: Sequence[Mapping[str, str]], *, right: Sequence[str] = ("group", "count", "bytes")) -> list[str]:
+    """Columns as wide as their longest cell; those of numbers to the right."""
     widths = {column: max(len(row[column]) for row in rows) for column in rows[0]}
-    right = ("group", "count", "bytes")
     return [
         "  ".join(
             cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])

@@ -21,22 +21,26 @@ from t5x_like.core.errors import UsageError, UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-    """A TPU generation. `chip` is libtpu's name of its core arrangement: megacore is one device of two cores."""
+    """A TPU generation. `chip` is libtpu's name of its core arrangement: megacore is one device of two cores.
+
+    hbm: GiB of a device that the compiler gives to programs, as it says when one is too large.
+    """
 
     prefix: str
     dims: int
     cores: int
     chip: str
     largest: int
+    hbm: float
 
 
 # Sizes and prefixes: Google Cloud TPU documentation and xpk; wrap-around and chip arrangements as MaxText compiles.
 _GENERATIONS = {
-    "v4": _Generation(prefix="v4", dims=3, cores=2, chip="megacore", largest=4096),
-    "v5e": _Generation(prefix="v5litepod", dims=2, cores=1, chip="default", largest=256),
-    "v5p": _Generation(prefix="v5p", dims=3, cores=2, chip="megacore", largest=8960),
-    "v6e": _Generation(prefix="v6e", dims=2, cores=1, chip="default", largest=256),
-    "tpu7x": _Generation(prefix="tpu7x", dims=3, cores=2, chip="default", largest=9216),
+    "v4": _Generation(prefix="v4", dims=3, cores=2, chip="megacore", largest=4096, hbm=30.75),
+    "v5e": _Generation(prefix="v5litepod", dims=2, cores=1, chip="default", largest=256, hbm=15.75),
+    "v5p": _Generation(prefix="v5p", dims=3, cores=2, chip="megacore", largest=8960, hbm=95.73),
+    "v6e": _Generation(prefix="v6e", dims=2, cores=1, chip="default", largest=256, hbm=31.24),
+    "tpu7x": _Generation(prefix="tpu7x", dims=3, cores=2, chip="default", largest=9216, hbm=94.74),
 }
 _SMALL_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
@@ -44,11 +48,13 @@ _SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`devices` are abstract: programs compile for them and cannot run. tpu7x has two of them a chip."""
+    """`devices` are abstract: programs compile for them and cannot run. tpu7x has two of them a chip. hbm_bytes: what
+    programs may use of a device's memory."""
 
     name: str
     chips: int
     devices: tuple[jax.Device, ...]
+    hbm_bytes: int
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
@@ -110,7 +116,7 @@ def topology(name: str) -> Topology:
         )
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise UserError(f"--topology={name}: libtpu refuses it: {' '.join(str(error).split())[:300]}") from None
-    return Topology(name, chips, tuple(description.devices))
+    return Topology(name, chips, tuple(description.devices), int(known.hbm * 2**30))
 
 
 def _find_compiler() -> None:

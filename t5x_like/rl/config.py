@@ -12,6 +12,7 @@ from t5x_like.core.errors import UsageError
 
 KINDS = ("exact", "number", "regex", "function", "model")
 TRUNCATED = ("keep", "leave_out")
+WEIGHTS = ("gathered", "sharded")
 SCALES = ("std", "none")
 
 
@@ -73,6 +74,9 @@ class RlConfig:
     new_tokens: the most that an answer has, its end token among them. A row of config.data.length tokens holds prompt
         and answer; with an encoder, whose rows hold the prompt, it is new_tokens
     rows: answers that are decoded at once, 0 for all
+    weights: how the policy lies on the mesh while it answers. "gathered": whole on every device but for what tensor
+        parallelism divides, in the compute type, so that FSDP gathers it once a rollout; "sharded": as in training,
+        which needs less memory and gathers the whole policy again for every token
     end_tokens: what ends an answer: "eos", or a text that is one token
     truncated: answers that new_tokens ended: "keep", or "leave_out" of the loss (the advantages still see them)
     generate: function(seed, index) -> (prompt, expected answer) of the config file, in place of config.data.source
@@ -88,6 +92,7 @@ class RlConfig:
     epochs: int
     new_tokens: int
     rows: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
+    weights: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     end_tokens: tuple[str, ...]
     truncated: str
     generate: str | None
@@ -111,6 +116,8 @@ class RlConfig:
                 raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least {least}")
         if self.samples < 2:
             raise UsageError(f"{path}.samples={self.samples} should be at least 2: answers are compared in their group")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"{path}.weights={self.weights!r} is unknown; {nearest(self.weights, WEIGHTS)}")
         if self.truncated not in TRUNCATED:
             raise UsageError(f"{path}.truncated={self.truncated!r} is unknown; {nearest(self.truncated, TRUNCATED)}")
         if not self.end_tokens:

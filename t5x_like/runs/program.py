@@ -25,7 +25,7 @@ from t5x_like.optim import rules as path_rules
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, named
 from t5x_like.peft import attach as adapters
-from t5x_like.runs.roles import BASE, POLICY, FrozenModel, build_model, frozen_models
+from t5x_like.runs.roles import BASE, POLICY, FrozenModel, Opener, build_model, frozen_models, open_role
 from t5x_like.runs.train import Experiment, multiples
 from t5x_like.training import state as train_state
 from t5x_like.training.step import StepConfig, make_step
@@ -48,8 +48,9 @@ class Program:
     evaluate: Any  # jitted (params, frozen, batch) -> sums
 
 
-def step_program(experiment: Experiment, mesh: Mesh) -> Program:
-    """The train and the evaluation step on a mesh, which may be one of devices that are not there."""
+def step_program(experiment: Experiment, mesh: Mesh, *, opened: Opener = open_role) -> Program:
+    """The train and the evaluation step on a mesh, which may be one of devices that are not there. opened: what opens
+    the models of config.roles."""
     platform = mesh.devices.flat[0].platform
     model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
     rules = model.rules
@@ -57,7 +58,8 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     _check_rules(rules, tree.join(trainable, frozen), where="config.mesh.rules")
     data = experiment.data
     held = {name: role for name, role in experiment.roles.items() if name not in experiment.cached_roles}
-    others = frozen_models(held, length=max(data.length, data.encoder_length), platform=platform)
+    longest = max(data.length, data.encoder_length)
+    others = frozen_models(held, length=longest, platform=platform, opened=opened)
     for name, other in others.items():
         _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
     roles = own | {name: frozen_role(other.model, name) for name, other in others.items()}

@@ -298,7 +298,7 @@ def compile_programs(experiment: RlExperiment, program: Program, asked: Asked) -
         run = rollout.run.lower(*parameters, rollout.batch, rollout.iteration).compile()
         return dataclasses.replace(rollout, run=run)
 
-    several = experiment.rl.epochs * experiment.rl.answers > experiment.data.batch_size
+    several = rl_program.updates(experiment) > 1
     found = Programs(
         mesh=program.mesh,
         sample=compiled(made.sample),

@@ -14,6 +14,7 @@ from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.data.read.source_target import start_id
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
+from t5x_like.inference import weights
 from t5x_like.inference.sampling import GREEDY, Sampling
 from t5x_like.models.model import Model
 from t5x_like.objectives import reward
@@ -27,10 +28,9 @@ from t5x_like.rl.rollout import Rollout, Shape, rollout_program
 from t5x_like.rl.rows import text_widths
 from t5x_like.rl.scoring import TOKENS, scoring_function
 from t5x_like.runs.program import Program
+from t5x_like.runs.roles import REFERENCE, REWARD
 from t5x_like.runs.train import Experiment, multiples
 from t5x_like.training.state import Layout
-
-REFERENCE, REWARD = "reference", "reward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +98,14 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
     config: GrpoConfig = named(experiment.objective)
     options = experiment.runtime.compiler_options.of(mesh.devices.flat[0].platform)
     role = program.policy
+    answering = _gathered(program) if rl.weights == "gathered" else role
 
     def rollout(rows: int, sampling: Sampling) -> Rollout:
         length = 1 if experiment.data.encoder_length else prompt_room(experiment)
         shape = Shape(rows, length, experiment.data.encoder_length, rl.new_tokens)
         # With the compiler's default options, as inference/decode.py says.
         return rollout_program(
-            role, mesh, shape, sampling=sampling, end_ids=end_ids, seed=experiment.seed, options=None
+            answering, mesh, shape, sampling=sampling, end_ids=end_ids, seed=experiment.seed, options=None
         )
 
     def scoring(which: Any) -> Any:
@@ -125,6 +126,64 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         scored={name: program.batch[name] for name in TOKENS if name in program.batch},
         judged=abstract_batch(mesh, rules, _text_specs(experiment, judge and judge.model)),
     )
+
+
+def _gathered(program: Program) -> Role:
+    """The policy as it answers: FSDP gathers it here, ahead of the loop over tokens, and not in every turn of it."""
+    model, parts = program.model, program.parts
+    rules = sharding_rules.gathered(model.rules)
+
+    def placed(params: Any, specs: Any) -> Any:
+        return weights.placed(params, specs, rules=rules, dtype=model.dtypes.compute)
+
+    def whole(params: Any, frozen: Mapping[str, Any]) -> Any:
+        base = placed(frozen["base"], parts.frozen["base"].specs)
+        return program.policy.whole(placed(params, parts.trained), {**frozen, "base": base})
+
+    return Role(dataclasses.replace(model, rules=rules), whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One program of an iteration with its abstract arguments. times: executions in an iteration; reads: what it reads
+    of the state and the frozen parameters of the run, all of which a device holds meanwhile."""
+
+    name: str
+    does: str
+    times: int
+    step: Any
+    arguments: tuple[Any, ...]
+    reads: Any
+
+
+def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
+    """All programs of an iteration in the order in which they run, for who compiles them without a tokenizer: which
+    numbers the end tokens have makes no difference to a program."""
+    rl, rows, layout = experiment.rl, experiment.data.batch_size, program.layout
+    made = rl_programs(experiment, program, end_ids=tuple(range(len(rl.end_tokens))))
+    params, frozen = layout.state["params"], layout.frozen
+    policy, batches, sample = (params, frozen["base"]), -(-rl.answers // rows), made.sample
+
+    def scores(name: str, does: str, step: Any, batch: Any, reads: Any) -> list[Stage]:
+        return [] if step is None else [Stage(name, does, batches, step, (params, frozen, batch), reads)]
+
+    drawn = f"prefill of {sample.shape.rows} prompts and a loop over at most {rl.new_tokens} tokens"
+    arguments = (params, frozen, sample.batch, sample.iteration)
+    score = made.score if updates(experiment) > 1 else None
+    which = "base" if named(experiment.objective).reference == "base" else REFERENCE
+    update, trained = (layout.state, frozen, program.batch), (layout.state, frozen["base"])
+    return (
+        Stage("rollout", drawn, rl.answers // sample.shape.rows, sample.run, arguments, policy),
+        *scores("reward", f"the reward model on {rows} texts", made.reward, made.judged, frozen.get(REWARD)),
+        *scores("score", f"the policy on {rows} rows", score, made.scored, policy),
+        *scores("reference", f"the reference on {rows} rows", made.reference, made.scored, frozen.get(which)),
+        Stage("update", f"a train step on {rows} rows", updates(experiment), program.step, update, trained),
+    )
+
+
+def updates(experiment: RlExperiment) -> int:
+    """Of an iteration."""
+    return experiment.rl.epochs * experiment.rl.answers // experiment.data.batch_size
 
 
 def _reward_program(program: Program, options: Any) -> Any:
@@ -226,10 +285,10 @@ def check_rows(experiment: RlExperiment, sizes: Mapping[str, int]) -> None:
 def facts(experiment: RlExperiment) -> dict[str, str]:
     """For the start screen."""
     rl, config = experiment.rl, named(experiment.objective)
-    updates = rl.epochs * rl.answers // experiment.data.batch_size
+    count = updates(experiment)
     return {
-        "an iteration": f"{rl.prompts} prompts x {rl.samples} answers of at most {rl.new_tokens} tokens, {updates} "
-        f"update{'s' * (updates > 1)} of {experiment.data.batch_size} rows",
+        "an iteration": f"{rl.prompts} prompts x {rl.samples} answers of at most {rl.new_tokens} tokens, {count} "
+        f"update{'s' * (count > 1)} of {experiment.data.batch_size} rows",
         "rewards": ", ".join(f"{part.weight:g} x {name} ({part.kind})" for name, part in rl.rewards.items()),
         "advantages": f"divided by std (ddof {rl.advantage.ddof}) + {rl.advantage.epsilon:g}"
         if rl.advantage.scale == "std"

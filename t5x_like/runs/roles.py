@@ -5,21 +5,27 @@ Such a model's config, tokenizer and parameters come from its source. Opening it
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import NoReturn
 
 from t5x_like.convert.stored import StoredModel
 from t5x_like.core import dtypes
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.core.types import Tree
 from t5x_like.inference.weights import in_dtype
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
+from t5x_like.objectives.reward import HEAD
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.runs.adapters import open_merged
-from t5x_like.storage import patterns
+from t5x_like.storage import paths, patterns
 from t5x_like.training.state import Frozen, Source
 
 POLICY = "policy"
 BASE = "base"  # the policy without its adapter
+REFERENCE, REWARD = "reference", "reward"
+
+Opener = Callable[[str, str], StoredModel]  # (name of a role, its source) -> the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +79,36 @@ def check_names(roles: Collection[str], wanted: Collection[str], *, objective: s
             raise UsageError(f"config.roles.{name} has no effect: config.objective.name={objective!r} reads {reads}")
 
 
-def frozen_models(configs: Mapping[str, RoleConfig], *, length: int, platform: str) -> dict[str, FrozenModel]:
-    """The models of `config.roles`, opened. `length`: tokens of the longest row that they read."""
+def open_role(name: str, source: str) -> StoredModel:
+    """The model of a role that a run reads."""
+    del name
+    return open_merged(patterns.one(source))
+
+
+def open_or_assume(policy: model_config.ModelConfig, assumed: dict[str, str]) -> Opener:
+    """For a plan, which may be made before the models are there: a role without one gets the shapes of the policy, and
+    its name and source are added to `assumed`."""
+
+    def opened(name: str, source: str) -> StoredModel:
+        if paths.exists(patterns.one(source)):
+            return open_role(name, source)
+        assumed[name] = source
+        config = dataclasses.replace(policy, scalar_heads=(HEAD,) if name == REWARD else ())
+        return StoredModel(source, step=None, config=config, tokenizer=None, tokenizer_folder=None, read=_absent)
+
+    return opened
+
+
+def _absent(templates: Tree) -> NoReturn:
+    raise RuntimeError("a model that a plan has assumed has no parameters")
+
+
+def frozen_models(
+    configs: Mapping[str, RoleConfig], *, length: int, platform: str, opened: Opener
+) -> dict[str, FrozenModel]:
+    """The models of `config.roles`. `length`: tokens of the longest row that they read."""
     return {
-        name: _frozen_model(config, path=f"config.roles.{name}", length=length, platform=platform)
+        name: _frozen_model(name, config, length=length, platform=platform, opened=opened)
         for name, config in configs.items()
     }
 
@@ -92,9 +124,10 @@ def check_tokenizers(roles: Mapping[str, FrozenModel], tokenizer: str) -> None:
             )
 
 
-def _frozen_model(config: RoleConfig, *, path: str, length: int, platform: str) -> FrozenModel:
+def _frozen_model(name: str, config: RoleConfig, *, length: int, platform: str, opened: Opener) -> FrozenModel:
+    path = f"config.roles.{name}"
     try:
-        stored = open_merged(patterns.one(config.source))
+        stored = opened(name, config.source)
     except UserError as error:
         raise UserError(f"{path}.source: {error}") from None
     if length > stored.config.max_length:

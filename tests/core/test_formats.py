@@ -53,6 +53,12 @@ def test_the_separator_of_csv_was_found_before_it_could_be_given():
     assert formats.upgrade(given, where="") == {"data": {"csv_separator": ";"}}
 
 
+def test_answers_were_drawn_with_sharded_weights_before_they_could_be_gathered():
+    old = {"format": 4, "rl": {"rows": 0}}
+    assert formats.upgrade(old, where="") == {"rl": {"rows": 0, "weights": "sharded"}}
+    assert "rl" not in formats.upgrade({"format": 4, "loop": {}}, where="")
+
+
 def test_the_flat_scaling_of_rotary_positions_becomes_the_named_variant():
     numbers = {"factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_length": 8192}
 

@@ -1,6 +1,6 @@
 """Adding up a program: trip counts, branches, pairs, chains, kernels, on modules that can be counted by hand."""
 
-from t5x_like.planner.cost import Kernel, cost
+from t5x_like.planner.cost import Kernel, Loop, cost
 
 MESH = {"data": 2, "fsdp": 2}
 CYCLES = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
@@ -186,3 +186,21 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
     found = cost(module("\n".join([P, *run_loop("l", "body", "p")]), body + condition), MESH)
     assert found.cycles == 5
     assert found.unknown_loops == ("while.l",)
+
+
+def test_a_loop_that_data_may_end_counts_at_its_limit_with_what_its_condition_asks():
+    """Decoding: at most 4 tokens, and before each of them all devices are asked whether their rows go on."""
+    body = loop_body("body", line("%y = f32[8,128] copy(%x)", 5))
+    asked = """  %x = f32[8,128] get-tuple-element(%s), index=1
+  %left = f32[] all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %zero = f32[] constant(0)
+  %some = pred[] compare(%left, %zero), direction=GT
+  %lt = pred[] compare(%i, %n), direction=LT
+  ROOT %both = pred[] and(%lt, %some)"""
+    counted = "  ROOT %lt = pred[] compare(%i, %n), direction=LT"
+    condition = loop_condition("c.l", 4)
+    assert counted in condition
+    found = cost(module("\n".join([P, *run_loop("l", "body", "p")]), body + condition.replace(counted, asked)), MESH)
+    assert found.limited_loops == (Loop("while.l", 4, 20),)
+    assert (found.cycles, found.unknown_loops) == (20, ())
+    assert [(item.kind, item.count) for item in found.collectives] == [("all-reduce", 5)]

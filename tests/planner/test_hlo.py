@@ -42,12 +42,13 @@ ENTRY %main (p: f32[8,128], n: s32[]) -> f32[8,128] {
 """
 
 
-def trips(*, start, limit, step, direction, end="limit.2", config=""):
-    text = LOOP.replace("DIRECTION", direction).replace("END", end)
+def trips(*, start, limit, step, direction, end="limit.2", config="", text=LOOP):
+    text = text.replace("DIRECTION", direction).replace("END", end)
     text = text.replace("START", str(start)).replace("LIMIT", str(limit)).replace("STEP", str(step))
     module = hlo.parse(text.replace("body=%body", f"body=%body{config}"))
     entry = module.computations[module.entry]
-    return hlo.trip_count(module, entry, entry.instructions["while"], [])
+    found = hlo.trips(module, entry, entry.instructions["while"], [])
+    return found and (found.count if found.exact else ("at most", found.count))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,48 @@ def test_trip_count_follows_start_step_and_end(start, limit, step, direction, ex
 
 def test_a_loop_whose_end_is_data_has_no_trip_count():
     assert trips(start=0, limit=0, step=1, direction="LT", end="n") is None
+
+
+# Of a loop that goes on until all rows have ended, at most LIMIT times: as one fusion, and in two instructions.
+ENDED = {
+    "one fusion": """%less (a: s32[], b: s32[], ended: pred[8]) -> pred[] {
+  %a = s32[]{:T(128)} parameter(0)
+  %b = s32[]{:T(128)} parameter(1)
+  %ended = pred[8]{0} parameter(2)
+  %true = pred[] constant(true)
+  %all = pred[] reduce(%ended, %true), dimensions={0}, to_apply=%and_of
+  %going = pred[] not(%all)
+  %compare.fused = pred[]{:T(512)} compare(%a, %b), direction=DIRECTION
+  ROOT %both = pred[] and(%compare.fused, %going)
+}""",
+    "a parameter": """%less (a: s32[], b: s32[], ended: pred[8]) -> pred[] {
+  %a = s32[]{:T(128)} parameter(0)
+  %b = s32[]{:T(128)} parameter(1)
+  %ended = pred[8]{0} parameter(2)
+  %compare.inner = pred[]{:T(512)} compare(%a, %b), direction=DIRECTION
+  ROOT %second = pred[] fusion(%ended, %compare.inner), kind=kLoop, calls=%both
+}
+
+%both (e: pred[8], c: pred[]) -> pred[] {
+  %e = pred[8]{0} parameter(0)
+  %c = pred[] parameter(1)
+  %true = pred[] constant(true)
+  %all = pred[] reduce(%e, %true), dimensions={0}, to_apply=%and_of
+  %going = pred[] not(%all)
+  ROOT %and = pred[] and(%going, %c)
+}""",
+}
+
+
+@pytest.mark.parametrize("form", ENDED)
+@pytest.mark.parametrize(("end", "expected"), [("limit.2", ("at most", 12)), ("n", None)])
+def test_a_loop_that_data_may_end_before_has_its_limit(form, end, expected):
+    start, _, rest = LOOP.partition("%less (")
+    text = start + ENDED[form] + rest[rest.index("\n}") + 2 :]
+    text = text.replace("fusion(%i.1, %limit.1)", "fusion(%i.1, %limit.1, %ended.1)").replace(
+        "  ROOT %compare = pred", "  %ended.1 = pred[8]{0} custom-call(%state.1)\n  ROOT %compare = pred"
+    )
+    assert trips(start=0, limit=12, step=1, direction="LT", end=end, text=text) == expected
 
 
 def test_a_trip_count_that_the_compiler_wrote_is_taken():

@@ -116,17 +116,18 @@ def test_the_table_labels_its_figures_as_estimates(trained):
     items = tuple(
         collectives.Collective(**(item | {"axes": tuple(item["axes"])})) for item in trained["collective_instructions"]
     )
+    loops = (cost.Loop("while.4", 8, 400),)
     plan = report.Plan(
         program="train",
-        topology="v5e:2x2",
-        chips=4,
-        mesh=trained["mesh"],
+        place=report.Place("v5e:2x2", 4, trained["mesh"], 2**31),
         compiled=Compiled("", Memory(2**30, 2**20, 2**30, 2**30), 1.0, 2.0),
-        cost=cost.Cost(12345678, (cost.Kernel("splash", 2),), items, {"sort": 1}, ("while.3",)),
+        cost=cost.Cost(12345678, (cost.Kernel("splash", 2),), items, {"sort": 1}, ("while.3",), loops),
     )
     text = report.to_text(plan)
     assert text.startswith("train step on v5e:2x2: 4 chips, mesh fsdp=4\nEstimates of the TPU compiler")
-    for part in ("1.00 GiB", "1.235e+07", "splash x 2", "sort x 1", "while.3", "all-gather  fsdp"):
+    held = ("1.00 GiB", "fits into 2.00 GiB")
+    for part in (*held, "1.235e+07", "splash x 2", "sort x 1", "while.3", "all-gather  fsdp"):
         assert part in text
+    assert "while.4 x 8, its limit, which data may not reach: 50 a turn" in text
     assert "jit(step)" not in text
     assert "jit(step)" in report.to_text(plan, details=True)
