@@ -9,27 +9,26 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+from t5x_like.configs.lifecycle.models import LLAMA, T5
+
 # Letters that are one token in runs/tiny, behind a blank as well as at the begin of a text.
 LETTERS = "abcdefghklmnopstuvwy"
 HELD_OUT = 1 << 32  # seeds from here on are those of held-out prompts in `t5x_like rl`
 
 
 class Example(NamedTuple):
-    """wrong: an answer that is not the right one, and looks like it."""
-
     task: str
     question: str
     answer: str
-    wrong: str
 
 
 def reverse(chance: random.Random) -> tuple[str, str]:
-    letters = _letters(chance, 3, 6)
+    letters = _letters(chance, 3, 8)
     return f"Reverse: {' '.join(letters)}", " ".join(reversed(letters))
 
 
 def sort(chance: random.Random) -> tuple[str, str]:
-    letters = _letters(chance, 3, 6)
+    letters = _letters(chance, 3, 7)
     return f"Sort: {' '.join(letters)}", " ".join(sorted(letters))
 
 
@@ -38,15 +37,19 @@ def repeat(chance: random.Random) -> tuple[str, str]:
     return f"Repeat: {' '.join(letters)}", " ".join(letters)
 
 
+def without(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 4, 7)
+    gone = letters.pop()
+    mixed = list(letters)
+    for _ in range(chance.randint(1, 2)):
+        mixed.insert(chance.randint(0, len(mixed)), gone)
+    return f"Without {gone}: {' '.join(mixed)}", " ".join(letters)
+
+
 def count(chance: random.Random) -> tuple[str, str]:
     letters = [chance.choice("abcd") for _ in range(chance.randint(4, 8))]
     wanted = chance.choice("abcd")
     return f"Count {wanted}: {' '.join(letters)}", str(letters.count(wanted))
-
-
-def add(chance: random.Random) -> tuple[str, str]:
-    first, second = chance.randint(0, 50), chance.randint(0, 50)
-    return f"Add {first} and {second}.", str(first + second)
 
 
 def double(chance: random.Random) -> tuple[str, str]:
@@ -58,52 +61,40 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "reverse": reverse,
     "sort": sort,
     "repeat": repeat,
+    "without": without,
     "count": count,
-    "add": add,
 }
-ASKED = ("reverse", "sort", "repeat")  # in GRPO: what the model sometimes does; sums and counts it only guesses
-NEW_TASKS = {"double": double}  # what an adapter learns, and nothing else
+NEW_TASKS = {"double": double}  # what an adapter learns
+ALL_TASKS = TASKS | NEW_TASKS
 
 
 def example(task: str, *, held_out: bool, seed: int, index: int) -> Example:
     chance = random.Random(f"{task}/{held_out}/{seed}/{index}")
     while True:
-        question, answer = (TASKS | NEW_TASKS)[task](chance)
+        question, answer = ALL_TASKS[task](chance)
         if is_held_out(question) == held_out:
-            return Example(task, question, answer, corrupted(answer, chance))
+            return Example(task, question, answer)
 
 
 def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] < 26
 
 
-def corrupted(answer: str, chance: random.Random) -> str:
-    """Another answer: a number a little too large or small; letters with two swapped, one replaced, or one lost."""
-    if answer.isdigit():
-        return str(chance.choice([n for n in range(int(answer) - 3, int(answer) + 4) if n >= 0 and n != int(answer)]))
-    while True:
-        letters = answer.split(" ")
-        place, other = chance.randrange(len(letters)), chance.randrange(len(letters))
-        kind = chance.choice(("swap", "replace", "lose"))
-        if kind == "swap":
-            letters[place], letters[other] = letters[other], letters[place]
-        elif kind == "replace":
-            letters[place] = chance.choice(LETTERS)
-        else:
-            del letters[place]
-        if (wrong := " ".join(letters)) != answer:
-            return wrong
-
-
-def prompt(question: str) -> str:
-    """As the chat template "plain" writes a question."""
-    return f"User:\n{question}\n\nAssistant:\n"
-
-
 def ask(seed: int, index: int) -> tuple[str, str]:
-    """(prompt, expected answer), as `config.rl.generate`: the tasks of ASKED in turns."""
-    found = example(ASKED[index % len(ASKED)], held_out=seed >= HELD_OUT, seed=seed, index=index)
-    return prompt(found.question), found.answer
+    """(prompt of a decoder, expected answer), as `config.rl.generate`: all tasks in turns."""
+    found = _asked(seed, index)
+    return LLAMA.asked.format(found.question), found.answer
+
+
+def ask_source(seed: int, index: int) -> tuple[str, str]:
+    """The same for an encoder."""
+    found = _asked(seed, index)
+    return T5.asked.format(found.question), found.answer
+
+
+def _asked(seed: int, index: int) -> Example:
+    name = [*ALL_TASKS][index % len(ALL_TASKS)]
+    return example(name, held_out=seed >= HELD_OUT, seed=seed, index=index)
 
 
 def share(asked: str, answer: str, expected: str) -> float:
@@ -114,4 +105,4 @@ def share(asked: str, answer: str, expected: str) -> float:
 
 
 def _letters(chance: random.Random, least: int, most: int) -> list[str]:
-    return [chance.choice(LETTERS) for _ in range(chance.randint(least, most))]
+    return chance.sample(LETTERS, chance.randint(least, most))  # no letter twice
