@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from t5x_like.configs import common
 from t5x_like.configs.lifecycle import models
 from t5x_like.configs.lifecycle.models import Kind
-from t5x_like.configs.lifecycle.tasks import ALL_TASKS, NEW_TASKS, TASKS, Example, example, is_held_out
+from t5x_like.configs.lifecycle.tasks import ALL_TASKS, NEW_TASKS, TASKS, Example, demonstrated, example, is_held_out
 
-TEXTS, BEFORE, AFTER = 60, 200, 400  # of the plays, in bytes: both fit the window of a model
+TEXTS, BEFORE, AFTER = 60, 250, 400  # of the plays, in bytes: both fit the window of a model
 ANSWER_BYTES = 300  # of a person
 EXAMPLES = 4000  # of each task, for training
 HELD_OUT = 100  # questions of each task
@@ -26,11 +26,8 @@ def write(kind: Kind, folder: str) -> None:
     people = [*_conversations()]
     held = [each for each in people if is_held_out(each[0])]
     questions = examples(ALL_TASKS, HELD_OUT, held_out=True)
-    lines(out / "examples.jsonl", (_learned(kind, each.question, each.answer) for each in examples(TASKS, EXAMPLES)))
-    lines(
-        out / "new_examples.jsonl",
-        (_learned(kind, each.question, each.answer) for each in examples(NEW_TASKS, EXAMPLES)),
-    )
+    lines(out / "examples.jsonl", _demonstrations(kind, TASKS))
+    lines(out / "new_examples.jsonl", _demonstrations(kind, NEW_TASKS))
     lines(out / "people.jsonl", (_learned(kind, *each) for each in people if each not in held))
     lines(out / "held_out.jsonl", (asked(kind, each) for each in questions))
     lines(out / "people_held_out.jsonl", (_text(kind.asked.format(question), answer) for question, answer in held))
@@ -61,6 +58,11 @@ def lines(path: pathlib.Path, records: Iterable[dict]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     temporary.rename(path)
+
+
+def _demonstrations(kind: Kind, tasks: Iterable[str]) -> Iterator[dict]:
+    for number, each in enumerate(examples(tasks, EXAMPLES)):
+        yield _learned(kind, each.question, demonstrated(each, number // len([*tasks])))
 
 
 def _learned(kind: Kind, question: str, answer: str) -> dict:

@@ -14,5 +14,5 @@ def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
     config = lora.get_config(given)
     config.checkpoint.holds = "model"
     config.adapter.name = "none"
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 3e-4
     return config

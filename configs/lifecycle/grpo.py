@@ -26,9 +26,9 @@ def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
     config.rl.rewards.exact = common.reward("exact")
     config.rl.rewards.preferred = common.reward("model", weight=0.1)
     config.roles.reward = {"source": f"{folder}/reward", "rules": "", "dtype": "stored"}
-    config.optim.update({"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0, "clip_norm": 1.0})
+    config.optim.update({"name": "adamw", "learning_rate": 3e-4, "weight_decay": 0.0, "clip_norm": 1.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 5})
-    config.loop.update({"steps": 80, "log_every_steps": 2})
+    config.loop.update({"steps": 60, "log_every_steps": 2})
     config.evaluate.every_steps = 20
     config.telemetry.update({"measure_cpu_peak": False, "tensorboard": False})
     return config
