@@ -32,6 +32,7 @@ from t5x_like.data.templates.messages import of_list
 from t5x_like.data.tokenizers import sentinels, vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
+from t5x_like.inference.heads import read_last
 from t5x_like.inference.sampling import Sampling
 from t5x_like.inference.score import TOKENS_PER_BATCH, score
 from t5x_like.inference.weights import for_decoding, in_dtype
@@ -224,6 +225,20 @@ class LanguageModel:
             self.model, self.params, rows, sources=sources, truncate=truncate, tokens_per_batch=tokens_per_batch
         )
         return [(likelihood.logp, likelihood.greedy) for likelihood in found]
+
+    def read(self, prompts: Sequence[str], answers: Sequence[str], *, head: str = "reward") -> np.ndarray:
+        """What a scalar head (config.model.scalar_heads) says of each answer to its prompt, float32: of a reward model
+        the reward. Texts are those that it was trained on (features "pair_texts"): each answer ends with EOS."""
+        if isinstance(prompts, str) or isinstance(answers, str) or len(prompts) != len(answers):
+            raise UsageError("read takes lists of as many texts: read([prompt], [answer])")
+        for text in (*prompts, *answers):
+            _check_text(text)
+        before = [self.vocabulary.encode(text, bos=True, eos=self.has_encoder) for text in prompts]
+        after = [self.vocabulary.encode(text, eos=True) for text in answers]
+        begins = [[self.start_id]] * len(before) if self.has_encoder else before
+        texts = [[*begin, *end] for begin, end in zip(begins, after, strict=True)]
+        sources = before if self.has_encoder else None
+        return read_last(self.model, self.params, texts, sources=sources, head=head, mesh=self.mesh)
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a prompt: begins as a document does; an empty prompt starts after the end of the last one."""

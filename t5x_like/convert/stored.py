@@ -27,6 +27,7 @@ class StoredModel:
     """One checkpoint of ours, or one model of another program.
 
     directory: of it alone. tokenizer: the fingerprint, None where it is not known; tokenizer_folder: where it lies.
+    start_token: config.data.start_token of the run that trained it, "pad" where it is no run of ours.
     read(templates): the parameters of a tree of jax.ShapeDtypeStruct, which may be a part of the model's, each placed
     and typed as its template says. Raises UserError for a path or a shape that the model does not have.
     """
@@ -36,6 +37,7 @@ class StoredModel:
     config: ModelConfig
     tokenizer: str | None
     tokenizer_folder: str | None
+    start_token: str
     read: Callable[[Tree], dict[str, Any]]
 
 
@@ -61,6 +63,7 @@ def open_model(directory: str, *, adapters: bool = False) -> StoredModel:
         config=model_config.resolve(note["config"]["model"]),
         tokenizer=note.get("provenance", {}).get("tokenizer"),
         tokenizer_folder=place.tokenizer,
+        start_token=note["config"].get("data", {}).get("start_token", "pad"),
         read=functools.partial(restore_whole, place.checkpoint, native.PARAMS),
     )
 
@@ -77,6 +80,7 @@ def _foreign(directory: str) -> StoredModel:
             config=open_reading(foreign, dtype=None)[0],
             tokenizer=vocabularies.load(folder).fingerprint if folder else None,
             tokenizer_folder=there if folder else None,
+            start_token="pad",
             read=functools.partial(_read_foreign, directory),
         )
 

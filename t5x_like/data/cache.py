@@ -127,6 +127,19 @@ def fetch_set(cache_dir: str, part: str) -> None:
         _copy_missing(paths.join(cache_dir, part), str(local_folder(cache_dir) / part))
 
 
+def fetch_part(cache_dir: str, part: str) -> None:
+    """Copies what a bucket holds of a folder of the cache to the local disk; does nothing for a local cache."""
+    if paths.is_remote(cache_dir) and paths.is_directory(paths.join(cache_dir, part)):
+        _copy_missing(paths.join(cache_dir, part), str(local_folder(cache_dir) / part))
+
+
+def send_file(cache_dir: str, part: str, file: str) -> None:
+    """Copies a file of a folder of the cache to its bucket, unless it is there."""
+    target = paths.join(cache_dir, part, file)
+    if paths.is_remote(cache_dir) and not paths.exists(target):
+        paths.copy_file(str(local_folder(cache_dir) / part / file), target)
+
+
 def find_manifest(config: DataConfig, cache_dir: str, beside: str = "") -> str | None:
     """The path of the file that declares the config's data prepared, in the local copy of the cache or `beside` it."""
     there = str(local_folder(cache_dir) / name(config))

@@ -260,9 +260,10 @@ class DataConfig:
                 f"{path}.chat.template={self.chat.template!r} needs {path}.fields.messages, or inputs and targets, or "
                 "chosen and rejected"
             )
-        if self.chat.template == "t5" and not self.answers_apart:
+        if self.chat.template == "t5" and not (self.answers_apart or self.encoder_length):
             raise UsageError(
-                f"{path}.chat.template='t5' is for encoder-decoders ({path}.features='source_target'); use 'plain'"
+                f"{path}.chat.template='t5' is for encoder-decoders ({path}.features='source_target', or pairs with "
+                f"{path}.encoder_length); use 'plain'"
             )
         written = ("pairs", "pair_texts") if fields.rejected else ("causal", "source_target")
         if self.chats and self.features not in written:

@@ -7,9 +7,9 @@ equation 7).
 log p is the sum over the tokens of the answer, or their mean with `length_normalized`; the smoothing is that of labels
 which are wrong with this probability (conservative DPO). Before the first update the loss is log 2.
 
-`reference` says where log p_ref comes from: "role", a second model (config.roles.reference); "base", the policy without
-its adapter (config.adapter); "cache", numbers that were computed once and lie beside the tokens; "none", a reference
-that gives every answer the same probability.
+`reference` says where log p_ref comes from: "role", a second model (config.roles.reference); "cache", sums that this
+model gave before the first step and that lie beside the tokens, so that no step holds it; "base", the policy without
+its adapter (config.adapter); "none", a reference that gives every answer the same probability.
 
 Names: B pairs, T length of a text.
 """
@@ -24,11 +24,12 @@ from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.layers.scoring.token_scores import token_scores
+from t5x_like.models.model import Model
 from t5x_like.objectives import pairs
 from t5x_like.objectives.interface import Batch, Objective, Role, Sums
 
 REFERENCES = ("role", "base", "cache", "none")
-LOGP = "reference_logp"  # of each side, [B]: what "cache" reads
+LOGP = "reference_logp"  # of each side, [B]: what "cache" reads, sums over the tokens of an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,19 @@ class DpoConfig:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The models that are read besides the policy."""
+        """The models that a step reads besides the policy."""
         return ("reference",) if self.reference == "role" else ()
+
+    @property
+    def cached_roles(self) -> tuple[str, ...]:
+        """The models whose log-probabilities are read from the token cache instead."""
+        return ("reference",) if self.reference == "cache" else ()
 
 
 def build(config: DpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
     policy, reference = roles["policy"], roles.get("base" if config.reference == "base" else "reference")
+    if config.reference == "role" and reference is not None:
+        check_reference(policy.model, reference.model)
     if config.reference == "base" and "base" not in roles:
         raise UsageError(
             "config.objective.dpo.reference='base' is the policy without its adapter, and this run trains the model "
@@ -65,7 +73,7 @@ def build(config: DpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, Arr
     def reference_logp(params, frozen, batch: Batch, both: Batch) -> tuple[jax.Array, ...]:
         """(chosen, rejected), each [B]; no gradient."""
         if config.reference == "cache":
-            found = batch[f"chosen/{LOGP}"], batch[f"rejected/{LOGP}"]
+            found = cached_logp(batch, mean=config.length_normalized)
         elif config.reference == "none":
             found = (jnp.zeros(()),) * 2
         else:
@@ -111,6 +119,24 @@ def build(config: DpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, Arr
     names = ("inputs", "targets", "loss_weights", *((LOGP,) if config.reference == "cache" else ()))
     read = pairs.needed(arrays, names, optional=policy.model.inputs, objective="dpo")
     return Objective(weights, loss, evaluate, read)
+
+
+def cached_logp(batch: Batch, *, mean: bool) -> tuple[jax.Array, ...]:
+    """(chosen, rejected) of the token cache, sums or means over the tokens of an answer, each [B]."""
+    sums = (batch[f"{side}/{LOGP}"] for side in pairs.SIDES)
+    counts = (jnp.sum(batch[f"{side}/loss_weights"], axis=1) for side in pairs.SIDES)
+    return tuple(x / jnp.maximum(count, 1) if mean else x for x, count in zip(sums, counts, strict=True))
+
+
+def check_reference(policy: Model, reference: Model) -> None:
+    """Raises UsageError for a reference that reads other arrays than the policy, or other tokens."""
+    for field in ("architecture", "vocab_size"):
+        mine, its = (getattr(model.config, field) for model in (policy, reference))
+        if mine != its:
+            raise UsageError(
+                f"config.roles.reference is a model of {field}={its!r}, and config.model.{field}={mine!r}: both read "
+                "the same rows; give a reference of the same kind"
+            )
 
 
 def answer_logp(role: Role, params, frozen, batch: Batch, *, mean: bool, key) -> jax.Array:

@@ -58,6 +58,11 @@ def wanted_roles(config: ObjectiveConfig) -> tuple[str, ...]:
     return (*OBJECTIVES[config.name].roles, *getattr(named(config), "roles", ()))
 
 
+def cached_roles(config: ObjectiveConfig) -> tuple[str, ...]:
+    """The names of the models that are read before the first step alone: what they say lies in the token cache."""
+    return getattr(named(config), "cached_roles", ())
+
+
 def build(config: ObjectiveConfig, roles: Mapping[str, Role], arrays: Mapping[str, ArraySpec]) -> Objective:
     """The objective that the config names. Raises UsageError for a role or an array that it wants and does not get."""
     chosen = OBJECTIVES[config.name]

@@ -17,11 +17,16 @@ from t5x_like.inference.decode import encoder_batch
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """length: tokens of a row (T); source: of an encoder's row (S), 0 without one; start: a decoder's start token."""
+    """length: tokens of a row (T); source: of an encoder's row (S), 0 without one; start: a decoder's start token.
+
+    judge: the start token of a reward model with an encoder, None where there is none; end: what ends its sources.
+    """
 
     length: int
     source: int
     start: int
+    judge: int | None = None
+    end: int | None = None
 
 
 def token_arrays(
@@ -30,10 +35,7 @@ def token_arrays(
     """{inputs, targets, segment_ids, loss_weights} [R, T], and an encoder's arrays [R, S]."""
     if shape.source:
         before = [[shape.start] for _ in prompts]
-        sources, counts = np.zeros((len(prompts), shape.source), np.int32), np.array([len(ids) for ids in prompts])
-        for row, ids in enumerate(prompts):
-            sources[row, : len(ids)] = ids
-        arrays = encoder_batch(sources, counts)
+        arrays = encoder_batch(*_padded(prompts, shape.source))
     else:
         before, arrays = prompts, {}
     tokens = np.zeros((len(prompts), shape.length + 1), np.int32)
@@ -71,14 +73,38 @@ def from_rows(
     return found
 
 
+def text_widths(new_tokens: int, length: int, source: int, *, apart: bool) -> dict[str, int]:
+    """The lengths of the rows of `text_arrays`: {"inputs": T} and, where the reward model has an encoder, of its rows.
+
+    new_tokens, length, source: N, T and S of the policy's rows; apart: whether the reward model has an encoder.
+    """
+    room = source - 1 if source else length + 1 - new_tokens  # of a prompt without EOS
+    return {"inputs": new_tokens + 1, "encoder_inputs": room + 1} if apart else {"inputs": room + new_tokens}
+
+
 def text_arrays(
     prompts: Sequence[Sequence[int]], answers: Int[np.ndarray, "R N"], lengths: Int[np.ndarray, " R"], shape: RowShape
 ) -> dict[str, np.ndarray]:
-    """{inputs, segment_ids} [R, T]: prompt and answer as the whole text that a reward model reads. A source ends with
-    EOS, which such a text has not before its answer."""
-    width = (shape.source - 1 if shape.source else 1) + shape.length
-    tokens, held = np.zeros((len(prompts), width), np.int32), np.zeros(len(prompts), np.int64)
-    for row, (ids, answer, count) in enumerate(zip(prompts, answers, lengths.tolist(), strict=True)):
-        text = [*(ids[:-1] if shape.source else ids), *answer[:count].tolist()]
-        tokens[row, : len(text)], held[row] = text, len(text)
-    return {"inputs": tokens, "segment_ids": (np.arange(width)[None, :] < held[:, None]).astype(np.int32)}
+    """{inputs, segment_ids} [R, T]: prompt and answer as the whole text that a reward model reads. With an encoder
+    (`shape.judge`) the prompt is its source and the text is the start token and the answer. A source ends with EOS,
+    which a text has not before its answer."""
+    widths = text_widths(answers.shape[1], shape.length, shape.source, apart=shape.judge is not None)
+    bare = [ids[:-1] if shape.source else ids for ids in prompts]
+    texts = [
+        [*(ids if shape.judge is None else [shape.judge]), *answer[:count].tolist()]
+        for ids, answer, count in zip(bare, answers, lengths.tolist(), strict=True)
+    ]
+    tokens, held = _padded(texts, widths["inputs"])
+    arrays = {"inputs": tokens, "segment_ids": (np.arange(widths["inputs"]) < held[:, None]).astype(np.int32)}
+    if shape.judge is None:
+        return arrays
+    end = [] if shape.end is None else [shape.end]
+    return arrays | encoder_batch(*_padded([[*ids, *end] for ids in bare], widths["encoder_inputs"]))
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [R, width], how many each row has)."""
+    tokens, held = np.zeros((len(rows), width), np.int32), np.array([len(row) for row in rows])
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    return tokens, held

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError
+from t5x_like.data import reference_logp
 from t5x_like.data.read import features
 from t5x_like.inference.decode import decode_step
 from t5x_like.models.model import Model
@@ -55,11 +56,13 @@ def step_program(experiment: Experiment, mesh: Mesh) -> Program:
     own, trainable, frozen = _policy(experiment, model)
     _check_rules(rules, tree.join(trainable, frozen), where="config.mesh.rules")
     data = experiment.data
-    others = frozen_models(experiment.roles, length=max(data.length, data.encoder_length), platform=platform)
+    held = {name: role for name, role in experiment.roles.items() if name not in experiment.cached_roles}
+    others = frozen_models(held, length=max(data.length, data.encoder_length), platform=platform)
     for name, other in others.items():
         _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
     roles = own | {name: frozen_role(other.model, name) for name, other in others.items()}
-    objective = objectives.build(experiment.objective, roles, features.arrays(data))
+    offered = features.arrays(data) | (reference_logp.arrays(data) if experiment.cached_roles else {})
+    objective = objectives.build(experiment.objective, roles, offered)
     steps = experiment.optim.schedule.steps
     assert steps is not None, "from_config has filled it in"
     optimizer = optimizers.build(experiment.optim, specs=trainable, total_steps=steps, frozen=tree.flatten(frozen))

@@ -72,6 +72,7 @@ class Compiled:
 
     step: Any
     programs: Programs
+    rows: RowShape
 
 
 def run(
@@ -257,10 +258,15 @@ def _share(session: Session) -> Callable[[str, Any], Any]:
     return lambda name, value: session.processes.broadcast(name, value)
 
 
-def _row_shape(experiment: RlExperiment, vocabulary: Vocabulary) -> RowShape:
+def _row_shape(experiment: RlExperiment, program: Program, vocabulary: Vocabulary) -> RowShape:
     data = experiment.data
-    start = start_id(data.start_token, vocabulary) if data.encoder_length else 0
-    return RowShape(data.length, data.encoder_length, start)
+    return RowShape(
+        length=data.length,
+        source=data.encoder_length,
+        start=start_id(data.start_token, vocabulary) if data.encoder_length else 0,
+        judge=rl_program.judge_start(program, vocabulary),
+        end=vocabulary.eos_id,
+    )
 
 
 def iterations_of(
@@ -273,7 +279,7 @@ def iterations_of(
         asked.prompts,
         asked.encoder,
         rewards,
-        rows=_row_shape(experiment, asked.vocabulary),
+        rows=compiled.rows,
         seed=experiment.seed,
         around=around,
     )
@@ -303,7 +309,7 @@ def compile_programs(experiment: RlExperiment, program: Program, asked: Asked) -
         scored=made.scored,
         judged=made.judged,
     )
-    return Compiled(step, found)
+    return Compiled(step, found, _row_shape(experiment, program, asked.vocabulary))
 
 
 def _told(

@@ -12,7 +12,10 @@ from t5x_like.core import tree
 from t5x_like.core.config import named
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
+from t5x_like.data.read.source_target import start_id
+from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference.sampling import GREEDY, Sampling
+from t5x_like.models.model import Model
 from t5x_like.objectives import reward
 from t5x_like.objectives.grpo import GrpoConfig
 from t5x_like.objectives.interface import Role, frozen_role
@@ -21,6 +24,7 @@ from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, replicated
 from t5x_like.rl.config import RlConfig
 from t5x_like.rl.rollout import Rollout, Shape, rollout_program
+from t5x_like.rl.rows import text_widths
 from t5x_like.rl.scoring import TOKENS, scoring_function
 from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment, multiples
@@ -111,7 +115,7 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         return jax.jit(function, out_shardings=replicated(mesh), compiler_options=options)
 
     reference = _reference(config.reference, program)
-    rows = rl.rows or rl.answers
+    rows, judge = rl.rows or rl.answers, program.roles.get(REWARD)
     return RlPrograms(
         sample=rollout(rows, Sampling(temperature=config.temperature, top_k=0, top_p=1.0)),
         answer=rollout(rows, GREEDY),
@@ -119,18 +123,18 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         reference=None if reference is None else scoring(reference),
         reward=_reward_program(program, options) if rl.reward_model else None,
         scored={name: program.batch[name] for name in TOKENS if name in program.batch},
-        judged=abstract_batch(mesh, rules, _text_specs(experiment)),
+        judged=abstract_batch(mesh, rules, _text_specs(experiment, judge and judge.model)),
     )
 
 
 def _reward_program(program: Program, options: Any) -> Any:
     """(params, frozen, batch) -> the number of each text, replicated."""
     model = program.roles[REWARD].model
-    if HEAD not in model.config.scalar_heads or model.config.architecture != "decoder":
+    if HEAD not in model.config.scalar_heads or model.config.architecture == "encoder":
         raise UsageError(
             f"config.roles.{REWARD}: this model is a {model.config.architecture} with the heads "
-            f"{model.config.scalar_heads}; a reward model is a decoder with the head {HEAD!r}, which "
-            "config.objective.name='reward' trains"
+            f"{model.config.scalar_heads}; a reward model is a decoder or an encoder-decoder with the head {HEAD!r}, "
+            "which config.objective.name='reward' trains"
         )
     role = frozen_role(model, REWARD)
 
@@ -140,10 +144,26 @@ def _reward_program(program: Program, options: Any) -> Any:
     return jax.jit(judge, out_shardings=replicated(program.mesh), compiler_options=options)
 
 
-def _text_specs(experiment: RlExperiment) -> dict[str, ArraySpec]:
+def _text_specs(experiment: RlExperiment, model: Model | None) -> dict[str, ArraySpec]:
+    """Of the batch that a reward model reads; {} without one."""
     data = experiment.data
-    width = data.length + (data.encoder_length - 1 if data.encoder_length else 1)
-    return {name: ArraySpec((data.batch_size, width), "int32", ("batch", None)) for name in ("inputs", "segment_ids")}
+    if model is None:
+        return {}
+    apart = "encoder_inputs" in model.inputs
+    widths = text_widths(experiment.rl.new_tokens, data.length, data.encoder_length, apart=apart)
+    return {
+        name.replace("inputs", part): ArraySpec((data.batch_size, width), "int32", ("batch", None))
+        for name, width in widths.items()
+        for part in ("inputs", "segment_ids")
+    }
+
+
+def judge_start(program: Program, vocabulary: Vocabulary) -> int | None:
+    """The start token of the reward model's decoder; None where it has no encoder, or there is no reward model."""
+    role = program.roles.get(REWARD)
+    if role is None or "encoder_inputs" not in role.model.inputs:
+        return None
+    return start_id(role.stored.start_token, vocabulary)
 
 
 def _reference(which: str, program: Program) -> Role | None:

@@ -12,6 +12,7 @@ from t5x_like.core import config as bridge
 from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError
 from t5x_like.data.config import DataConfig
+from t5x_like.data.read.features import FEATURES
 from t5x_like.models import config as model_config
 from t5x_like.objectives import table as objectives
 from t5x_like.optim import optimizers
@@ -48,7 +49,12 @@ class Experiment:
     @property
     def wanted_roles(self) -> tuple[str, ...]:
         """The names of the models that the run reads, the policy first."""
-        return objectives.wanted_roles(self.objective)
+        return (*objectives.wanted_roles(self.objective), *self.cached_roles)
+
+    @property
+    def cached_roles(self) -> tuple[str, ...]:
+        """Those of them that no step holds (runs/reference_logp.py)."""
+        return objectives.cached_roles(self.objective)
 
     def check(self, path: str) -> None:
         if not 0 <= self.seed < 2**32:
@@ -164,10 +170,12 @@ def _check_features(experiment: Experiment) -> None:
     two = experiment.model.architecture == "encoder_decoder"
     if two != (experiment.data.encoder_length > 0):
         what = "reads a source" if two else "has no encoder"
+        remedy = f"use {'source_target or span_corruption' if two else 'causal'}"
+        if FEATURES[features].encoder is None:
+            remedy = f"set config.data.encoder_length to {'the most tokens of a prompt' if two else 0}"
         raise UsageError(
-            f"config.data.features={features!r} does not fit config.model.architecture="
-            f"{experiment.model.architecture!r}, which {what}; use "
-            f"{'source_target or span_corruption' if two else 'causal'}"
+            f"config.data.features={features!r} with config.data.encoder_length={experiment.data.encoder_length} does "
+            f"not fit config.model.architecture={experiment.model.architecture!r}, which {what}; {remedy}"
         )
 
 

@@ -6,6 +6,7 @@ The order of training itself stands in training/loop.py, what stands around a lo
 import contextlib
 import functools
 import math
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from t5x_like.objectives.interface import Batch
 from t5x_like.optim.optimizers import describe
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.sharding import addressable_rows, global_batch
-from t5x_like.runs import branch, summary
+from t5x_like.runs import branch, reference_logp, summary
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
@@ -37,6 +38,8 @@ from t5x_like.training.faults import PREEMPTED, Faults
 from t5x_like.training.saver import Saver, take
 from t5x_like.training.session import Inputs, Request, Session, warn
 from t5x_like.training.telemetry import screen
+
+Sources = Mapping[str, Mapping[str, str]]  # by role: source and fingerprint of models that no step holds
 
 
 def run(
@@ -66,7 +69,13 @@ def run(
         session.hold(contextlib.closing(data))
         check_tokenizers(program.roles, data.vocabulary.fingerprint)
         _check_best_metric(experiment.checkpoint.best_metric, program, data)
-        return (_check if request.check else _train)(experiment, session, program, data)
+        with session.faults.phase("prepare"):
+            beside = session.workdir.path("cache")
+            cache = experiment.data.cache or beside
+            cached = reference_logp.attach(experiment, session, program, data, cache=cache, beside=beside)
+        if request.check:
+            return _check(experiment, session, program, data)
+        return _train(experiment, session, program, data, cached)
 
 
 def with_branch(experiment: Run, stored: Mapping[str, Any] | None, session: Session) -> Run:
@@ -154,8 +163,8 @@ def _check(experiment: Experiment, session: Session, program: Program, data: Tra
     return 0
 
 
-def _train(experiment: Experiment, session: Session, program: Program, data: TrainData) -> int:
-    loop = functools.partial(_loop, experiment, session, program, data)
+def _train(experiment: Experiment, session: Session, program: Program, data: TrainData, cached: Sources) -> int:
+    loop = functools.partial(_loop, experiment, session, program, data, cached)
     outcome = session.run(loop, checkpoint=experiment.checkpoint, steps=experiment.loop.steps)
     return end(experiment, session, outcome)
 
@@ -173,11 +182,16 @@ def end(experiment: Experiment, session: Session, outcome: loops.Outcome) -> int
 
 
 def _loop(
-    experiment: Experiment, session: Session, program: Program, data: TrainData, checkpoints: Checkpoints
+    experiment: Experiment,
+    session: Session,
+    program: Program,
+    data: TrainData,
+    cached: Sources,
+    checkpoints: Checkpoints,
 ) -> loops.Outcome:
     """Restores or makes the state, compiles, and trains."""
     inputs = Inputs(data.fingerprint, data.vocabulary, dict(program.mesh.shape))
-    saver = _saver(experiment, program, checkpoints, session.metadata(inputs))
+    saver = _saver(experiment, program, checkpoints, session.metadata(inputs), cached)
     start, state, frozen, evaluation, origin = begin(experiment, session, program, saver, inputs)
     check_steps(experiment, session, start)
     session.record_start(inputs, resumed_from=start or None)
@@ -192,7 +206,7 @@ def _loop(
     batches = Batches(program, data)
     with telemetry.timed("compile"):
         step, evaluate = _compile(program, session.faults, evaluates=bool(batches.held_out))
-    told = _told(experiment, session, data, origin=origin, start=start)
+    told = _told(experiment, session, data, origin=origin, start=start, cached=cached)
     telemetry.summary(summary.sections(experiment, program, told, memory=step.memory_analysis()))
     prefetch = Prefetch(batches.read, ahead=experiment.data.prefetch)
     session.closing(prefetch.close)
@@ -220,9 +234,15 @@ def check_steps(experiment: Experiment, session: Session, start: int) -> None:
         )
 
 
-def _saver(experiment: Experiment, program: Program, checkpoints: Checkpoints, metadata: Mapping[str, Any]) -> Saver:
+def _saver(
+    experiment: Experiment,
+    program: Program,
+    checkpoints: Checkpoints,
+    metadata: Mapping[str, Any],
+    cached: Sources = types.MappingProxyType({}),
+) -> Saver:
     holds = experiment.checkpoint.holds
-    return Saver(checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata=metadata)
+    return Saver(checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata=metadata, cached=cached)
 
 
 def begin(
@@ -270,8 +290,17 @@ def _compile(program: Program, faults: Faults, *, evaluates: bool) -> tuple[Any,
         return step, program.evaluate.lower(layout.state["params"], layout.frozen, program.batch).compile()
 
 
-def _told(experiment: Experiment, session: Session, data: TrainData, *, origin: str, start: int) -> summary.Told:
-    facts = data.describe(experiment.loop.steps)
+def _told(
+    experiment: Experiment,
+    session: Session,
+    data: TrainData,
+    *,
+    origin: str,
+    start: int,
+    cached: Sources = types.MappingProxyType({}),
+) -> summary.Told:
+    said = {name: f"log-probabilities of all pairs, by {found['source']}" for name, found in cached.items()}
+    facts = data.describe(experiment.loop.steps) | {"more": said}
     return summary.Told(session.workdir.root, origin=origin, start=start, data=facts, notes=session.notes)
 
 
@@ -279,7 +308,9 @@ def _flops_per_token(experiment: Experiment, program: Program, data: TrainData) 
     """Of training, for each of the tokens that `tokens_per_step` counts, those of an encoder among them."""
     rows = experiment.data
     of_decoder = programs.flops_per_token(program, rows.length, rows.encoder_length)
-    return of_decoder * rows.batch_size * rows.length / data.tokens_per_step
+    # Of a pair there are two texts, each with a source of its own where there is an encoder.
+    decoded = sum(array.size for name, array in program.batch.items() if name.rpartition("/")[2] == "inputs")
+    return of_decoder * decoded / data.tokens_per_step
 
 
 class Batches:

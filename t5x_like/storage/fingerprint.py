@@ -5,6 +5,8 @@ value does not depend on the mesh, the sharding or the number of processes; it i
 The mix is the finalizer of MurmurHash3 (public domain, github.com/aappleby/smhasher).
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -26,6 +28,11 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
         values = [_fingerprint(arrays[name]) for name in group]
         result.update({name: int(value) for name, value in zip(group, values, strict=True)})
     return result
+
+
+def digest(arrays: Mapping[str, jax.Array]) -> str:
+    """One text for all arrays of a model, by path."""
+    return hashlib.sha256(json.dumps(fingerprints(arrays), sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

@@ -6,8 +6,7 @@ the checkpoint that the base came from. Frozen roles with a source of their own 
 their sources and a fingerprint of each, and a resume must find the same parameters there.
 """
 
-import hashlib
-import json
+import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from t5x_like.peft.attach import is_adapter
 from t5x_like.storage import base as bases
 from t5x_like.storage import model_directory
 from t5x_like.storage.checkpoint import Checkpoints
-from t5x_like.storage.fingerprint import fingerprints
+from t5x_like.storage.fingerprint import digest
 from t5x_like.training.state import Layout, Parts, State, read_sources
 
 # Item of a checkpoint -> part of the train state. "state": the step, counts and spike statistics. "rollouts": answers
@@ -31,12 +30,20 @@ _MODELS = ("params", "ema")
 
 
 class Saver:
-    """Saves and restores one run; `metadata` (config, provenance) goes into every checkpoint."""
+    """Saves and restores one run; `metadata` (config, provenance) goes into every checkpoint. cached: by role, source
+    and fingerprint of models that only the token cache was made with."""
 
     def __init__(
-        self, checkpoints: Checkpoints, *, parts: Parts, layout: Layout, holds: str, metadata: Mapping[str, Any]
+        self,
+        checkpoints: Checkpoints,
+        *,
+        parts: Parts,
+        layout: Layout,
+        holds: str,
+        metadata: Mapping[str, Any],
+        cached: Mapping[str, Mapping[str, str]] = types.MappingProxyType({}),
     ):
-        self._checkpoints, self._parts, self._layout = checkpoints, parts, layout
+        self._checkpoints, self._parts, self._layout, self._cached = checkpoints, parts, layout, cached
         self._apart = holds == "trained" and bool(layout.frozen["base"])
         axes = _items(layout.axes, {} if self._apart else layout.frozen_axes["base"])
         self._metadata = {**metadata, "axes": {name: _listed(item) for name, item in axes.items()}}
@@ -129,16 +136,16 @@ class Saver:
         state["params"], base = tree.split(state["params"], lambda path: path in trained)
         frozen = {"base": base} | read_sources(self._parts, self._layout)
         self._metadata["roles"] = self._sources(frozen)
-        _check_sources(note.get("roles", {}), self._metadata["roles"], where=where)
+        check_sources(note.get("roles", {}), self._metadata["roles"], where=where)
         return state, frozen
 
     def _sources(self, frozen: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """By role: where its parameters were read, and one number for all of them as they are held."""
         sources = {role: part.source for role, part in self._parts.frozen.items() if part.source is not None}
         return {
-            role: {"source": source.directory, "fingerprint": _digest(tree.flatten(frozen[role]))}
+            role: {"source": source.directory, "fingerprint": digest(tree.flatten(frozen[role]))}
             for role, source in sources.items()
-        }
+        } | {role: dict(found) for role, found in self._cached.items()}
 
 
 def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) -> tuple[dict[str, jax.Array], str]:
@@ -166,7 +173,7 @@ def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) 
     return new, f"{len(new)} of {len(chosen)} parameters of {source}{at}"
 
 
-def _check_sources(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
+def check_sources(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
     """Raises UserError for a role whose parameters are not those that the run had so far."""
     for role, found in now.items():
         known = before.get(role, {"source": "nowhere", "fingerprint": ""})
@@ -175,10 +182,6 @@ def _check_sources(before: Mapping[str, Any], now: Mapping[str, Any], *, where: 
                 f"config.roles.{role}: {found['source']} now gives other parameters, or another dtype, than this run "
                 f"read from {known['source']} up to {where}; give the former ones as config.roles.{role}.source"
             )
-
-
-def _digest(arrays: Mapping[str, jax.Array]) -> str:
-    return hashlib.sha256(json.dumps(fingerprints(arrays), sort_keys=True).encode()).hexdigest()
 
 
 def _items(state: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,13 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+import t5x_like
+from configs.rl import test
 from t5x_like.__main__ import main
+from t5x_like.inference.heads import read_last
 from tests.end_to_end.commands import ROOT, rows, train
 from tools import crash_test
 
@@ -211,6 +215,39 @@ def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path):
     assert row["train/reward"] == pytest.approx(row["train/reward/share"] + 2 * row["train/reward/judge"], rel=1e-5)
     arrays = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
     assert len(set(arrays["rollouts/rewards"][0].tolist())) > 4, "it says the same of all answers"
+
+
+def test_an_encoder_decoder_is_rewarded_by_one(tmp_path):
+    """What the reward model says of rollouts is what it says of the same texts by itself."""
+    pairs = [{"prompt": f"{letter}=", "chosen": letter, "rejected": "x"} for letter in "abcd"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 4))
+    judge, config = tmp_path / "judge.py", tmp_path / "own.py"
+    judge.write_text(
+        "from configs.rl import test\nfrom configs.pretrain import test as pretrain\n\n\ndef get_config():\n"
+        "    config = pretrain.get_config()\n    config.model = test.get_config('t5').model\n"
+        f"    config.data.update({{'source': 'jsonl:{tmp_path}/pairs.jsonl', 'features': 'pair_texts'}})\n"
+        "    config.data.update({'packing': 'single', 'validation': '', 'encoder_length': 4, 'start_token': 'eos'})\n"
+        "    config.data.fields.update({'text': '', 'prompt': 'prompt', 'chosen': 'chosen', 'rejected': 'rejected'})\n"
+        "    config.model.scalar_heads = ('reward',)\n    config.objective.name = 'reward'\n    return config\n"
+    )
+    assert train(tmp_path / "judge", "--config.loop.steps=4", config=str(judge)) == 0
+    config.write_text(
+        "from configs.rl import test\nfrom t5x_like.configs import common\n\n\ndef get_config():\n"
+        "    config = test.get_config('t5')\n    config.rl.rewards = {'judge': common.reward('model')}\n"
+        f"    config.roles.reward = {{'source': {str(tmp_path / 'judge')!r}, 'rules': '', 'dtype': 'stored'}}\n"
+        "    return config\n"
+    )
+    assert rl(tmp_path / "run", "--config.loop.steps=2", config=config) == 0
+    arrays = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "2")
+    lm = t5x_like.load(str(tmp_path / "judge"))
+    answers = [
+        [lm.vocabulary.eos_id, *row[:length].tolist()]
+        for row, length in zip(arrays["rollouts/tokens"], arrays["rollouts/lengths"], strict=True)
+    ]
+    prompts = [lm.vocabulary.encode(f"{test.letter(0, index // 4)[1]}=", eos=True) for index in range(16)]
+    expected = read_last(lm.model, lm.params, answers, sources=prompts, head="reward")
+    assert np.ptp(expected) > 1e-3, "it says the same of all answers"
+    assert np.allclose(arrays["rollouts/rewards"][0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_policy_learns_what_is_rewarded(tmp_path):

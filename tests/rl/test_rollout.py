@@ -15,7 +15,7 @@ from t5x_like.objectives.grpo import GrpoConfig
 from t5x_like.objectives.interface import policy
 from t5x_like.parallel.sharding import tree_shardings
 from t5x_like.rl.rollout import Shape, end_ids, rollout_batch, rollout_program
-from t5x_like.rl.rows import RowShape, first_targets, from_rows, on_rows, token_arrays
+from t5x_like.rl.rows import RowShape, first_targets, from_rows, on_rows, text_arrays, token_arrays
 from t5x_like.rl.scoring import scoring_function
 from tests.layers.scoring.world import FAST, make_mesh
 from tests.models import cases
@@ -140,6 +140,27 @@ def test_rows_of_an_encoder_decoder_hold_the_prompt_as_source():
     assert found["inputs"].tolist() == [[6, 7, 8], [6, 0, 0]]
     assert found["targets"].tolist() == [[7, 8, 9], [5, 0, 0]]
     assert found["loss_weights"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("judge", [None, 8], ids=["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("policy", ["decoder", "encoder-decoder"])
+def test_a_reward_model_reads_the_text_that_it_was_trained_on(policy, judge):
+    """Prompts of a policy with an encoder end with EOS (9 here); a reward model reads it where it has an encoder."""
+    answers, lengths = np.array([[7, 6, 9], [5, 0, 0]]), np.array([3, 1])
+    if policy == "decoder":
+        prompts, shape = [[1, 2], [3]], RowShape(4, 0, 0, judge, 9)
+    else:
+        prompts, shape = [[1, 2, 9], [3, 9]], RowShape(3, 3, 6, judge, 9)
+    found = text_arrays(prompts, answers, lengths, shape)
+    if judge is None:
+        assert found.pop("inputs").tolist() == [[1, 2, 7, 6, 9], [3, 5, 0, 0, 0]]
+        assert found.pop("segment_ids").tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    else:
+        assert found.pop("inputs").tolist() == [[8, 7, 6, 9], [8, 5, 0, 0]]
+        assert found.pop("segment_ids").tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+        assert found.pop("encoder_inputs").tolist() == [[1, 2, 9], [3, 9, 0]]
+        assert found.pop("encoder_segment_ids").tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert not found
 
 
 def test_numbers_of_tokens_come_back_from_their_rows():

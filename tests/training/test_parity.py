@@ -55,6 +55,21 @@ RUNS = {
             "data": {"features": "pairs", "packing": "single"},
         },
     ),
+    "reward of t5": (
+        "t5",
+        {
+            "objective": {"name": "reward", "reward": {"centering": 0.1}},
+            "data": {"features": "pair_texts", "packing": "single"},
+            "model": {"scalar_heads": ("reward",)},
+        },
+    ),
+    "dpo of t5": (
+        "t5",
+        {
+            "objective": {"name": "dpo", "dpo": {"beta": 0.3, "reference": "none", "length_normalized": True}},
+            "data": {"features": "pairs", "packing": "single"},
+        },
+    ),
     "grpo": ("llama", {"objective": {"name": "grpo", "grpo": _GRPO | {"aggregation": "sequence"}}, "data": _ROLLOUTS}),
     "grpo of t5": ("t5", {"objective": {"name": "grpo", "grpo": _GRPO}, "data": _ROLLOUTS}),
     "sft": ("llama", {"data": _CHATS | {"chat": {"template": "plain"}}}),
@@ -97,8 +112,16 @@ def _varied(params: Tree) -> Tree:
 
 @functools.cache
 def _batch(name: str) -> dict[str, np.ndarray]:
-    """Packed conversations, of which only the assistant's words have loss; of other runs, `_documents`."""
-    return conversations.rows(_config(name).data.to_dict()) if name.startswith("sft") else _documents()
+    """Packed conversations, of which only the assistant's words have loss; of other runs, `_documents`. The answers of
+    a pair share one source, of a length of its own."""
+    if name.startswith("sft"):
+        return conversations.rows(_config(name).data.to_dict())
+    batch = _documents()
+    if name in ("reward of t5", "dpo of t5"):
+        columns = np.tile(np.arange(16, dtype=np.int32), (8, 1))
+        inside = columns < np.arange(9, 17)[:, None]
+        batch |= {"encoder_segment_ids": inside.astype(np.int32), "encoder_positions": columns * inside}
+    return batch
 
 
 def _documents() -> dict[str, np.ndarray]:
@@ -190,7 +213,10 @@ CASES = [("llama", name) for name in MESHES] + [
     ("lora", "fsdp=2 sequence=2 tensor=2"),
     ("reward", "data=2 fsdp=2 tensor=2"),
     ("reward", "fsdp=2 sequence=2 tensor=2"),
+    ("reward of t5", "data=2 fsdp=2 tensor=2"),
     ("dpo", "data=2 fsdp=2 tensor=2"),
+    ("dpo of t5", "data=2 fsdp=2 tensor=2"),
+    ("dpo of t5", "fsdp=2 sequence=2 tensor=2"),
     ("grpo", "data=2 fsdp=2 tensor=2"),
     ("grpo", "fsdp=2 sequence=2 tensor=2"),
     ("grpo of t5", "data=2 fsdp=2 tensor=2"),

@@ -5,8 +5,8 @@
 | causal | documents, concatenated or packed | decoders |
 | source_target | packed examples, inputs beside targets | encoder-decoders |
 | span_corruption | chunks of text with spans replaced by sentinels | pretraining of encoder-decoders |
-| pairs | a prompt with a chosen and a rejected answer | preferences |
-| pair_texts | the same, each a whole text without targets | reward models |
+| pairs | a prompt with a chosen and a rejected answer; with an encoder the prompt is its source | preferences |
+| pair_texts | the same, each a whole text (with an encoder: answer) without targets | reward models |
 | labels | a text with its class | classifiers |
 | rollouts | a prompt with an answer of the policy | reinforcement learning |
 """
@@ -21,8 +21,9 @@ from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import T5_NOISE, DataConfig
 from t5x_like.data.read.causal import CAUSAL
 from t5x_like.data.read.interface import Feature
+from t5x_like.data.read.pairs_apart import PAIR_TEXTS, PAIRS
 from t5x_like.data.read.rollouts import ROLLOUTS
-from t5x_like.data.read.sequences import LABELS, PAIR_TEXTS, PAIRS
+from t5x_like.data.read.sequences import LABELS
 from t5x_like.data.read.source_target import SOURCE_TARGET
 from t5x_like.data.read.span_corruption import SPAN_CORRUPTION
 
@@ -65,7 +66,7 @@ def _check_unused(config: DataConfig, feature: Feature) -> None:
     neutral: dict[str, Any] = {} if has_encoder else {"encoder_length": 0, "start_token": "pad"}
     if feature is not CAUSAL:
         neutral |= {"attend_across_documents": False, "validation_stride": 0, "prefix": False}
-    if feature is SOURCE_TARGET:
+    if has_encoder and feature in (SOURCE_TARGET, PAIRS, PAIR_TEXTS):
         neutral |= {"truncate.min_targets": 0}  # targets have a row of their own
     if feature is not SPAN_CORRUPTION:
         neutral |= {f"span_corruption.{name}": value for name, value in dataclasses.asdict(T5_NOISE).items()}

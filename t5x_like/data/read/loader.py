@@ -50,7 +50,9 @@ class DocumentPlace:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Component:
+class Component:
+    """One of the sets of a run: its tokens and the rows that are read of them."""
+
     name: str
     entry: cache.SetEntry
     tokens: TokenSet
@@ -67,8 +69,8 @@ class TrainData:
         self,
         config: DataConfig,
         vocabulary: vocabularies.Vocabulary,
-        train: list[_Component],
-        validation: list[_Component],
+        train: list[Component],
+        validation: list[Component],
         *,
         unevaluated: dict[str, str],
         seed: int,
@@ -129,6 +131,11 @@ class TrainData:
             )
         return batches[name]
 
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """All that is read: to train on, then held out."""
+        return tuple(self._opened)
+
     def describe(self, steps: int | None = None) -> dict[str, Any]:
         """Facts for a summary; with `steps`, also how many epochs of each component these will read."""
         total = sum(self._shares)
@@ -152,7 +159,7 @@ class TrainData:
         for component in self._opened:  # those of rate 0 too
             component.tokens.close()
 
-    def _locate(self, step: int, rows: np.ndarray) -> Iterator[tuple[_Component, np.ndarray, np.ndarray, np.ndarray]]:
+    def _locate(self, step: int, rows: np.ndarray) -> Iterator[tuple[Component, np.ndarray, np.ndarray, np.ndarray]]:
         """(component, indices into `rows`, rows of the component, their epochs)."""
         numbers, indices = self._slots.locate(step * self.batch_size + rows)
         for number in np.unique(numbers):
@@ -170,7 +177,7 @@ class TrainData:
 class HeldOut:
     """Batches of a held-out set in order; rows behind its end are padding with loss weight 0."""
 
-    def __init__(self, component: _Component, config: DataConfig):
+    def __init__(self, component: Component, config: DataConfig):
         self._component, self._config = component, config
         self._rows = component.reader.size.rows
         whole = -(-self._rows // config.batch_size)
@@ -289,7 +296,7 @@ def _open(
     *,
     stride: int,
     held_out: bool,
-) -> _Component:
+) -> Component:
     tokens = TokenSet(folder / entry.folder, verify=config.verify, files=files)
     if tokens.tokens < 2:
         raise UserError(f"{entry.source}: no text in it ({tokens.documents} documents, {tokens.tokens} tokens)")
@@ -308,10 +315,10 @@ def _open(
             f"examples leave no room for targets (config.data.truncate.rule={config.truncate.rule!r}); "
             "use 'cut', or a larger config.data.length"
         )
-    return _Component(name, entry, tokens, reader)
+    return Component(name, entry, tokens, reader)
 
 
-def _place(component: _Component, row: int, span: Span, epoch: int) -> DocumentPlace:
+def _place(component: Component, row: int, span: Span, epoch: int) -> DocumentPlace:
     tokens = component.tokens
     file, offset = tokens.place(span.document)
     return DocumentPlace(
@@ -326,7 +333,7 @@ def _place(component: _Component, row: int, span: Span, epoch: int) -> DocumentP
     )
 
 
-def _facts(component: _Component) -> dict[str, Any]:
+def _facts(component: Component) -> dict[str, Any]:
     tokens, size, cut = component.tokens, component.reader.size, component.reader.cut
     return {
         "source": component.entry.source,

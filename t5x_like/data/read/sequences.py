@@ -1,11 +1,12 @@
 """Whole sequences, one example a row: pairs of answers to a prompt (preferences), and texts with a class.
 
 A pair is read as two texts of a decoder, prompt and answer: with the loss on the answer and its EOS (`pairs`), or
-whole, up to the EOS, for a model that gives a text one number (`pair_texts`). Both stand
-in one row of the batch, so that they stay together however a batch is divided. What is longer than
-its row is cut as config.data.truncate says.
+whole, up to the EOS, for a model that gives a text one number (`pair_texts`). With an encoder the prompt is its source,
+which both answers share (data/read/pairs_apart.py). Both texts stand in one row of the batch, so that they stay
+together however a batch is divided. What is longer than its row is cut as config.data.truncate says.
 """
 
+import dataclasses
 import fractions
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Int
 
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
+from t5x_like.data import reference_logp
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read import causal
 from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
@@ -22,41 +24,58 @@ from t5x_like.data.read.truncation import Cut, Fitted, fit
 from t5x_like.data.token_set import TokenSet
 
 SIDES = ("chosen", "rejected")
-_PAIR = {
+PAIR_ARRAYS = {
     "inputs": "int32",
     "targets": "int32",
     "loss_weights": "float32",
     "segment_ids": "int32",
     "positions": "int32",
 }
-_TEXT = {"inputs": "int32", "positions": "int32", "segment_ids": "int32"}
+TEXT_ARRAYS = {"inputs": "int32", "positions": "int32", "segment_ids": "int32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPairs:
+    """Where the pairs of a token set stand in it: the first token of each prompt and how many it has, of each side's
+    answers the same, and the tokens of the longer answer. One entry a pair."""
+
+    begins: Int[np.ndarray, "pairs"]
+    prompts: Int[np.ndarray, "pairs"]
+    answers: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def of(cls, token_set: TokenSet, config: DataConfig) -> "StoredPairs":
+        """UsageError for a set of other documents."""
+        if "rejected" not in token_set.columns:
+            raise UsageError(
+                f"config.data.features={config.features!r} needs two answers to each prompt; set "
+                "config.data.fields.prompt, config.data.fields.chosen and config.data.fields.rejected"
+            )
+        begins = np.concatenate([[0], token_set.ends[:-1]])
+        prompts = np.zeros_like(begins) if token_set.inputs is None else token_set.inputs.astype(np.int64)
+        rejected = begins + token_set.columns["rejected"]
+        chosen = begins + prompts, rejected - begins - prompts
+        return cls(begins, prompts, {"chosen": chosen, "rejected": (rejected, token_set.ends - rejected)})
+
+    @property
+    def longest(self) -> Int[np.ndarray, "pairs"]:
+        return np.maximum(*(count for _, count in self.answers.values()))
 
 
 class Pairs:
     """A row is a pair of the token set; both sides see the same of the prompt. `width`: tokens of a text at most."""
 
     def __init__(self, token_set: TokenSet, config: DataConfig, *, width: int, bos: int | None):
-        if "rejected" not in token_set.columns:
-            raise UsageError(
-                f"config.data.features={config.features!r} needs two answers to each prompt; set "
-                "config.data.fields.prompt, config.data.fields.chosen and config.data.fields.rejected"
-            )
+        stored = StoredPairs.of(token_set, config)
         self._set, self._width, self._bos = token_set, width, bos
-        begins = np.concatenate([[0], token_set.ends[:-1]])
-        prompts = np.zeros_like(begins) if token_set.inputs is None else token_set.inputs.astype(np.int64)
-        rejected = begins + token_set.columns["rejected"]
-        # {side: (first token, number of tokens)} of the answers
-        self._answers = {
-            "chosen": (begins + prompts, rejected - begins - prompts),
-            "rejected": (rejected, token_set.ends - rejected),
-        }
-        longest = np.maximum(*(count for _, count in self._answers.values()))
-        self._fitted = fit(prompts, longest, self._width, config.truncate)
-        self._begins, self._kept, self.cut = begins + self._fitted.skipped, *_kept(self._fitted)
+        self._answers = stored.answers
+        self._fitted = fit(stored.prompts, stored.longest, self._width, config.truncate)
+        self._begins, self._kept, self.cut = stored.begins + self._fitted.skipped, *kept(self._fitted)
+        self.reference: np.ndarray | None = None  # log-probabilities of each row (data/reference_logp.py)
 
     @property
     def size(self) -> Size:
-        return _one_a_row(self._set, self._kept)
+        return one_a_row(self._set, self._kept)
 
     def trained(self, rows: int) -> int:
         pairs = self._kept[:rows]
@@ -67,8 +86,8 @@ class Pairs:
         found: Batch = {}
         for side in SIDES:
             read = causal.batch(self._read(np.asarray(rows), side), attend_across_documents=False)
-            found |= {f"{side}/{name}": read[name] for name in _PAIR}
-        return found
+            found |= {f"{side}/{name}": read[name] for name in PAIR_ARRAYS}
+        return found | reference_logp.of_rows(self.reference, rows)
 
     def documents(self, row: int) -> list[Span]:
         pair = int(self._kept[row])
@@ -102,7 +121,7 @@ class PairTexts(Pairs):
         found: Batch = {}
         for side in SIDES:
             read = self._read(np.asarray(rows), side)
-            found |= {f"{side}/{name}": array for name, array in _text(read.tokens, read.valid).items()}
+            found |= {f"{side}/{name}": array for name, array in text_arrays(read.tokens, read.valid).items()}
         return found
 
 
@@ -115,11 +134,11 @@ class Labelled:
         self._set, self._width = token_set, config.length
         self._begins = np.concatenate([[0], token_set.ends[:-1]])
         fitted = fit(np.zeros_like(self._begins), token_set.ends - self._begins, self._width, config.truncate)
-        self._lengths, self._kept, self.cut = fitted.targets, *_kept(fitted)
+        self._lengths, self._kept, self.cut = fitted.targets, *kept(fitted)
 
     @property
     def size(self) -> Size:
-        return _one_a_row(self._set, self._kept)
+        return one_a_row(self._set, self._kept)
 
     def trained(self, rows: int) -> int:
         return rows
@@ -129,14 +148,14 @@ class Labelled:
         lengths, row = self._lengths[rows], np.arange(len(rows))
         shape = (len(rows), self._width)
         tokens, _ = self._set.read(self._begins[rows], lengths, row, np.zeros_like(row), shape)
-        return _text(tokens, lengths) | {"labels": self._set.columns["labels"][rows].astype(np.int32)}
+        return text_arrays(tokens, lengths) | {"labels": self._set.columns["labels"][rows].astype(np.int32)}
 
     def documents(self, row: int) -> list[Span]:
         return [Span(int(self._kept[row]), 0, 0)]
 
 
-def _text(tokens: np.ndarray, lengths: np.ndarray) -> Batch:
-    """The arrays _TEXT of rows of one text each, of so many tokens."""
+def text_arrays(tokens: np.ndarray, lengths: np.ndarray) -> Batch:
+    """The arrays TEXT_ARRAYS of rows of one text each, of so many tokens."""
     columns = np.arange(tokens.shape[1], dtype=np.int32)
     inside = columns < lengths[:, None]
     return {
@@ -146,43 +165,23 @@ def _text(tokens: np.ndarray, lengths: np.ndarray) -> Batch:
     }
 
 
-def _kept(fitted: Fitted) -> tuple[np.ndarray, Cut]:
+def kept(fitted: Fitted) -> tuple[np.ndarray, Cut]:
     """(number of the document of each row, what did not fit)."""
     return np.flatnonzero(fitted.kept), fitted.cut
 
 
-def _one_a_row(token_set: TokenSet, kept: np.ndarray) -> Size:
+def one_a_row(token_set: TokenSet, kept: np.ndarray) -> Size:
     lengths = np.diff(token_set.ends, prepend=0)[kept]
     tokens = int(lengths.sum())
     return Size(len(kept), tokens, len(kept), fractions.Fraction(tokens, max(len(kept), 1)))
 
 
-def _pair_arrays(config: DataConfig, names: dict[str, str]) -> dict[str, ArraySpec]:
-    return per_token(config, {f"{side}/{name}": kind for side in SIDES for name, kind in names.items()}, config.length)
-
-
 def _label_arrays(config: DataConfig) -> dict[str, ArraySpec]:
-    return per_token(config, _TEXT, config.length) | {"labels": ArraySpec((config.batch_size,), "int32", ("batch",))}
+    return per_token(config, TEXT_ARRAYS, config.length) | {
+        "labels": ArraySpec((config.batch_size,), "int32", ("batch",))
+    }
 
 
-PAIRS = Feature(
-    packings=("single",),
-    encoder=False,
-    arrays=lambda config: _pair_arrays(config, _PAIR),
-    open=lambda token_set, config, vocabulary, stride: Pairs(
-        token_set, config, width=config.length + 1, bos=vocabulary.bos_id
-    ),
-    check=lambda config: None,
-)
-PAIR_TEXTS = Feature(
-    packings=("single",),
-    encoder=False,
-    arrays=lambda config: _pair_arrays(config, _TEXT),
-    open=lambda token_set, config, vocabulary, stride: PairTexts(
-        token_set, config, width=config.length, bos=vocabulary.bos_id
-    ),
-    check=lambda config: None,
-)
 LABELS = Feature(
     packings=("single",),
     encoder=False,

@@ -20,7 +20,7 @@ from t5x_like.data.read.truncation import fit_apart
 from t5x_like.data.token_set import TokenSet
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 
-_ENCODER = {"encoder_inputs": "int32", "encoder_segment_ids": "int32", "encoder_positions": "int32"}
+ENCODER = {"encoder_inputs": "int32", "encoder_segment_ids": "int32", "encoder_positions": "int32"}
 _DECODER = {
     "inputs": "int32",
     "targets": "int32",
@@ -32,7 +32,7 @@ _DECODER = {
 
 
 def arrays(config: DataConfig) -> dict[str, ArraySpec]:
-    return per_token(config, _ENCODER, config.encoder_length) | per_token(config, _DECODER, config.length)
+    return per_token(config, ENCODER, config.encoder_length) | per_token(config, _DECODER, config.length)
 
 
 def start_id(name: str, vocabulary: Vocabulary) -> int:
@@ -59,9 +59,9 @@ class Packed:
                 "set config.data.fields.inputs and config.data.fields.targets"
             )
         assert vocabulary.eos_id is not None, "a vocabulary that documents were written with has an end token"
-        self._set, self._eos, self._start = token_set, vocabulary.eos_id, start_id(config.start_token, vocabulary)
+        self._set, self._start = token_set, start_id(config.start_token, vocabulary)
         self._widths = config.encoder_length, config.length
-        self._bos = vocabulary.bos_id
+        self._ends = vocabulary.bos_id, vocabulary.eos_id
         self._begins = np.concatenate([[0], token_set.ends[:-1]])
         read = token_set.inputs.astype(np.int64)  # source tokens in the cache, which has no EOS behind them
         fitted = fit_apart(read + 1, token_set.ends - self._begins - read, self._widths, config.truncate)
@@ -91,13 +91,11 @@ class Packed:
         columns = self._columns(examples, held)
         begins, sources = self._begins[examples], self._read[examples]
         skipped = self._skipped[examples]
-        tokens, _ = self._set.read(begins + skipped, sources, row, columns[0], (len(rows), self._widths[0]))
-        if self._bos is not None:
-            cut = (skipped > 0) & (sources > 0)
-            tokens[row[cut], columns[0][cut]] = self._bos
-        ended = sources < self._lengths[0, examples]
-        tokens[row[ended], (columns[0] + sources)[ended]] = self._eos
-        segments, positions = _segments(row, number, columns[0], self._lengths[0, examples], tokens.shape)
+        lengths = self._lengths[0, examples]
+        tokens = source_tokens(
+            self._set, (begins, skipped, sources, lengths), (row, columns[0]), (len(rows), self._widths[0]), self._ends
+        )
+        segments, positions = _segments(row, number, columns[0], lengths, tokens.shape)
         encoder = {"encoder_inputs": tokens, "encoder_segment_ids": segments, "encoder_positions": positions}
 
         assert self._set.inputs is not None
@@ -117,6 +115,30 @@ class Packed:
         lengths = self._lengths[:, examples]
         before = np.cumsum(lengths, axis=1) - lengths
         return before - np.repeat(before[:, np.cumsum(held) - held], held, axis=1)
+
+
+def source_tokens(
+    token_set: TokenSet,
+    examples: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    places: tuple[np.ndarray, np.ndarray],
+    shape: tuple[int, int],
+    ends: tuple[int | None, int],
+) -> Int[np.ndarray, "n S"]:
+    """The rows of an encoder: sources as the cache has them, and EOS behind each that is there to its end.
+
+    examples: (first token in the set, tokens of it that are skipped, tokens that are read, tokens with EOS) of each;
+    places: (row, column); ends: (BOS, or None; EOS). A source that loses its begin keeps BOS.
+    """
+    begins, skipped, read, lengths = examples
+    row, column = places
+    bos, eos = ends
+    tokens, _ = token_set.read(begins + skipped, read, row, column, shape)
+    if bos is not None:
+        cut = (skipped > 0) & (read > 0)
+        tokens[row[cut], column[cut]] = bos
+    ended = read < lengths
+    tokens[row[ended], (column + read)[ended]] = eos
+    return tokens
 
 
 def decoder_arrays(

@@ -16,13 +16,18 @@ CASES = {
     "causal prefix": {"packing": "examples", "length": 32, "prefix": True},
     "source_target": {"packing": "examples", "encoder_length": 24, "length": 16},
     "pairs": {"packing": "single", "length": 20},
+    "pairs of an encoder-decoder": {"packing": "single", "length": 20, "encoder_length": 24},
+    "pair_texts of an encoder-decoder": {"packing": "single", "length": 20, "encoder_length": 24},
     "labels": {"packing": "single", "length": 20},
     "span_corruption": {"encoder_length": 24, "length": 9, "extra_ids": 9},
 }
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 FIELDS = {
     "causal prefix": {"inputs": "q", "targets": "a"},
     "source_target": {"inputs": "q", "targets": "a"},
-    "pairs": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "pairs": PAIR,
+    "pairs of an encoder-decoder": PAIR,
+    "pair_texts of an encoder-decoder": PAIR,
     "labels": {"text": "a", "label": "c"},
 }
 
@@ -63,8 +68,8 @@ def test_rows_are_the_same_however_they_are_asked_for(case):
 def test_all_rows_of_a_batch_have_documents_and_all_their_tokens_count(case):
     chosen, data = case
     assert {place.row for place in data.documents(0)} == {0, 1, 2}
-    lengths = {"pairs": 2 * chosen.length}.get(chosen.features, chosen.length + chosen.encoder_length)
-    assert data.tokens_per_step == 3 * lengths
+    texts = 2 if chosen.features.startswith("pair") else 1
+    assert data.tokens_per_step == 3 * (texts * chosen.length + chosen.encoder_length)
 
 
 def test_features_and_what_they_are_made_of_are_part_of_the_fingerprint(tmp_path):

@@ -51,6 +51,39 @@ def test_both_answers_follow_the_prompt_and_are_all_that_is_trained(tmp_path, to
             assert segments[: len(whole)].all() and not segments[len(whole) :].any()
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", str(STORIES)])
+@pytest.mark.parametrize("features", ["pairs", "pair_texts"])
+def test_with_an_encoder_the_prompt_is_the_source_of_both_answers(tmp_path, tokenizer, features):
+    """Sources lose their begin but for BOS, answers their end; without targets the decoder reads an answer's end."""
+    given = {"tokenizer": tokenizer, "features": features, "encoder_length": 20, "start_token": "7"}
+    data = corpus.opened(pairs(tmp_path, **given), tmp_path / "cache")
+    encode, eos = data.vocabulary.encode, data.vocabulary.eos_id
+    bos = [] if data.vocabulary.bos_id is None else [data.vocabulary.bos_id]
+    batch, places = data.rows(0, np.arange(len(PAIRS))), data.documents(0)
+    offsets = np.cumsum([0, *(len(json.dumps(dict(zip("pcr", pair, strict=True)))) + 1 for pair in PAIRS)]).tolist()
+    cut = 0
+    for place in places:
+        prompt, *answers = PAIRS[offsets.index(place.offset)]
+        whole = [*bos, *encode(prompt), eos]
+        source = whole if len(whole) <= 20 else [*bos, *whole[len(whole) - 20 + len(bos) :]]
+        cut += len(whole) > 20
+        for name, expected in (("inputs", source), ("segment_ids", [1] * len(source))):
+            assert batch[f"encoder_{name}"][place.row].tolist() == expected + [0] * (20 - len(source))
+        assert batch["encoder_positions"][place.row].tolist() == [*range(len(source)), *[0] * (20 - len(source))]
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            read = {name.split("/")[1]: batch[name][place.row] for name in batch if name.startswith(side)}
+            targets = [*encode(answer), eos]
+            inputs = [7, *targets[:-1]][:LENGTH] if features == "pairs" else [7, *targets][:LENGTH]
+            padding = [0] * (LENGTH - len(inputs))
+            assert read["inputs"].tolist() == inputs + padding
+            assert read["segment_ids"].tolist() == [1] * len(inputs) + padding
+            assert read["positions"].tolist() == [*range(len(inputs)), *padding]
+            if features == "pairs":
+                assert read["targets"].tolist() == targets[:LENGTH] + padding
+                assert read["loss_weights"].tolist() == [1] * len(inputs) + padding
+    assert cut and data.describe()["components"]["train"]["truncated"] > cut
+
+
 def test_pairs_that_are_too_long_are_counted(tmp_path):
     data = corpus.opened(pairs(tmp_path), tmp_path / "cache")
     assert data.describe()["components"]["train"]["truncated"] == 2

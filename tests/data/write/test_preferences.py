@@ -71,6 +71,33 @@ def test_conversations_are_written_by_the_chat_template(tmp_path, form, features
             assert weights.sum() == len(after) and weights[len(before) - 1 : len(whole) - 1].all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("features", ["pairs", "pair_texts"])
+def test_the_template_of_t5_writes_the_source_and_both_answers(tmp_path, form, features):
+    """As it writes examples for instruction tuning."""
+    fields, record = FORMS[form]
+    settings = {"template": "t5", "train_on": "last", "system": "Be brief."}
+    given = {"fields": fields, "chat": settings, "features": features, "encoder_length": 48}
+    data = opened(tmp_path, [record], **given)
+    found, (encode, eos) = rows(data), (data.vocabulary.encode, data.vocabulary.eos_id)
+    source = [*encode("Be brief.\nWhich sea?\n"), eos]
+    assert found["encoder_inputs"][0][: len(source)].tolist() == source
+    assert found["encoder_segment_ids"][0].sum() == len(source)
+    for side, answer in (("chosen", GOOD), ("rejected", WORSE)):
+        target = [*encode(answer["content"]), eos]
+        expected = [0, *target] if features == "pair_texts" else [0, *target[:-1]]
+        assert found[f"{side}/inputs"][0][: len(expected)].tolist() == expected
+        assert found[f"{side}/segment_ids"][0].sum() == len(expected)
+
+
+def test_whole_dialogues_of_an_encoder_decoder_are_divided_alike(tmp_path):
+    prompt = "\n\nHuman: a?\n\nAssistant:"
+    record = {"chosen": f"{prompt} yes", "rejected": f"{prompt} no"}
+    found = rows(opened(tmp_path, [record], fields=WHOLE, encoder_length=48))
+    assert found["encoder_segment_ids"][0].sum() == len(prompt) + 1
+    assert [found[f"{side}/loss_weights"][0].sum() for side in ("chosen", "rejected")] == [5, 4]
+
+
 BAD = {
     "other prompts": (WHOLE, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}),
     "no dialogue": (WHOLE, {"chosen": "a", "rejected": "b"}),
@@ -91,11 +118,13 @@ SAID = {
 }
 
 
+@pytest.mark.parametrize("encoder_length", [0, 32])
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_pair_is_named(tmp_path, case):
+def test_a_bad_pair_is_named(tmp_path, case, encoder_length):
     fields, record = BAD[case]
-    text = isinstance(record["chosen"], str)
-    given = {} if text else {"chat": {"template": "plain", "train_on": "last", "system": ""}}
+    text, template = isinstance(record["chosen"], str), "t5" if encoder_length else "plain"
+    given = {} if text else {"chat": {"template": template, "train_on": "last", "system": ""}}
+    given["encoder_length"] = encoder_length
     with pytest.raises(UserError) as caught:
         opened(tmp_path, [record], fields=fields, **given)
     assert SAID[case] in str(caught.value) and str(caught.value).startswith(f"{tmp_path}/pairs.jsonl:1 (byte 0): ")
