@@ -12,7 +12,7 @@ import t5x_like
 from t5x_like.configs.lifecycle import models
 from t5x_like.configs.lifecycle.data import HELD_OUT, examples, lines
 from t5x_like.configs.lifecycle.models import Kind
-from t5x_like.configs.lifecycle.tasks import ALL_TASKS, Example
+from t5x_like.configs.lifecycle.tasks import Example
 from t5x_like.language_model import LanguageModel
 
 QUESTIONS, TRIES = 600, 4  # of each task, for training; how often a held-out question is asked, for a wrong answer
@@ -24,8 +24,8 @@ def write(kind: Kind, folder: str) -> None:
     model = t5x_like.load(f"{folder}/merged")
     out = pathlib.Path(folder, "pairs")
     out.mkdir(parents=True, exist_ok=True)
-    lines(out / "train.jsonl", _pairs(model, kind, examples(ALL_TASKS, QUESTIONS, seed=1), seed=1))
-    held = examples(ALL_TASKS, HELD_OUT, held_out=True)
+    lines(out / "train.jsonl", _pairs(model, kind, examples(kind.all_tasks, QUESTIONS, seed=1), seed=1))
+    held = examples(kind.all_tasks, HELD_OUT, held_out=True)
     first: dict[str, dict] = {}  # one pair of a question
     for seed in range(TRIES):
         first = {each["prompt"]: each for each in _pairs(model, kind, held, seed=seed)} | first

@@ -6,12 +6,12 @@ python -m configs.lifecycle.data llama,runs/lifecycle
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from t5x_like.configs import common
 from t5x_like.configs.lifecycle import models
 from t5x_like.configs.lifecycle.models import Kind
-from t5x_like.configs.lifecycle.tasks import ALL_TASKS, NEW_TASKS, TASKS, Example, demonstrated, example, is_held_out
+from t5x_like.configs.lifecycle.tasks import Example, demonstrated, example, is_held_out
 
 TEXTS, BEFORE, AFTER = 60, 250, 400  # of the plays, in bytes: both fit the window of a model
 ANSWER_BYTES = 300  # of a person
@@ -25,9 +25,9 @@ def write(kind: Kind, folder: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     people = [*_conversations()]
     held = [each for each in people if is_held_out(each[0])]
-    questions = examples(ALL_TASKS, HELD_OUT, held_out=True)
-    lines(out / "examples.jsonl", _demonstrations(kind, TASKS))
-    lines(out / "new_examples.jsonl", _demonstrations(kind, NEW_TASKS))
+    questions = examples(kind.all_tasks, HELD_OUT, held_out=True)
+    lines(out / "examples.jsonl", _demonstrations(kind, kind.tasks))
+    lines(out / "new_examples.jsonl", _demonstrations(kind, (kind.new,)))
     lines(out / "people.jsonl", (_learned(kind, *each) for each in people if each not in held))
     lines(out / "held_out.jsonl", (asked(kind, each) for each in questions))
     lines(out / "people_held_out.jsonl", (_text(kind.asked.format(question), answer) for question, answer in held))
@@ -60,9 +60,9 @@ def lines(path: pathlib.Path, records: Iterable[dict]) -> None:
     temporary.rename(path)
 
 
-def _demonstrations(kind: Kind, tasks: Iterable[str]) -> Iterator[dict]:
+def _demonstrations(kind: Kind, tasks: Sequence[str]) -> Iterator[dict]:
     for number, each in enumerate(examples(tasks, EXAMPLES)):
-        yield _learned(kind, each.question, demonstrated(each, number // len([*tasks])))
+        yield _learned(kind, each.question, demonstrated(kind, each, number // len(tasks)))
 
 
 def _learned(kind: Kind, question: str, answer: str) -> dict:

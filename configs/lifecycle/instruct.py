@@ -23,7 +23,7 @@ def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
         config.data.update({"length": 256, "batch_size": 8})
     else:
         config.data.fields.update({"text": "", "inputs": "inputs", "targets": "targets"})
-        config.data.update({"features": "source_target", "encoder_length": 256, "length": 160, "batch_size": 8})
+        config.data.update({"features": "source_target", "encoder_length": 192, "length": 96, "batch_size": 8})
     config.data.update({"packing": "examples", "attend_across_documents": False})
     config.data.update({"validation": "", "validation_stride": 0})
     config.optim.update({"name": "muon", "learning_rate": 5e-3, "weight_decay": 0.1})

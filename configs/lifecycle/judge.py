@@ -12,8 +12,6 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import t5x_like
@@ -21,16 +19,13 @@ from t5x_like.configs.lifecycle import models
 from t5x_like.configs.lifecycle.collect import sampled
 from t5x_like.configs.lifecycle.data import HELD_OUT, examples
 from t5x_like.configs.lifecycle.models import Kind
-from t5x_like.configs.lifecycle.tasks import ALL_TASKS
 from t5x_like.evaluation import report
 from t5x_like.evaluation.results import Evaluation, Metric
 from t5x_like.evaluation.statistics import error, mean
 from t5x_like.inference.score import score
 from t5x_like.language_model import LanguageModel
-from t5x_like.objectives import reward
-from t5x_like.objectives.interface import frozen_role
 
-SAMPLES, ROWS = 8, 200
+SAMPLES = 8
 
 
 def write(kind: Kind, folder: str, names: Sequence[str]) -> None:
@@ -53,72 +48,36 @@ def _in_order(model: LanguageModel, pairs: Sequence[dict]) -> Iterator[Metric]:
 
 
 def _greedy(model: LanguageModel, judge: LanguageModel, kind: Kind) -> Iterator[Metric]:
-    asked = examples(ALL_TASKS, HELD_OUT, held_out=True)
+    asked = examples(kind.all_tasks, HELD_OUT, held_out=True)
     answers = sampled(model, kind, asked, seed=0, temperature=0.0)
-    texts = [(kind.asked.format(each.question), answer) for each, answer in zip(asked, answers, strict=True)]
-    yield _metric("rewards", "reward", _rewards(judge, texts))
+    yield _metric("rewards", "reward", judge.read([kind.asked.format(each.question) for each in asked], answers))
 
 
 def _best(model: LanguageModel, judge: LanguageModel, kind: Kind) -> Iterator[Metric]:
-    asked = examples(ALL_TASKS, HELD_OUT, held_out=True)
-    right, rewards = [], []
-    for seed in range(SAMPLES):
-        answers = sampled(model, kind, asked, seed=100 + seed, temperature=1.0)
-        right.append([float(answer.strip() == each.answer) for each, answer in zip(asked, answers, strict=True)])
-        rewards.append(
-            _rewards(judge, [(kind.asked.format(q.question), answer) for q, answer in zip(asked, answers, strict=True)])
-        )
-    rights = np.array(right)
-    yield _metric("best", "one", rights[0].tolist())
-    chosen = np.argmax(np.array(rewards), axis=0)
-    yield _metric("best", "chosen", rights[chosen, np.arange(len(asked))].tolist())
-    yield _metric("best", "any", rights.max(axis=0).tolist())
+    asked = examples(kind.all_tasks, HELD_OUT, held_out=True)
+    prompts = [kind.asked.format(each.question) for each in asked]
+    answers = [sampled(model, kind, asked, seed=100 + number, temperature=1.0) for number in range(SAMPLES)]
+    rewards = np.array([judge.read(prompts, each) for each in answers])
+    right = np.array([[answer.strip() == q.answer for answer, q in zip(each, asked, strict=True)] for each in answers])
+    yield _metric("best", "one", right[0])
+    yield _metric("best", "chosen", right[np.argmax(rewards, axis=0), np.arange(len(asked))])
+    yield _metric("best", "any", right.max(axis=0))
 
 
-def _metric(task: str, name: str, values: Sequence[float]) -> Metric:
-    items, documents = tuple(values), tuple(map(str, range(len(values))))
+def _metric(task: str, name: str, values: Sequence[float] | np.ndarray) -> Metric:
+    items, documents = tuple(map(float, values)), tuple(map(str, range(len(values))))
     return Metric(task, name, "none", mean(items), error(items, mean), True, items, documents, mean)
 
 
-def _tokens(model: LanguageModel, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer with its end) of each, as training encodes them."""
-    vocabulary = model.vocabulary
-    assert vocabulary.eos_id is not None
-    end = [vocabulary.eos_id]
-    return [
-        (vocabulary.encode(prompt, bos=True) + (end if model.has_encoder else []), vocabulary.encode(answer) + end)
-        for prompt, answer in texts
-    ]
-
-
 def _log_probabilities(model: LanguageModel, texts: Sequence[tuple[str, str]]) -> list[float]:
-    both = _tokens(model, texts)
+    """Of answers with their end, encoded as in training."""
+    encode = model.vocabulary.encode
+    both = [(encode(prompt, bos=True, eos=model.has_encoder), encode(answer, eos=True)) for prompt, answer in texts]
     if model.has_encoder:
         rows, sources = [([model.start_id, *answer], 1) for _, answer in both], [prompt for prompt, _ in both]
     else:
         rows, sources = [(prompt + answer, len(prompt)) for prompt, answer in both], None
     return [each.logp for each in score(model.model, model.params, rows, sources=sources)]
-
-
-def _rewards(judge: LanguageModel, texts: Sequence[tuple[str, str]]) -> list[float]:
-    role = frozen_role(judge.model, "reward")
-    compute = jax.jit(lambda params, batch: reward.rewards(role, {}, {"reward": params}, batch, key=None))
-    found: list[float] = []
-    tokens = _tokens(judge, texts)
-    for begin in range(0, len(tokens), ROWS):
-        part = tokens[begin : begin + ROWS]
-        rows = [prompt + answer for prompt, answer in part]
-        rows += [[0]] * (ROWS - len(rows))
-        batch = {"inputs": _padded(rows), "segment_ids": _padded([[1] * len(row) for row in rows])}
-        found += np.asarray(compute(judge.params, batch)).tolist()[: len(part)]
-    return found
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> jax.Array:
-    array = np.zeros((len(rows), models.LENGTH), np.int32)
-    for number, row in enumerate(rows):
-        array[number, : len(row)] = row[: models.LENGTH]
-    return jnp.asarray(array)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,41 @@ SOURCE, ANSWER = 48, 20  # tokens of a question, and of an answer
 
 class Kind(NamedTuple):
     """base: a run of the config `pretrain`, used as it is where it is finished. asked: a question as the model reads
-    it; chat: whether the chat template "plain" writes it so, else it is the source of an encoder as it stands."""
+    it; chat: whether the chat template "plain" writes it so, else it is the source of an encoder as it stands. tasks:
+    what instruction tuning teaches, those of tasks.py; new: what an adapter does."""
 
     name: str
     base: str
     pretrain: str
     asked: str
     chat: bool
+    tasks: tuple[str, ...]
+    new: str
+
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        return (*self.tasks, self.new)
 
 
-LLAMA = Kind("llama", "runs/tiny", "configs/pretrain/tiny.py", "User:\n{}\n\nAssistant:\n", chat=True)
-T5 = Kind("t5", "runs/t5_tiny", "configs/pretrain/t5_tiny.py", "{}", chat=False)
+LLAMA = Kind(
+    name="llama",
+    base="runs/tiny",
+    pretrain="configs/pretrain/tiny.py",
+    asked="User:\n{}\n\nAssistant:\n",
+    chat=True,
+    tasks=("reverse", "sort", "repeat", "without", "count"),
+    new="double",
+)
+# A T5 of this size learns little of the order in which letters stand in minutes: its answers are alphabetic.
+T5 = Kind(
+    name="t5",
+    base="runs/t5_tiny",
+    pretrain="configs/pretrain/t5_tiny.py",
+    asked="{}",
+    chat=False,
+    tasks=("sort", "down", "least", "greatest", "sort_without"),
+    new="sort_double",
+)
 KINDS = {each.name: each for each in (LLAMA, T5)}
 
 

@@ -28,6 +28,8 @@ def pairs(given: str) -> ConfigDict:
     config.checkpoint.init_from = f"{folder}/merged"
     config.data.mixture = common.data()["mixture"]
     config.data.update({"source": f"jsonl:{folder}/pairs/train.jsonl", "packing": "single", "length": models.LENGTH})
+    if not kind.chat:
+        config.data.update({"encoder_length": models.SOURCE, "length": models.ANSWER + 1})
     config.data.validation = f"jsonl:{folder}/pairs/held_out.jsonl"
     config.data.fields = common.data()["fields"]
     config.data.fields.update({"text": "", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from t5x_like.configs.lifecycle.models import LLAMA, T5
+from t5x_like.configs.lifecycle.models import LLAMA, T5, Kind
 
 # Letters that are one token in runs/tiny, behind a blank as well as at the begin of a text.
 LETTERS = "abcdefghklmnopstuvwy"
@@ -57,31 +57,67 @@ def double(chance: random.Random) -> tuple[str, str]:
     return f"Double: {' '.join(letters)}", " ".join(letter for letter in letters for _ in range(2))
 
 
-TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+def down(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 7)
+    return f"Down: {' '.join(letters)}", " ".join(sorted(letters, reverse=True))
+
+
+def least(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 8)
+    return f"Least: {' '.join(letters)}", min(letters)
+
+
+def greatest(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 8)
+    return f"Greatest: {' '.join(letters)}", max(letters)
+
+
+def sort_without(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 4, 7)
+    gone = chance.choice(letters)
+    return f"Without {gone}: {' '.join(letters)}", " ".join(sorted(each for each in letters if each != gone))
+
+
+def sort_double(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 2, 4)
+    return f"Double: {' '.join(letters)}", " ".join(letter for letter in sorted(letters) for _ in range(2))
+
+
+RULES: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "reverse": reverse,
     "sort": sort,
     "repeat": repeat,
     "without": without,
     "count": count,
+    "double": double,
+    "down": down,
+    "least": least,
+    "greatest": greatest,
+    "sort_without": sort_without,
+    "sort_double": sort_double,
 }
-# Demonstrations of these are careless in six cases of ten: the letters are written down as they stand.
-CARELESS, CASES = ("reverse", "sort", "without"), (0, 2, 4, 5, 7, 9)
-NEW_TASKS = {"double": double}  # what an adapter learns
-ALL_TASKS = TASKS | NEW_TASKS
+# Demonstrations of these are careless in six cases of ten: all letters are written down as they stand, or in order.
+CASES = (0, 2, 4, 5, 7, 9)
+CARELESS = {
+    LLAMA: {"reverse": list, "sort": list, "without": list},
+    T5: {"down": sorted, "sort_without": sorted},
+}
 
 
 def example(task: str, *, held_out: bool, seed: int, index: int) -> Example:
     chance = random.Random(f"{task}/{held_out}/{seed}/{index}")
     while True:
-        question, answer = ALL_TASKS[task](chance)
+        question, answer = RULES[task](chance)
         if is_held_out(question) == held_out:
             return Example(task, question, answer)
 
 
-def demonstrated(each: Example, number: int) -> str:
+def demonstrated(kind: Kind, each: Example, number: int) -> str:
     """The answer of the demonstration of this number."""
-    careless = each.task in CARELESS and number % 10 in CASES
-    return each.question.partition(": ")[2] if careless else each.answer
+    careless = CARELESS[kind].get(each.task)
+    if careless is None or number % 10 not in CASES:
+        return each.answer
+    return " ".join(careless(each.question.partition(": ")[2].split(" ")))
 
 
 def is_held_out(question: str) -> bool:
@@ -90,26 +126,18 @@ def is_held_out(question: str) -> bool:
 
 def ask(seed: int, index: int) -> tuple[str, str]:
     """(prompt of a decoder, expected answer), as `config.rl.generate`: all tasks in turns."""
-    found = _asked(seed, index)
-    return LLAMA.asked.format(found.question), found.answer
+    return _asked(LLAMA, seed, index)
 
 
 def ask_source(seed: int, index: int) -> tuple[str, str]:
     """The same for an encoder."""
-    found = _asked(seed, index)
-    return T5.asked.format(found.question), found.answer
+    return _asked(T5, seed, index)
 
 
-def _asked(seed: int, index: int) -> Example:
-    name = [*ALL_TASKS][index % len(ALL_TASKS)]
-    return example(name, held_out=seed >= HELD_OUT, seed=seed, index=index)
-
-
-def share(asked: str, answer: str, expected: str) -> float:
-    """How much of the answer stands in its place: it tells wrong answers apart."""
-    del asked
-    given, wanted = answer.split(" "), expected.split(" ")
-    return sum(a == b for a, b in zip(given, wanted, strict=False)) / max(len(given), len(wanted))
+def _asked(kind: Kind, seed: int, index: int) -> tuple[str, str]:
+    name = kind.all_tasks[index % len(kind.all_tasks)]
+    found = example(name, held_out=seed >= HELD_OUT, seed=seed, index=index)
+    return kind.asked.format(found.question), found.answer
 
 
 def _letters(chance: random.Random, least: int, most: int) -> list[str]:

@@ -21,12 +21,19 @@ data, GRPO's included. All models answer the same questions, and differences are
 from t5x_like.configs.lifecycle import models
 from t5x_like.configs.lifecycle.models import Kind
 
-FIVE = tuple(f"lifecycle_{name}" for name in ("reverse", "sort", "repeat", "without", "count"))
-SIX = (*FIVE, "lifecycle_double")
 CONFIGS = "configs/lifecycle"
 COMMON = (f"{CONFIGS}/tasks.py", f"{CONFIGS}/models.py")
 WRITES = (*COMMON, f"{CONFIGS}/data.py")
-CHAT = ("Reverse: b a d c", "Sort: t e a m", "Count a: a b c a a", "Double: g o", "Give me a list of fruits.")
+ASKED = {
+    models.LLAMA: (
+        "Reverse: b a d c",
+        "Sort: t e a m",
+        "Count a: a b c a a",
+        "Double: g o",
+        "Give me a list of fruits.",
+    ),
+    models.T5: ("Sort: t e a m", "Down: t e a m", "Least: t e a m", "Double: g o", "List some fruits."),
+}
 
 
 def get_stages(folder: str, kind: str = "llama") -> list[dict]:
@@ -53,22 +60,22 @@ def _begin(kind: Kind, folder: str) -> list[dict]:
             "resumes": True,
             "curves": ["train/loss", "eval/validation/bits_per_byte"],
         },
-        evaluate(folder, "pretrain", base),
+        evaluate(kind, folder, "pretrain", base),
         run(kind, folder, "instruct", reads=[base, data], says="instruction tuning on questions and conversations")
-        | {"gains": gains(folder, "instruct", "pretrain", "five", "people", "plays")},
-        evaluate(folder, "instruct"),
+        | {"gains": gains(kind, folder, "instruct", "pretrain", "five", "people", "plays")},
+        evaluate(kind, folder, "instruct"),
     ]
 
 
 def _adapted(kind: Kind, folder: str) -> list[dict]:
     reads = [f"{folder}/instruct", f"{folder}/data"]
     return [
-        run(kind, folder, "lora", reads=reads, says="an adapter of rank 8 for a task that is new (double)")
-        | {"gains": gains(folder, "lora", "instruct", "double", "five")},
-        evaluate(folder, "lora"),
+        run(kind, folder, "lora", reads=reads, says="an adapter of rank 8 for a task that is new")
+        | {"gains": gains(kind, folder, "lora", "instruct", "new", "five")},
+        evaluate(kind, folder, "lora"),
         run(kind, folder, "full", reads=reads, says="for comparison: the same steps with all parameters")
-        | {"gains": gains(folder, "full", "lora", "double", "five", beside=True)},
-        evaluate(folder, "full"),
+        | {"gains": gains(kind, folder, "full", "lora", "new", "five", beside=True)},
+        evaluate(kind, folder, "full"),
         {
             "name": "merge",
             "says": "the adapter becomes part of the model that goes on",
@@ -100,8 +107,13 @@ def _preferences(kind: Kind, folder: str) -> list[dict]:
             ]
         },
         run(kind, folder, "dpo", reads=[merged, pairs], says="DPO on the same pairs", curves=curves)
-        | {"gains": [*judged_gains(folder, "dpo", "merged"), *gains(folder, "dpo", "lora", "six", "people", "plays")]},
-        evaluate(folder, "dpo"),
+        | {
+            "gains": [
+                *judged_gains(folder, "dpo", "merged"),
+                *gains(kind, folder, "dpo", "lora", "six", "people", "plays"),
+            ]
+        },
+        evaluate(kind, folder, "dpo"),
         run(
             *(kind, folder, "grpo"),
             reads=[dpo, reward, f"{folder}/instruct/tokenizer", *COMMON],
@@ -111,12 +123,12 @@ def _preferences(kind: Kind, folder: str) -> list[dict]:
         )
         | {
             "gains": [
-                *gains(folder, "grpo", "dpo", "six"),
-                *gains(folder, "grpo", "lora", "six", "people", "plays", beside=True),
+                *gains(kind, folder, "grpo", "dpo", "six"),
+                *gains(kind, folder, "grpo", "lora", "six", "people", "plays", beside=True),
                 *judged_gains(folder, "grpo", "dpo"),
             ]
         },
-        evaluate(folder, "grpo"),
+        evaluate(kind, folder, "grpo"),
         {
             "name": "judge",
             "says": "the reward model judges the answers of merged, dpo and grpo",
@@ -133,10 +145,10 @@ def _preferences(kind: Kind, folder: str) -> list[dict]:
 def _end(kind: Kind, folder: str) -> list[dict]:
     grpo, export = f"{folder}/grpo", f"{folder}/export"
     form, says, read = "compressed-tensors", "int8 weights as a compressed-tensors folder", []
-    asks = ["--chat", *(f"--prompt={each}" for each in CHAT)]
+    asks = ["--chat", *(f"--prompt={each}" for each in ASKED[kind])]
     if not kind.chat:
         form, says, read = "hf", "a Hugging Face folder, in floats; it is read in int8", ["--dtype=int8"]
-        asks = [f"--prompt={each}" for each in CHAT]
+        asks = [f"--prompt={each}" for each in ASKED[kind]]
     return [
         {
             "name": "export",
@@ -144,9 +156,9 @@ def _end(kind: Kind, folder: str) -> list[dict]:
             "command": ["-m", "t5x_like", "export", grpo, export, f"--format={form}"],
             "reads": [grpo],
             "makes": export,
-            "gains": gains(folder, "export", "grpo", "six", "people", "plays"),
+            "gains": gains(kind, folder, "export", "grpo", "six", "people", "plays"),
         },
-        evaluate(folder, "export", "", *read),
+        evaluate(kind, folder, "export", "", *read),
         {
             "name": "sample",
             "says": "the exported folder is read again and answers",
@@ -179,26 +191,29 @@ def run(
     }
 
 
-def evaluate(folder: str, name: str, directory: str = "", *options: str) -> dict:
+def evaluate(kind: Kind, folder: str, name: str, directory: str = "", *options: str) -> dict:
     """Every model answers all questions. Reports lie in FOLDER/evaluate_NAME."""
     directory, output = directory or f"{folder}/{name}", f"{folder}/evaluate_{name}"
-    asked = ["--tasks=lifecycle_*", f"--include_path={CONFIGS}/eval", f"--data={folder}/data"]
+    tasks = ",".join(f"lifecycle_{each}" for each in (*kind.all_tasks, "people", "plays"))
+    asked = [f"--tasks={tasks}", f"--include_path={CONFIGS}/eval", f"--data={folder}/data"]
     return {
         "name": f"evaluate_{name}",
         "says": f"{name} answers the held-out questions",
         "command": ["-m", "t5x_like", "evaluate", directory, *asked, f"--output={output}", "--samples", *options],
         "reads": [directory, f"{folder}/data", f"{CONFIGS}/eval"],
         "makes": output,
-        "samples": [f"{output}/samples/*/lifecycle_{task}.jsonl" for task in ("reverse", "sort", "double")],
+        "samples": [f"{output}/samples/*/lifecycle_{task}.jsonl" for task in (*kind.tasks[:2], kind.new)],
     }
 
 
-def gains(folder: str, name: str, before: str, *of: str, beside: bool = False) -> list[dict]:
+def gains(kind: Kind, folder: str, name: str, before: str, *of: str, beside: bool = False) -> list[dict]:
     """What a model gained over the one before it, or has beside another one."""
+    new = f"lifecycle_{kind.new}"
+    five = tuple(f"lifecycle_{each}" for each in kind.tasks)
     known = {
-        "five": ("exact match, five tasks", "exact_match", FIVE),
-        "six": ("exact match, six tasks", "exact_match", SIX),
-        "double": ("exact match, double", "exact_match", ("lifecycle_double",)),
+        "five": ("exact match, five tasks", "exact_match", five),
+        "six": ("exact match, six tasks", "exact_match", (*five, new)),
+        "new": (f"exact match, {kind.new}", "exact_match", (new,)),
         "people": ("bits per byte, people's answers", "bits_per_byte", ("lifecycle_people",)),
         "plays": ("bits per byte, plays", "bits_per_byte", ("lifecycle_plays",)),
     }
