@@ -17,6 +17,6 @@ def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
     config.objective.dpo.beta = 0.5
     config.roles.reference = {"source": f"{folder}/merged", "rules": "", "dtype": "stored"}
     config.data.features = "pairs"
-    config.optim.update({"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0})
+    config.optim.update({"name": "adamw", "learning_rate": 5e-5, "weight_decay": 0.0})
     config.loop.steps = 100
     return config

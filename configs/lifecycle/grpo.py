@@ -24,7 +24,9 @@ def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
     if not kind.chat:
         config.data.update({"encoder_length": models.SOURCE, "length": models.ANSWER})
     config.rl.rewards.exact = common.reward("exact")
-    config.rl.rewards.preferred = common.reward("model", weight=0.1)
+    config.rl.rewards.preferred = common.reward("model", weight=0.05)
+    # Divided by their deviation, what it says of answers that are all wrong would count as much as a right one.
+    config.rl.advantage.scale = "none"
     config.roles.reward = {"source": f"{folder}/reward", "rules": "", "dtype": "stored"}
     config.optim.update({"name": "adamw", "learning_rate": 3e-4, "weight_decay": 0.0, "clip_norm": 1.0})
     config.optim.schedule.update({"name": "constant", "warmup_steps": 5})

@@ -28,7 +28,7 @@ def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
     config.data.update({"validation": "", "validation_stride": 0})
     config.optim.update({"name": "muon", "learning_rate": 5e-3, "weight_decay": 0.1})
     config.optim.schedule.update({"name": "linear", "warmup_steps": 20})
-    config.loop.update({"steps": 250, "log_every_steps": 10})
+    config.loop.update({"steps": 450, "log_every_steps": 10})
     config.evaluate.every_steps = 0
     config.telemetry.update({"measure_cpu_peak": False, "tensorboard": False})
     return config

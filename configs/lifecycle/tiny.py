@@ -5,14 +5,20 @@
 Hardware: 2 CPU cores. Gains and their intervals: docs/log.md.
 
 The models have one million parameters and have read Shakespeare. What they can really learn decides the tasks
-(tasks.py): rules over a few letters that are one token each, which attention can copy, order, drop and count. They are
-so long that a model which has seen them for a minute is often right and often nearly right: that is what later stages
-need. Instruction tuning teaches the form of an answer and part of the rules; an adapter a rule that the model has not
-seen, and is merged, so that what follows knows it too; its own wrong answers beside the right ones are pairs for a
-reward model and for DPO; GRPO reinforces what is right, and among wrong answers what the reward model prefers. Real
-conversations (those of configs/instruct) are one fifth of the tokens: they show that language is learned beside rules,
-by bits per byte, since a model of this size does not learn to be right about the world. The plays that it read first
-show what it forgets.
+(tasks.py): rules over a few letters that are one token each, which attention can copy, order, drop and count. A T5 of
+this size does not learn in minutes in which order letters stood, so its answers are alphabetic. Every stage has
+something to gain that a held-out question can show:
+
+- instruction tuning: the form of an answer, and rules. Demonstrations are what people give: of some tasks 11 in 20 are
+  careless (letters written down as they stand), and a model learns that too
+- an adapter: a rule that the model has not seen. It is merged, so that what follows knows it
+- the model's own wrong answers beside the right ones are pairs, for a reward model and for DPO. They tell care from
+  carelessness, which no further demonstration of the same kind would
+- GRPO: what is right is reinforced, and a little of what the reward model prefers among wrong answers
+
+Real conversations (those of configs/instruct) are one fifth of the tokens: they show that language is learned beside
+rules, by bits per byte, since a model of this size does not learn to be right about the world. The plays that it read
+first show what it forgets.
 
 A held-out question is decided by its own digest (tasks.py), so the hundred questions of each task were in no run's
 data, GRPO's included. All models answer the same questions, and differences are taken question by question.
