@@ -45,7 +45,7 @@ T5 = Kind(
     asked="{}",
     chat=False,
     tasks=("sort", "down", "least", "greatest", "sort_without"),
-    new="sort_double",
+    new="ends",
 )
 KINDS = {each.name: each for each in (LLAMA, T5)}
 

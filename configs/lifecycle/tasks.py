@@ -78,9 +78,9 @@ def sort_without(chance: random.Random) -> tuple[str, str]:
     return f"Without {gone}: {' '.join(letters)}", " ".join(sorted(each for each in letters if each != gone))
 
 
-def sort_double(chance: random.Random) -> tuple[str, str]:
-    letters = _letters(chance, 2, 4)
-    return f"Double: {' '.join(letters)}", " ".join(letter for letter in sorted(letters) for _ in range(2))
+def ends(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 8)
+    return f"Ends: {' '.join(letters)}", f"{min(letters)} {max(letters)}"
 
 
 RULES: dict[str, Callable[[random.Random], tuple[str, str]]] = {
@@ -94,7 +94,7 @@ RULES: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "least": least,
     "greatest": greatest,
     "sort_without": sort_without,
-    "sort_double": sort_double,
+    "ends": ends,
 }
 # Demonstrations of these are careless in 11 cases of 20: all letters are written down as they stand, or in order.
 CASES = (0, 2, 4, 6, 8, 9, 11, 13, 15, 17, 19)

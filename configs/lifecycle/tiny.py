@@ -38,7 +38,7 @@ ASKED = {
         "Double: g o",
         "Give me a list of fruits.",
     ),
-    models.T5: ("Sort: t e a m", "Down: t e a m", "Least: t e a m", "Double: g o", "List some fruits."),
+    models.T5: ("Sort: t e a m", "Down: t e a m", "Least: t e a m", "Ends: t e a m", "List some fruits."),
 }
 
 
@@ -50,6 +50,7 @@ def get_stages(folder: str, kind: str = "llama") -> list[dict]:
 
 def _begin(kind: Kind, folder: str) -> list[dict]:
     data, base = f"{folder}/data", kind.base
+    learned = [f"{data}/examples.jsonl", f"{data}/people.jsonl"]
     return [
         {
             "name": "data",
@@ -67,14 +68,14 @@ def _begin(kind: Kind, folder: str) -> list[dict]:
             "curves": ["train/loss", "eval/validation/bits_per_byte"],
         },
         evaluate(kind, folder, "pretrain", base),
-        run(kind, folder, "instruct", reads=[base, data], says="instruction tuning on questions and conversations")
+        run(kind, folder, "instruct", reads=[base, *learned], says="instruction tuning on questions and conversations")
         | {"gains": gains(kind, folder, "instruct", "pretrain", "five", "people", "plays")},
         evaluate(kind, folder, "instruct"),
     ]
 
 
 def _adapted(kind: Kind, folder: str) -> list[dict]:
-    reads = [f"{folder}/instruct", f"{folder}/data"]
+    reads = [f"{folder}/instruct", f"{folder}/data/examples.jsonl", f"{folder}/data/new_examples.jsonl"]
     return [
         run(kind, folder, "lora", reads=reads, says="an adapter of rank 8 for a task that is new")
         | {"gains": gains(kind, folder, "lora", "instruct", "new", "five")},
