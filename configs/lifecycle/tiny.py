@@ -78,10 +78,10 @@ def _adapted(kind: Kind, folder: str) -> list[dict]:
     reads = [f"{folder}/instruct", f"{folder}/data/examples.jsonl", f"{folder}/data/new_examples.jsonl"]
     return [
         run(kind, folder, "lora", reads=reads, says="an adapter of rank 8 for a task that is new")
-        | {"gains": gains(kind, folder, "lora", "instruct", "new", "five")},
+        | {"gains": gains(kind, folder, "lora", "instruct", "new", "five", "people")},
         evaluate(kind, folder, "lora"),
         run(kind, folder, "full", reads=reads, says="for comparison: the same steps with all parameters")
-        | {"gains": gains(kind, folder, "full", "lora", "new", "five", beside=True)},
+        | {"gains": gains(kind, folder, "full", "lora", "new", "five", "people", beside=True)},
         evaluate(kind, folder, "full"),
         {
             "name": "merge",

@@ -307,7 +307,7 @@ def test_the_configs_of_the_shipped_stages_are_sound(name, kind):
         assert experiments.from_config(config).model.family == kind
 
 
-@pytest.mark.parametrize("task", [*tasks.ALL_TASKS])
+@pytest.mark.parametrize("task", [*tasks.RULES])
 def test_held_out_questions_are_in_no_run(task):
     seen = {part: [tasks.example(task, held_out=part, seed=0, index=i) for i in range(300)] for part in (False, True)}
     questions = {part: {each.question for each in found} for part, found in seen.items()}
@@ -321,18 +321,30 @@ def test_answers_are_those_of_the_rules():
     def twice(letters):
         return [each for each in letters for _ in range(2)]
 
-    rules = {"reverse": lambda x: x[::-1], "sort": sorted, "repeat": list, "double": twice}
+    rules = {
+        **{"reverse": lambda x: x[::-1], "sort": sorted, "repeat": list, "double": twice},
+        **{"down": lambda x: sorted(x)[::-1], "least": min, "greatest": max, "ends": lambda x: [min(x), max(x)]},
+    }
     for _ in range(20):
         for task, rule in rules.items():
-            question, answer = tasks.ALL_TASKS[task](chance)
+            question, answer = tasks.RULES[task](chance)
             assert answer.split() == list(rule(question.partition(": ")[2].split()))
-        for task in ("without", "count"):
-            question, answer = tasks.ALL_TASKS[task](chance)
+        for task in ("without", "count", "sort_without"):
+            question, answer = tasks.RULES[task](chance)
             name, _, letters = question.partition(": ")
             wanted = name[-1]
             assert wanted in letters or task == "count"
             kept = [each for each in letters.split() if each != wanted]
-            assert answer == (" ".join(kept) if task == "without" else str(letters.count(wanted)))
+            kept = sorted(kept) if task == "sort_without" else kept
+            assert answer == (str(letters.count(wanted)) if task == "count" else " ".join(kept))
+
+    for kind in models.KINDS.values():
+        assert set(tasks.CARELESS[kind]) <= set(kind.tasks) and set(kind.all_tasks) <= set(tasks.RULES)
+    asked = tasks.Example("reverse", "Reverse: b a c", "c a b")
+    shown = [tasks.demonstrated(models.LLAMA, asked, number) for number in range(40)]
+    assert shown.count("b a c") == 22 and shown.count("c a b") == 18
+    assert tasks.demonstrated(models.T5, tasks.Example("down", "Down: b a c", "c b a"), 0) == "a b c"
+    assert tasks.demonstrated(models.LLAMA, tasks.Example("repeat", "Repeat: b a", "b a"), 0) == "b a"
     assert tasks.ask(0, 7)[0].startswith("User:\nSort: ") and tasks.ask_source(0, 7)[0].startswith("Sort: ")
 
 
@@ -346,7 +358,7 @@ class Answers:
 
 
 def test_pairs_are_the_wrong_answers_beside_the_right_ones(monkeypatch):
-    model, asked = Answers(), data.examples(tasks.ALL_TASKS, 4, seed=1)
+    model, asked = Answers(), data.examples(models.LLAMA.all_tasks, 4, seed=1)
     model.asked = asked
     monkeypatch.setattr(collect, "AT_ONCE", 10)
     found = collect._pairs(model, models.LLAMA, asked, seed=2)
