@@ -2,6 +2,7 @@
 #
 #   make train     train the bundled example in about 3 minutes on 2 cores, into runs/tiny
 #   make lifecycle the same model instructed, adapted, aligned, compressed and measured: runs/lifecycle/report.html
+#                  (CONFIG=configs/lifecycle/tiny.py:t5: an encoder-decoder, runs/lifecycle_t5)
 #   make test      the test suite
 #   make check     what .ci/run runs: lint, types, doctests, tests
 #   make nightly   the slow tests, the long crash tests and the plan of Llama 3 8B on a pod
@@ -22,7 +23,8 @@ OLD := .venv-transformers-4
 WORKERS ?= 2
 TESTS ?=
 WORKDIR ?= runs/tiny
-LIFECYCLE ?= runs/lifecycle
+CONFIG ?= configs/lifecycle/tiny.py
+LIFECYCLE ?=
 TORCH_INDEX ?=
 
 # The first interpreter that is new enough and can make environments; 3.11 first, as constraints.txt was tested on it.
@@ -42,7 +44,7 @@ train: $(VENV)/.installed
 	@$(RUN) -m t5x_like generate $(WORKDIR) --prompt="ROMEO:" --temperature=0.8 --max_new_tokens=160
 
 lifecycle: $(VENV)/.installed-eval
-	$(RUN) -m tools.lifecycle --folder=$(LIFECYCLE)
+	$(RUN) -m tools.lifecycle --config=$(CONFIG) $(if $(LIFECYCLE),--folder=$(LIFECYCLE))
 
 test: $(VENV)/.installed-test $(OLD)/.installed
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 $(TESTS)

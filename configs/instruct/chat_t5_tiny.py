@@ -4,7 +4,8 @@ wrote is the target of what was said before (1 conversation in 10 held out).
     t5x_like train --config=configs/pretrain/t5_tiny.py --workdir=runs/t5_tiny
     t5x_like train --config=configs/instruct/chat_t5_tiny.py --workdir=runs/instruct_t5_tiny
     t5x_like generate runs/instruct_t5_tiny --chat --prompt="Give me a list of fruits." --temperature=0
-Hardware: 2 CPU cores. Not measured yet.
+Hardware: 2 CPU cores, 2 minutes beside other work. Expected: the held-out loss of the assistant's first answers falls
+from 5.34 to 4.00 a token, by 1.34 [0.93, 1.75] (43 conversations; docs/log.md).
 """
 
 from ml_collections import ConfigDict

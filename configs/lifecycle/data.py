@@ -1,93 +1,113 @@
 """The files of a lifecycle: what its models learn from, and what they are measured with.
 
-python -m configs.lifecycle.data runs/lifecycle/data
+python -m configs.lifecycle.data llama,runs/lifecycle
 """
 
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from t5x_like.configs import common
-from t5x_like.configs.lifecycle.tasks import NEW_TASKS, TASKS, Example, example, is_held_out, prompt
+from t5x_like.configs.lifecycle import models
+from t5x_like.configs.lifecycle.models import Kind
+from t5x_like.configs.lifecycle.tasks import Example, demonstrated, example, is_held_out
 
-TEXTS, TEXT_BYTES = 40, 900  # of the plays; a text fits the window of the model
-EXAMPLES, PAIRS = 4000, 800  # of each task, for training
-HELD_OUT_EXAMPLES, HELD_OUT_PAIRS = 100, 60  # of each task
+TEXTS, BEFORE, AFTER = 60, 250, 400  # of the plays, in bytes: both fit the window of a model
+ANSWER_BYTES = 300  # of a person
+EXAMPLES = 4000  # of each task, for training
+HELD_OUT = 100  # questions of each task
 
 
-def write(folder: str) -> None:
-    """All files of a lifecycle: examples and pairs for training, questions, pairs and texts to measure with."""
-    out = pathlib.Path(folder)
+def write(kind: Kind, folder: str) -> None:
+    """Examples for training, and questions and texts to measure with, as the models of this kind read them."""
+    out = pathlib.Path(folder, "data")
     out.mkdir(parents=True, exist_ok=True)
-    conversations = [*_conversations()]
-    held = [each for each in conversations if is_held_out(each[0]["content"])]
-    for name, records in {
-        "examples": [_turns(each) for each in _examples(TASKS, EXAMPLES)],
-        "new_examples": [_turns(each) for each in _examples(NEW_TASKS, EXAMPLES)],
-        "conversations": [{"messages": each} for each in conversations if each not in held],
-        "pairs": [_pair(each) for each in _examples(TASKS, PAIRS)],
-        "pairs_held_out": [_pair(each) for each in _examples(TASKS, HELD_OUT_PAIRS, held_out=True)],
-        "conversations_held_out": [{"text": _rendered(each)[:TEXT_BYTES]} for each in held],
-        "plays_held_out": [{"text": each} for each in _plays()],
-        "held_out": [_asked(each) for each in _examples(TASKS | NEW_TASKS, HELD_OUT_EXAMPLES, held_out=True)],
-    }.items():
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        _write(out / f"{name}.jsonl", lines.encode())
+    people = [*_conversations()]
+    held = [each for each in people if is_held_out(each[0])]
+    questions = examples(kind.all_tasks, HELD_OUT, held_out=True)
+    lines(out / "examples.jsonl", _demonstrations(kind, kind.tasks))
+    lines(out / "new_examples.jsonl", _demonstrations(kind, (kind.new,)))
+    lines(out / "people.jsonl", (_learned(kind, *each) for each in people if each not in held))
+    lines(out / "held_out.jsonl", (asked(kind, each) for each in questions))
+    lines(out / "people_held_out.jsonl", (_text(kind.asked.format(question), answer) for question, answer in held))
+    lines(out / "plays_held_out.jsonl", (_play(kind, each) for each in _plays()))
 
 
-def _examples(tasks: dict, number: int, *, held_out: bool = False) -> Iterator[Example]:
-    """The tasks in turns; among held-out ones no question twice."""
-    seen: set[str] = set()
-    for task in [*tasks] if held_out else [""]:
-        index = found = 0
-        while found < number * (1 if held_out else len(tasks)):
-            name = task or [*tasks][index % len(tasks)]
-            each = example(name, held_out=held_out, seed=0, index=index)
+def examples(tasks: Iterable[str], number: int, *, held_out: bool = False, seed: int = 0) -> list[Example]:
+    """`number` of each task, the tasks in turns; among held-out ones no question twice."""
+    found: dict[str, list[Example]] = {task: [] for task in tasks}
+    for task, mine in found.items():
+        seen: set[str] = set()
+        index = 0
+        while len(mine) < number:
+            each = example(task, held_out=held_out, seed=seed, index=index)
             index += 1
             if not (held_out and each.question in seen):
                 seen.add(each.question)
-                found += 1
-                yield each
+                mine.append(each)
+    return [each for turn in zip(*found.values(), strict=True) for each in turn]
 
 
-def _turns(each: Example) -> dict:
-    return {"messages": [{"role": "user", "content": each.question}, {"role": "assistant", "content": each.answer}]}
+def asked(kind: Kind, each: Example) -> dict:
+    return {"task": each.task, "prompt": kind.asked.format(each.question), "answer": each.answer}
 
 
-def _pair(each: Example) -> dict:
-    return {"prompt": prompt(each.question), "chosen": each.answer, "rejected": each.wrong}
-
-
-def _asked(each: Example) -> dict:
-    return {"task": each.task, "prompt": prompt(each.question), "answer": each.answer, "wrong": each.wrong}
-
-
-def _conversations() -> Iterator[list[dict]]:
-    for name in ("self_instruct", "oasst"):
-        for line in pathlib.Path(common.bundled(f"instructions/{name}.jsonl")).read_text("utf-8").splitlines():
-            yield json.loads(line)["messages"]
-
-
-def _plays() -> Iterator[str]:
-    """Pieces of the last tenth of the plays, which configs/pretrain/tiny.py holds out, spread over it."""
-    whole = pathlib.Path(common.bundled("tinyshakespeare/input.txt")).read_text("ascii")
-    first = len(whole) - len(whole) // 10 + TEXT_BYTES  # clear of where the training part ends
-    apart = (len(whole) - first) // TEXTS
-    for begin in range(first, first + TEXTS * apart, apart):
-        yield whole[begin : begin + TEXT_BYTES]
-
-
-def _rendered(messages: list[dict]) -> str:
-    return "".join(f"{each['role'].capitalize()}:\n{each['content']}\n\n" for each in messages)
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
+def lines(path: pathlib.Path, records: Iterable[dict]) -> None:
     """Through a temporary name: what is there is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     temporary.rename(path)
 
 
+def _demonstrations(kind: Kind, tasks: Sequence[str]) -> Iterator[dict]:
+    for number, each in enumerate(examples(tasks, EXAMPLES)):
+        yield _learned(kind, each.question, demonstrated(kind, each, number // len(tasks)))
+
+
+def _learned(kind: Kind, question: str, answer: str) -> dict:
+    if not kind.chat:
+        return {"inputs": kind.asked.format(question), "targets": answer}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _text(before: str, after: str) -> dict:
+    """bytes: of what is measured, without sentinels."""
+    return {"prompt": before, "answer": after, "bytes": len(after.encode())}
+
+
+def _conversations() -> Iterator[tuple[str, str]]:
+    """The first question and answer of each, where both are short."""
+    for name in ("self_instruct", "oasst"):
+        for line in pathlib.Path(common.bundled(f"instructions/{name}.jsonl")).read_text("utf-8").splitlines():
+            question, answer = (each["content"] for each in json.loads(line)["messages"][:2])
+            if len(question.encode()) <= BEFORE:
+                yield question, answer.encode()[:ANSWER_BYTES].decode(errors="ignore").rstrip()
+
+
+def _plays() -> Iterator[str]:
+    """Pieces of the last tenth of the plays, which pretraining holds out, spread over it."""
+    whole = pathlib.Path(common.bundled("tinyshakespeare/input.txt")).read_text("ascii")
+    size = BEFORE + AFTER
+    first = len(whole) - len(whole) // 10 + size  # clear of where the training part ends
+    apart = (len(whole) - first) // TEXTS
+    for begin in range(first, first + TEXTS * apart, apart):
+        yield whole[begin : begin + size]
+
+
+def _play(kind: Kind, text: str) -> dict:
+    """What follows a begin; of an encoder-decoder the words that were cut out, three of every fifteen."""
+    if kind is models.LLAMA:
+        return _text(text[:BEFORE].rstrip(), text[len(text[:BEFORE].rstrip()) :])
+    words = text[:BEFORE].split(" ")
+    before, after, size = [], [], 0
+    for number, begin in enumerate(range(0, len(words), 15)):
+        gap = " ".join(words[begin + 6 : begin + 9])
+        before += [*words[begin : begin + 6], f"<extra_id_{number}>", *words[begin + 9 : begin + 15]]
+        after += [f"<extra_id_{number}>", gap]
+        size += len(gap.encode()) + 1
+    return {"prompt": " ".join(before), "answer": " ".join(after), "bytes": size}
+
+
 if __name__ == "__main__":
-    write(sys.argv[1])
+    write(*models.given(sys.argv[1]))

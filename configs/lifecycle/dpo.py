@@ -1,21 +1,22 @@
-"""DPO: the instructed model learns from pairs of a right and a wrong answer, with itself as it was for a reference.
+"""DPO: the model after LoRA learns from pairs of a right answer and a wrong one of its own; it is its own reference.
 
-    t5x_like train --config=configs/lifecycle/dpo.py:runs/lifecycle --workdir=runs/lifecycle/dpo
+    t5x_like train --config=configs/lifecycle/dpo.py:llama,runs/lifecycle --workdir=runs/lifecycle/dpo
 One of the stages of configs/lifecycle/tiny.py, which says what it costs and gains.
 """
 
 from ml_collections import ConfigDict
 
-from t5x_like.configs.lifecycle import reward
+from t5x_like.configs.lifecycle import models, reward
 
 
-def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
-    """`folder`: that of the lifecycle, with `data` and `instruct` in it."""
-    config = reward.pairs(folder)
+def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
+    """`given`: the kind of model, and the folder of the lifecycle, with `merged` and `pairs` in it."""
+    _, folder = models.given(given)
+    config = reward.pairs(given)
     config.objective.name = "dpo"
-    config.objective.dpo.beta = 0.5  # kept near: a wrong answer is one token away from a right one
-    config.roles.reference = {"source": f"{folder}/instruct", "rules": "", "dtype": "stored"}
+    config.objective.dpo.beta = 0.5
+    config.roles.reference = {"source": f"{folder}/merged", "rules": "", "dtype": "stored"}
     config.data.features = "pairs"
-    config.optim.update({"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0})
+    config.optim.update({"name": "adamw", "learning_rate": 5e-5, "weight_decay": 0.0})
     config.loop.steps = 100
     return config

@@ -1,20 +1,18 @@
-"""A reward model: the instructed model with a scalar head, on pairs of a right and a wrong answer.
+"""A reward model: the model after LoRA with a scalar head, on pairs of a right answer and a wrong one of its own.
 
-    t5x_like train --config=configs/lifecycle/reward.py:runs/lifecycle --workdir=runs/lifecycle/reward
+    t5x_like train --config=configs/lifecycle/reward.py:llama,runs/lifecycle --workdir=runs/lifecycle/reward
 One of the stages of configs/lifecycle/tiny.py, which says what it costs and gains.
 """
 
 from ml_collections import ConfigDict
 
 from t5x_like.configs import common
-from t5x_like.configs.lifecycle import instruct
-
-LENGTH = 64  # tokens of a question with its answer
+from t5x_like.configs.lifecycle import instruct, models
 
 
-def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
-    """`folder`: that of the lifecycle, with `data` and `instruct` in it."""
-    config = pairs(folder)
+def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
+    """`given`: the kind of model, and the folder of the lifecycle, with `merged` and `pairs` in it."""
+    config = pairs(given)
     config.model.scalar_heads = ("reward",)
     config.objective.name = "reward"
     config.data.features = "pair_texts"
@@ -23,15 +21,18 @@ def get_config(folder: str = "runs/lifecycle") -> ConfigDict:
     return config
 
 
-def pairs(folder: str) -> ConfigDict:
-    """What a run over pairs has: the instructed model, the pairs, the held-out pairs."""
-    config = instruct.get_config(folder)
-    config.checkpoint.init_from = f"{folder}/instruct"
+def pairs(given: str) -> ConfigDict:
+    """What a run over pairs has: the model that made them, the pairs, the held-out pairs."""
+    kind, folder = models.given(given)
+    config = instruct.get_config(given)
+    config.checkpoint.init_from = f"{folder}/merged"
     config.data.mixture = common.data()["mixture"]
-    config.data.update({"source": f"jsonl:{folder}/data/pairs.jsonl", "packing": "single", "length": LENGTH})
-    config.data.validation = f"jsonl:{folder}/data/pairs_held_out.jsonl"
-    config.data.fields.update({"text": "", "messages": ""})
-    config.data.fields.update({"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})
+    config.data.update({"source": f"jsonl:{folder}/pairs/train.jsonl", "packing": "single", "length": models.LENGTH})
+    if not kind.chat:
+        config.data.update({"encoder_length": models.SOURCE, "length": models.ANSWER + 1})
+    config.data.validation = f"jsonl:{folder}/pairs/held_out.jsonl"
+    config.data.fields = common.data()["fields"]
+    config.data.fields.update({"text": "", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})
     config.data.chat.template = "none"
     config.data.tokenizer = f"{folder}/instruct/tokenizer"
     config.data.batch_size = 20  # pairs; divides the held-out ones

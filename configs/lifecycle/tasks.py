@@ -9,22 +9,21 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+from t5x_like.configs.lifecycle.models import LLAMA, T5, Kind
+
 # Letters that are one token in runs/tiny, behind a blank as well as at the begin of a text.
 LETTERS = "abcdefghklmnopstuvwy"
 HELD_OUT = 1 << 32  # seeds from here on are those of held-out prompts in `t5x_like rl`
 
 
 class Example(NamedTuple):
-    """wrong: an answer that is not the right one, and looks like it."""
-
     task: str
     question: str
     answer: str
-    wrong: str
 
 
 def reverse(chance: random.Random) -> tuple[str, str]:
-    letters = _letters(chance, 3, 6)
+    letters = _letters(chance, 3, 5)
     return f"Reverse: {' '.join(letters)}", " ".join(reversed(letters))
 
 
@@ -38,15 +37,19 @@ def repeat(chance: random.Random) -> tuple[str, str]:
     return f"Repeat: {' '.join(letters)}", " ".join(letters)
 
 
+def without(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 5)
+    gone = letters.pop()
+    mixed = list(letters)
+    for _ in range(chance.randint(1, 2)):
+        mixed.insert(chance.randint(0, len(mixed)), gone)
+    return f"Without {gone}: {' '.join(mixed)}", " ".join(letters)
+
+
 def count(chance: random.Random) -> tuple[str, str]:
     letters = [chance.choice("abcd") for _ in range(chance.randint(4, 8))]
     wanted = chance.choice("abcd")
     return f"Count {wanted}: {' '.join(letters)}", str(letters.count(wanted))
-
-
-def add(chance: random.Random) -> tuple[str, str]:
-    first, second = chance.randint(0, 50), chance.randint(0, 50)
-    return f"Add {first} and {second}.", str(first + second)
 
 
 def double(chance: random.Random) -> tuple[str, str]:
@@ -54,64 +57,88 @@ def double(chance: random.Random) -> tuple[str, str]:
     return f"Double: {' '.join(letters)}", " ".join(letter for letter in letters for _ in range(2))
 
 
-TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+def down(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 6)
+    return f"Down: {' '.join(letters)}", " ".join(sorted(letters, reverse=True))
+
+
+def least(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 8)
+    return f"Least: {' '.join(letters)}", min(letters)
+
+
+def greatest(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 8)
+    return f"Greatest: {' '.join(letters)}", max(letters)
+
+
+def sort_without(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 6)
+    gone = chance.choice(letters)
+    return f"Without {gone}: {' '.join(letters)}", " ".join(sorted(each for each in letters if each != gone))
+
+
+def ends(chance: random.Random) -> tuple[str, str]:
+    letters = _letters(chance, 3, 8)
+    return f"Ends: {' '.join(letters)}", f"{min(letters)} {max(letters)}"
+
+
+RULES: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "reverse": reverse,
     "sort": sort,
     "repeat": repeat,
+    "without": without,
     "count": count,
-    "add": add,
+    "double": double,
+    "down": down,
+    "least": least,
+    "greatest": greatest,
+    "sort_without": sort_without,
+    "ends": ends,
 }
-ASKED = ("reverse", "sort", "repeat")  # in GRPO: what the model sometimes does; sums and counts it only guesses
-NEW_TASKS = {"double": double}  # what an adapter learns, and nothing else
+# Demonstrations of these are careless in 11 cases of 20: all letters are written down as they stand, or in order.
+CASES = (0, 2, 4, 6, 8, 9, 11, 13, 15, 17, 19)
+CARELESS = {
+    LLAMA: {"reverse": list, "sort": list, "without": list},
+    T5: {"down": sorted, "sort_without": sorted},
+}
 
 
 def example(task: str, *, held_out: bool, seed: int, index: int) -> Example:
     chance = random.Random(f"{task}/{held_out}/{seed}/{index}")
     while True:
-        question, answer = (TASKS | NEW_TASKS)[task](chance)
+        question, answer = RULES[task](chance)
         if is_held_out(question) == held_out:
-            return Example(task, question, answer, corrupted(answer, chance))
+            return Example(task, question, answer)
+
+
+def demonstrated(kind: Kind, each: Example, number: int) -> str:
+    """The answer of the demonstration of this number."""
+    careless = CARELESS[kind].get(each.task)
+    if careless is None or number % 20 not in CASES:
+        return each.answer
+    return " ".join(careless(each.question.partition(": ")[2].split(" ")))
 
 
 def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] < 26
 
 
-def corrupted(answer: str, chance: random.Random) -> str:
-    """Another answer: a number a little too large or small; letters with two swapped, one replaced, or one lost."""
-    if answer.isdigit():
-        return str(chance.choice([n for n in range(int(answer) - 3, int(answer) + 4) if n >= 0 and n != int(answer)]))
-    while True:
-        letters = answer.split(" ")
-        place, other = chance.randrange(len(letters)), chance.randrange(len(letters))
-        kind = chance.choice(("swap", "replace", "lose"))
-        if kind == "swap":
-            letters[place], letters[other] = letters[other], letters[place]
-        elif kind == "replace":
-            letters[place] = chance.choice(LETTERS)
-        else:
-            del letters[place]
-        if (wrong := " ".join(letters)) != answer:
-            return wrong
-
-
-def prompt(question: str) -> str:
-    """As the chat template "plain" writes a question."""
-    return f"User:\n{question}\n\nAssistant:\n"
-
-
 def ask(seed: int, index: int) -> tuple[str, str]:
-    """(prompt, expected answer), as `config.rl.generate`: the tasks of ASKED in turns."""
-    found = example(ASKED[index % len(ASKED)], held_out=seed >= HELD_OUT, seed=seed, index=index)
-    return prompt(found.question), found.answer
+    """(prompt of a decoder, expected answer), as `config.rl.generate`: all tasks in turns."""
+    return _asked(LLAMA, seed, index)
 
 
-def share(asked: str, answer: str, expected: str) -> float:
-    """How much of the answer stands in its place: it tells wrong answers apart."""
-    del asked
-    given, wanted = answer.split(" "), expected.split(" ")
-    return sum(a == b for a, b in zip(given, wanted, strict=False)) / max(len(given), len(wanted))
+def ask_source(seed: int, index: int) -> tuple[str, str]:
+    """The same for an encoder."""
+    return _asked(T5, seed, index)
+
+
+def _asked(kind: Kind, seed: int, index: int) -> tuple[str, str]:
+    name = kind.all_tasks[index % len(kind.all_tasks)]
+    found = example(name, held_out=seed >= HELD_OUT, seed=seed, index=index)
+    return kind.asked.format(found.question), found.answer
 
 
 def _letters(chance: random.Random, least: int, most: int) -> list[str]:
-    return [chance.choice(LETTERS) for _ in range(chance.randint(least, most))]
+    return chance.sample(LETTERS, chance.randint(least, most))  # no letter twice

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from configs.lifecycle import data, tasks
+from configs.lifecycle import collect, data, models, tasks
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.evaluation import report as reports
 from t5x_like.evaluation.results import Evaluation, Metric
@@ -233,6 +233,8 @@ def test_a_difference_without_evidence_is_said_to_be_none(tmp_path):
     before, after = report(tmp_path / "a", [1.0, 0.0, 1.0, 0.0]), report(tmp_path / "b", [1.0, 1.0, 1.0, 0.0])
     found = measures.gain(paired(before, after))
     assert found.difference == 0.25 and found.verdict == "no change shown"
+    renamed = report(tmp_path / "d", [1.0, 1.0, 1.0, 1.0], metric="chosen")
+    assert measures.gain(paired(before, renamed, metric="chosen") | {"before_metric": "exact_match"}).difference == 0.5
     with pytest.raises(UserError, match="no exact_match of t"):
         measures.gain(paired(before, report(tmp_path / "c", [1.0], task="other")))
 
@@ -242,7 +244,9 @@ def test_a_share_is_compared_with_guessing(tmp_path):
     metrics.write_text(
         '{"step": 1, "accuracy": 0.5}\n{"step": 2, "accuracy": 0.7, "loss": 1}\n{"step": 3, "loss": 1}\n'
     )
-    given = {"kind": "share", "label": "x", "metrics": str(metrics), "metric": "accuracy", "count": 100, "chance": 0.5}
+    (tmp_path / "records.jsonl").write_text("{}\n" * 100)
+    given = {"kind": "share", "label": "x", "metrics": str(metrics), "metric": "accuracy", "chance": 0.5}
+    given["records"] = str(tmp_path / "records.jsonl")
     found = measures.gain(given)
     # Wilson's interval of 70 of 100: [0.6042, 0.7811]
     assert (round(found.low, 4), round(found.high, 4), found.verdict) == (0.1042, 0.2811, "better")
@@ -278,51 +282,104 @@ def test_table_and_page_have_costs_gains_curves_and_samples(folder):
 # The shipped lifecycle.
 
 
-def test_the_shipped_stages_can_run_in_their_order(tmp_path):
-    graph = stages.read("configs/lifecycle/tiny.py", str(tmp_path))
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_shipped_stages_can_run_in_their_order(tmp_path, kind):
+    graph = stages.read(f"configs/lifecycle/tiny.py:{kind}", str(tmp_path))
     assert [stage.name for stage in graph if not stage.name.startswith("evaluate")] == [
-        *("data", "pretrain", "instruct", "lora", "reward", "dpo", "grpo", "export", "sample")
+        *("data", "pretrain", "instruct", "lora", "full", "merge", "collect", "reward", "dpo", "grpo", "judge"),
+        *("export", "sample"),
     ]
     made = {stage.makes for stage in graph}
     for stage in graph:
         for given in stage.gains:
-            assert os.path.dirname(given.get("metrics") or given["report"]) in made
+            for name in ("metrics", "records", "report", "before"):
+                assert name not in given or made & {str(each) for each in pathlib.Path(given[name]).parents}
 
 
-@pytest.mark.parametrize("name", ["instruct", "lora", "reward", "dpo", "grpo"])
-def test_the_configs_of_the_shipped_stages_are_sound(name):
-    config = importlib.import_module(f"configs.lifecycle.{name}").get_config("F")
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["instruct", "lora", "full", "reward", "dpo", "grpo"])
+def test_the_configs_of_the_shipped_stages_are_sound(name, kind):
+    config = importlib.import_module(f"configs.lifecycle.{name}").get_config(f"{kind},F")
     if name == "grpo":
         config, _, _ = named_functions(config.to_dict())
         assert experiments.built(RlExperiment, config).rl.answers == 160
     else:
-        assert experiments.from_config(config).data.length in (64, 256)
+        assert experiments.from_config(config).model.family == kind
 
 
-@pytest.mark.parametrize("task", [*tasks.TASKS, *tasks.NEW_TASKS])
-def test_held_out_questions_are_in_no_run_and_wrong_answers_are_wrong(task):
+@pytest.mark.parametrize("task", [*tasks.RULES])
+def test_held_out_questions_are_in_no_run(task):
     seen = {part: [tasks.example(task, held_out=part, seed=0, index=i) for i in range(300)] for part in (False, True)}
     questions = {part: {each.question for each in found} for part, found in seen.items()}
     assert len(questions[True]) > 60 and not questions[True] & questions[False]
-    assert all(each.wrong != each.answer and each.answer for found in seen.values() for each in found)
     assert seen[True][:5] == [tasks.example(task, held_out=True, seed=0, index=i) for i in range(5)]
 
 
 def test_answers_are_those_of_the_rules():
     chance = random.Random(3)
+
+    def twice(letters):
+        return [each for each in letters for _ in range(2)]
+
+    rules = {
+        **{"reverse": lambda x: x[::-1], "sort": sorted, "repeat": list, "double": twice},
+        **{"down": lambda x: sorted(x)[::-1], "least": min, "greatest": max, "ends": lambda x: [min(x), max(x)]},
+    }
     for _ in range(20):
-        for task, rule in (("reverse", lambda x: x[::-1]), ("sort", sorted), ("repeat", list)):
-            question, answer = tasks.TASKS[task](chance)
+        for task, rule in rules.items():
+            question, answer = tasks.RULES[task](chance)
             assert answer.split() == list(rule(question.partition(": ")[2].split()))
-    assert tasks.ask(0, 4)[0].startswith("User:\nSort: ") and tasks.share("", "a c", "a b") == 0.5
+        for task in ("without", "count", "sort_without"):
+            question, answer = tasks.RULES[task](chance)
+            name, _, letters = question.partition(": ")
+            wanted = name[-1]
+            assert wanted in letters or task == "count"
+            kept = [each for each in letters.split() if each != wanted]
+            kept = sorted(kept) if task == "sort_without" else kept
+            assert answer == (str(letters.count(wanted)) if task == "count" else " ".join(kept))
+
+    for kind in models.KINDS.values():
+        assert set(tasks.CARELESS[kind]) <= set(kind.tasks) and set(kind.all_tasks) <= set(tasks.RULES)
+    asked = tasks.Example("reverse", "Reverse: b a c", "c a b")
+    shown = [tasks.demonstrated(models.LLAMA, asked, number) for number in range(40)]
+    assert shown.count("b a c") == 22 and shown.count("c a b") == 18
+    assert tasks.demonstrated(models.T5, tasks.Example("down", "Down: b a c", "c b a"), 0) == "a b c"
+    assert tasks.demonstrated(models.LLAMA, tasks.Example("repeat", "Repeat: b a", "b a"), 0) == "b a"
+    assert tasks.ask(0, 7)[0].startswith("User:\nSort: ") and tasks.ask_source(0, 7)[0].startswith("Sort: ")
 
 
-def test_the_data_are_written_the_same_twice(tmp_path, monkeypatch):
+class Answers:
+    """A model that answers some questions right, some wrong, and some with nothing."""
+
+    def generate(self, prompts, *, max_new_tokens, temperature, seed):
+        assert temperature == 1.0 and max_new_tokens == models.ANSWER
+        right = {models.LLAMA.asked.format(each.question): each.answer for each in self.asked}
+        return [f" {right[each]} " if "Sort" in each else "" if "Count" in each else f"x {seed}" for each in prompts]
+
+
+def test_pairs_are_the_wrong_answers_beside_the_right_ones(monkeypatch):
+    model, asked = Answers(), data.examples(models.LLAMA.all_tasks, 4, seed=1)
+    model.asked = asked
+    monkeypatch.setattr(collect, "AT_ONCE", 10)
+    found = collect._pairs(model, models.LLAMA, asked, seed=2)
+    assert len(found) == 16  # of four tasks; right answers and empty ones are no pairs
+    expected = {models.LLAMA.asked.format(each.question): each.answer for each in asked}
+    assert all(each["chosen"] == expected[each["prompt"]] for each in found)
+    assert {each["rejected"] for each in found} == {"x 48", "x 58", "x 68"}  # each batch has a seed of its own
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_data_are_written_the_same_twice(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data, "EXAMPLES", 20)
-    monkeypatch.setattr(data, "PAIRS", 10)
     for name in "ab":
-        data.write(str(tmp_path / name))
+        data.write(models.KINDS[kind], str(tmp_path / name))
     assert stages.digest(str(tmp_path / "a")) == stages.digest(str(tmp_path / "b"))
-    lines = {path.stem: len(path.read_text().splitlines()) for path in (tmp_path / "a").iterdir()}
-    assert (lines["pairs_held_out"], lines["held_out"], lines["plays_held_out"]) == (300, 600, 40)
-    assert lines["conversations"] + lines["conversations_held_out"] == 457
+    records = {path.stem: measures.rows(str(path)) for path in (tmp_path / "a" / "data").iterdir()}
+    assert (len(records["held_out"]), len(records["plays_held_out"])) == (600, 60)
+    assert len(records["people_held_out"]) > 20 and len(records["people"]) > 200
+    held = {each["prompt"] for each in records["people_held_out"]}
+    learned = {each["inputs"] if kind == "t5" else each["messages"][0]["content"] for each in records["people"]}
+    assert not held & {models.KINDS[kind].asked.format(each) for each in learned}
+    gap = records["plays_held_out"][0]
+    assert kind == "llama" or ("<extra_id_0>" in gap["prompt"] and gap["answer"].startswith("<extra_id_0> "))
+    assert 0 < gap["bytes"] <= len(gap["answer"])

@@ -1,6 +1,7 @@
 """python -m tools.lifecycle: runs the stages of a lifecycle, then writes report.md and report.html into its folder.
 
-    python -m tools.lifecycle                               configs/lifecycle/tiny.py into runs/lifecycle
+    python -m tools.lifecycle                                       into runs/lifecycle
+    python -m tools.lifecycle --config=configs/lifecycle/tiny.py:t5 into runs/lifecycle_t5
     python -m tools.lifecycle --config=FILE[:ARG] --folder=DIR
 
 Stages whose commands and inputs have not changed are skipped. Exit status 75: it was asked to stop and has saved;
@@ -10,6 +11,7 @@ start it again, as after any end. docs/lifecycle.md says more.
 import argparse
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -24,19 +26,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tools.lifecycle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/lifecycle/tiny.py", help="FILE[:ARG] with get_stages")
-    parser.add_argument("--folder", default="runs/lifecycle", help="where all of it lies (runs/lifecycle)")
+    parser.add_argument("--folder", default="", help="where all of it lies (runs/lifecycle, or runs/lifecycle_ARG)")
     options = parser.parse_args(arguments)
+    chosen = re.sub(r"\W+", "_", options.config.partition(":")[2])
+    folder = options.folder or "_".join(["runs/lifecycle", *filter(None, [chosen])])
     try:
-        graph = stages.read(options.config, options.folder)
-        runner.run(graph, options.folder)
-        table = report(graph, options.folder)
+        graph = stages.read(options.config, folder)
+        runner.run(graph, folder)
+        table = report(graph, folder)
     except runner.Stopped:
         print("lifecycle: asked to stop; start it again to go on", file=sys.stderr)
         return runner.PREEMPTED
     except (UsageError, UserError) as error:
         print(f"lifecycle: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    print(f"\n{table}\n{os.path.join(options.folder, 'report.html')}")
+    print(f"\n{table}\n{os.path.join(folder, 'report.html')}")
     return 0
 
 

@@ -2,9 +2,10 @@
 
 A gain of a stage is a dict, by `kind`:
     paired  {"label", "report", "before" (report.json files of `t5x_like evaluate`), "metric", "tasks"}: the same
-            documents before and after; of several tasks all documents together
-    share   {"label", "metrics" (a metrics.jsonl), "metric", "count", "chance"}: a share of `count` held-out records at
-            the last evaluation, beside what guessing gives
+            documents before and after; of several tasks all documents together. "before_metric": that of `before`,
+            where it has another name
+    share   {"label", "metrics" (a metrics.jsonl), "metric", "records" (a JSONL file), "chance"}: a share of the
+            held-out records of this file at the last evaluation, beside what guessing gives
 """
 
 import dataclasses
@@ -70,7 +71,8 @@ def value_of(items: Sequence[Any], metric: str) -> tuple[float, float]:
 
 def _paired(given: Mapping[str, Any]) -> Gain:
     metric, tasks = given["metric"], given["tasks"]
-    before, after = (items_of(given[name], metric, tasks) for name in ("before", "report"))
+    before = items_of(given["before"], given.get("before_metric", metric), tasks)
+    after = items_of(given["report"], metric, tasks)
     shared = [key for key in after if key in before]
     if len(shared) < 2:
         raise UserError(f"{given['before']} and {given['report']} share {len(shared)} documents of {', '.join(tasks)}")
@@ -89,13 +91,14 @@ def _paired(given: Mapping[str, Any]) -> Gain:
 
 def _share(given: Mapping[str, Any]) -> Gain:
     value = [row[given["metric"]] for row in rows(given["metrics"]) if given["metric"] in row][-1]
-    count, chance = given["count"], given["chance"]
+    count, chance = len(rows(given["records"])), given["chance"]
     low, high = wilson(value, count)
     return Gain(given["label"], count, chance, value, value - chance, low - chance, high - chance, 1)
 
 
-def rows(metrics: str) -> list[dict[str, Any]]:
-    with open(metrics) as file:
+def rows(path: str) -> list[dict[str, Any]]:
+    """Of a JSONL file."""
+    with open(path) as file:
         return [json.loads(line) for line in file if line.strip()]
 
 

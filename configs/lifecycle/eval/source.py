@@ -1,4 +1,4 @@
-"""Reads the held-out questions and pairs that configs/lifecycle/tasks.py has written, for lm-evaluation-harness.
+"""Reads the held-out questions and texts that configs/lifecycle/data.py has written, for lm-evaluation-harness.
 
 The tasks are found with --include_path=configs/lifecycle/eval, the files with --data=FOLDER (the lifecycle's `data`).
 """
@@ -12,13 +12,14 @@ def load(task="", data="", **_):
     return _split([record for record in _records(data, "held_out") if record["task"] == task])
 
 
-def pairs(data="", **_):
-    found = _records(data, "pairs_held_out")
-    return _split([{"prompt": each["prompt"], "choices": [each["chosen"], each["rejected"]]} for each in found])
-
-
 def texts(name="", data="", **_):
     return _split(_records(data, name))
+
+
+def bits(doc, results):
+    """What a text contributes to bits per byte: (log-probability, bytes)."""
+    (logp, _greedy) = results[0]
+    return {"bits_per_byte": (logp, doc["bytes"])}
 
 
 def _records(data, name):
