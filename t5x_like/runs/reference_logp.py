@@ -32,7 +32,7 @@ from t5x_like.objectives import dpo, pairs
 from t5x_like.objectives.interface import frozen_role
 from t5x_like.parallel.sharding import abstract_batch, addressable_rows, global_batch, named, replicated
 from t5x_like.runs.program import Program
-from t5x_like.runs.roles import FrozenModel, check_tokenizers, frozen_models
+from t5x_like.runs.roles import FrozenModel, check_tokenizers, frozen_models, open_role
 from t5x_like.runs.train import Experiment
 from t5x_like.storage import fingerprint
 from t5x_like.storage.checkpoint import Checkpoints
@@ -82,7 +82,8 @@ def attach(
         return {}
     length = max(experiment.data.length, experiment.data.encoder_length)
     platform = program.mesh.devices.flat[0].platform
-    role = frozen_models({_ROLE: experiment.roles[_ROLE]}, length=length, platform=platform)[_ROLE]
+    configs = {_ROLE: experiment.roles[_ROLE]}
+    role = frozen_models(configs, length=length, platform=platform, opened=open_role)[_ROLE]
     check_tokenizers({_ROLE: role}, data.vocabulary.fingerprint)
     dpo.check_reference(program.model, role.model)
     if session.request.check:

@@ -94,7 +94,15 @@ def open_or_assume(policy: model_config.ModelConfig, assumed: dict[str, str]) ->
             return open_role(name, source)
         assumed[name] = source
         config = dataclasses.replace(policy, scalar_heads=(HEAD,) if name == REWARD else ())
-        return StoredModel(source, step=None, config=config, tokenizer=None, tokenizer_folder=None, read=_absent)
+        return StoredModel(
+            source,
+            step=None,
+            config=config,
+            tokenizer=None,
+            tokenizer_folder=None,
+            start_token="pad",
+            read=_absent,
+        )
 
     return opened
 
