@@ -29,7 +29,7 @@ from t5x_like.core.types import ParamSpec, Tree
 from t5x_like.data.read import source_target
 from t5x_like.data.templates.chat import Chat
 from t5x_like.data.templates.messages import of_list
-from t5x_like.data.tokenizers import sentinels, vocabularies
+from t5x_like.data.tokenizers import behind, sentinels, vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import decode
 from t5x_like.inference.heads import read_last
@@ -234,7 +234,11 @@ class LanguageModel:
         for text in (*prompts, *answers):
             _check_text(text)
         before = [self.vocabulary.encode(text, bos=True, eos=self.has_encoder) for text in prompts]
-        after = [self.vocabulary.encode(text, eos=True) for text in answers]
+        # With an encoder the answers begin texts of their own.
+        found = behind.encode(self.vocabulary, [""] * len(prompts) if self.has_encoder else prompts, answers)
+        after = [
+            [*ids.tolist(), *([] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id])] for ids, _ in found
+        ]
         begins = [[self.start_id]] * len(before) if self.has_encoder else before
         texts = [[*begin, *end] for begin, end in zip(begins, after, strict=True)]
         sources = before if self.has_encoder else None

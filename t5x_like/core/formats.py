@@ -11,7 +11,7 @@ from typing import Any
 
 from t5x_like.core.errors import UserError
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,8 @@ _CHAT = Change(
 _HEADS = Change(adds={"model.scalar_heads": ()})
 # The separator of CSV was found, never given.
 _CSV = Change(adds={"data.csv_separator": ""})
+# The answers of decoders were encoded as texts of their own.
+_ANSWERS = Change(adds={"data.answers": "apart"})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -130,6 +132,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
     ),
     3: (_TRUNCATE, _BAD_RECORDS, _BRANCH, _TRACKERS),
     4: (_HEADS, _CSV, _ADAPTER, _CHAT),
+    5: (_ANSWERS,),
 }
 
 
