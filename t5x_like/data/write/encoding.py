@@ -148,8 +148,8 @@ def _read_piece(
         if not problem:
             try:
                 documents = _documents_of(record.fields, reading, names, writer)
-            except TemplateRefused:  # no fault of the record
-                raise
+            except TemplateRefused as error:  # no fault of the record
+                raise tally.refused(piece.file, record.offset, error) from None
             except UserError as error:
                 problem = str(error)
         if problem:

@@ -250,8 +250,8 @@ def _chat_batches(
             tally.records += 1
             try:
                 found = list(writer.written(_messages(example)))
-            except TemplateRefused:  # no fault of the example
-                raise
+            except TemplateRefused as error:  # no fault of the example
+                raise tally.refused(shard, number, error) from None
             except UserError as error:
                 tally.add(shard, number, str(error))
                 continue
