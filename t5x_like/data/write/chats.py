@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from t5x_like.core.errors import UserError
 from t5x_like.data import token_set
 from t5x_like.data.config import DataConfig
 from t5x_like.data.templates import chat
@@ -44,12 +45,14 @@ class Writer:
 
     def __init__(self, job: dict[str, Any], vocabulary: Vocabulary):
         where = f"{TEMPLATE}={job['name']!r}"
-        self._chat = Chat(job["template"], vocabulary, where=where, now=chat.PREPARED)
+        self._chat, self._where = Chat(job["template"], vocabulary, where=where, now=chat.PREPARED), where
         self._last, self._apart = job["train_on"] == "last", job["apart"]
         self._joined = job.get("joined", False)
+        self._calls = job["name"] == "tokenizer"
 
     def written(self, messages: Sequence[Message]) -> Iterator[Written]:
         """UserError for a conversation that the template does not take, TemplateRefused for a template."""
+        self._check_calls(messages)
         if not self._apart:
             yield Written(self._chat.whole(messages, last=self._last), [], [])
             return
@@ -58,8 +61,16 @@ class Writer:
 
     def pair(self, chosen: Sequence[Message], rejected: Sequence[Message]) -> Written:
         """Two conversations that differ in their last turn, the assistant's."""
+        self._check_calls([*chosen, *rejected])
         (source, better), (_, worse) = (next(iter(self._chat.turns(each, last=True))) for each in (chosen, rejected))
         return Written(None, source, better, worse, self._joined)
+
+    def _check_calls(self, messages: Sequence[Message]) -> None:
+        if not self._calls and any(message.get("tool_calls") for message in messages):
+            raise UserError(
+                f"a message calls a tool (tool_calls), which {self._where} does not write; use {TEMPLATE}='tokenizer' "
+                "with a template that does, or leave such conversations out"
+            )
 
 
 def job(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Any]:
