@@ -208,7 +208,8 @@ class DataConfig:
     mixture: MixtureConfig
     fields: FieldsConfig
     chat: ChatConfig
-    answers: str
+    # As of truncate below.
+    answers: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     csv_separator: str
     on_bad_record: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     max_bad_share: float = dataclasses.field(metadata=RESUME_MAY_CHANGE)

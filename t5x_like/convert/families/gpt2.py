@@ -37,6 +37,9 @@ def table(config: ModelConfig) -> Table:
     ]
     if not config.head.tied:
         rows += [Row("lm_head.weight", "head/weight")]
+    rows += [
+        Row("score.weight", f"heads/{name}/weight", "one D -> (one D)", {"one": 1}) for name in config.scalar_heads
+    ]
     copies = {"lm_head.weight": "transformer.wte.weight"} if config.head.tied else {}
     # Buffers of old files: the triangle of the causal mask, and the number that stands for minus infinity.
     ignored = (r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",)
