@@ -89,7 +89,7 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias",
         *(("qkv_bias", "out_bias") if d.qkv_bias == d.out_bias else ()),
     )
-    require_usual(config, free=("head.tied", "init", *(f"decoder.{name}" for name in free)))
+    require_usual(config, free=("head.tied", "init", "scalar_heads", *(f"decoder.{name}" for name in free)))
     biases = {"attention_bias": d.qkv_bias, "mlp_bias": d.mlp_bias}
     return size_settings(config) | biases | {"pretraining_tp": 1}
 

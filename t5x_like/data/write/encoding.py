@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import token_set
+from t5x_like.data import token_shards
 from t5x_like.data.config import PLAIN, FieldsConfig
 from t5x_like.data.templates.sandbox import TemplateRefused
 from t5x_like.data.tokenizers import behind, long_texts, vocabularies
@@ -50,7 +50,7 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
             documents = _documents(job, cursor, given, tally, report, vocabulary)
             batches = encode(documents, vocabulary, columns=columns, joined=job["joined"])
             place, kind = pathlib.Path(job["folder"]), job["token_type"]
-            written.append(token_set.write_shard(place, index, batches, kind, columns=columns, notes=tally.facts))
+            written.append(token_shards.write_shard(place, index, batches, kind, columns=columns, notes=tally.facts))
     return written
 
 
@@ -179,7 +179,7 @@ def encode(
     *,
     columns: Sequence[str] = (),
     joined: bool = False,
-) -> Iterator[token_set.Encoded]:
+) -> Iterator[token_shards.Encoded]:
     """Batches of encoded documents with these columns; those without a token are left out and counted.
 
     joined: answers are encoded as they stand behind their inputs.
@@ -200,7 +200,7 @@ def encode(
 
 def _encode_batch(
     batch: list[Placed], vocabulary: vocabularies.Vocabulary, columns: Sequence[str], joined: bool
-) -> token_set.Encoded:
+) -> token_shards.Encoded:
     documents = [document for _, _, document in batch]
     if documents[0].written is not None:
         places = [(file, offset) for file, offset, _ in batch]
@@ -260,7 +260,7 @@ def assemble(
     places: list[tuple[int, int]],
     vocabulary: vocabularies.Vocabulary,
     labels: np.ndarray | None = None,
-) -> token_set.Encoded:
+) -> token_shards.Encoded:
     """Puts BOS (where there is one) before and EOS behind each document of parts[i] = (input tokens, text tokens).
 
     Of pairs, parts[i] = (prompt, chosen, rejected tokens), with EOS behind each answer.
@@ -290,4 +290,4 @@ def assemble(
     if vocabulary.bos_id is not None:
         out_ids[begins] = vocabulary.bos_id
     skipped = int(len(kept) - kept.sum())
-    return token_set.Encoded(out_ids, out_counts, wholes, without_loss, where[:, 0], where[:, 1], skipped, columns)
+    return token_shards.Encoded(out_ids, out_counts, wholes, without_loss, where[:, 0], where[:, 1], skipped, columns)
