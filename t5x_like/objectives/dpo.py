@@ -73,10 +73,7 @@ def build(config: DpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, Arr
     def reference_logp(params, frozen, batch: Batch, both: Batch) -> tuple[jax.Array, ...]:
         """(chosen, rejected), each [B]; no gradient."""
         if config.reference == "cache":
-            found = tuple(batch[f"{side}/{LOGP}"] for side in pairs.SIDES)
-            if config.length_normalized:
-                counts = (jnp.sum(batch[f"{side}/loss_weights"], axis=1) for side in pairs.SIDES)
-                found = tuple(total / jnp.maximum(count, 1) for total, count in zip(found, counts, strict=True))
+            found = cached_logp(batch, mean=config.length_normalized)
         elif config.reference == "none":
             found = (jnp.zeros(()),) * 2
         else:
@@ -122,6 +119,13 @@ def build(config: DpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, Arr
     names = ("inputs", "targets", "loss_weights", *((LOGP,) if config.reference == "cache" else ()))
     read = pairs.needed(arrays, names, optional=policy.model.inputs, objective="dpo")
     return Objective(weights, loss, evaluate, read)
+
+
+def cached_logp(batch: Batch, *, mean: bool) -> tuple[jax.Array, ...]:
+    """(chosen, rejected) of the token cache, sums or means over the tokens of an answer, each [B]."""
+    sums = (batch[f"{side}/{LOGP}"] for side in pairs.SIDES)
+    counts = (jnp.sum(batch[f"{side}/loss_weights"], axis=1) for side in pairs.SIDES)
+    return tuple(x / jnp.maximum(count, 1) if mean else x for x, count in zip(sums, counts, strict=True))
 
 
 def check_reference(policy: Model, reference: Model) -> None:

@@ -242,15 +242,14 @@ def _saver(
     cached: Sources = types.MappingProxyType({}),
 ) -> Saver:
     config = experiment.checkpoint
-    among = [] if config.init_from is None else [config.init_from]
     return Saver(
         checkpoints,
         parts=program.parts,
         layout=program.layout,
         holds=config.holds,
         metadata=metadata,
+        among=[] if config.init_from is None else [config.init_from],
         cached=cached,
-        among=among,
     )
 
 

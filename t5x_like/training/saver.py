@@ -30,9 +30,9 @@ _MODELS = ("params", "ema")
 
 
 class Saver:
-    """Saves and restores one run; `metadata` (config, provenance) goes into every checkpoint. cached: by role, source
-    and fingerprint of models that only the token cache was made with. among: directories in which the base of a trained
-    part is looked for first."""
+    """Saves and restores one run; `metadata` (config, provenance) goes into every checkpoint. among: directories in
+    which the base of a trained part is looked for first. cached: by role, source and fingerprint of models that only
+    the token cache was made with."""
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class Saver:
         layout: Layout,
         holds: str,
         metadata: Mapping[str, Any],
-        cached: Mapping[str, Mapping[str, str]] = types.MappingProxyType({}),
         among: Sequence[str] = (),
+        cached: Mapping[str, Mapping[str, str]] = types.MappingProxyType({}),
     ):
         self._checkpoints, self._parts, self._layout, self._cached = checkpoints, parts, layout, cached
         self._among = tuple(map(paths.normal, among))

@@ -44,7 +44,7 @@ def test_rewards_are_those_of_transformers_there_and_back(name, tmp_path):
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written["architectures"] == [f"{kind}ForSequenceClassification"] and written["id2label"] == {"0": "reward"}
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back").eval()
-    assert np.array_equal(scores(again), expected)
+    assert np.abs(scores(again) - expected).max() <= 1e-6 * np.abs(expected).max()
     head = leaves(tmp_path / "ours")["heads/reward/weight"]
     assert np.array_equal(head, theirs.score.weight.detach().numpy()[0])
 
