@@ -8,6 +8,8 @@ import pytest
 from t5x_like.__main__ import main
 from t5x_like.convert import convert, native, peft_format
 from t5x_like.core.errors import UserError
+from t5x_like.runs import adapters
+from t5x_like.storage import model_directory
 from tests.convert import folders
 from tests.peft.test_beside_peft import build
 
@@ -57,3 +59,12 @@ def test_an_adapter_is_taken_out_of_what_it_was_merged_into_alone(tmp_path, caps
         assert main(["convert", str(tmp_path / source), str(tmp_path / "no"), f"--unmerge={ours}"]) != 0
         told = capsys.readouterr().err
         assert said in told and len(told.splitlines()) == 1 and not (tmp_path / "no").exists()
+
+
+def test_a_head_that_was_trained_beside_an_adapter_is_not_dropped(tmp_path, monkeypatch):
+    place = model_directory.ModelDirectory(str(tmp_path), str(tmp_path / "tokenizer"), (0,))
+    trained = {"adapters/layers/mlp/up/a": {}, "heads/reward/weight": {}}
+    monkeypatch.setattr(model_directory, "locate", lambda source, step=None: place)
+    monkeypatch.setattr(model_directory, "read_metadata", lambda at: {"arrays": {"params": trained}, "base": {}})
+    with pytest.raises(UserError, match="trained 'heads/reward/weight' beside its adapter"):
+        adapters.to_peft("run", str(tmp_path / "out"), step=None, item="params")
