@@ -21,7 +21,7 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.types import Tree
 from t5x_like.data.templates.chat import Chat
 from t5x_like.data.templates.messages import of_list
-from t5x_like.data.tokenizers import sentinels
+from t5x_like.data.tokenizers import behind, sentinels
 from t5x_like.inference import decode
 from t5x_like.inference.heads import read_last
 from t5x_like.inference.sampling import Sampling
@@ -209,7 +209,11 @@ class LanguageModel(Loaded):
         for text in (*prompts, *answers):
             _check_text(text)
         before = [self.vocabulary.encode(text, bos=True, eos=self.has_encoder) for text in prompts]
-        after = [self.vocabulary.encode(text, eos=True) for text in answers]
+        # With an encoder the answers begin texts of their own.
+        found = behind.encode(self.vocabulary, [""] * len(prompts) if self.has_encoder else prompts, answers)
+        after = [
+            [*ids.tolist(), *([] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id])] for ids, _ in found
+        ]
         begins = [[self.start_id]] * len(before) if self.has_encoder else before
         texts = [[*begin, *end] for begin, end in zip(begins, after, strict=True)]
         sources = before if self.has_encoder else None
@@ -323,7 +327,7 @@ def load(
     onto = base if isinstance(base, LanguageModel) else None
     if onto is not None and (mesh is not None or rules or dtype != "compute"):
         raise UsageError("load: an adapter lies on mesh, rules and dtype of its base; give them there")
-    at = None if base is None or onto is not None else os.fspath(base)
+    at = None if base is None or isinstance(base, LanguageModel) else os.fspath(base)
     given = patterns.one(os.fspath(directory))
     found = loading.read(given, step=step, ema=ema, mesh=mesh, rules=rules, dtype=dtype, onto=onto, base=at)
     return LanguageModel(*(getattr(found, field.name) for field in dataclasses.fields(Loaded)))

@@ -25,6 +25,7 @@ def data() -> dict:
             "messages": "",
         },
         "chat": {"template": "none", "train_on": "assistant", "system": ""},
+        "answers": "joined",
         "csv_separator": "",
         "on_bad_record": "stop",
         "max_bad_share": 0.01,

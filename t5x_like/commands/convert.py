@@ -99,7 +99,12 @@ def _adapter(options: argparse.Namespace) -> int:
     else:
         holder, sign = (options.source, 1) if options.unmerge is None else (options.unmerge, -1)
         step = options.checkpoint if options.unmerge is None else None
-        merge = adapters.merge(model_directory.locate(holder, step=step).checkpoint, item, sign=sign)
+        holder_at = model_directory.locate(holder, step=step).checkpoint
+        merge = adapters.merge(holder_at, item, sign=sign)
+        if options.unmerge is not None:
+            given = {"step": options.checkpoint, "item": item, "taking_out": adapters.merge(holder_at, item, sign=-1)}
+            told = adapters.check_merged(options.source, adapter=holder_at, **given)
+            print(told, end="\n" if told else "")
         chosen = {"dtype": options.dtype, "step": options.checkpoint, "item": item, "change": merge}
         if options.to == "native" or options.unmerge is not None:
             convert.changed(options.source, options.target, provenance={"form": "merged"}, **chosen)

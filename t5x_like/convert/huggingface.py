@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
 )
 # Ids of special tokens that a config.json holds.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_CLASSIFIER = "ForSequenceClassification"
 SHARD_BYTES = 5_000_000_000
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 
@@ -144,14 +145,31 @@ def _indexed(path: str) -> list[str]:
 
 def settings(family: Family, config: Any, *, dtype: str, token_ids: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The config.json of a model of ours. Both spellings of a field that transformers 4 and 5 call otherwise."""
+    of_head = _of_head(family, config, token_ids)
     return {
         "architectures": [family.architecture],
         "model_type": name,
         **family.settings(config),
         **token_ids,
+        **of_head,
         "dtype": dtype,
         "torch_dtype": dtype,
         "use_cache": True,
+    }
+
+
+def _of_head(family: Family, config: Any, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model with a scalar head, which is a classifier of one label there: it reads the last token that is no
+    padding, and padding must not be the end of the text, whose number is the one wanted."""
+    if not config.scalar_heads:
+        return {}
+    (name,) = config.scalar_heads
+    pad = token_ids.get("pad_token_id")
+    return {
+        "architectures": [family.architecture.replace("ForCausalLM", _CLASSIFIER).replace("LMHeadModel", _CLASSIFIER)],
+        "id2label": {"0": name},
+        "label2id": {name: 0},
+        "pad_token_id": None if pad == token_ids.get("eos_token_id") else pad,
     }
 
 

@@ -131,6 +131,7 @@ def read(folder: str, config: ModelConfig) -> PeftAdapter:
     settings = read_object(os.path.join(place, CONFIG))
     where = os.path.join(place, CONFIG)
     _require_plain(settings, where)
+    _require_known(settings, where)
     mapping = _mapping(config, where=where)
     with safetensors.open_file(os.path.join(place, WEIGHTS)) as file:
         found = {name: _read(file, name, described) for name, described in file.described().items()}
@@ -233,6 +234,29 @@ def _require_plain(settings: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name}={settings[name]!r} is not read; expected a LoRA of matrices alone")
     if settings.get("bias", "none") != "none":
         raise UserError(f"{where}: bias={settings['bias']!r} is not read; expected 'none'")
+
+
+# Fields that are read, or change nothing of what a trained adapter computes; any other must not be set.
+_HARMLESS = frozenset(
+    "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode r lora_alpha "
+    "lora_dropout use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
+    "layers_pattern fan_in_fan_out bias init_lora_weights eva_config megatron_core qalora_group_size runtime_config "
+    "ensure_weight_tying".split()
+)
+# How a training may begin that leaves the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ, ...) change it.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def _require_known(settings: Mapping[str, Any], where: str) -> None:
+    for name, value in settings.items():
+        if name not in _HARMLESS and value:
+            raise UserError(f"{where}: {name}={value!r:.80} is not read; expected a LoRA of matrices alone")
+    begun = settings.get("init_lora_weights")
+    if begun not in _BEGINNINGS:
+        raise UserError(
+            f"{where}: init_lora_weights={begun!r:.80} changed the base that the adapter is on; save it converted to a "
+            "plain LoRA (peft: save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
 
 
 def _number(settings: Mapping[str, Any], name: str, where: str) -> Any:

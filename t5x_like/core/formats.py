@@ -114,6 +114,8 @@ _HEADS = Change(adds={"model.scalar_heads": ()})
 _CSV = Change(adds={"data.csv_separator": ""})
 # Answers were drawn with the weights as they lie in training.
 _ROLLOUT_WEIGHTS = Change(adds={"rl.weights": "sharded"})
+# The answers of decoders were encoded as texts of their own.
+_ANSWERS = Change(adds={"data.answers": "apart"})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -132,7 +134,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
     ),
     3: (_TRUNCATE, _BAD_RECORDS, _BRANCH, _TRACKERS),
     4: (_HEADS, _CSV, _ADAPTER, _CHAT),
-    5: (_ROLLOUT_WEIGHTS,),
+    5: (_ROLLOUT_WEIGHTS, _ANSWERS),
 }
 
 

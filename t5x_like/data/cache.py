@@ -20,6 +20,7 @@ from typing import Any
 from t5x_like.core.errors import UserError
 from t5x_like.data import token_shards
 from t5x_like.data.config import DataConfig
+from t5x_like.data.tokenizers import vocabularies
 from t5x_like.storage import paths
 
 VERSION = 1
@@ -111,14 +112,16 @@ def write_manifest(
 
 def fetch(config: DataConfig, cache_dir: str) -> None:
     """Copies what a bucket holds of this config's data to the local disk; does nothing for a local cache."""
-    remote = paths.join(cache_dir, name(config))
-    if not paths.is_remote(cache_dir) or not paths.exists(remote):
+    if not paths.is_remote(cache_dir):
         return
     folder = local_folder(cache_dir)
-    manifest = _manifest(paths.read_json(remote), remote)
-    for part in _parts(manifest):
-        _copy_missing(paths.join(cache_dir, part), str(folder / part))
-    paths.copy_file(remote, str(folder / name(config)))
+    there = [file for file in _names(config) if paths.exists(paths.join(cache_dir, file))]
+    for file in there[:1]:
+        remote = paths.join(cache_dir, file)
+        manifest = _manifest(paths.read_json(remote), remote)
+        for part in _parts(manifest):
+            _copy_missing(paths.join(cache_dir, part), str(folder / part))
+        paths.copy_file(remote, str(folder / file))
 
 
 def fetch_set(cache_dir: str, part: str) -> None:
@@ -142,9 +145,25 @@ def send_file(cache_dir: str, part: str, file: str) -> None:
 
 def find_manifest(config: DataConfig, cache_dir: str, beside: str = "") -> str | None:
     """The path of the file that declares the config's data prepared, in the local copy of the cache or `beside` it."""
-    there = str(local_folder(cache_dir) / name(config))
-    found = [path for path in (there, *([paths.join(beside, name(config))] if beside else ())) if paths.exists(path)]
-    return found[0] if found else None
+    folder = local_folder(cache_dir)
+    for file in _names(config):
+        there = str(folder / file)
+        found = [path for path in (there, *([paths.join(beside, file)] if beside else ())) if paths.exists(path)]
+        if found and (file == name(config) or not _adds_space(folder, found[0])):
+            return found[0]
+    return None
+
+
+def _names(config: DataConfig) -> list[str]:
+    """`name`, and that of the same data with answers encoded apart, which are the same tokens unless the tokenizer puts
+    a space before a text."""
+    before = [dataclasses.replace(config, answers="apart")] if config.joined and not config.chats else []
+    return [name(each) for each in (config, *before)]
+
+
+def _adds_space(folder: pathlib.Path, manifest: str) -> bool:
+    tokenizer = _manifest(paths.read_json(manifest), manifest).tokenizer
+    return vocabularies.load(str(folder / tokenizer)).adds_space
 
 
 def read_manifest(config: DataConfig, cache_dir: str, *, beside: str = "") -> Manifest:

@@ -12,6 +12,7 @@ from t5x_like.core.errors import UsageError
 ON_BAD_RECORD = ("stop", "skip")
 PACKINGS = ("concatenate", "examples", "single")
 TRUNCATIONS = ("cut", "drop", "end")
+ANSWERS = ("joined", "apart")
 CHAT_TEMPLATES = ("none", "tokenizer", "chatml", "llama3", "plain", "t5")
 
 
@@ -188,6 +189,9 @@ class DataConfig:
     packing: "concatenate" (one stream, cut into rows), "examples" (whole examples, best fit into rows) or "single"
         (one example a row)
     chat: how conversations become text
+    answers: how a decoder's targets and answers are encoded: "joined", as they stand behind their inputs or prompt
+        (data/tokenizers/behind.py), or "apart", as texts of their own (the rule of runs of formats 1 to 4). Targets of
+        an encoder-decoder are texts of their own
     truncate: what becomes of an example that is longer than its row (whole examples: not packing "concatenate")
     attend_across_documents: documents of one row see each other (then a batch has no segment_ids)
     prefix: the inputs of an example are seen by all of its tokens, not by those after them alone (a prefix LM,
@@ -204,6 +208,8 @@ class DataConfig:
     mixture: MixtureConfig
     fields: FieldsConfig
     chat: ChatConfig
+    # As of truncate below.
+    answers: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     csv_separator: str
     on_bad_record: str = dataclasses.field(metadata=RESUME_MAY_CHANGE)
     max_bad_share: float = dataclasses.field(metadata=RESUME_MAY_CHANGE)
@@ -248,8 +254,17 @@ class DataConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What `chat` decides of the tokens; {} where it decides nothing."""
-        return {"chat": [*dataclasses.astuple(self.chat), self.answers_apart]} if self.chats else {}
+        """What `chat` and `answers` decide of the tokens; {} where they decide nothing."""
+        given = {"chat": [*dataclasses.astuple(self.chat), self.answers_apart]} if self.chats else {}
+        return given | ({"answers": "joined"} if self.joined else {})
+
+    @property
+    def joined(self) -> bool:
+        """Whether answers are encoded as they stand behind their prompts; a conversation always is."""
+        given = (self.source, *self.mixture.sources.values())
+        texts = self.tokenizer != "task" and any(source.startswith("seqio:") for source in given)
+        behind = self.fields.rejected or (not self.chats and (self.fields.targets or texts))
+        return bool(behind) and self.answers == "joined" and not (self.answers_apart or self.encoder_length)
 
     def _check_chat(self, path: str) -> None:
         fields = self.fields
@@ -294,6 +309,8 @@ class DataConfig:
             raise UsageError(f"{path}.on_bad_record={self.on_bad_record!r} is unknown; {known}")
         if not 0 <= self.max_bad_share <= 1:
             raise UsageError(f"{path}.max_bad_share={self.max_bad_share} should lie between 0 and 1")
+        if self.answers not in ANSWERS:
+            raise UsageError(f"{path}.answers={self.answers!r} is unknown; {nearest(self.answers, ANSWERS)}")
         if self.packing not in PACKINGS:
             raise UsageError(f"{path}.packing={self.packing!r} is unknown; {nearest(self.packing, PACKINGS)}")
 

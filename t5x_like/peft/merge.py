@@ -50,6 +50,11 @@ class Merge:
             self._lost += float(np.square(lost).sum())
         return stored
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights that the adapter is for, by path."""
+        return {path: tuple(target.spec.shape) for path, target in self._adapter.targets.items()}
+
     def report(self) -> str:
         """What was added and what rounding took of it, both as root sums of squares."""
         share = math.sqrt(self._lost / self._added) if self._added else 0.0

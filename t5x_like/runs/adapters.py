@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from t5x_like.convert import native, peft_format
@@ -142,6 +144,38 @@ def merge(checkpoint: str, item: str, *, sign: int = 1) -> Merge:
     return Merge(adapter, arrays(checkpoint, item), sign=sign)
 
 
+def check_merged(source: str, *, step: int | None, item: str, adapter: str, taking_out: Merge) -> str:
+    """UserError unless the adapter of the checkpoint `adapter` may be taken out of the model `source`: its weights have
+    these shapes, and one of them is without the adapter what the adapter's base has. A line that says so if that is not
+    there, else nothing."""
+    checkpoint = model_directory.locate(source, step=step).checkpoint
+    leaves, _ = bases.readers(checkpoint, item)
+    for path, shape in taking_out.shapes.items():
+        found = leaves[path].shape if path in leaves else None
+        if found != shape:
+            has = "no such weight" if found is None else f"one of {list(found)}"
+            raise UserError(
+                f"{adapter} is for a model with {path!r} of the shape {list(shape)}, and {source} has {has}; give the "
+                "model that it was merged into"
+            )
+    base = model_directory.read_metadata(adapter).get("base", {}).get("directory", "")
+    if not paths.exists(paths.join(base, model_directory.METADATA, model_directory.METADATA)):
+        return f"the base of {adapter} is not there ({base or 'unknown'}): what is left is not compared with it"
+    path = min(taking_out.shapes, key=lambda name: math.prod(taking_out.shapes[name]))
+    region = tuple((0, size) for size in taking_out.shapes[path])
+    stored = leaves[path].read(region)
+    left = taking_out(path, region, stored, np.dtype(np.float32))
+    wanted = bases.readers(base, native.PARAMS)[0][path].read(region).astype(np.float32)
+    info = ml_dtypes.finfo(stored.dtype)
+    room = 2 * float(info.eps) * float(np.abs(stored.astype(np.float32)).max() + np.abs(wanted).max())
+    if np.abs(left - wanted).max() > room:
+        raise UserError(
+            f"without {adapter} the weight {path!r} of {source} is not that of the base {base}: the adapter was never "
+            "merged into it, or into another model; give the model that it was merged into"
+        )
+    return ""
+
+
 def arrays(checkpoint: str, item: str) -> dict[str, np.ndarray]:
     """The arrays of an adapter by path below its root, on the host, whatever mesh is in force."""
     recorded = model_directory.read_metadata(checkpoint)["fingerprints"][item]
@@ -161,7 +195,19 @@ def arrays(checkpoint: str, item: str) -> dict[str, np.ndarray]:
 def to_peft(source: str, target: str, *, step: int | None, item: str) -> None:
     """Writes the adapter of a run as peft saves one; the path of our base stands in `base_model_name_or_path`."""
     checkpoint = model_directory.locate(source, step=step).checkpoint
+    trained = model_directory.read_metadata(checkpoint)["arrays"][item]
+    beside = next((path for path in trained if not attach.is_adapter(path)), None) if _of_part(checkpoint) else None
+    if beside is not None:
+        raise UserError(
+            f"{checkpoint} trained {beside!r} beside its adapter, which an adapter of peft's would lack; convert it "
+            "without --to=peft, merged into its base"
+        )
     write_peft(target, checkpoint, arrays(checkpoint, item))
+
+
+def _of_part(checkpoint: str) -> bool:
+    """Whether a checkpoint holds the trained part alone."""
+    return "base" in model_directory.read_metadata(checkpoint)
 
 
 def write_peft(target: str, source: str, parts: Mapping[str, np.ndarray]) -> None:

@@ -136,6 +136,7 @@ def _check_relations(experiment: Experiment) -> None:
                 f"{model.max_length}; shorten the rows or lengthen the model's"
             )
     _check_features(experiment)
+    _check_dropout(experiment)
     check_names(experiment.roles, experiment.wanted_roles, objective=experiment.objective.name)
     checkpoint = experiment.checkpoint
     if experiment.adapter.name != "none" and checkpoint.init_from is None and checkpoint.branch_from is None:
@@ -156,6 +157,19 @@ def _check_relations(experiment: Experiment) -> None:
     keep.check_best_metric(experiment.checkpoint, evaluate_every_steps=experiment.evaluate.every_steps)
     if experiment.evaluate.ema and loop.ema_decay is None:
         raise UsageError("config.evaluate.ema=True needs config.loop.ema_decay (0.999, say)")
+
+
+def _check_dropout(experiment: Experiment) -> None:
+    """Objectives that compare two log-probabilities or rewards do it without dropout, as TRL's trainers do."""
+    lora, name = experiment.adapter.lora, experiment.objective.name
+    if name not in ("dpo", "reward"):
+        return
+    for field, dropout in (("model", experiment.model.dropout), ("adapter.lora", lora.dropout if lora else 0.0)):
+        if dropout:
+            raise UsageError(
+                f"config.{field}.dropout={dropout:g}: config.objective.name={name!r} compares two answers, which "
+                "dropout would set apart; set it to 0"
+            )
 
 
 def _check_features(experiment: Experiment) -> None:

@@ -18,6 +18,7 @@ from t5x_like.storage.reading import Place, restore
 from t5x_like.storage.streams import LeafReader, read_item
 
 _ITEM = "params"  # of a base: its average, if it has one, is not what training began with
+_HEADS = "heads/"  # as models/ends.py names them
 _MODELS = ("params", "ema")  # items that may lack what a base has
 
 
@@ -70,7 +71,8 @@ def holds(base: Mapping[str, str], wanted: Iterable[str] | None, checkpoint: str
     try:
         if wanted is not None and fingerprint(checkpoint, wanted) == base["fingerprint"]:
             return True
-        return fingerprint(checkpoint, _leaves(checkpoint, _ITEM).keys() - set(own)) == base["fingerprint"]
+        rest = _leaves(checkpoint, _ITEM).keys() - set(own)
+        return base["fingerprint"] in {fingerprint(checkpoint, part) for part in (rest, _without_heads(rest))}
     except UserError:
         return False
 
@@ -151,8 +153,16 @@ def readers(checkpoint: str, item: str) -> tuple[dict[str, LeafReader], dict[str
     leaves, recorded = read_item(checkpoint, item), dict(note["fingerprints"][item])
     if "base" not in note:
         return leaves, recorded
-    below, known = readers(located(note["base"], None, where=checkpoint, own=recorded), _ITEM)
-    return below | leaves, known | recorded
+    directory = located(note["base"], None, where=checkpoint, own=recorded)
+    below, known = readers(directory, _ITEM)
+    if fingerprint(directory, below.keys() - recorded.keys()) != note["base"]["fingerprint"]:
+        below = {path: below[path] for path in _without_heads(below)}
+    return below | leaves, {path: known[path] for path in below} | recorded
+
+
+def _without_heads(paths_: Iterable[str]) -> set[str]:
+    """Of a base with a scalar head, such as a reward model, what a run without one has read."""
+    return {path for path in paths_ if not path.startswith(_HEADS)}
 
 
 def _leaves(checkpoint: str, item: str) -> dict[str, Any]:

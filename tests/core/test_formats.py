@@ -50,7 +50,7 @@ def test_the_separator_of_csv_was_found_before_it_could_be_given():
     for before in (1, 2, 3):
         assert formats.upgrade({"format": before, "data": {}}, where="")["data"]["csv_separator"] == ""
     given = {"format": 4, "data": {"csv_separator": ";"}}
-    assert formats.upgrade(given, where="") == {"data": {"csv_separator": ";"}}
+    assert formats.upgrade(given, where="")["data"]["csv_separator"] == ";"
 
 
 def test_answers_were_drawn_with_sharded_weights_before_they_could_be_gathered():

@@ -131,6 +131,8 @@ BAD = {
     "a minimum that answers have anyway": (["--config.data.truncate.min_targets=2"], 2, "has no effect with features="),
     "a start token that is none": (["--config.data.start_token=begin"], 2, "start_token='begin' is no token"),
     "a head that is missing": (["--config.model.scalar_heads=()"], 2, "set config.model.scalar_heads=('reward',)"),
+    "dropout": (["--config.model.dropout=0.1"], 2, "model.dropout=0.1: config.objective.name='reward' compares two"),
+    "no such rule of answers": (["--config.data.answers=join"], 2, "answers='join' is unknown; did you mean 'joined'?"),
     "rows packed": (["--config.data.packing=examples"], 2, "does not go with features='pair_texts'; known: single"),
 }
 

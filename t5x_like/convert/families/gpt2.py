@@ -37,6 +37,9 @@ def table(config: ModelConfig) -> Table:
     ]
     if not config.head.tied:
         rows += [Row("lm_head.weight", "head/weight")]
+    rows += [
+        Row("score.weight", f"heads/{name}/weight", "one D -> (one D)", {"one": 1}) for name in config.scalar_heads
+    ]
     copies = {"lm_head.weight": "transformer.wte.weight"} if config.head.tied else {}
     # Buffers of old files: the triangle of the causal mask, and the number that stands for minus infinity.
     ignored = (r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",)
@@ -46,7 +49,8 @@ def table(config: ModelConfig) -> Table:
 def section(s: Settings) -> dict[str, Any]:
     s.require(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     heads, width = s.number("n_head", 12), s.number("n_embd", 768)
-    return {
+    scores = "score.weight" in s.tensors
+    return ({"scalar_heads": ("reward",)} if scores else {}) | {
         "vocab_size": s.number("vocab_size", 50_257),
         "max_length": s.number("n_positions", 1024),
         "width": width,
@@ -59,7 +63,7 @@ def section(s: Settings) -> dict[str, Any]:
             "norm_epsilon": s.get("layer_norm_epsilon", 1e-5),
             "activation": s.activation("activation_function", "gelu_new"),
         },
-        "head": {"tied": s.get("tie_word_embeddings", True)},
+        "head": {"tied": s.get("tie_word_embeddings", True) or (scores and "lm_head.weight" not in s.tensors)},
         "init": {"std": s.get("initializer_range", 0.02)},
     }
 
@@ -67,7 +71,9 @@ def section(s: Settings) -> dict[str, Any]:
 def settings(config: ModelConfig) -> dict[str, Any]:
     d = config.decoder
     assert d is not None
-    require_usual(config, free=("head.tied", "init", "decoder.norm_epsilon", "decoder.activation", "decoder.rope"))
+    require_usual(
+        config, free=("head.tied", "init", "scalar_heads", "decoder.norm_epsilon", "decoder.activation", "decoder.rope")
+    )
     if d.kv_heads != d.heads or d.heads * d.head_size != config.width:
         raise UserError(
             f"config.model.decoder: {d.heads} heads of {d.head_size} and {d.kv_heads} kv_heads have no place in a "

@@ -1,5 +1,8 @@
 """Llama: `config.json` and tensors of transformers' LlamaForCausalLM, and ours.
 
+A model with a scalar head is LlamaForSequenceClassification with one label, whose `score` is the head. That class has
+no LM head; ours is written beside it all the same, and taken for the embedding where it is not there.
+
 Matrices are stored [out, in] there. Queries and keys are turned in halves, as ours are, so nothing is permuted.
 """
 
@@ -39,6 +42,9 @@ def table(config: ModelConfig) -> Table:
         rows += [Row(_LAYER + f"mlp.{name}_proj.bias", f"layers/mlp/{name}_bias") for name in ("gate", "up", "down")]
     if not config.head.tied:
         rows += [Row("lm_head.weight", "head/weight")]
+    rows += [
+        Row("score.weight", f"heads/{name}/weight", "one D -> (one D)", {"one": 1}) for name in config.scalar_heads
+    ]
     copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.head.tied else {}
     return Table(rows, (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",), copies, prefix="model.")
 
@@ -53,7 +59,8 @@ def section(s: Settings) -> dict[str, Any]:
 def sizes(s: Settings) -> dict[str, Any]:
     """What families that are like Llama give alike: all but biases."""
     heads, width = s.number("num_attention_heads"), s.number("hidden_size")
-    return {
+    scores = "score.weight" in s.tensors
+    return ({"scalar_heads": ("reward",)} if scores else {}) | {
         "vocab_size": s.number("vocab_size"),
         "max_length": s.number("max_position_embeddings"),
         "width": width,
@@ -67,7 +74,7 @@ def sizes(s: Settings) -> dict[str, Any]:
             "activation": s.activation("hidden_act", "silu"),
             "rope": s.rope(),
         },
-        "head": {"tied": s.get("tie_word_embeddings", False)},
+        "head": {"tied": s.get("tie_word_embeddings", False) or (scores and "lm_head.weight" not in s.tensors)},
         "init": {"std": s.get("initializer_range", 0.02)},
     }
 
@@ -82,7 +89,7 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias",
         *(("qkv_bias", "out_bias") if d.qkv_bias == d.out_bias else ()),
     )
-    require_usual(config, free=("head.tied", "init", *(f"decoder.{name}" for name in free)))
+    require_usual(config, free=("head.tied", "init", "scalar_heads", *(f"decoder.{name}" for name in free)))
     biases = {"attention_bias": d.qkv_bias, "mlp_bias": d.mlp_bias}
     return size_settings(config) | biases | {"pretraining_tp": 1}
 

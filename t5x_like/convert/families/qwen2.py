@@ -20,5 +20,5 @@ def section(s: Settings) -> dict[str, Any]:
 
 def settings(config: ModelConfig) -> dict[str, Any]:
     free = ("norm_epsilon", "activation", "rope")
-    require_usual(config, free=("head.tied", "init", *(f"decoder.{name}" for name in free)))
+    require_usual(config, free=("head.tied", "init", "scalar_heads", *(f"decoder.{name}" for name in free)))
     return llama.size_settings(config) | {"use_sliding_window": False, "sliding_window": None}

@@ -18,6 +18,12 @@ _SCALED, _PLAIN = 0.0, 1.0  # our head.scale: width ** -0.5, and none
 
 
 def table(config: ModelConfig) -> Table:
+    """UserError for a scalar head, which no class of transformers has on this family as we have it."""
+    if config.scalar_heads:
+        raise UserError(
+            f"config.model.scalar_heads={config.scalar_heads!r}: transformers has no T5 with a head of one number; "
+            "read this model by t5x_like.load(DIR).read(prompts, answers)"
+        )
     rows = [Row("shared.weight", "embed/tokens")]
     for name, stack in config.stacks.items():
         rows += _stack(name, stack)

@@ -145,8 +145,8 @@ class BestFit:
         spans = self._spans(examples, row, column)
         tokens, counts = self._set.read(*spans, shape)
         if self._bos is not None:
-            cut = np.flatnonzero(self._skipped[examples] > 0)
-            cut = cut[self._begins_with_bos(examples[cut])]
+            cut = np.flatnonzero((self._skipped[examples] > 0) & (self._inputs[examples] > 0))
+            cut = cut[begins_with(self._set, (self._begins - self._skipped)[examples[cut]], self._bos)]
             tokens[row[cut], column[cut]], counts[row[cut], column[cut]] = self._bos, 0
         begins = np.zeros(shape, bool)
         trained = self._set.read_trained(*spans, shape) if self._set.marks_trained else np.ones(shape, bool)
@@ -155,14 +155,6 @@ class BestFit:
         trained[np.repeat(row, silent), ranges(column, silent)] = False
         valid = np.bincount(row, weights=lengths, minlength=len(rows)).astype(np.int64)
         return Rows(tokens, counts, begins, trained, valid)
-
-    def _begins_with_bos(self, examples: np.ndarray) -> np.ndarray:
-        """Whether an example begins with that token before it is cut: what a chat template writes may not."""
-        if not self._set.marks_trained or not len(examples):
-            return np.ones(len(examples), bool)
-        rows, firsts = np.arange(len(examples)), (self._begins - self._skipped)[examples]
-        found, _ = self._set.read(firsts, np.ones_like(rows), rows, np.zeros_like(rows), (len(rows), 1))
-        return found[:, 0] == self._bos
 
     def _spans(
         self, examples: np.ndarray, row: np.ndarray, column: np.ndarray
@@ -182,6 +174,16 @@ class BestFit:
         lengths = self._lengths[examples]
         places = (examples, np.cumsum(lengths) - lengths, self._skipped[examples])
         return [Span(*place) for place in zip(*(array.tolist() for array in places), strict=True)]
+
+
+def begins_with(token_set: TokenSet, first: Int[np.ndarray, "n"], token: int) -> Bool[np.ndarray, "n"]:
+    """Whether each of these texts, which begin at so many tokens, begins with a token: a text keeps its BOS when it
+    loses its begin, and what a chat template writes may have none."""
+    if not len(first):
+        return np.zeros(0, bool)
+    rows = np.arange(len(first))
+    found, _ = token_set.read(first, np.ones_like(rows), rows, np.zeros_like(rows), (len(rows), 1))
+    return found[:, 0] == token
 
 
 PACKINGS = ("concatenate", "examples")

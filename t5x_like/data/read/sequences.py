@@ -19,7 +19,7 @@ from t5x_like.data.config import DataConfig
 from t5x_like.data.read import causal
 from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
 from t5x_like.data.read.mixtures import Size
-from t5x_like.data.read.packing import Rows
+from t5x_like.data.read.packing import Rows, begins_with
 from t5x_like.data.read.truncation import Cut, Fitted, fit
 from t5x_like.data.token_set import TokenSet
 
@@ -107,7 +107,8 @@ class Pairs:
             (len(rows), self._width),
         )
         if self._bos is not None:
-            cut = self._fitted.skipped[rows] > 0
+            cut = (self._fitted.skipped[rows] > 0) & (prompts > 0)
+            cut &= begins_with(self._set, self._begins[rows] - self._fitted.skipped[rows], self._bos)
             tokens[cut, 0], counts[cut, 0] = self._bos, 0
         columns = np.arange(self._width)
         begins = np.broadcast_to(columns == 0, tokens.shape)

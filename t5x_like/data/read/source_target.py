@@ -15,7 +15,7 @@ from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.interface import Batch, Draw, Feature, Span, per_token
 from t5x_like.data.read.mixtures import Size
-from t5x_like.data.read.packing import ranges
+from t5x_like.data.read.packing import begins_with, ranges
 from t5x_like.data.read.truncation import fit_apart
 from t5x_like.data.token_set import TokenSet
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
@@ -127,14 +127,14 @@ def source_tokens(
     """The rows of an encoder: sources as the cache has them, and EOS behind each that is there to its end.
 
     examples: (first token in the set, tokens of it that are skipped, tokens that are read, tokens with EOS) of each;
-    places: (row, column); ends: (BOS, or None; EOS). A source that loses its begin keeps BOS.
+    places: (row, column); ends: (BOS, or None; EOS). A source that loses its begin keeps BOS, if it has one.
     """
     begins, skipped, read, lengths = examples
     row, column = places
     bos, eos = ends
     tokens, _ = token_set.read(begins + skipped, read, row, column, shape)
     if bos is not None:
-        cut = (skipped > 0) & (read > 0)
+        cut = (skipped > 0) & (read > 0) & begins_with(token_set, begins, bos)
         tokens[row[cut], column[cut]] = bos
     ended = read < lengths
     tokens[row[ended], (column + read)[ended]] = eos

@@ -124,7 +124,20 @@ class Chat:
         spans = list(whole.trained) if self._marks else [span for _, span in self._turns(messages, whole)]
         if not spans:
             raise ConversationRefused(f"{self._where} marks nothing of this conversation as the assistant's")
-        return dataclasses.replace(whole, trained=tuple(spans[-1:] if last else spans))
+        return dataclasses.replace(whole, trained=tuple(spans[self._before_last(messages) :] if last else spans))
+
+    def _before_last(self, messages: Sequence[Message]) -> int:
+        """How many spans of what the assistant wrote stand before its last turn: -1 where that cannot be told, for all
+        but the last."""
+        turn = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+        if not self._marks:
+            return -1
+        if not turn:
+            return 0
+        try:
+            return len(self._render(messages[:turn], prompt=True).trained)
+        except ConversationRefused:
+            return -1
 
     def turns(self, messages: Sequence[Message], *, last: bool) -> Iterator[tuple[list[str | int], list[str | int]]]:
         """(what comes before, answer) of every turn of the assistant, or of the last one: an answer ends with a special
@@ -148,21 +161,31 @@ class Chat:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:number], prompt=True)
             through = self._render(messages[: number + 1], prompt=False)
-            fits = through.text.startswith(before.text)
+            before = self._before(messages[:number], through)
+            fits = through.text.startswith(before)
             if not fits or (whole is not None and not whole.text.startswith(_stripped(through))):
                 raise ConversationRefused(
                     f"{self._where}: of messages 1 to {number + 1} another text is rendered than of the conversation "
                     "that they begin, so what the assistant wrote cannot be told; give a template with "
                     "{% generation %} marks"
                 )
-            begin = len(before.text)
+            begin = len(before)
             end = max(begin, len(_stripped(through)))
             content = message.get("content", "")
             if content.strip() not in through.text[begin:end]:
                 raise ConversationRefused(f"{self._where} leaves out what the assistant says in message {number + 1}")
             yield through, (begin, end)
+
+    def _before(self, messages: Sequence[Message], through: Rendered) -> str:
+        """What stands before a turn of the assistant. No template needs to render no message at all: what it writes
+        before the first one is then what stands before its first mark."""
+        try:
+            return self._render(messages, prompt=True).text
+        except ConversationRefused:
+            if messages or not (self._marks and through.trained):
+                raise
+            return through.text[: through.trained[0][0]]
 
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> Rendered:
         given = [self._broken(message) for message in messages]
@@ -171,7 +194,9 @@ class Chat:
         except TemplateRefused as error:
             raise TemplateRefused(f"{self._where} is refused: {error}") from None
         except ConversationRefused as error:
-            raise ConversationRefused(f"{self._where} does not take this conversation: {error}") from None
+            without = [number for number, message in enumerate(messages, 1) if "content" not in message]
+            told = f" (message {without[0]} is a call of a tool without content)" if without else ""
+            raise ConversationRefused(f"{self._where} does not take this conversation: {error}{told}") from None
         return self._scanned(raw)
 
     def _broken(self, value: Any) -> Any:

@@ -34,7 +34,24 @@ def of_list(value: Any, where: str, change: Callable[[str], str] = str) -> list[
     """The messages of a list, whoever speaks last."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} should be a list of messages, is {_shown(value)}")
-    return [_message(each, f"message {number} of {where}", change) for number, each in enumerate(value, 1)]
+    try:
+        return [_message(each, f"message {number} of {where}", change) for number, each in enumerate(value, 1)]
+    except RecursionError:
+        raise UserError(f"{where} holds lists in lists that are too deep") from None
+
+
+def listed(value: Any) -> Any:
+    """The list of messages that a text spells as JSON, as in a CSV cell; any other value as it is."""
+    if not isinstance(value, str | bytes) or value.strip()[:1] not in ("[", b"["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    speaks = (
+        isinstance(found, list) and found and all(isinstance(m, dict) and m.keys() & {"role", "from"} for m in found)
+    )
+    return found if speaks else value
 
 
 def of_example(inputs: str, targets: str) -> list[Message]:
@@ -61,6 +78,10 @@ def _message(value: Any, where: str, change: Callable[[str], str]) -> Message:
         told = nearest(role, [*ROLES, *NAMES]) if isinstance(role, str) else f"known: {', '.join(ROLES)}"
         raise UserError(f"{where} has the role {_shown(role)}, which is unknown; {told}")
     content = given.get("content")
+    for name, item in given.items():
+        if name != "content":
+            _check_texts(name, f"{where}, key {name!r},")
+            _check_texts(item, f"{where}, key {name!r},")
     if content is None and "tool_calls" in given:
         return given | {"role": role}
     if isinstance(content, list):
@@ -68,10 +89,25 @@ def _message(value: Any, where: str, change: Callable[[str], str]) -> Message:
     if not isinstance(content, str):
         raise UserError(f"{where} should have a text as its content, has {_shown(content)}")
     text = change(content)
-    odd = next((mark for mark in _RESERVED if mark in text), None)
-    if odd is not None:
-        raise UserError(f"{where} holds U+{ord(odd):04X}, which is no character; mend the file")
+    _check_texts(text, where)
     return given | {"role": role, "content": text}
+
+
+def _check_texts(value: Any, where: str) -> None:
+    """UserError for a text in a value that no file of UTF-8 has, or that holds marks of templates."""
+    if isinstance(value, str):
+        odd = next((mark for mark in _RESERVED if mark in value), None) or _surrogate(value)
+        if odd is not None:
+            raise UserError(f"{where} holds U+{ord(odd):04X}, which is no character; mend the file")
+    elif isinstance(value, Mapping):
+        _check_texts([*value.keys(), *value.values()], where)
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item, where)
+
+
+def _surrogate(text: str) -> str | None:
+    return None if text.isascii() else next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None)
 
 
 def _joined(parts: list[Any], where: str) -> str:

@@ -2,17 +2,17 @@
 
 The language is Jinja as tokenizers carry it (transformers' apply_chat_template), in an environment without a loader,
 without attributes that begin with an underscore, and with the globals and filters that are listed here alone. Every
-round of a loop, every macro and every joining of texts is counted against `ROUNDS`, `SECONDS` and `SIZE`; whatever a
-template does, it ends with a text of at most SIZE characters or with a `TemplateRefused`, in one line.
+round of a loop, every macro, comparison, test and joining of texts is counted against `ROUNDS`, `SECONDS` and `SIZE`,
+and nothing is computed while a template is compiled. No list is made that would be longer than SIZE written out, so
+that each single operation of Python on one is short. Whatever a template does, it ends with a text of at most SIZE
+characters or with a `TemplateRefused`, in one line; with a `ConversationRefused` where the conversation is long itself.
 """
 
 import contextlib
 import datetime
 import functools
-import json
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -20,24 +20,21 @@ import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
-import jinja2.utils
 from jinja2.visitor import NodeTransformer
 
-from t5x_like.core.errors import UserError
+from t5x_like.data.templates import functions
+from t5x_like.data.templates.limits import (
+    LONG,
+    SECONDS,
+    SIZE,
+    ConversationRefused,
+    Limit,
+    Meter,
+    TemplateRefused,
+    written_out,
+)
 
-SECONDS = 5.0
-SIZE = 1 << 22  # characters of a text, or entries of a list
-MADE = 1 << 26  # of all texts and lists that are made on the way
-ROUNDS = 1 << 20  # of loops and macros
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around what {% generation %} marks: noncharacters, which no text holds
-
-
-class TemplateRefused(UserError):
-    """The template itself cannot be used, whatever the conversation is."""
-
-
-class ConversationRefused(UserError):
-    """The template does not render this conversation: it says so (raise_exception), or fails with it."""
 
 
 class Template:
@@ -47,6 +44,7 @@ class Template:
         """now: what strftime_now tells, None for the time of each call."""
         self._environment = _Environment(now)
         self._lock = threading.Lock()
+        self._environment.meter.start()
         with _one_line():
             self._template = self._environment.from_string(source)
 
@@ -55,9 +53,15 @@ class Template:
         with self._lock, _one_line():
             self._environment.meter.start()
             pieces = []
-            for piece in self._template.generate(**values):
-                self._environment.meter.add(len(piece))
-                pieces.append(piece)
+            try:
+                for piece in self._template.generate(**values):
+                    self._environment.meter.add(len(piece))
+                    pieces.append(piece)
+            except Limit as error:
+                size = written_out(values)
+                if size <= LONG:
+                    raise
+                raise ConversationRefused(f"it is of {size} characters and entries, too long: {error}") from None
             return "".join(pieces)
 
 
@@ -81,50 +85,9 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-class _Meter:
-    """What one rendering has used."""
-
-    def start(self) -> None:
-        self._rounds, self._size, self._made, self._end = 0, 0, 0, time.monotonic() + SECONDS
-
-    def tick(self) -> str:
-        self._rounds += 1
-        if self._rounds > ROUNDS or time.monotonic() > self._end:
-            raise TemplateRefused(f"it takes more than {ROUNDS} rounds of its loops, or more than {SECONDS:g} s")
-        return ""
-
-    def add(self, size: int) -> None:
-        self._size += size
-        self.check(self._size)
-
-    def check(self, size: int) -> None:
-        if size > SIZE or self._made > MADE:
-            raise TemplateRefused(f"it makes a text or a list of more than {SIZE} characters or entries")
-
-    def sized(self, value: Any) -> Any:
-        if isinstance(value, str | list | tuple | dict):
-            self._made += len(value)
-            self.check(len(value))
-        return value
-
-    def whole(self, value: Any) -> Any:
-        """The value, if writing it out is short enough: lists in lists may hold the same one many times."""
-        waiting, size = [value], 0
-        while waiting:
-            each = waiting.pop()
-            if isinstance(each, str):
-                size += len(each)
-            elif isinstance(each, Mapping):
-                waiting += [*each.keys(), *each.values()]
-            elif isinstance(each, list | tuple | set):
-                waiting += each
-            size += 1
-            self.check(size + len(waiting))
-        return value
-
-
 class _Counted(NodeTransformer):
-    """Puts a count into every loop and macro, and has texts joined by a function that looks at their size."""
+    """Puts a count into every loop, macro and comparison, and has functions look at the size of texts that are joined
+    and of lists that are written down."""
 
     def visit_For(self, node: Any) -> Any:
         return self._ticking(node)
@@ -143,6 +106,27 @@ class _Counted(NodeTransformer):
         node = self.generic_visit(node)
         sliced = isinstance(node.arg, jinja2.nodes.Slice)
         return _call("measured", [node], node.lineno) if sliced else node
+
+    def visit_List(self, node: Any) -> Any:
+        return self._measured(node)
+
+    def visit_Dict(self, node: Any) -> Any:
+        return self._measured(node)
+
+    def visit_Tuple(self, node: Any) -> Any:
+        return self._measured(node) if node.ctx == "load" else self.generic_visit(node)
+
+    def visit_Name(self, node: Any) -> Any:
+        of_macro = node.ctx == "load" and node.name in ("varargs", "kwargs")
+        return _call("measured", [node], node.lineno) if of_macro else node
+
+    def visit_Compare(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        node.expr = _call("timed", [node.expr], node.lineno)
+        return node
+
+    def _measured(self, node: Any) -> Any:
+        return _call("measured", [self.generic_visit(node)], node.lineno)
 
     def _ticking(self, node: Any) -> Any:
         node = self.generic_visit(node)
@@ -184,24 +168,31 @@ _FILTERS = (
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """`concatenate`, `measured` and `tick` are called by compiled templates."""
+    """`concat`, `concatenate`, `measured`, `timed` and `tick` are called by compiled templates."""
 
     intercepted_binops = frozenset("+ * ** %".split())
 
     def __init__(self, now: datetime.datetime | None):
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"], cache_size=0
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+            cache_size=0,
+            optimized=False,
         )
-        meter = self.meter = _Meter()
-        self.finalize = meter.whole
+        meter = self.meter = Meter()
+        # With a context it is called when a template is rendered alone, and nothing is computed before.
+        self.finalize = jinja2.pass_context(lambda context, value: meter.whole(value))
+        self.concat = self._concat
         meter.start()
-        own = {"tojson": _tojson(meter), "replace": self._replace, "join": self._join, "indent": self._indent}
-        own |= {"string": lambda value: str(meter.whole(value)), "sum": _sum}
+        own = {"tojson": functions.tojson(meter), "replace": self._replace, "join": self._join, "indent": self._indent}
+        own |= {"string": lambda value: str(meter.whole(value)), "sum": functions.total, "round": functions.round_to}
         filters = {name: self.filters[name] for name in _FILTERS} | own
         self.filters = {name: self._counted(function) for name, function in filters.items()}
-        namespace = {"dict": _Dictionary(), "namespace": _Namespace, "range": self.globals["range"]}
-        moment = _moment(now)
-        self.globals = namespace | {"raise_exception": _raise_exception, "strftime_now": moment}
+        self.tests = {name: self._counted(function) for name, function in self.tests.items()}
+        namespace = {"dict": functions.Dictionary(), "namespace": functions.Namespace, "range": self.globals["range"]}
+        moment = functions.moment(now)
+        self.globals = namespace | {"raise_exception": functions.raise_exception, "strftime_now": moment}
 
     def tick(self) -> str:
         return self.meter.tick()
@@ -216,6 +207,16 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def measured(self, value: Any) -> Any:
         return self.meter.sized(value)
+
+    def timed(self, value: Any) -> Any:
+        self.meter.look()
+        return value
+
+    def _concat(self, pieces: Iterable[str]) -> str:
+        """What a block or a macro has written."""
+        listed = [*pieces]
+        self.meter.check(sum(map(len, listed)))
+        return self.meter.sized("".join(listed))
 
     def concatenate(self, *values: Any) -> str:
         texts = [str(self.meter.whole(value)) for value in values]
@@ -240,20 +241,23 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """`format` is no method that a template has: it pads to any width."""
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.meter.look()
         sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
         if operator in ("**", "%") and sizes:
             raise TemplateRefused(f"{operator} of texts or lists is not supported")
         if operator == "**":
-            self.meter.check(SIZE + 1 if _large(left) or _large(right, 64) else 0)
+            self.meter.check(SIZE + 1 if functions.large(left) or functions.large(right, 64) else 0)
         if operator == "*":
             times = next((side for side in (left, right) if isinstance(side, int)), 0)
             self.meter.check(max(sizes, default=0) * times)
-            self.meter.check(SIZE + 1 if not sizes and (_large(left) or _large(right)) else 0)
+            self.meter.check(SIZE + 1 if not sizes and (functions.large(left) or functions.large(right)) else 0)
         return self.meter.sized(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902
         __self.meter.tick()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if owner is __self:  # what the compiled template calls looks at sizes itself
+            return __obj(*args)
         if isinstance(owner, str) and name == "replace" and len(args) > 1:
             return __self._replace(owner, *args)
         if isinstance(owner, str) and name == "join" and args:
@@ -273,69 +277,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _indent(self, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
         begin = width if isinstance(width, str) else " " * min(width, 1 << 10)
-        self.meter.check(len(text) + text.count("\n") * len(begin))
-        first_line, *others = text.splitlines() or [""]
+        first_line, *others = f"{text}\n".splitlines()
+        self.meter.check(len(text) + (len(others) + 1) * len(begin))
         others = [begin + line if line or blank else line for line in others]
         return "\n".join([begin + first_line if first else first_line, *others])
 
 
-def _sum(values: Any, attribute: str | None = None, start: float = 0) -> float:
-    listed = [value if attribute is None else value[attribute] for value in values]
-    if not all(isinstance(value, int | float) for value in (start, *listed)):
-        raise TemplateRefused("the filter sum is for numbers")
-    return sum(listed, start)
-
-
-def _large(value: Any, limit: int = 1 << 64) -> bool:
-    return isinstance(value, int) and abs(value) > limit
-
-
-class _Dictionary:
-    """`dict(...)` and `dict.fromkeys(...)` without the type itself."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """A namespace whose names do not begin with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        for name in dict(*args[1:], **kwargs):
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: str) -> None:
-    if name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"the namespace has no attribute {name!r}")
-
-
-def _raise_exception(message: str) -> None:
-    raise ConversationRefused(" ".join(str(message).split())[:200])
-
-
-def _moment(now: datetime.datetime | None) -> Callable[[str], str]:
-    return lambda form: (now or datetime.datetime.now()).strftime(form)
-
-
-def _tojson(meter: _Meter) -> Callable[..., str]:
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        spaces = min(indent, 64) if isinstance(indent, int) else indent
-        return json.dumps(
-            meter.whole(value), ensure_ascii=ensure_ascii, indent=spaces, separators=separators, sort_keys=sort_keys
-        )
-
-    return tojson
-
-
-__all__ = ["CLOSE", "OPEN", "ConversationRefused", "Template", "TemplateRefused"]
+__all__ = ["CLOSE", "OPEN", "SECONDS", "ConversationRefused", "Template", "TemplateRefused"]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.core.errors import UserError
+from t5x_like.data.templates.sandbox import TemplateRefused
 from t5x_like.data.write import content, sources
 
 FIRST = 10
@@ -38,6 +39,10 @@ class Tally:
         if self.count == self.records == _HOPELESS:
             at = place(self._kind, self._files[file], offset)
             raise UserError(f"{at}: {problem}; all {_HOPELESS} first records are bad: check {self._fields}")
+
+    def refused(self, file: int, offset: int, error: TemplateRefused) -> TemplateRefused:
+        """The error with the record at which it was seen."""
+        return TemplateRefused(f"{error} (seen at {place(self._kind, self._files[int(file)], offset)})")
 
     def facts(self) -> dict[str, Any]:
         records = {"records": self.records} if self._several else {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from t5x_like.core.errors import UserError
 from t5x_like.data import token_shards
 from t5x_like.data.config import DataConfig
 from t5x_like.data.templates import chat
@@ -25,12 +26,13 @@ Parts = list[str | int]
 @dataclasses.dataclass(frozen=True)
 class Written:
     """A conversation as it is tokenized: the whole with what is trained of it, or a source and its target, in a pair
-    also a target that is worse."""
+    also a target that is worse. joined: targets are encoded as they stand behind the source."""
 
     whole: Rendered | None
     source: Parts
     target: Parts
     rejected: Parts | None = None
+    joined: bool = False
 
     @property
     def size(self) -> int:
@@ -43,11 +45,14 @@ class Writer:
 
     def __init__(self, job: dict[str, Any], vocabulary: Vocabulary):
         where = f"{TEMPLATE}={job['name']!r}"
-        self._chat = Chat(job["template"], vocabulary, where=where, now=chat.PREPARED)
+        self._chat, self._where = Chat(job["template"], vocabulary, where=where, now=chat.PREPARED), where
         self._last, self._apart = job["train_on"] == "last", job["apart"]
+        self._joined = job.get("joined", False)
+        self._calls = job["name"] == "tokenizer"
 
     def written(self, messages: Sequence[Message]) -> Iterator[Written]:
         """UserError for a conversation that the template does not take, TemplateRefused for a template."""
+        self._check_calls(messages)
         if not self._apart:
             yield Written(self._chat.whole(messages, last=self._last), [], [])
             return
@@ -56,8 +61,16 @@ class Writer:
 
     def pair(self, chosen: Sequence[Message], rejected: Sequence[Message]) -> Written:
         """Two conversations that differ in their last turn, the assistant's."""
+        self._check_calls([*chosen, *rejected])
         (source, better), (_, worse) = (next(iter(self._chat.turns(each, last=True))) for each in (chosen, rejected))
-        return Written(None, source, better, worse)
+        return Written(None, source, better, worse, self._joined)
+
+    def _check_calls(self, messages: Sequence[Message]) -> None:
+        if not self._calls and any(message.get("tool_calls") for message in messages):
+            raise UserError(
+                f"a message calls a tool (tool_calls), which {self._where} does not write; use {TEMPLATE}='tokenizer' "
+                "with a template that does, or leave such conversations out"
+            )
 
 
 def job(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -70,6 +83,7 @@ def job(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Any]:
         "name": given.template,
         "train_on": given.train_on,
         "apart": config.answers_apart,
+        **({"joined": True} if config.joined else {}),
     }
 
 
@@ -103,10 +117,7 @@ def _encode_pairs(
     written: Sequence[Written], places: Sequence[tuple[int, int]], vocabulary: Vocabulary
 ) -> token_shards.Encoded:
     """The prompt, both answers behind it; each ends with the end of the text, if its turn does not."""
-    pairs = [
-        [vocabulary.encode_parts(parts)[:2] for parts in (each.source, each.target, each.rejected or [])]
-        for each in written
-    ]
+    pairs = [_encode_pair(each, vocabulary) for each in written]
     lengths = np.array([[len(ids) for ids, _ in pair] for pair in pairs], np.int64)
     where = np.array(places, np.int64).reshape(-1, 2)
     return token_shards.Encoded(
@@ -119,6 +130,38 @@ def _encode_pairs(
         0,
         {"rejected": lengths[:, 0] + lengths[:, 1]},
     )
+
+
+def _encode_pair(written: Written, vocabulary: Vocabulary) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, bytes of each) of the prompt and of both answers.
+
+    Joined, the tokens of prompt and answer are those of the whole text, as in a conversation that is trained on (with
+    `Written.whole`): a token of which a byte is the answer's belongs to it, and what both texts do not share, too.
+    """
+    answers = written.target, written.rejected or []
+    if not written.joined:
+        return [vocabulary.encode_parts(parts)[:2] for parts in (written.source, *answers)]
+    both = [_behind(written.source, answer, vocabulary) for answer in answers]
+    (better, _, first), (worse, _, second) = both
+    same = min(first, second)
+    same = next((i for i in range(same) if better[i] != worse[i]), same)
+    prompt = tuple(column[:same] for column in both[0][:2])
+    return [(prompt[0], prompt[1]), *((ids[same:], counts[same:]) for ids, counts, _ in both)]
+
+
+def _behind(source: Parts, answer: Parts, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, int]:
+    """(ids, bytes of each, tokens before the answer) of the whole text."""
+    names = {token: name for name, token in vocabulary.specials.items()}
+    border, end = (
+        sum(len((names[part] if isinstance(part, int) else part).encode()) for part in parts)
+        for parts in (source, [*source, *answer])
+    )
+    whole = [*source, *answer]
+    if source and answer and isinstance(source[-1], str) and isinstance(answer[0], str):
+        whole = [*source[:-1], source[-1] + answer[0], *answer[1:]]
+    ids, counts, begins = vocabulary.encode_parts(whole)
+    ends = np.maximum(np.append(begins[1:], end), begins + 1)
+    return ids, counts, int((ends <= border).cumprod().sum())
 
 
 def _encode(written: Written, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

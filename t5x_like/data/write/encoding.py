@@ -16,7 +16,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.data import token_shards
 from t5x_like.data.config import PLAIN, FieldsConfig
 from t5x_like.data.templates.sandbox import TemplateRefused
-from t5x_like.data.tokenizers import long_texts, vocabularies
+from t5x_like.data.tokenizers import behind, long_texts, vocabularies
 from t5x_like.data.write import bad_records, chats, preprocessors, sources
 from t5x_like.data.write.preprocessors import Document
 from t5x_like.data.write.sources import Piece, Source, SourceFile
@@ -48,7 +48,7 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
         for index, given in pieces.items():
             tally = bad_records.Tally(job["kind"], job["files"], rule=job["on_bad_record"], several=bool(job["chat"]))
             documents = _documents(job, cursor, given, tally, report, vocabulary)
-            batches = encode(documents, vocabulary, columns=columns)
+            batches = encode(documents, vocabulary, columns=columns, joined=job["joined"])
             place, kind = pathlib.Path(job["folder"]), job["token_type"]
             written.append(token_shards.write_shard(place, index, batches, kind, columns=columns, notes=tally.facts))
     return written
@@ -148,8 +148,8 @@ def _read_piece(
         if not problem:
             try:
                 documents = _documents_of(record.fields, reading, names, writer)
-            except TemplateRefused:  # no fault of the record
-                raise
+            except TemplateRefused as error:  # no fault of the record
+                raise tally.refused(piece.file, record.offset, error) from None
             except UserError as error:
                 problem = str(error)
         if problem:
@@ -174,9 +174,16 @@ def _documents_of(
 
 
 def encode(
-    documents: Iterable[Placed], vocabulary: vocabularies.Vocabulary, *, columns: Sequence[str] = ()
+    documents: Iterable[Placed],
+    vocabulary: vocabularies.Vocabulary,
+    *,
+    columns: Sequence[str] = (),
+    joined: bool = False,
 ) -> Iterator[token_shards.Encoded]:
-    """Batches of encoded documents with these columns; those without a token are left out and counted."""
+    """Batches of encoded documents with these columns; those without a token are left out and counted.
+
+    joined: answers are encoded as they stand behind their inputs.
+    """
     batch: list[Placed] = []
     size = 0
     for placed in documents:
@@ -185,14 +192,14 @@ def encode(
         size += len(document.inputs) + len(document.text) + len(document.rejected) + 16
         size += document.written.size if document.written else 0
         if size >= _BATCH_CHARACTERS:
-            yield _encode_batch(batch, vocabulary, columns)
+            yield _encode_batch(batch, vocabulary, columns, joined)
             batch, size = [], 0
     if batch:
-        yield _encode_batch(batch, vocabulary, columns)
+        yield _encode_batch(batch, vocabulary, columns, joined)
 
 
 def _encode_batch(
-    batch: list[Placed], vocabulary: vocabularies.Vocabulary, columns: Sequence[str]
+    batch: list[Placed], vocabulary: vocabularies.Vocabulary, columns: Sequence[str], joined: bool
 ) -> token_shards.Encoded:
     documents = [document for _, _, document in batch]
     if documents[0].written is not None:
@@ -204,12 +211,28 @@ def _encode_batch(
         parts = [part for d in documents for part in (d.inputs, d.text)]
     else:
         parts = [document.text for document in documents]
-    ids, counts, lengths = _encode_texts(parts, vocabulary)
+    several = len(parts) // len(documents)
+    if joined and several > 1 and vocabulary.adds_space:
+        ids, counts, lengths = _encode_joined(parts, several, vocabulary)
+    else:
+        ids, counts, lengths = _encode_texts(parts, vocabulary)
     lengths = lengths.reshape(len(documents), -1)
     if lengths.shape[1] == 1:
         lengths = np.concatenate([np.zeros_like(lengths), lengths], axis=1)
     labels = np.array([document.label for document in documents]) if "labels" in columns else None
     return assemble(ids, counts, lengths, [(file, offset) for file, offset, _ in batch], vocabulary, labels)
+
+
+def _encode_joined(
+    texts: list[str], several: int, vocabulary: vocabularies.Vocabulary
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_encode_texts`, of documents of so many texts: the answers of each as they stand behind its first text."""
+    inputs = texts[::several]
+    columns = [behind.encode(vocabulary, [""] * len(inputs), inputs)]
+    columns += [behind.encode(vocabulary, inputs, texts[column::several]) for column in range(1, several)]
+    found = [part for row in zip(*columns, strict=True) for part in row]
+    ids, counts = (np.concatenate(column) for column in zip(*found, strict=True))
+    return ids, counts, np.array([len(part) for part, _ in found], np.int64)
 
 
 def _encode_texts(texts: list[str], vocabulary: vocabularies.Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

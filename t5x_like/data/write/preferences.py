@@ -35,10 +35,11 @@ def conversations(
     prompt: Any, chosen: Any, rejected: Any, *, names: tuple[str, str, str], change: Callable[[str], str]
 ) -> tuple[list[Message], list[Message]]:
     """Both conversations, each with the answer as its last message. prompt: a text, messages, or None where both begin
-    with it; answers: texts or messages; names: of these fields."""
+    with it; answers: texts or messages, the whole conversation or what follows the prompt; lists may be JSON texts;
+    names: of these fields."""
     before = [] if prompt is None else _messages(prompt, names[0], "user", change)
     both = [
-        [*before, *_messages(value, name, "assistant", change)]
+        _behind(before, _messages(value, name, "assistant", change))
         for value, name in ((chosen, names[1]), (rejected, names[2]))
     ]
     for found, name in zip(both, names[1:], strict=True):
@@ -53,7 +54,16 @@ def conversations(
     return both[0], both[1]
 
 
+def _behind(before: list[Message], answer: list[Message]) -> list[Message]:
+    """The whole conversation; some data sets give the prompt once more in each answer, or the last of it."""
+    whole = len(answer) > 1 and before and (answer[: len(before)] == before or answer[-2] == before[-1])
+    return answer if whole else [*before, *answer]
+
+
 def _messages(value: Any, name: str, role: str, change: Callable[[str], str]) -> list[Message]:
+    value = messages.listed(value)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     return messages.of_list(value, f"field {name!r}", change)

@@ -254,6 +254,7 @@ def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], toke
                 parts.reading(config, part),
                 vocabulary.fingerprint,
                 *([chat] if chat and part.source.kind not in ("text", "lines") else []),
+                *(["joined"] if config.joined and not chat and vocabulary.adds_space else []),
             ]
         )
         place = folder / f"tokens-{fingerprint[:16]}"
@@ -283,7 +284,7 @@ def _jobs(
 ) -> tuple[str, list[dict[str, Any]]]:
     """(worker function, one job a shard)."""
     job: dict[str, Any] = {"folder": str(place), "tokenizer": tokenizer, "token_type": kind}
-    job |= {"chat": chat, "columns": config.columns}
+    job |= {"chat": chat, "columns": config.columns, "joined": config.joined}
     if part.task is not None:
         named = {"module": part.source.path, "name": f"{part.task['task']}:{part.task['split']}"}
         named |= {"files": [file.path for file in part.files], "on_bad_record": config.on_bad_record}

@@ -92,7 +92,19 @@ def conversation(record: dict[str, Any], fields: FieldsConfig, names: Sequence[s
     value = _value(record, fields.messages)
     if value is _MISSING:
         raise UserError(f"no field {fields.messages!r} among {', '.join(record)}; set config.data.fields.messages")
-    return messages.of_value(value, fields.messages, change)
+    return _with_columns(record, messages.of_value(value, fields.messages, change), change)
+
+
+def _with_columns(
+    record: dict[str, Any], found: list[messages.Message], change: Callable[[str], str]
+) -> list[messages.Message]:
+    """With what columns beside a conversation say: ShareGPT's `system`; tools, which nothing reads, are refused."""
+    tools, system = record.get("tools"), record.get("system")
+    if tools not in (None, "", [], {}, "[]", "null"):
+        raise UserError("field 'tools' offers tools, which is not supported; leave such records out, or the field")
+    if isinstance(system, str) and system and found[0]["role"] != "system":
+        return [*messages.of_list([{"role": "system", "content": system}], "field 'system'", change), *found]
+    return found
 
 
 def conversations(

@@ -22,7 +22,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.data import token_shards
 from t5x_like.data.templates import messages
 from t5x_like.data.templates.sandbox import TemplateRefused
-from t5x_like.data.tokenizers import sentencepiece_engine, tokenizer_files, vocabularies
+from t5x_like.data.tokenizers import behind, sentencepiece_engine, tokenizer_files, vocabularies
 from t5x_like.data.write import bad_records, chats
 from t5x_like.data.write.encoding import assemble
 
@@ -96,7 +96,7 @@ def encode_shard(job: dict[str, Any], report: Callable[[int], None]) -> dict[str
         writer = chats.Writer(job["chat"], vocabulary)
         batches = _chat_batches(examples, job["shard"], writer, vocabulary, tally, report)
     else:
-        batches = _batches(examples, job["shard"], vocabulary, tally, report)
+        batches = _batches(examples, job["shard"], vocabulary, tally, report, joined=job["joined"])
     place = pathlib.Path(job["folder"])
     return token_shards.write_shard(place, job["index"], batches, job["token_type"], columns=columns, notes=tally.facts)
 
@@ -198,6 +198,8 @@ def _batches(
     vocabulary: vocabularies.Vocabulary,
     tally: bad_records.Tally,
     report: Callable[[int], None],
+    *,
+    joined: bool,
 ) -> Iterator[token_shards.Encoded]:
     numbered = enumerate(examples)
     while batch := list(itertools.islice(numbered, _BATCH_EXAMPLES)):
@@ -211,10 +213,26 @@ def _batches(
             counts, edges = vocabulary.count_bytes(texts, again, lengths), np.cumsum(lengths)[:-1]
             encoded = zip(np.split(again, edges), np.split(counts, edges), strict=True)
             chosen = [_choose(ids, *pair, vocabulary) for (ids, _), pair in zip(pairs, encoded, strict=True)]
+            if joined:
+                _join(good, chosen, vocabulary)
             sizes = np.array([len(ids) for ids, _ in chosen], np.int64).reshape(-1, 2)
             ids, counts = (np.concatenate(column) for column in zip(*chosen, strict=True))
             yield assemble(ids, counts, sizes, [(shard, number) for number, _ in good], vocabulary)
         report(len(batch))
+
+
+def _join(
+    good: list[tuple[int, tuple["_Part", "_Part"]]],
+    chosen: list[tuple[np.ndarray, np.ndarray]],
+    vocabulary: vocabularies.Vocabulary,
+) -> None:
+    """Targets that came as texts are encoded as they stand behind inputs that did."""
+    texts = [(index, [text for _, text in parts]) for index, (_, parts) in enumerate(good)]
+    told = [index for index, (_, parts) in enumerate(good) if all(ids is None for ids, _ in parts)]
+    pairs = [(texts[index][1][0] or "", texts[index][1][1] or "") for index in told]
+    if pairs:
+        for index, found in zip(told, behind.encode(vocabulary, *zip(*pairs, strict=True)), strict=True):
+            chosen[2 * index + 1] = found
 
 
 def _chat_batches(
@@ -232,8 +250,8 @@ def _chat_batches(
             tally.records += 1
             try:
                 found = list(writer.written(_messages(example)))
-            except TemplateRefused:  # no fault of the example
-                raise
+            except TemplateRefused as error:  # no fault of the example
+                raise tally.refused(shard, number, error) from None
             except UserError as error:
                 tally.add(shard, number, str(error))
                 continue

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.data.tokenizers import behind
 from tests.data import corpus
 
 STORIES = pathlib.Path(__file__).parents[1] / "stories260K"  # it has a begin token
@@ -42,7 +43,8 @@ def test_both_answers_follow_the_prompt_and_are_all_that_is_trained(tmp_path, to
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
             read = {name: batch[f"{side}/{name}"][place.row] for name in ("inputs", "targets", "loss_weights")}
             prompted = [*bos, *encode(prompt)]
-            whole = [*prompted, *encode(answer), eos][: LENGTH + 1]
+            ((ids, _),) = behind.encode(data.vocabulary, [prompt], [answer])
+            whole = [*prompted, *ids.tolist(), eos][: LENGTH + 1]
             count = len(whole) - 1
             assert read["inputs"][:count].tolist() == whole[:-1] and read["targets"][:count].tolist() == whole[1:]
             trained = [float(index >= len(prompted)) for index in range(1, len(whole))]

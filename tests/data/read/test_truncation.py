@@ -8,6 +8,7 @@ import pytest
 
 from t5x_like.__main__ import main
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.data.tokenizers import behind
 from tests.data import corpus
 
 STORIES = str(pathlib.Path(__file__).parents[1] / "stories260K")
@@ -69,7 +70,7 @@ def test_the_token_that_begins_a_text_stays(tmp_path, features):
     if more:
         assert read[1:] == [*source[-(width - 2) :], eos]
     else:
-        target = data.vocabulary.encode("yes")
+        ((target, _),) = behind.encode(data.vocabulary, [LONG[0]], ["yes"])
         assert read[1:] == [*source[-(width - len(target) - 1) :], *target]
 
 

@@ -4,9 +4,11 @@ import datetime
 import resource
 import time
 
+import jinja2
 import pytest
 
 from t5x_like.core.errors import UserError
+from t5x_like.data.templates import limits
 from t5x_like.data.templates.sandbox import SECONDS, ConversationRefused, Template, TemplateRefused
 
 DOUBLED = "{% set ns = namespace(s=VALUE) %}{% for i in range(60) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s FILTER }}"
@@ -53,6 +55,23 @@ SIZES = {
     "many texts": MILLION + "{{ range(99999) | map('string') | map('replace', '1', s) | list | length }}",
     "many slices": MILLION
     + "{% set ns = namespace(s=[]) %}{% for i in range(9999) %}{% set ns.s = ns.s + [s[i:]] %}{% endfor %}",
+    "round": "{{ messages | length | round(-30000000) }}",
+    "round, of numbers alone": "{{ 5 | round(-300000000) }}",
+    "a test of many": "{% set l = range(90000) | list %}{{ l | select('in', l * 9) | list | length }}",
+    "equal lists in lists": doubled("[1]", "[ns.s, ns.s]", "== 1"),
+    "tuples in tuples": doubled("(1,)", "(ns.s, ns.s)", "in {}"),
+    "dicts in dicts": doubled("{}", "{'a': ns.s, 'b': ns.s}", "== 1"),
+    "arguments": "{% set ns = namespace(s=1) %}{% macro f() %}{% set ns.s = varargs %}{% endmacro %}"
+    "{% for i in range(60) %}{% set _ = f(ns.s, ns.s) %}{% endfor %}{{ ns.s == 1 }}",
+    "blocks": "{% set y = 'a' * 4000000 %}{% set x %}{% for i in range(300) %}{{ y }}{% endfor %}{% endset %}"
+    "{{ x | length }}",
+    "block of a macro": "{% macro f() %}{% for i in range(300) %}{{ 'a' * 400000 }}{% endfor %}{% endmacro %}"
+    "{{ f() | length }}",
+    "generation": "{% set y = 'a' * 400000 %}{% set x %}{% generation %}{% for i in range(300) %}{{ y }}{% endfor %}"
+    "{% endgeneration %}{% endset %}{{ x | length }}",
+    "indent, other ends of lines": "{% set s = 'a\r' * 1000000 %}{{ s | indent(1000) }}",
+    "indent of JSON": "{{ (range(90000) | list) | tojson(indent='x' * 1000000) }}",
+    "long lists in a list": MILLION + "{% set l = [s] * 9 %}{{ l == [s] }}",
     "macros": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "many macros": "{% macro f(n) %}{% if n > 1 %}{{ f(n - 1) }}{{ f(n - 2) }}{% endif %}{% endmacro %}{{ f(60) }}",
 }
@@ -80,7 +99,8 @@ def test_code_files_and_hidden_attributes_are_refused(source):
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_time_and_size_are_bounded(case):
+def test_time_and_size_are_bounded(case, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 2.0)
     began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert isinstance(refusal(SIZES[case]), TemplateRefused)
     assert time.monotonic() - began < SECONDS + 5
@@ -91,6 +111,26 @@ def test_time_and_size_are_bounded(case):
 def test_what_fails_with_a_conversation_is_one_line(source):
     error = refusal(source)
     assert FAILS[source] is None or (isinstance(error, ConversationRefused) and FAILS[source] in str(error))
+
+
+def test_a_long_conversation_is_its_own_fault():
+    long = [{"role": "user", "content": "x" * 5_000_000}]
+    error = refusal("{% for m in messages %}{{ m.content }}{% endfor %}", {"messages": long})
+    assert isinstance(error, ConversationRefused) and "too long" in str(error)
+
+
+@pytest.mark.parametrize("text", ["a\nb\n", "a\n\nb", "", "a", "\n", "a\r\nb"])
+def test_lines_are_indented_as_jinja_does(text):
+    source = "{{ s | indent(2) }}|{{ s | indent(2, true) }}|{{ s | indent(2, blank=true) }}|{{ s | indent('x') }}"
+    expected = jinja2.Environment().from_string(source).render(s=text)
+    assert Template(source).render({"s": text}) == expected
+
+
+def test_nothing_is_computed_while_a_template_is_compiled(monkeypatch):
+    calls = []
+    monkeypatch.setattr(limits.Meter, "whole", lambda self, value: calls.append(value) or value)
+    template = Template("{{ 5 | round(2) }}{{ 'a' | upper }}{{ [1, 2] | length }}{{ 1 == 2 }}")
+    assert not calls and template.render({}) == "5A2False" and calls
 
 
 def test_what_chat_templates_use_is_there():

@@ -295,3 +295,91 @@ def test_a_tokenizer_without_the_tokens_or_the_template_is_one_line(world, tmp_p
         corpus.opened(config(world, chat={"template": "tokenizer"}), tmp_path / "cache")
     with pytest.raises(UsageError, match="prompt, chosen and rejected, or label, or messages"):
         prepare.check(config(world, fields={"messages": "m", "inputs": "a", "targets": "b"}))
+
+
+MARKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.name }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}\n{% generation %}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+OWN = {"template": "tokenizer"}
+
+
+def test_the_last_turn_is_all_that_the_template_marks_of_it(world, tmp_path):
+    tokenizer = str(chats.folder(tmp_path / "tokenizer", MARKS))
+    twice = [*chats.SHORT, chats.SHORT[0], {"role": "assistant", "content": "Again"}]
+    given = {"tokenizer": tokenizer, "batch_size": 1, "length": 128}
+    for conversation, words in ((chats.SHORT, "Hi! How are you<|im_end|>"), (twice, "Again<|im_end|>")):
+        data = opened(world, [conversation], chat=OWN | {"train_on": "last"}, **given)
+        batch = data.rows(0, np.arange(1))
+        assert spelled(data, batch["targets"][0][batch["loss_weights"][0] > 0].tolist()) == words
+
+
+@pytest.mark.parametrize("system", ["", "Be short."])
+def test_an_assistant_may_begin_a_conversation(world, system):
+    given = {"features": "source_target", "encoder_length": 128, "tokenizer": "bytes"}
+    begun = [chats.SHORT[1], *chats.SHORT]
+    before = f"{system}\n" if system else ""
+    data = opened(world, [begun], chat={"template": "t5", "system": system}, **given)
+    said = chats.SHORT[1]["content"]
+    assert sources_and_targets(data)[0] == (f"{before}\n</s>", f"{said}</s>")
+
+
+ODD_KEYS = {
+    "surrogate in a name": {"name": "\ud83d"},
+    "mark in a name": {"name": "\ufdd1"},
+    "mark in a call": {"tool_calls": [{"function": {"name": "f", "arguments": "\ufdd0"}}]},
+    "name of a key": {"\udc00": 1},
+    "deep": {"name": json.loads("[" * 700 + "]" * 700)},
+}
+
+
+@pytest.mark.parametrize("case", ODD_KEYS)
+def test_odd_values_of_other_keys_are_bad_records(world, tmp_path, case):
+    tokenizer = str(chats.folder(tmp_path / "tokenizer", MARKS))
+    record = [chats.SHORT[0], chats.SHORT[1] | ODD_KEYS[case]]
+    with pytest.raises(UserError, match=r":1 \(byte 0\): .*(no character; mend the file|too deep)"):
+        opened(world, [record], tokenizer=tokenizer, chat=OWN)
+    kept = opened(world, [record, chats.SHORT], tokenizer=tokenizer, chat=OWN, on_bad_record="skip", max_bad_share=0.9)
+    assert kept.describe()["components"]["train"]["documents"] == 1
+
+
+def test_a_long_conversation_is_a_bad_record_with_its_place(world):
+    long = [{"role": "user", "content": "x" * 5_000_000}, chats.SHORT[1]]
+    with pytest.raises(UserError, match=r":2 \(byte \d+\): .* it is of 5000\d+ characters"):
+        opened(world, [chats.SHORT, long])
+    kept = opened(world, [chats.SHORT, long], on_bad_record="skip", max_bad_share=0.9)
+    assert kept.describe()["components"]["train"]["documents"] == 1
+
+
+def test_a_template_that_is_refused_names_the_record_at_which_it_was(world, tmp_path):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + MARKS
+    with pytest.raises(TemplateRefused, match=r"rounds of its loops.* \(seen at .*:1 \(byte 0\)\)"):
+        opened(world, tokenizer=str(chats.folder(tmp_path / "tokenizer", endless)), chat=OWN)
+
+
+def columns(world, record, **given):
+    path = world / f"columns-{abs(hash(json.dumps(record)))}.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    return opened(world, source=f"jsonl:{path}", batch_size=1, **given)
+
+
+def test_columns_beside_a_conversation_are_read_or_refused(world):
+    system = {"role": "system", "content": "Be short."}
+    found = rows(columns(world, {"messages": chats.SHORT, "system": "Be short.", "tools": []}))
+    expected = rows(opened(world, [[system, *chats.SHORT]], batch_size=1))
+    assert np.array_equal(found["inputs"], expected["inputs"])
+    with pytest.raises(UserError, match="field 'tools' offers tools, which is not supported"):
+        columns(world, {"messages": chats.SHORT, "tools": [{"name": "f"}]})
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    with pytest.raises(UserError, match="calls a tool .*chat.template='chatml' does not write"):
+        columns(world, {"messages": [chats.SHORT[0], call, *chats.SHORT]})
+
+
+def test_a_cut_source_has_no_begin_token_that_the_template_did_not_write(world):
+    long = [{"role": "user", "content": "word " * 60}, chats.SHORT[1]]
+    given = {"features": "source_target", "encoder_length": 24, "batch_size": 1}
+    for template, writes in (("chatml", False), ("plain", True)):
+        data = opened(world, [long], chat={"template": template}, **given)
+        first = data.rows(0, np.arange(1))["encoder_inputs"][0, 0]
+        assert data.vocabulary.bos_id is not None and (first == data.vocabulary.bos_id) == writes

@@ -45,6 +45,12 @@ FORMS = {
     "messages": (FIELDS, {"prompt": [USER], "chosen": [GOOD], "rejected": [WORSE]}),
     "texts": (FIELDS, {"prompt": "Which sea?", "chosen": "The Baltic.", "rejected": "No idea"}),
     "whole": (WHOLE, {"chosen": [USER, GOOD], "rejected": [USER, WORSE]}),
+    "prompt repeated": (FIELDS, {"prompt": "Which sea?", "chosen": [USER, GOOD], "rejected": [USER, WORSE]}),
+    "prompt repeated, messages": (FIELDS, {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, WORSE]}),
+    "lists as JSON": (
+        FIELDS,
+        {name: json.dumps([m]) for name, m in zip(("prompt", "chosen", "rejected"), (USER, GOOD, WORSE), strict=True)},
+    ),
 }
 
 
@@ -129,6 +135,32 @@ def test_a_bad_pair_is_named(tmp_path, case, encoder_length):
         opened(tmp_path, [record], fields=fields, **given)
     assert SAID[case] in str(caught.value) and str(caught.value).startswith(f"{tmp_path}/pairs.jsonl:1 (byte 0): ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("features", ["pairs", "pair_texts"])
+@pytest.mark.parametrize("encoder_length", [0, 24])
+def test_a_cut_prompt_has_no_begin_token_that_the_template_did_not_write(tmp_path, features, encoder_length):
+    tokenizer = str(chats.folder(tmp_path / "tokenizer"))
+    record = {"prompt": "word " * 60, "chosen": "yes", "rejected": "no"}
+    given = {"features": features, "tokenizer": tokenizer, "fields": FIELDS, "length": 24}
+    given["encoder_length"] = encoder_length
+    for template, writes in (("chatml", False), ("plain", True), ("none", True)):
+        settings = {"template": template, "train_on": "assistant", "system": ""}
+        data = opened(tmp_path, [record], name=template, chat=settings, **given)
+        read = rows(data)["encoder_inputs" if encoder_length else "chosen/inputs"]
+        assert data.vocabulary.bos_id is not None and (read[0, 0] == data.vocabulary.bos_id) == writes
+
+
+def test_an_answer_that_fills_its_row_keeps_its_first_token(tmp_path):
+    tokenizer = str(chats.folder(tmp_path / "tokenizer"))
+    record = {"prompt": "word " * 60, "chosen": "answer " * 60, "rejected": "no " * 60}
+    for features in ("pairs", "pair_texts"):
+        given = {"features": features, "tokenizer": tokenizer, "fields": FIELDS, "length": 16}
+        truncate = {"min_targets": 16 if features == "pair_texts" else 16, "rule": "cut", "inputs": "left"}
+        data = opened(tmp_path, [record], name=features, truncate=truncate, **given)
+        first = data.vocabulary.encode("answer ")[0]
+        found = rows(data)["chosen/inputs"][0].tolist()
+        assert first in found[:2] and (found[0] == first) == (features == "pair_texts")
 
 
 def test_pairs_through_a_template_have_their_own_features(tmp_path):
