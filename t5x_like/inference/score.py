@@ -1,10 +1,11 @@
 """Log-likelihoods of any number of texts, in a few shapes of batches: for harnesses, rescoring and `log_likelihood`.
 
-A text's numbers do not depend on the texts beside it: its batch has the shape that its own length asks for, filled up
-with empty rows where texts are missing, so that one program computes it whatever the company. An encoder-decoder scores
-targets after sources. Texts that are to be generated are decode.py's.
+A text's numbers do not depend on the texts beside it: its batch has the shape that its own lengths ask for, filled up
+with empty rows where texts are missing, so that one program computes it whatever the company. The head sees the scored
+tokens alone: most of a question is context. An encoder-decoder scores targets after sources. Texts that are to be
+generated are decode.py's.
 
-Names: B batch (rows), T length, S source length, D model.
+Names: B batch (rows), T length, S source length, A scored tokens (padded), D model.
 """
 
 import dataclasses
@@ -44,7 +45,13 @@ class Text:
     source: Sequence[int]
 
 
-Lengths = tuple[int, int]  # of the padded rows of a batch: T, and S or 0
+@dataclasses.dataclass(frozen=True, order=True)
+class Lengths:
+    """Of the padded rows of a batch: T; S, or 0 without an encoder; A, at most T."""
+
+    inputs: int
+    source: int
+    scored: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +107,7 @@ def score(
         if text.first == len(text.ids):
             found[index] = Likelihood(0.0, True, 0)
             continue
-        lengths = (
-            _row_length(len(text.ids) - 1, model.config.max_length),
-            _row_length(len(text.source), model.config.max_length) if text.source else 0,
-        )
+        lengths = _lengths(text, model.config.max_length)
         texts = waiting.setdefault(lengths, [])
         texts.append(text)
         if len(texts) == _rows(model, lengths, tokens_per_batch, mesh):
@@ -179,8 +183,12 @@ def row_length(length: int, max_length: int, step: int = 64) -> int:
     return min(shorter if length <= shorter else power, max_length)
 
 
-def _row_length(length: int, max_length: int) -> int:
-    return row_length(length, max_length, step=64 if platform() == "cpu" else 128)
+def _lengths(text: Text, max_length: int) -> Lengths:
+    """Scored tokens are padded to one step, or to the whole row: at most two programs a length."""
+    step = 64 if platform() == "cpu" else 128
+    inputs = row_length(len(text.ids) - 1, max_length, step)
+    source = row_length(len(text.source), max_length, step) if text.source else 0
+    return Lengths(inputs, source, min(inputs, step) if len(text.ids) - text.first <= step else inputs)
 
 
 def _fitted(row: Row, source: Sequence[int] | None, index: int, max_length: int, truncate: str) -> Text:
@@ -214,7 +222,7 @@ def _fitted(row: Row, source: Sequence[int] | None, index: int, max_length: int,
 def _rows(model: Model, lengths: Lengths, tokens_per_batch: int, mesh: Mesh | None) -> int:
     """Rows of the batches of these lengths, which the batch axes of the mesh divide."""
     shards = batch_shards(model, mesh)
-    return max(1, tokens_per_batch // (sum(lengths) * shards)) * shards
+    return max(1, tokens_per_batch // ((lengths.inputs + lengths.source) * shards)) * shards
 
 
 def batch_shards(model: Model, mesh: Mesh | None) -> int:
@@ -224,16 +232,19 @@ def batch_shards(model: Model, mesh: Mesh | None) -> int:
 
 
 def _start(model: Model, params: Tree, texts: Sequence[Text], rows: int, lengths: Lengths, mesh: Mesh | None):
-    """Begins to compute a batch: (log-probabilities, whether the target is the most probable token), both [B, T]."""
-    inputs_BT, targets_BT = np.zeros((2, rows, lengths[0]), np.int32)
-    sources_BS, segments_BS = np.zeros((2, rows, lengths[1]), np.int32)
+    """Begins to compute a batch: (log-probabilities, whether the target is the most probable token), both [B, A]."""
+    inputs_BT = np.zeros((rows, lengths.inputs), np.int32)
+    sources_BS, segments_BS = np.zeros((2, rows, lengths.source), np.int32)
+    targets_BA, places_BA = np.zeros((2, rows, lengths.scored), np.int32)
     for row, text in enumerate(texts):
+        scored = len(text.ids) - text.first
         inputs_BT[row, : len(text.ids) - 1] = text.ids[:-1]
-        targets_BT[row, : len(text.ids) - 1] = text.ids[1:]
+        targets_BA[row, :scored] = text.ids[text.first :]
+        places_BA[row, :scored] = np.arange(text.first - 1, len(text.ids) - 1)
         sources_BS[row, : len(text.source)] = text.source
         segments_BS[row, : len(text.source)] = 1
-    arrays = {"inputs": inputs_BT, "targets": targets_BT}
-    if lengths[1]:
+    arrays = {"inputs": inputs_BT, "targets": targets_BA, "places": places_BA}
+    if lengths.source:
         arrays |= {"encoder_inputs": sources_BS, "encoder_segment_ids": segments_BS}
     if mesh is None:
         return _scores(model, params, {name: jnp.asarray(array) for name, array in arrays.items()})
@@ -248,8 +259,11 @@ def _start(model: Model, params: Tree, texts: Sequence[Text], rows: int, lengths
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(model: Model, params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     hidden_BTD, head = _hidden_and_head(model, params, batch)
-    scores = token_scores(hidden_BTD, head, batch["targets"], want=("logp", "best"))
-    with use_rules(model.rules):  # every process reads all results
+    with use_rules(model.rules):
+        scored_BAD = jnp.take_along_axis(hidden_BTD, batch["places"][:, :, None], axis=1)
+        scored_BAD = constrain(scored_BAD, "batch", "length", None)
+        scores = token_scores(scored_BAD, head, batch["targets"], want=("logp", "best"))
+        # Every process reads all results.
         return constrain(scores.logp, None, None), constrain(scores.best == batch["targets"], None, None)
 
 
@@ -260,10 +274,10 @@ def _hidden_and_head(model: Model, params: Tree, batch: dict[str, jax.Array]) ->
 
 def _results(texts: Sequence[Text], scores: tuple[jax.Array, jax.Array]) -> dict[int, Likelihood]:
     """Sums in float64 over the scored tokens of each text, by its place in the input."""
-    logp_BT, greedy_BT = map(np.asarray, scores)
+    logp_BA, greedy_BA = map(np.asarray, scores)
     found = {}
     for row, text in enumerate(texts):
-        scored = slice(text.first - 1, len(text.ids) - 1)
-        logp = float(np.sum(logp_BT[row, scored], dtype=np.float64))
-        found[text.index] = Likelihood(logp, bool(greedy_BT[row, scored].all()), len(text.ids) - text.first)
+        scored = len(text.ids) - text.first
+        logp = float(np.sum(logp_BA[row, :scored], dtype=np.float64))
+        found[text.index] = Likelihood(logp, bool(greedy_BA[row, :scored].all()), scored)
     return found

@@ -68,6 +68,13 @@ def test_products_are_those_of_the_definition():
     np.testing.assert_allclose(lora.dense(jnp.float32), whole, rtol=1e-6, atol=1e-6)
 
 
+def test_a_small_addition_is_not_rounded_away_in_bfloat16():
+    x = jnp.tile(jnp.asarray([[1.0, -1.0]], jnp.bfloat16), (8, 1))
+    lora = leaf(np.ones((2, 1)), np.array([[2.0**-10], [0.0]]), np.ones((1, 1)), np.ones(1), ("embed", "mlp"))
+    assert jnp.asarray(lora.dense("bfloat16"))[0, 0] == 1, "W + A s B in this type is W"
+    assert (weights.einsum("BD,DF->BF", x, lora) == 2.0**-10).all()
+
+
 def test_rows_and_groups_are_those_of_the_whole_weight():
     table, a, b = arrays((11, 6), (11, 2), (2, 6))
     lora = leaf(table, a, b, np.array([2.0, 1.0]), ("vocab", "embed"))
