@@ -10,6 +10,7 @@ side, with paired differences from the first. docs/evaluation.md says which task
 
 import datetime
 import importlib.metadata
+import math
 import os
 import sys
 import time
@@ -46,6 +47,8 @@ def run(arguments: Sequence[str]) -> int:
     differences = {each.model: statistics.differences(found[0].metrics, each.metrics) for each in found[1:]}
     whole = report.Report(_facts(options), found, differences)
     print(whole.to_markdown(), end="")
+    for line in whole.without_number():
+        print(line, file=sys.stderr)
     if options.output:
         report.write(whole, options.output, samples=options.samples)
     return 0 if reference is None else _judged(reference, differences, options.errors)
@@ -188,7 +191,8 @@ def _judged(reference: "Evaluation", differences: Any, errors: float) -> int:
     worse = [(name, each) for name, each in judged if each.is_worse(errors)]
     for name, each in worse:
         spread = "no standard error" if each.error is None else f"a standard error of {each.error:.4g}"
-        print(f"{name}: {each.task} {each.name} is worse by {each.worse_by:.4g}, with {spread}", file=sys.stderr)
+        by = "is no number" if math.isnan(each.value) else f"is worse by {each.worse_by:.4g}"
+        print(f"{name}: {each.task} {each.name} {by}, with {spread}", file=sys.stderr)
     print(f"{len(worse)} of {len(judged)} metrics worse by more than {errors:g} standard errors", file=sys.stderr)
     return 1 if worse else 0
 

@@ -31,7 +31,7 @@ from t5x_like.data.write import sources
 from t5x_like.data.write.prepare import prepare
 from t5x_like.evaluation.model import EvaluatedModel
 from t5x_like.evaluation.results import Item, Metric
-from t5x_like.evaluation.statistics import error
+from t5x_like.evaluation.statistics import RatioOfSums, error
 from t5x_like.inference.score import batch_shards
 from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.models.model import Model
@@ -209,16 +209,10 @@ def _metrics(task: str, found: Mapping[str, _Totals]) -> list[Metric]:
     ]
 
 
-def ratio(items: Sequence[Any]) -> float:
-    """Of the sums of both parts."""
-    top, bottom = np.asarray(items, np.float64).sum(axis=0).tolist()
-    return top / bottom if bottom else math.nan
+def _perplexity(loss: float) -> float:
+    return math.inf if loss > 700 else math.exp(loss)
 
 
-def bits(items: Sequence[Any]) -> float:
-    return ratio(items) / math.log(2)
-
-
-def perplexity(items: Sequence[Any]) -> float:
-    value = ratio(items)
-    return math.inf if value > 700 else math.exp(value)
+ratio = RatioOfSums(lambda value: value)
+bits = RatioOfSums(lambda loss: loss / math.log(2))
+perplexity = RatioOfSums(_perplexity)
