@@ -184,7 +184,8 @@ class LanguageModel(Loaded):
 
         truncate="left" drops the beginning of contexts that are too long. The numbers of a text do not depend on the
         others, but in their last bits on tokens_per_batch (inference/score.py). An encoder-decoder reads contexts as
-        sources; no end is scored unless the continuation holds it.
+        sources; no end is scored unless the continuation holds it. An empty continuation is certain; UsageError for one
+        that only changes tokens of its context and adds none.
         """
         if isinstance(contexts, str) or isinstance(continuations, str):
             raise UsageError("log_likelihood takes lists of texts: log_likelihood([context], [continuation])")
@@ -198,6 +199,12 @@ class LanguageModel(Loaded):
         found = score(
             self.model, self.params, rows, sources=sources, truncate=truncate, tokens_per_batch=tokens_per_batch
         )
+        for likelihood, context, text in zip(found, contexts, continuations, strict=True):
+            if text and not likelihood.tokens:
+                raise UsageError(
+                    f"log_likelihood: {text!r:.60} adds no token to the tokens of {context[-40:]!r}, so that it has no "
+                    "likelihood; let it begin where a token does, after a blank or a line end"
+                )
         return [(likelihood.logp, likelihood.greedy) for likelihood in found]
 
     def _encode(self, text: str) -> list[int]:

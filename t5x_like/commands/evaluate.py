@@ -118,6 +118,8 @@ def _evaluation(options: Any) -> Any:
         batch_tokens=options.batch_tokens,
         seed=options.seed,
     )
+    for line in [] if tasks is None else tasks.check(settings):
+        print(line, file=sys.stderr)
     mesh, usual = _mesh(options.mesh), common.config().data.to_dict()
 
     def evaluate(directory: str) -> "Evaluation":

@@ -166,7 +166,7 @@ class Iterations:
         if jax.process_index() == 0:
             answers = decoded(drawn, self._encoder)
             samples = [Sample(text.prompt, answer, text.expected) for text, answer in zip(asked, answers, strict=True)]
-            judged = self._rewards.judge(samples, where=where)
+            judged = self._rewards.judge(samples, where=where, progress=self._around.progress)
             found = {"rewards": judged.values.tolist(), "failed": judged.failed.tolist()}
         self._around.progress()
         shared = self._around.share(name, found)

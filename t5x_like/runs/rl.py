@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -255,7 +256,15 @@ def _loop(
 
 
 def _share(session: Session) -> Callable[[str, Any], Any]:
-    return lambda name, value: session.processes.broadcast(name, value)
+    """Others wait for as long as process 0 judges answers; what they wait for is watched there."""
+
+    def share(name: str, value: Any) -> Any:
+        if session.processes.primary:
+            return session.processes.broadcast(name, value)
+        with session.faults.phase("prepare"):
+            return session.processes.broadcast(name, value, timeout=math.inf)
+
+    return share
 
 
 def _row_shape(experiment: RlExperiment, vocabulary: Vocabulary) -> RowShape:

@@ -15,6 +15,7 @@ from t5x_like.evaluation import chat, generation
 from t5x_like.evaluation.harness import Tasks
 from t5x_like.evaluation.model import EvaluatedModel
 from t5x_like.inference.sampling import GREEDY, Sampling
+from t5x_like.language_model import load
 from t5x_like.parallel import mesh as meshes
 from tests.evaluation import worlds
 from tests.models import cases
@@ -170,6 +171,54 @@ def test_generation_arguments_are_read_as_the_harness_reads_them():
     assert read_limits({"do_sample": False, "temperature": 0.5, "until": "x"}, seed=0).sampling == GREEDY
     with pytest.raises(UsageError, match="generation_kwargs.top_kk=3 is not supported; did you mean 'top_k'"):
         read_limits({"top_kk": 3}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"max_gen_toks": "abc"}, "max_gen_toks='abc' should be a number"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0 should be a whole number, at least 1"),
+        ({"max_tokens": -5}, "max_tokens=-5 should be a whole number, at least 1"),
+        ({"max_gen_toks": 2.5}, "max_gen_toks=2.5 should be a whole number"),
+        ({"temperature": "hot"}, "temperature='hot' should be a number"),
+        ({"do_sample": True, "top_p": 0}, "top_p=0.0 should be above 0"),
+        ({"do_sample": "yes"}, "do_sample='yes' should be true or false"),
+        ({"until": 3}, "until=.* should be a text or a list of texts"),
+    ],
+)
+def test_generation_arguments_that_mean_nothing_are_named(given, part):
+    from t5x_like.evaluation.backend import read_limits
+
+    with pytest.raises(UsageError, match=f"generation_kwargs.{part}"):
+        read_limits(given, seed=0)
+
+
+def test_generation_arguments_that_are_null_are_not_given():
+    from t5x_like.evaluation.backend import read_limits
+
+    null = dict.fromkeys(("temperature", "top_p", "top_k", "max_gen_toks", "until", "do_sample"))
+    assert read_limits(null, seed=3) == read_limits({}, seed=3)
+    assert read_limits({"do_sample": True, "temperature": None}, seed=0).sampling == Sampling(1.0, 0, 1.0)
+
+
+# Answers without a token of their own.
+
+
+def test_an_answer_that_adds_no_token_is_one_line_and_no_certainty(folder_of):
+    subject = worlds.ours(folder_of("stories"))
+    lm = backend(subject)
+    assert len(subject.encode("Once upon l")) == len(subject.encode("Once upon little"))
+    part = "task None, document None: the answer 'ittle' adds no token to the tokens of 'Once upon l'"
+    with pytest.raises(UserError, match=part):
+        lm.loglikelihood(requests("loglikelihood", [("Once", " upon"), ("Once upon l", "ittle")]))
+    with pytest.raises(UserError, match="the answer '' adds no token"):
+        lm.loglikelihood(requests("loglikelihood", [("", "")]))
+    with pytest.raises(UserError, match="the answer '' adds no token"):
+        backend(worlds.ours(folder_of("t5"))).loglikelihood(requests("loglikelihood", [("a", "")]))
+    loaded = load(str(folder_of("stories")))
+    with pytest.raises(UsageError, match="'ittle' adds no token to the tokens of 'Once upon l'"):
+        loaded.log_likelihood(["Once upon l"], ["ittle"])
+    assert loaded.log_likelihood(["Once"], [""]) == [(0.0, True)]
 
 
 # Chats.
