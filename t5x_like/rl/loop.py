@@ -81,9 +81,10 @@ class Iterations:
     # What the loop calls.
 
     def batch(self, step: int, state: State, frozen: Mapping[str, Any]) -> Batch:
-        """The batch of update `step` + 1; at the begin of an iteration its answers are drawn first."""
+        """The batch of update `step` + 1; at the begin of an iteration its answers are drawn first, and wherever the
+        buffers do not hold them."""
         iteration, update = divmod(step, self.updates)
-        if update == 0:
+        if update == 0 or int(self._buffers["iteration"]) != iteration:
             self._buffers = self._collect(iteration, state["params"], frozen)
         return self._place(self._update(iteration, update), self._programs.batch)
 

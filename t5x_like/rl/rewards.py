@@ -1,7 +1,7 @@
 """Rewards of answers: the parts that a config names, each with its weight, judged in a process of their own.
 
-A verifier that raises, hangs, ends its process or returns no number that is finite in float32 gets the value of a failure
-for that answer; a line names it, the first few times of a batch, and one counts the rest. Such a run is only as
+A verifier that raises, hangs, ends its process or returns no number that is finite in float32 gets the value of a
+failure for that answer; a line names it, the first few times of a batch, and one counts the rest. Such a run is only as
 repeatable as its verifiers are.
 """
 

@@ -27,8 +27,8 @@ from t5x_like.rl.rewards import Rewards
 from t5x_like.rl.rollout import end_ids
 from t5x_like.rl.rows import RowShape
 from t5x_like.rl.verifiers import Named
+from t5x_like.runs import branch, rl_program, rl_resume, sections, summary, training_run
 from t5x_like.runs import program as programs
-from t5x_like.runs import rl_program, sections, summary, training_run
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
 from t5x_like.runs.rl_program import RlExperiment, RlPrograms
@@ -221,7 +221,7 @@ def _loop(
     saver = _saver(experiment, program, checkpoints, session.metadata(inputs))
     start, state, frozen, evaluation, origin = training_run.begin(experiment, session, program, saver, inputs)
     training_run.check_steps(experiment, session, start)
-    rollouts = state.pop("rollouts", None)
+    rollouts = _pending(experiment, session, inputs, start, state.pop("rollouts", None))
     session.record_start(inputs, resumed_from=start or None)
     telemetry = session.telemetry(
         experiment.telemetry,
@@ -253,6 +253,28 @@ def _loop(
         faults=session.faults,
     )
     return loops.train(loop, state, frozen, start=start, evaluation=evaluation)
+
+
+def _pending(experiment: RlExperiment, session: Session, inputs: Inputs, step: int, rollouts: Any) -> Any:
+    """The answers of a checkpoint, None where they are not those of this run as it is now: they are drawn anew."""
+    if rollouts is None or not step:
+        return rollouts
+    checkpoint, other = paths.join(session.workdir.checkpoints, str(step)), experiment.checkpoint.branch_from
+    branched = other is not None and not paths.exists(checkpoint)
+    if other is not None and branched:
+        checkpoint = branch.checkpoint(other)
+    changed = rl_resume.changes(
+        checkpoint,
+        config=experiments.to_dict(experiment),
+        data=inputs.data,
+        tokenizer=inputs.vocabulary.fingerprint,
+        branch=branched,
+    )
+    if not changed:
+        return rollouts
+    if rl_resume.pending(checkpoint, step) and session.processes.primary:
+        warn(f"the answers that {checkpoint} holds are drawn anew, since they followed from: {'; '.join(changed)}")
+    return None
 
 
 def _share(session: Session) -> Callable[[str, Any], Any]:

@@ -88,6 +88,24 @@ def test_a_checkpoint_between_two_updates_holds_the_answers_that_are_pending(tra
     assert arrays["rollouts/old_logp"].min() < 0 and arrays["rollouts/reference_logp"].min() < 0
 
 
+def test_a_branch_in_mid_iteration_takes_pending_answers_only_where_they_are_its_own(trained, tmp_path, capsys):
+    """Of step 6, the second update of an iteration: unchanged it is the same run; with another seed, it draws anew."""
+    workdir, config = trained
+    same = ["--config.loop.steps=8", "--config.rl.epochs=2", "--config.checkpoint.every_steps=3"]
+    same.append(f"--config.checkpoint.branch_from={workdir}@6")
+    config = config.with_name("branch.py")
+    text = trained[1].read_text()
+    config.write_text("\n".join(line for line in text.splitlines() if "init_from" not in line))
+    assert rl(tmp_path / "same", *same, config=config) == 0
+    assert "are drawn anew" not in capsys.readouterr().err
+    assert updates(tmp_path / "same")[8]["train/loss"] == updates(workdir)[8]["train/loss"]
+    assert rl(tmp_path / "other", *same, "--config.seed=7", config=config) == 0
+    assert "are drawn anew, since they followed from: config.seed: " in capsys.readouterr().err
+    row = updates(tmp_path / "other")[7]
+    assert row["train/reward"] != updates(workdir)[7]["train/reward"]
+    assert row["train/rollout_gap_token_mean"] < 1e-5, "answers stand beside the prompts of others"
+
+
 def test_a_resume_needs_the_functions_of_the_config_file(trained, capsys):
     assert rl(trained[0], "--config.loop.steps=9", config=None) == 2
     (line,) = capsys.readouterr().err.splitlines()
