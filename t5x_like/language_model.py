@@ -98,7 +98,7 @@ class LanguageModel(Loaded):
             tokens = [[self.start_id, *self._encode_answer(prefix)]] * len(prompts)
         if not all(sources or tokens):
             raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
-        sampling, stops = Sampling(temperature, top_k, top_p), self._end
+        sampling, stops = Sampling(temperature, top_k, top_p), self.ends
         return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
 
     def chat(
@@ -130,7 +130,7 @@ class LanguageModel(Loaded):
         if self.has_encoder:
             sources = [[*source, *self._end] for source in tokens]
             tokens = [[self.start_id]] * len(sources)
-        sampling, stops = Sampling(temperature, top_k, top_p), self.template.stop_ids()
+        sampling, stops = Sampling(temperature, top_k, top_p), [*self.template.stop_ids(), *self.ends]
         return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
 
     @functools.cached_property

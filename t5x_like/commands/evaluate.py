@@ -160,7 +160,14 @@ def _open(directory: str, options: Any, mesh: "Mesh | None") -> "tuple[Evaluated
     if stored.step is not None:
         section = model_directory.read_metadata(stored.directory)["config"].get("data")
     subject = EvaluatedModel.of(
-        directory, loaded.model, loaded.params, loaded.vocabulary, start_id=loaded.start_id, mesh=mesh, chat=asked
+        directory,
+        loaded.model,
+        loaded.params,
+        loaded.vocabulary,
+        start_id=loaded.start_id,
+        mesh=mesh,
+        chat=asked,
+        ends=loaded.ends,
     )
     return subject, section
 

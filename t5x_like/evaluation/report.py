@@ -89,7 +89,8 @@ def write(report: Report, output: str, *, samples: bool) -> None:
     if not samples:
         return
     for evaluation in report.evaluations:
-        folder = paths.join(output, "samples", evaluation.model.strip("/").replace("/", "_"))
+        name = evaluation.model.strip("/").replace("%", "%25").replace("_", "%5F").replace("/", "_")
+        folder = paths.join(output, "samples", name)  # no two models share one
         paths.make_directory(folder)
         for task, found in evaluation.samples.items():
             lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in found)

@@ -17,11 +17,18 @@ from t5x_like.inference.decode import encoder_batch
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """length: tokens of a row (T); source: of an encoder's row (S), 0 without one; start: a decoder's start token."""
+    """length: tokens of a row (T); source: of an encoder's row (S), 0 without one; start: a decoder's start token;
+    source_end: whether a source ends with EOS."""
 
     length: int
     source: int
     start: int
+    source_end: bool = True
+
+    @property
+    def text_length(self) -> int:
+        """Of the longest prompt and answer as one text, which has no EOS between them."""
+        return (self.source - self.source_end if self.source else 1) + self.length
 
 
 def token_arrays(
@@ -75,10 +82,10 @@ def text_arrays(
     prompts: Sequence[Sequence[int]], answers: Int[np.ndarray, "R N"], lengths: Int[np.ndarray, " R"], shape: RowShape
 ) -> dict[str, np.ndarray]:
     """{inputs, segment_ids} [R, T]: prompt and answer as the whole text that a reward model reads. A source ends with
-    EOS, which such a text has not before its answer."""
-    width = (shape.source - 1 if shape.source else 1) + shape.length
+    EOS where the tokenizer has it, which such a text has not before its answer."""
+    width = shape.text_length
     tokens, held = np.zeros((len(prompts), width), np.int32), np.zeros(len(prompts), np.int64)
     for row, (ids, answer, count) in enumerate(zip(prompts, answers, lengths.tolist(), strict=True)):
-        text = [*(ids[:-1] if shape.source else ids), *answer[:count].tolist()]
+        text = [*(ids[:-1] if shape.source and shape.source_end else ids), *answer[:count].tolist()]
         tokens[row, : len(text)], held[row] = text, len(text)
     return {"inputs": tokens, "segment_ids": (np.arange(width)[None, :] < held[:, None]).astype(np.int32)}

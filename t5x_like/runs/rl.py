@@ -141,10 +141,15 @@ def _asked(experiment: RlExperiment, functions: Functions, session: Session) -> 
             encoder.ids(text)
         source, count, left_out = config.generate, "any number of", 0
     else:
-        read = prompting.read(data, data.source, where="config.data.source")
+        report = warn if session.processes.primary else _silent
+        read = prompting.read(data, data.source, where="config.data.source", report=report)
         texts = list(prompting.fitting(read, encoder, drop=drop))
         prompts = Listed(texts, seed, prompting.digest(texts))
-        others = prompting.read(data, data.validation, where="config.data.validation") if data.validation else []
+        others = (
+            prompting.read(data, data.validation, where="config.data.validation", report=report)
+            if data.validation
+            else []
+        )
         held_out = list(prompting.fitting(others, encoder, drop=drop))[: config.held_out or None]
         source, count, left_out = data.source, str(len(texts)), len(read) - len(texts)
     session.processes.agree("prompts", prompts.fingerprint)
@@ -154,6 +159,10 @@ def _asked(experiment: RlExperiment, functions: Functions, session: Session) -> 
         "held out": f"{len(held_out)} prompts",
     }
     return Asked(vocabulary, encoder, prompts, tuple(held_out), facts)
+
+
+def _silent(line: str) -> None:
+    del line
 
 
 def _vocabulary(data: DataConfig, session: Session) -> Vocabulary:
@@ -292,7 +301,7 @@ def _share(session: Session) -> Callable[[str, Any], Any]:
 def _row_shape(experiment: RlExperiment, vocabulary: Vocabulary) -> RowShape:
     data = experiment.data
     start = start_id(data.start_token, vocabulary) if data.encoder_length else 0
-    return RowShape(data.length, data.encoder_length, start)
+    return RowShape(data.length, data.encoder_length, start, vocabulary.eos_id is not None)
 
 
 def iterations_of(
@@ -314,7 +323,9 @@ def iterations_of(
 def compile_programs(experiment: RlExperiment, program: Program, asked: Asked) -> Compiled:
     """Every program of the run; from here on nothing waits for the compiler."""
     ends = end_ids(experiment.rl.end_tokens, asked.vocabulary)
-    made: RlPrograms = rl_program.rl_programs(experiment, program, end_ids=ends)
+    made: RlPrograms = rl_program.rl_programs(
+        experiment, program, end_ids=ends, source_end=asked.vocabulary.eos_id is not None
+    )
     layout = program.layout
     parameters = (layout.state["params"], layout.frozen)
     step = program.step.lower(layout.state, layout.frozen, program.batch).compile()

@@ -21,6 +21,7 @@ from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, replicated
 from t5x_like.rl.config import RlConfig
 from t5x_like.rl.rollout import Rollout, Shape, rollout_program
+from t5x_like.rl.rows import RowShape
 from t5x_like.rl.scoring import TOKENS, scoring_function
 from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment, multiples
@@ -89,7 +90,11 @@ class RlPrograms:
     judged: dict[str, jax.ShapeDtypeStruct]  # the batch of `reward`
 
 
-def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[int, ...]) -> RlPrograms:
+def rl_programs(
+    experiment: RlExperiment, program: Program, *, end_ids: tuple[int, ...], source_end: bool = True
+) -> RlPrograms:
+    """source_end: whether the tokenizer has an EOS, with which sources end."""
+    texts = RowShape(experiment.data.length, experiment.data.encoder_length, 0, source_end).text_length
     rl, mesh, rules = experiment.rl, program.mesh, program.model.rules
     config: GrpoConfig = named(experiment.objective)
     options = experiment.runtime.compiler_options.of(mesh.devices.flat[0].platform)
@@ -117,20 +122,25 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         answer=rollout(rows, GREEDY),
         score=scoring(role),
         reference=None if reference is None else scoring(reference),
-        reward=_reward_program(program, options) if rl.reward_model else None,
+        reward=_reward_program(program, options, length=texts) if rl.reward_model else None,
         scored={name: program.batch[name] for name in TOKENS if name in program.batch},
-        judged=abstract_batch(mesh, rules, _text_specs(experiment)),
+        judged=abstract_batch(mesh, rules, _text_specs(experiment, texts)),
     )
 
 
-def _reward_program(program: Program, options: Any) -> Any:
-    """(params, frozen, batch) -> the number of each text, replicated."""
+def _reward_program(program: Program, options: Any, *, length: int) -> Any:
+    """(params, frozen, batch) -> the number of each text of at most `length` tokens, replicated."""
     model = program.roles[REWARD].model
     if HEAD not in model.config.scalar_heads or model.config.architecture != "decoder":
         raise UsageError(
             f"config.roles.{REWARD}: this model is a {model.config.architecture} with the heads "
             f"{model.config.scalar_heads}; a reward model is a decoder with the head {HEAD!r}, which "
             "config.objective.name='reward' trains"
+        )
+    if length > model.config.max_length:
+        raise UsageError(
+            f"config.roles.{REWARD}: this model reads {model.config.max_length} tokens, and a prompt with its answer may "
+            f"have {length}; make config.data.length (or encoder_length) smaller, or give a reward model that reads more"
         )
     role = frozen_role(model, REWARD)
 
@@ -140,10 +150,9 @@ def _reward_program(program: Program, options: Any) -> Any:
     return jax.jit(judge, out_shardings=replicated(program.mesh), compiler_options=options)
 
 
-def _text_specs(experiment: RlExperiment) -> dict[str, ArraySpec]:
-    data = experiment.data
-    width = data.length + (data.encoder_length - 1 if data.encoder_length else 1)
-    return {name: ArraySpec((data.batch_size, width), "int32", ("batch", None)) for name in ("inputs", "segment_ids")}
+def _text_specs(experiment: RlExperiment, length: int) -> dict[str, ArraySpec]:
+    size = (experiment.data.batch_size, length)
+    return {name: ArraySpec(size, "int32", ("batch", None)) for name in ("inputs", "segment_ids")}
 
 
 def _reference(which: str, program: Program) -> Role | None:

@@ -26,7 +26,7 @@ def changes(checkpoint: str, *, config: Mapping[str, Any], data: str, tokenizer:
     """What has changed of that since a checkpoint was written; none: its answers are those of this run, bit for bit.
 
     `config` is that of this run as it is stored, `data` and `tokenizer` the fingerprints of its prompts and tokenizer.
-    A resume finds the parameters of its roles by their fingerprints, wherever they lie; of a branch their sources count.
+    A resume finds the parameters of its roles by their fingerprints, wherever they lie; in a branch sources count.
     Raises UserError for another tokenizer, whose tokens the parameters do not know.
     """
     note = model_directory.read_metadata(checkpoint)

@@ -182,6 +182,13 @@ def test_examples_of_a_file_are_prompts_with_their_answers(tmp_path, capsys):
     arguments = ["--config.loop.steps=2", "--config.data.truncate.rule=drop", "--config.optim.schedule.warmup_steps=0"]
     assert rl(tmp_path / "run", *arguments, config=config) == 0
     assert re.search(r"4 prompts, 1 too long and left out", " ".join(capsys.readouterr().out.split()))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((tmp_path / "prompts.jsonl").read_text() + "{broken\n")
+    skip = [f"--config.data.source=jsonl:{bad}", "--config.data.on_bad_record=skip", "--check"]
+    assert rl(tmp_path / "many", *skip, config=config) == 1
+    assert "1 of 6 records are bad, which is more than config.data.max_bad_share=0.01" in capsys.readouterr().err
+    assert rl(tmp_path / "some", *skip, "--config.data.max_bad_share=0.5", config=config) == 0
+    assert "1 bad records are left out, the first is" in capsys.readouterr().err
     # A stored config without functions is resumed by the workdir alone.
     assert rl(tmp_path / "run", "--config.loop.steps=3", config=None) == 0
     assert max(updates(tmp_path / "run")) == 3

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from t5x_like.convert import tokenizers
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data.templates.chat import Chat
@@ -265,6 +266,25 @@ def test_a_chat_is_rendered_and_encoded_as_by_transformers(chatty):
     )
     ids = subject.encode(rendered)
     assert ids == theirs.encode(rendered, add_special_tokens=False) and ids[:2] == [1, 509]
+
+
+def test_an_answer_ends_at_the_special_tokens_that_are_asked_for_and_stated(chatty):
+    """Whose texts decoding leaves out: <|im_end|> as a stop of a task, a list in generation_config.json."""
+    (chatty / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 509]}))
+    loaded = load(str(chatty))
+    assert loaded.ends == (2, 509) and worlds.ours(chatty).stop_ids == [2, 509]
+    model, seen = worlds.ours(chatty), []
+
+    def generate(*_, stop_ids, **__):
+        seen.append(stop_ids)
+        return [[]] * 8
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation.decode, "generate", generate)
+        generation.generate(model, [[1, 2]], limits(stops=("\n", "<|im_end|>")), batch_tokens=64)
+    assert seen == [[2, 509, 510]]
+    # An export says what ends a turn, so that transformers ends there too.
+    assert tokenizers.generation(str(chatty), {"eos_token_id": 2}) == {"eos_token_id": [510, 2]}
 
 
 def test_tasks_through_a_chat_template_are_those_of_the_harness(chatty, tasks):

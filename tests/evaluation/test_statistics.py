@@ -150,5 +150,12 @@ def test_a_report_is_read_again_and_paired(tmp_path):
     assert f"| t | acc (higher is better) | 400 | {before.value:.4f} +- " in page and "+0.0" in page
 
 
+def test_no_two_models_share_a_folder_of_samples(tmp_path):
+    models = ("a/b", "a_b", "a%5Fb", "/a/b_")
+    found = [Evaluation(name, (), {}, 0, {"t": [{"of": name}]}) for name in models]
+    report.write(report.Report({}, found, {}), str(tmp_path), samples=True)
+    assert len(list((tmp_path / "samples").iterdir())) == len(models)
+
+
 def again_pairs(again, after):
     return statistics.differences(again.metrics, [after])

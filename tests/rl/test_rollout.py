@@ -15,7 +15,7 @@ from t5x_like.objectives.grpo import GrpoConfig
 from t5x_like.objectives.interface import policy
 from t5x_like.parallel.sharding import tree_shardings
 from t5x_like.rl.rollout import Shape, end_ids, rollout_batch, rollout_program
-from t5x_like.rl.rows import RowShape, first_targets, from_rows, on_rows, token_arrays
+from t5x_like.rl.rows import RowShape, first_targets, from_rows, on_rows, text_arrays, token_arrays
 from t5x_like.rl.scoring import scoring_function
 from tests.layers.scoring.world import FAST, make_mesh
 from tests.models import cases
@@ -142,6 +142,14 @@ def test_rows_of_an_encoder_decoder_hold_the_prompt_as_source():
     assert found["loss_weights"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+def test_a_text_of_prompt_and_answer_leaves_out_the_end_of_a_source_alone():
+    answers, lengths = np.array([[7, 8, 9]]), np.array([3])
+    found = text_arrays([[1, 2]], answers, lengths, RowShape(3, 2, 6))
+    assert found["inputs"].tolist() == [[1, 7, 8, 9]]
+    found = text_arrays([[1, 2]], answers, lengths, RowShape(3, 2, 6, source_end=False))
+    assert found["inputs"].tolist() == [[1, 2, 7, 8, 9]]
+
+
 def test_numbers_of_tokens_come_back_from_their_rows():
     values, lengths, first = np.arange(1.0, 7).reshape(2, 3).astype(np.float32), np.array([3, 1]), np.array([1, 0])
     rows = on_rows(values, lengths, first, 5)
@@ -152,5 +160,8 @@ def test_numbers_of_tokens_come_back_from_their_rows():
 def test_end_tokens_are_named_by_text():
     bytes_alone = vocabularies.load("bytes")
     assert end_ids(("eos", "\n", "eos"), bytes_alone) == (bytes_alone.eos_id, *bytes_alone.encode("\n"))
+    chat = bytes_alone.with_extra_ids(2)
+    chat.specials["<|im_end|>"] = 258  # a token that no text gives
+    assert end_ids(("eos", "<|im_end|>"), chat) == (chat.eos_id, 258)
     with pytest.raises(UsageError, match="'ab' is 2 tokens"):
         end_ids(("ab",), bytes_alone)
