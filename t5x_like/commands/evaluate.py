@@ -41,6 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     reference: Evaluation | None = None
     if options.fail_if_worse.endswith(".json"):
         reference = report.read(options.fail_if_worse)
+        _check_settings(options, reference, report.facts(options.fail_if_worse))
     elif options.fail_if_worse:
         reference = evaluate(options.fail_if_worse)
     found = [*([] if reference is None else [reference]), *(evaluate(name) for name in names)]
@@ -48,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     whole = report.Report(_facts(options), found, differences)
     print(whole.to_markdown(), end="")
     for line in whole.without_number():
+        print(line, file=sys.stderr)
+    for line in [] if reference is None else _missing(reference, found[1:]):
         print(line, file=sys.stderr)
     if options.output:
         report.write(whole, options.output, samples=options.samples)
@@ -60,6 +63,7 @@ def _parser() -> Parser:
     add("directories", nargs="+", metavar="DIR[@STEP]", help="workdir, model directory or Hugging Face folder")
     add("--tasks", default="", help="names of tasks with commas between them; * and ? match")
     add("--text", action="append", default=[], help="a text: a file, folder or KIND:PATH; may be repeated")
+    add("--length", type=int, help="tokens of a row of --text (default: as the run of each model has it)")
     add("--include_path", action="append", default=[], help="folder of task files (*.yaml); may be repeated")
     add("--data", default=os.environ.get(DATA_VARIABLE, ""), help=f"folder of local data (default: ${DATA_VARIABLE})")
     add("--limit", type=int, help="documents of each task at most (default: all)")
@@ -81,7 +85,7 @@ def _parser() -> Parser:
 def _check(options: Any) -> None:
     if not options.tasks and not options.text:
         raise UsageError("t5x_like evaluate: give --tasks=NAME,NAME or --text=PATH")
-    for name in ("limit", "batch_tokens"):
+    for name in ("limit", "length", "batch_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}={value} should be at least 1")
@@ -130,7 +134,7 @@ def _evaluation(options: Any) -> Any:
             for each in texts
             for metric in text.measure(
                 subject,
-                text.config_of(subject, section, each, usual=usual),
+                text.config_of(subject, section, each, usual=usual, length=options.length),
                 name=each,
                 batch_tokens=options.batch_tokens,
             )
@@ -192,6 +196,44 @@ def _mesh(text: str) -> "Mesh | None":
     return meshes.make(meshes.MeshConfig(preset=preset, rules="", **sizes))
 
 
+# What changes the questions of tasks, or how they are answered.
+_SETTINGS = ("limit", "num_fewshot", "gen_kwargs", "chat", "seed")
+
+
+def _check_settings(options: Any, reference: "Evaluation", facts: dict[str, Any]) -> None:
+    """Raises UsageError where tasks of a stored report were asked in another way."""
+    if not options.tasks or not reference.shots:
+        return
+    for name in _SETTINGS:
+        before, now = (None if each in ("", False) else each for each in (facts.get(name), getattr(options, name)))
+        if before != now:
+            raise UsageError(
+                f"--fail_if_worse={options.fail_if_worse}: its tasks were asked with {name}={before}, and here it is "
+                f"{now}; give --{name} as there, or evaluate that model again"
+            )
+
+
+def _missing(reference: "Evaluation", found: "list[Evaluation]") -> list[str]:
+    """A line for each metric that only one side has; UsageError for a task with another number of examples."""
+    lines = []
+    known = {metric.key for metric in reference.metrics}
+    for evaluation in found:
+        for task, shots in evaluation.shots.items():
+            if reference.shots.get(task, shots) != shots:
+                raise UsageError(
+                    f"--fail_if_worse={reference.model}: {task} was asked after {reference.shots[task]} examples "
+                    f"there, after {shots} of {evaluation.model}; give --num_fewshot as there"
+                )
+        own = {metric.key for metric in evaluation.metrics}
+        lines += [
+            f"{task} {name}: only {reference.model} has it, not compared" for task, name, _ in sorted(known - own)
+        ]
+        lines += [
+            f"{task} {name}: only {evaluation.model} has it, not compared" for task, name, _ in sorted(own - known)
+        ]
+    return lines
+
+
 def _judged(reference: "Evaluation", differences: Any, errors: float) -> int:
     """Says what is worse than the reference; the exit status."""
     judged = [(name, each) for name, found in differences.items() for each in found if each.worse_by is not None]
@@ -212,6 +254,7 @@ def _facts(options: Any) -> dict[str, Any]:
     names = (
         "tasks",
         "text",
+        "length",
         "limit",
         "num_fewshot",
         "gen_kwargs",

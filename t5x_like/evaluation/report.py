@@ -111,6 +111,11 @@ def read(path: str) -> Evaluation:
         ) from None
 
 
+def facts(path: str) -> dict[str, Any]:
+    """What a report.json, which `read` reads, was asked for."""
+    return dict(json.loads(paths.read_bytes(path)).get("facts", {}))
+
+
 def _metric(stored: Mapping[str, Any]) -> Metric:
     fields: dict[str, Any] = {name: stored[name] for name in _STORED}
     fields |= {name: _number(fields[name]) for name in ("value", "error")}

@@ -131,7 +131,7 @@ class Encoder:
         ids = vocabulary.encode(text.prompt, bos=True, eos=self.encoder)
         if not ids:
             raise UserError(
-                f"the prompt {text.prompt!r:.60} has no token, and its tokenizer no BOS: an answer has nothing to follow; "
+                f"the prompt {text.prompt!r:.60} has no token, and its tokenizer no BOS, so an answer follows nothing; "
                 "give it a text, or leave it out by config.data.truncate.rule='drop'"
             )
         if len(ids) <= self.room:

@@ -139,8 +139,8 @@ def _reward_program(program: Program, options: Any, *, length: int) -> Any:
         )
     if length > model.config.max_length:
         raise UsageError(
-            f"config.roles.{REWARD}: this model reads {model.config.max_length} tokens, and a prompt with its answer may "
-            f"have {length}; make config.data.length (or encoder_length) smaller, or give a reward model that reads more"
+            f"config.roles.{REWARD}: this model reads {model.config.max_length} tokens, and a prompt with its answer "
+            f"may have {length}; make config.data.length (or encoder_length) smaller, or give one that reads more"
         )
     role = frozen_role(model, REWARD)
 

@@ -105,8 +105,21 @@ def test_two_models_stand_side_by_side_and_a_worse_one_fails(folder_of, tmp_path
     assert len(samples.read_text().splitlines()) == 8
     assert main(["evaluate", bad, f"--text={text}", f"--fail_if_worse={good}"]) == 1
     assert f"{bad}: text:{text} bits_per_byte is worse by " in capsys.readouterr().err
-    assert main(["evaluate", good, f"--text={text}", f"--fail_if_worse={tmp_path}/out/report.json"]) == 0
-    assert "0 of 4 metrics worse by more than 2 standard errors" in capsys.readouterr().err
+    stored = f"--fail_if_worse={tmp_path}/out/report.json"
+    assert main(["evaluate", bad, f"--text={text}", stored, "--errors=0"]) == 0
+    said = capsys.readouterr().err
+    assert "0 of 4 metrics worse by more than 0 standard errors" in said
+    assert f"word perplexity: only {tmp_path}/out/report.json has it, not compared" in said
+    for change, part in {
+        "--limit=7": "asked with limit=8, and here it is 7",
+        "--num_fewshot=1": "num_fewshot=None",
+    }.items():
+        other = [each for each in asked[:4] if not each.startswith(change.partition("=")[0])]
+        assert main(["evaluate", bad, *other, change, stored]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line, line
+    assert main(["evaluate", good, f"--text={text}", "--length=100000"]) == 2
+    assert "--length=100000 is more than the max_length=512" in capsys.readouterr().err
 
 
 def story(folder, **more):
