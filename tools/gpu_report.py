@@ -29,6 +29,7 @@ from tools.gpu_work import ROOT, WORK
 WHEELS = ROOT / "build/gpu-wheels"
 SECONDS = 9 * 60
 # "1b" is Llama 3.2 1B, for the report; "tiny" tries the program out where there is no GPU.
+# grpo: prompts, answers to each, new tokens, micro-batches of the update.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "1b": {
         "size": "3_2_1b",
@@ -38,6 +39,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "remat": "minimal",
         "decode": (1, 16, 64),
         "new": 128,
+        "grpo": (16, 16, 256, 4),
     },
     "tiny": {
         "size": "tiny",
@@ -47,6 +49,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "remat": "minimal",
         "decode": (1, 2),
         "new": 8,
+        "grpo": (2, 4, 8, 1),
     },
 }
 
@@ -240,19 +243,31 @@ def _decode_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _grpo_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    whole = result["seconds"]
+    return [
+        (
+            "iteration",
+            f"{whole:.2f} s, {result['answers'] / whole:.1f} answers/s, {result['tokens'] / whole:.0f} tokens/s",
+        ),
+        *((part, f"{result[part] / whole:.0%}") for part in ("rollout", "reward", "scoring", "update")),
+    ]
+
+
 def _worker(name: str) -> Callable[[str], list[str]]:
     return lambda shape: [sys.executable, "-m", "tools.gpu_report", f"--work={name}", f"--shape={shape}"]
 
 
 # The limits and the minute of unpacking wheels are the 9 minutes.
 PARTS: Mapping[str, Part] = {
-    "train": Part("training", 60, _worker("train"), _train_rows),
-    "lora": Part("training, LoRA of rank 16", 40, _worker("lora"), _step_rows),
-    "decode": Part("decoding", 60, _worker("decode"), _decode_rows),
-    "train_torch": Part("training, transformers", 40, _worker("train_torch"), _step_rows),
-    "decode_torch": Part("decoding, transformers", 60, _worker("decode_torch"), _decode_rows),
-    "packed": Part("training, four documents a row", 40, _worker("packed"), _train_rows),
-    "tests": Part("GPU tests", 180, _worker("tests"), _test_rows),
+    "train": Part("training", 50, _worker("train"), _train_rows),
+    "lora": Part("training, LoRA of rank 16", 35, _worker("lora"), _step_rows),
+    "decode": Part("decoding", 50, _worker("decode"), _decode_rows),
+    "grpo": Part("GRPO", 60, _worker("grpo"), _grpo_rows),
+    "train_torch": Part("training, transformers", 35, _worker("train_torch"), _step_rows),
+    "decode_torch": Part("decoding, transformers", 45, _worker("decode_torch"), _decode_rows),
+    "packed": Part("training, four documents a row", 35, _worker("packed"), _train_rows),
+    "tests": Part("GPU tests", 170, _worker("tests"), _test_rows),
 }
 
 if __name__ == "__main__":

@@ -165,6 +165,21 @@ def _decode(shape: Mapping[str, Any]) -> dict[str, Any]:
     return {"tokens_per_second": rates, "parameters": model.parameter_count(), **device}
 
 
+def _grpo(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """An iteration of GRPO: answers from random weights that no end token ends, rewards, one update."""
+    from configs import common
+    from tools.benchmark import grpo
+
+    config = common.config()
+    config.model.update({"family": "llama", "size": shape["size"], "remat": shape["remat"]})
+    config.model.dtype.compute = "bfloat16"
+    prompts, samples, new, micro_batches = shape["grpo"]
+    measured = grpo.ours(
+        config.model, prompts=prompts, samples=samples, new=new, micro_batches=micro_batches, steps=STEPS // 2
+    )
+    return measured | {"answers": prompts * samples, "tokens": prompts * samples * new}
+
+
 def _device() -> dict[str, Any]:
     import jax
 
@@ -179,6 +194,7 @@ WORK: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "train": _train,
     "lora": functools.partial(_train, rank=16),
     "decode": _decode,
+    "grpo": _grpo,
     "packed": _packed,
     "train_torch": _train_torch,
     "decode_torch": _decode_torch,
