@@ -15,6 +15,7 @@ import pytest
 import t5x_like
 from t5x_like.__main__ import main
 from t5x_like.core import formats
+from t5x_like.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SPECIMEN = ROOT / "tests" / "specimens" / "format1"
@@ -135,3 +136,43 @@ def test_a_run_of_format_3_generates_as_it_did_and_is_resumed_to_the_same_losses
     for row, then in zip(rows, expected["rows"], strict=True):
         assert {name: row[name] for name in then} == pytest.approx(then, rel=1e-6)
     assert json.loads((workdir / "config.json").read_text())["format"] > 3
+
+
+ADAPTER = ROOT / "tests" / "specimens" / "adapter"
+ADAPTER_EXPECTED = ADAPTER / "expected.json"
+
+
+def scored(lm):
+    ((found, _),) = lm.log_likelihood(["First Citizen:"], [" Before we proceed"])
+    return found
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_an_adapter_is_read_with_its_base(name, tmp_path):
+    """Its base lay elsewhere when it was trained. One of before the way to it was stored must be told where it is."""
+    expected = json.loads(ADAPTER_EXPECTED.read_text())
+    folder = pathlib.Path(shutil.copytree(ADAPTER, tmp_path / "moved"))
+    if name == "old":
+        with pytest.raises(UserError, match="which is not there; move it back, or say where it lies"):
+            t5x_like.load(folder / "old")
+        lm = t5x_like.load(folder / "old", base=folder / "base")
+    else:
+        lm = t5x_like.load(folder / "new")
+    assert lm.generate(expected["prompt"], max_new_tokens=24, temperature=0) == [expected["text"]]
+    assert scored(lm) == pytest.approx(expected["log_likelihood"], rel=1e-5)
+    assert scored(t5x_like.load(folder / "base")) == pytest.approx(expected["log_likelihood_of_base"], rel=1e-5)
+    assert abs(expected["log_likelihood"] / expected["log_likelihood_of_base"] - 1) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_a_run_of_an_adapter_is_resumed_to_the_same_losses(name, tmp_path):
+    expected = json.loads(ADAPTER_EXPECTED.read_text())["rows"]
+    workdir = pathlib.Path(shutil.copytree(ADAPTER, tmp_path / "moved")) / name
+    base = [f"--config.checkpoint.init_from={workdir.parent / 'base'}"] if name == "old" else []
+    done = alone("train", f"--workdir={workdir}", *base)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [{name: row[name] for name in expected[0]} for row in rows if "train/loss" in row]
+    assert len(found) == 6
+    for row, then in zip(found, expected, strict=True):
+        assert row == pytest.approx(then, rel=1e-6)

@@ -23,10 +23,11 @@ from t5x_like.peft import attach
 from t5x_like.peft.lora import LoraArray
 from t5x_like.peft.merge import Merge
 from t5x_like.storage import base as bases
-from t5x_like.storage import model_directory, paths
+from t5x_like.storage import fingerprint, model_directory, paths
 from t5x_like.storage.leaves import Constructor
+from t5x_like.storage.model_directory import DamagedCheckpoint
 from t5x_like.storage.reading import Place, restore
-from t5x_like.storage.streams import Region, chunks
+from t5x_like.storage.streams import Region, chunks, read_item
 
 
 def restore_attached(
@@ -142,12 +143,19 @@ def merge(checkpoint: str, item: str, *, sign: int = 1) -> Merge:
 
 
 def arrays(checkpoint: str, item: str) -> dict[str, np.ndarray]:
-    """The arrays of an adapter by path below its root, on the host."""
-    note = model_directory.read_metadata(checkpoint)
-    wanted = {path: record for path, record in note["arrays"][item].items() if attach.is_adapter(path)}
-    templates = {path: jax.ShapeDtypeStruct(tuple(record["shape"]), "float32") for path, record in wanted.items()}
-    found = restore(checkpoint, {item: tree.unflatten(templates)})[item]
-    return {path: np.asarray(leaf) for path, leaf in tree.leaves(found[attach.ROOT])}
+    """The arrays of an adapter by path below its root, on the host, whatever mesh is in force."""
+    recorded = model_directory.read_metadata(checkpoint)["fingerprints"][item]
+    found = {}
+    for path, reader in read_item(checkpoint, item).items():
+        if attach.is_adapter(path):
+            whole = np.empty(reader.shape, reader.dtype)
+            reader.read_into(whole, tuple((0, size) for size in reader.shape))
+            if fingerprint.part(whole, [0] * whole.ndim, whole.shape) % 2**32 != recorded.get(path):
+                raise DamagedCheckpoint(
+                    f"checkpoint {checkpoint} is damaged: {item}/{path} differs from what was saved"
+                )
+            found[path.removeprefix(f"{attach.ROOT}/")] = whole
+    return found
 
 
 def to_peft(source: str, target: str, *, step: int | None, item: str) -> None:

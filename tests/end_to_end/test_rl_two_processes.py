@@ -16,8 +16,22 @@ from tests.end_to_end.launches import Launch, differences, losses
 STEPS = 4  # updates until both are stopped: two iterations of 2 updates, 16 answers each
 AFTER = 6  # updates after the resume
 TOLERANCE_AT_FIRST, TOLERANCE = 1e-6, 2e-5
+# Every answer is worth something else, so that no update is zero.
+OWN = """
+from configs import common
+from configs.rl import test
+
+
+def spread(prompt: str, answer: str, expected: str) -> float:
+    return sum(map(ord, answer)) % 7 / 7
+
+
+def get_config():
+    config = test.get_config()
+    config.rl.rewards.spread = common.reward("function", function=spread)
+    return config
+"""
 CONFIG = (
-    "--config=configs/rl/test.py",
     "--config.mesh.preset=fsdp",
     "--config.evaluate.every_steps=0",
     "--config.checkpoint.every_steps=3",
@@ -36,31 +50,45 @@ def _in_the_project():
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory) -> Launch:
+def config(tmp_path_factory) -> tuple[str, ...]:
+    path = tmp_path_factory.mktemp("config") / "own.py"
+    path.write_text(OWN)
+    return (f"--config={path}", *CONFIG)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, config) -> Launch:
     """Two processes that share answers and updates, asked to stop on the way; then one process goes on."""
-    launch = Launch(tmp_path_factory.mktemp("two"), *CONFIG, "--config.loop.steps=3000", command="rl")
+    launch = Launch(tmp_path_factory.mktemp("two"), *config, "--config.loop.steps=3000", command="rl")
     launch.wait_for_step(STEPS)
     launch.child.send_signal(signal.SIGTERM)
     launch.status = launch.finish()
     launch.losses = losses(launch.workdir, "train/grad_norm")
     launch.saved = os.listdir(launch.workdir / "checkpoints")
     last = max(launch.losses)
-    launch.resumed = main(["rl", f"--workdir={launch.workdir}", *CONFIG, f"--config.loop.steps={last + AFTER}"])
+    launch.resumed = main(["rl", f"--workdir={launch.workdir}", *config, f"--config.loop.steps={last + AFTER}"])
     return launch
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, stopped):
+def alone(tmp_path_factory, stopped, config):
     """The workdir of the undisturbed run: one process, 8 devices."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     steps = max(stopped.losses) + AFTER
-    assert main(["rl", f"--workdir={workdir}", *CONFIG, f"--config.loop.steps={steps}"]) == 0
+    assert main(["rl", f"--workdir={workdir}", *config, f"--config.loop.steps={steps}"]) == 0
     return workdir
 
 
 def test_two_processes_give_the_answers_and_updates_of_one(stopped, alone):
     assert (stopped.status, stopped.resumed) == (75, 0), stopped.output
-    for name in ("reward", "reward/share", "length_mean", "stopped_by_length", "groups_without_spread"):
+    for name in (
+        "reward",
+        "reward/share",
+        "reward/spread",
+        "length_mean",
+        "stopped_by_length",
+        "groups_without_spread",
+    ):
         found, expected = (losses(workdir, f"train/{name}") for workdir in (stopped.workdir, alone))
         assert found == expected and len(found) == max(stopped.losses) + AFTER, name
     rewards = losses(alone, "train/reward")
