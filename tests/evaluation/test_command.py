@@ -119,7 +119,7 @@ def test_two_models_stand_side_by_side_and_a_worse_one_fails(folder_of, tmp_path
         (line,) = capsys.readouterr().err.splitlines()
         assert part in line, line
     assert main(["evaluate", good, f"--text={text}", "--length=100000"]) == 2
-    assert "--length=100000 is more than the max_length=512" in capsys.readouterr().err
+    assert "--length=100000 is more than max_length=512" in capsys.readouterr().err
 
 
 def story(folder, **more):
