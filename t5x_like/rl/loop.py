@@ -93,17 +93,26 @@ class Iterations:
         buffers, config = self._buffers, self._config
         total = self._rewards.total(buffers["rewards"])
         stopped = buffers["stopped"] > 0
+        groups = total.reshape(config.prompts, config.samples)
+        advantage = advantages(groups, config.advantage)
         found = {
             "reward": float(total.mean()),
             "reward_std": float(total.std()),
+            "reward_std_in_groups": float(groups.std(axis=1).mean()),
+            "advantage_std": float(advantage.std()),
+            "advantage_min": float(advantage.min()),
+            "advantage_max": float(advantage.max()),
             "length_mean": float(buffers["lengths"].mean()),
+            "length_min": float(buffers["lengths"].min()),
+            "length_max": float(buffers["lengths"].max()),
             "stopped_by_length": float((~stopped).mean()),
-            "groups_without_spread": float((~spread(total.reshape(config.prompts, config.samples))).mean()),
+            "groups_without_spread": float((~spread(groups)).mean()),
         }
         if stopped.any():
             found["stopped_length_mean"] = float(buffers["lengths"][stopped].mean())
         for part, name in enumerate(self._rewards.names):
             found[f"reward/{name}"] = float(buffers["rewards"][part].mean(dtype=np.float64))
+            found[f"reward_std/{name}"] = float(buffers["rewards"][part].std(dtype=np.float64))
             found[f"reward_failures/{name}"] = float(buffers["failed"][part].sum())
         return found
 

@@ -78,6 +78,12 @@ def test_rows_tell_what_the_answers_were_worth(trained):
     for name in ("reward", "reward/share", "length_mean", "stopped_by_length", "groups_without_spread"):
         assert 0 <= row[f"train/{name}"] <= 6
     assert row["train/reward_failures/share"] == 0
+    assert row["train/reward_std/share"] == pytest.approx(
+        row["train/reward_std"], rel=1e-5
+    )  # the one part, of weight 1
+    assert 0 < row["train/reward_std_in_groups"] < row["train/reward_std"] * 1.01
+    assert 1 <= row["train/length_min"] < row["train/length_mean"] < row["train/length_max"] <= 6
+    assert row["train/advantage_min"] < 0 < row["train/advantage_max"] and row["train/advantage_std"] > 0
     evaluations = [row for row in rows(trained[0]) if "eval/validation/reward" in row]
     assert [row["step"] for row in evaluations] == [8]
 
@@ -211,7 +217,7 @@ def test_an_adapter_is_trained_and_its_base_is_the_reference(finished, tmp_path)
     assert all(name.startswith("params/adapters/") for name in names if name.startswith("params/"))
 
 
-def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path):
+def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path, capsys):
     pairs = [{"prompt": f"{letter}=", "chosen": letter, "rejected": "x"} for letter in "abcd"]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 4))
     judge = tmp_path / "judge.py"
@@ -236,6 +242,9 @@ def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path):
     assert row["train/reward"] == pytest.approx(row["train/reward/share"] + 2 * row["train/reward/judge"], rel=1e-5)
     arrays = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
     assert len(set(arrays["rollouts/rewards"][0].tolist())) > 4, "it says the same of all answers"
+    short = ["--check", "--config.data.length=128"]
+    assert rl(tmp_path / "long", *short, config=config) == 2
+    assert "prompt with its answer may have 129" in capsys.readouterr().err
 
 
 def test_a_policy_learns_what_is_rewarded(tmp_path):

@@ -137,6 +137,7 @@ def test_examples_before_questions_are_counted_and_their_source_is_said(tmp_path
     tasks = story(tmp_path, fewshot_split="test", num_fewshot=3)
     assert tasks.check(worlds.SETTINGS) == []
     asked = ["evaluate", str(folder_of("gpt2")), "--tasks=story", f"--include_path={tmp_path}"]
+    capsys.readouterr()
     assert main([*asked, "--num_fewshot=9"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--tasks=story: 9 examples before each question, and its split 'test' has 5 documents; use --num_f" in line
