@@ -99,7 +99,7 @@ class LanguageModel(Loaded):
             tokens = [[self.start_id, *self._encode_answer(prefix)]] * len(prompts)
         if not all(sources or tokens):
             raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
-        sampling, stops = Sampling(temperature, top_k, top_p), self._end
+        sampling, stops = Sampling(temperature, top_k, top_p), self.ends
         return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
 
     def chat(
@@ -131,7 +131,7 @@ class LanguageModel(Loaded):
         if self.has_encoder:
             sources = [[*source, *self._end] for source in tokens]
             tokens = [[self.start_id]] * len(sources)
-        sampling, stops = Sampling(temperature, top_k, top_p), self.template.stop_ids()
+        sampling, stops = Sampling(temperature, top_k, top_p), [*self.template.stop_ids(), *self.ends]
         return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
 
     @functools.cached_property
@@ -185,7 +185,8 @@ class LanguageModel(Loaded):
 
         truncate="left" drops the beginning of contexts that are too long. The numbers of a text do not depend on the
         others, but in their last bits on tokens_per_batch (inference/score.py). An encoder-decoder reads contexts as
-        sources; no end is scored unless the continuation holds it.
+        sources; no end is scored unless the continuation holds it. An empty continuation is certain; UsageError for one
+        that only changes tokens of its context and adds none.
         """
         if isinstance(contexts, str) or isinstance(continuations, str):
             raise UsageError("log_likelihood takes lists of texts: log_likelihood([context], [continuation])")
@@ -199,6 +200,12 @@ class LanguageModel(Loaded):
         found = score(
             self.model, self.params, rows, sources=sources, truncate=truncate, tokens_per_batch=tokens_per_batch
         )
+        for likelihood, context, text in zip(found, contexts, continuations, strict=True):
+            if text and not likelihood.tokens:
+                raise UsageError(
+                    f"log_likelihood: {text!r:.60} adds no token to the tokens of {context[-40:]!r}, so that it has no "
+                    "likelihood; let it begin where a token does, after a blank or a line end"
+                )
         return [(likelihood.logp, likelihood.greedy) for likelihood in found]
 
     def read(self, prompts: Sequence[str], answers: Sequence[str], *, head: str = "reward") -> np.ndarray:

@@ -10,6 +10,7 @@ side, with paired differences from the first. docs/evaluation.md says which task
 
 import datetime
 import importlib.metadata
+import math
 import os
 import sys
 import time
@@ -40,12 +41,17 @@ def run(arguments: Sequence[str]) -> int:
     reference: Evaluation | None = None
     if options.fail_if_worse.endswith(".json"):
         reference = report.read(options.fail_if_worse)
+        _check_settings(options, reference, report.facts(options.fail_if_worse))
     elif options.fail_if_worse:
         reference = evaluate(options.fail_if_worse)
     found = [*([] if reference is None else [reference]), *(evaluate(name) for name in names)]
     differences = {each.model: statistics.differences(found[0].metrics, each.metrics) for each in found[1:]}
     whole = report.Report(_facts(options), found, differences)
     print(whole.to_markdown(), end="")
+    for line in whole.without_number():
+        print(line, file=sys.stderr)
+    for line in [] if reference is None else _missing(reference, found[1:]):
+        print(line, file=sys.stderr)
     if options.output:
         report.write(whole, options.output, samples=options.samples)
     return 0 if reference is None else _judged(reference, differences, options.errors)
@@ -57,6 +63,7 @@ def _parser() -> Parser:
     add("directories", nargs="+", metavar="DIR[@STEP]", help="workdir, model directory or Hugging Face folder")
     add("--tasks", default="", help="names of tasks with commas between them; * and ? match")
     add("--text", action="append", default=[], help="a text: a file, folder or KIND:PATH; may be repeated")
+    add("--length", type=int, help="tokens of a row of --text (default: as the run of each model has it)")
     add("--include_path", action="append", default=[], help="folder of task files (*.yaml); may be repeated")
     add("--data", default=os.environ.get(DATA_VARIABLE, ""), help=f"folder of local data (default: ${DATA_VARIABLE})")
     add("--limit", type=int, help="documents of each task at most (default: all)")
@@ -78,7 +85,7 @@ def _parser() -> Parser:
 def _check(options: Any) -> None:
     if not options.tasks and not options.text:
         raise UsageError("t5x_like evaluate: give --tasks=NAME,NAME or --text=PATH")
-    for name in ("limit", "batch_tokens"):
+    for name in ("limit", "length", "batch_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}={value} should be at least 1")
@@ -115,6 +122,8 @@ def _evaluation(options: Any) -> Any:
         batch_tokens=options.batch_tokens,
         seed=options.seed,
     )
+    for line in [] if tasks is None else tasks.check(settings):
+        print(line, file=sys.stderr)
     mesh, usual = _mesh(options.mesh), common.config().data.to_dict()
 
     def evaluate(directory: str) -> "Evaluation":
@@ -125,7 +134,7 @@ def _evaluation(options: Any) -> Any:
             for each in texts
             for metric in text.measure(
                 subject,
-                text.config_of(subject, section, each, usual=usual),
+                text.config_of(subject, section, each, usual=usual, length=options.length),
                 name=each,
                 batch_tokens=options.batch_tokens,
             )
@@ -155,7 +164,14 @@ def _open(directory: str, options: Any, mesh: "Mesh | None") -> "tuple[Evaluated
     if stored.step is not None:
         section = model_directory.read_metadata(stored.directory)["config"].get("data")
     subject = EvaluatedModel.of(
-        directory, loaded.model, loaded.params, loaded.vocabulary, start_id=loaded.start_id, mesh=mesh, chat=asked
+        directory,
+        loaded.model,
+        loaded.params,
+        loaded.vocabulary,
+        start_id=loaded.start_id,
+        mesh=mesh,
+        chat=asked,
+        ends=loaded.ends,
     )
     return subject, section
 
@@ -180,6 +196,44 @@ def _mesh(text: str) -> "Mesh | None":
     return meshes.make(meshes.MeshConfig(preset=preset, rules="", **sizes))
 
 
+# What changes the questions of tasks, or how they are answered.
+_SETTINGS = ("limit", "num_fewshot", "gen_kwargs", "chat", "seed")
+
+
+def _check_settings(options: Any, reference: "Evaluation", facts: dict[str, Any]) -> None:
+    """Raises UsageError where tasks of a stored report were asked in another way."""
+    if not options.tasks or not reference.shots:
+        return
+    for name in _SETTINGS:
+        before, now = (None if each in ("", False) else each for each in (facts.get(name), getattr(options, name)))
+        if before != now:
+            raise UsageError(
+                f"--fail_if_worse={options.fail_if_worse}: its tasks were asked with {name}={before}, and here it is "
+                f"{now}; give --{name} as there, or evaluate that model again"
+            )
+
+
+def _missing(reference: "Evaluation", found: "list[Evaluation]") -> list[str]:
+    """A line for each metric that only one side has; UsageError for a task with another number of examples."""
+    lines = []
+    known = {metric.key for metric in reference.metrics}
+    for evaluation in found:
+        for task, shots in evaluation.shots.items():
+            if reference.shots.get(task, shots) != shots:
+                raise UsageError(
+                    f"--fail_if_worse={reference.model}: {task} was asked after {reference.shots[task]} examples "
+                    f"there, after {shots} of {evaluation.model}; give --num_fewshot as there"
+                )
+        own = {metric.key for metric in evaluation.metrics}
+        lines += [
+            f"{task} {name}: only {reference.model} has it, not compared" for task, name, _ in sorted(known - own)
+        ]
+        lines += [
+            f"{task} {name}: only {evaluation.model} has it, not compared" for task, name, _ in sorted(own - known)
+        ]
+    return lines
+
+
 def _judged(reference: "Evaluation", differences: Any, errors: float) -> int:
     """Says what is worse than the reference; the exit status."""
     judged = [(name, each) for name, found in differences.items() for each in found if each.worse_by is not None]
@@ -188,7 +242,8 @@ def _judged(reference: "Evaluation", differences: Any, errors: float) -> int:
     worse = [(name, each) for name, each in judged if each.is_worse(errors)]
     for name, each in worse:
         spread = "no standard error" if each.error is None else f"a standard error of {each.error:.4g}"
-        print(f"{name}: {each.task} {each.name} is worse by {each.worse_by:.4g}, with {spread}", file=sys.stderr)
+        by = "is no number" if math.isnan(each.value) else f"is worse by {each.worse_by:.4g}"
+        print(f"{name}: {each.task} {each.name} {by}, with {spread}", file=sys.stderr)
     print(f"{len(worse)} of {len(judged)} metrics worse by more than {errors:g} standard errors", file=sys.stderr)
     return 1 if worse else 0
 
@@ -199,6 +254,7 @@ def _facts(options: Any) -> dict[str, Any]:
     names = (
         "tasks",
         "text",
+        "length",
         "limit",
         "num_fewshot",
         "gen_kwargs",

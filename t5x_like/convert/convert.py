@@ -172,7 +172,7 @@ def to_huggingface(
         streams.require_space(staging, sum(math.prod(s) * d.itemsize for s, d in described.values()))
         tokenizers.write(place.tokenizer, staging, name=config.family)
         paths.write_json_atomic(os.path.join(staging, huggingface.CONFIG), settings)
-        generation = note.get("generation_config") or {n: i for n, i in token_ids.items() if i is not None}
+        generation = note.get("generation_config") or tokenizers.generation(place.tokenizer, token_ids)
         paths.write_json_atomic(os.path.join(staging, huggingface.GENERATION), generation)
         writer = huggingface.FolderWriter(staging, described, shard_bytes=shard_bytes)
         try:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from t5x_like.convert.huggingface import TOKENIZER_FILES
+from t5x_like.core.errors import UserError
 from t5x_like.data.read.source_target import start_id
+from t5x_like.data.templates.chat import Chat
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.storage import paths
@@ -31,6 +33,23 @@ def token_ids(folder: str, note: Mapping[str, Any]) -> dict[str, Any]:
     if start is not None and note["config"]["model"]["architecture"] == "encoder_decoder":
         ids |= {"pad_token_id": 0, "decoder_start_token_id": start_id(start, vocabulary)}
     return ids
+
+
+def generation(folder: str, ids: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json says of a model of ours: `ids`, and where its tokenizer has a chat template also
+    what ends a turn there, so that an answer ends with it."""
+    found = {name: token for name, token in ids.items() if token is not None}
+    if not paths.exists(folder):
+        return found
+    with paths.local_copy(folder) as local:
+        vocabulary = vocabularies.load(local)
+    if not vocabulary.chat_template:
+        return found
+    try:
+        ends = Chat(vocabulary.chat_template, vocabulary, where=f"the chat template in {folder}").stop_ids()
+    except UserError:  # one that takes no question and answer has no turn that ends
+        return found
+    return found | ({"eos_token_id": ends} if len(ends) > 1 else {})
 
 
 def write(folder: str, target: str, *, name: str) -> None:

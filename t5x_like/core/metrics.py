@@ -17,7 +17,7 @@ from typing import Any
 
 from t5x_like.core.errors import UserError
 
-_NON_FINITE = ("NaN", "Infinity", "-Infinity")
+NON_FINITE = ("NaN", "Infinity", "-Infinity")
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +44,7 @@ class JsonlWriter:
             if name in ("step", "time"):
                 raise ValueError(f"a metric may not be called {name!r}: the row has that field already")
             row[name] = value if isinstance(value, int) else float(value)
-        text = json.dumps({name: _to_json(value) for name, value in row.items()}, allow_nan=False)
+        text = json.dumps({name: to_json(value) for name, value in row.items()}, allow_nan=False)
         self._waiting += text.encode("ascii") + b"\n"
         self._drain()
         return row
@@ -56,7 +56,7 @@ class JsonlWriter:
         with open(temporary, "w", encoding="ascii") as out:
             for row in read_rows(self._path):
                 if row["step"] <= step:
-                    out.write(json.dumps({name: _to_json(value) for name, value in row.items()}) + "\n")
+                    out.write(json.dumps({name: to_json(value) for name, value in row.items()}) + "\n")
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, self._path)
@@ -129,10 +129,11 @@ def read_rows(path: str) -> Iterator[dict[str, Any]]:
                 step = None
             if not isinstance(step, int):
                 raise UserError(f"{path}:{number} is not a row of metrics (a JSON object with a step): {line[:60]!r}")
-            yield {name: float(value) if value in _NON_FINITE else value for name, value in row.items()}
+            yield {name: float(value) if value in NON_FINITE else value for name, value in row.items()}
 
 
-def _to_json(value: float) -> float | str:
+def to_json(value: Any) -> Any:
+    """A number as JSON can hold it: what is not finite becomes a text."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -3,6 +3,7 @@
 Encoding of pairs, empty contexts and rolling windows are the harness's own code; scores are inference/score.py's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class Backend(TemplateLM):
         self._subject, self._batch_tokens, self._seed = subject, batch_tokens, seed
         self.backend = "seq2seq" if subject.has_encoder else "causal"
         self.truncated = 0
+        self._asked: Sequence[Instance] = ()
 
     @property
     def eot_token_id(self) -> int:
@@ -46,7 +48,14 @@ class Backend(TemplateLM):
         return self._subject.vocabulary.fingerprint
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """An answer adds at least one token to its context (the harness's own backend asserts that): without any it
+        would be certain, and win every choice."""
         del disable_tqdm  # the harness's bars say less than the command's lines
+        for request in requests:
+            context, answer = _arguments(request)
+            if not context and not self.tok_encode(answer, add_special_tokens=False):
+                raise _without_tokens(request)
+        self._asked = requests
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -58,6 +67,9 @@ class Backend(TemplateLM):
         self, requests: Sequence[Encoded], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         del disable_tqdm, kwargs
+        for asked, (_, _, continuation) in zip(self._asked, requests, strict=True):
+            if not continuation:
+                raise _without_tokens(asked)
         found = self._score([(context, continuation) for _, context, continuation in requests])
         answers = [(likelihood.logp, likelihood.greedy) for likelihood in found]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -157,6 +169,15 @@ def _arguments(request: Instance) -> tuple[Any, ...]:
     return request.args  # which the harness annotates as no tuple in particular
 
 
+def _without_tokens(request: Instance) -> UserError:
+    context, answer = _arguments(request)
+    return UserError(
+        f"task {request.task_name}, document {request.doc_id}: the answer {answer!r:.60} adds no token to the tokens "
+        f"of {context[-40:]!r}, so that it has no likelihood; let it begin where a token does, after a blank or a line "
+        "end"
+    )
+
+
 # The names that a length has in tasks, the first that is given counts; and what else generation_kwargs may hold.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GENERATION = ("until", "do_sample", "temperature", "top_k", "top_p", *_LENGTHS)
@@ -164,18 +185,43 @@ _DEFAULT_LENGTH = 256
 
 
 def read_limits(given: Mapping[str, Any], *, seed: int) -> generation.Limits:
-    """Of a task's generation_kwargs, as the harness reads them. EOS always ends an answer."""
+    """Of a task's generation_kwargs, as the harness reads them; null is as not given. EOS always ends an answer."""
     for name in given:
         if name not in _GENERATION:
             raise UsageError(f"generation_kwargs.{name}={given[name]!r} is not supported; {nearest(name, _GENERATION)}")
-    length = next((given[name] for name in _LENGTHS if given.get(name) is not None), _DEFAULT_LENGTH)
+    given = {name: value for name, value in given.items() if value is not None}
+    length = next((_whole(given, name, least=1) for name in _LENGTHS if name in given), _DEFAULT_LENGTH)
     sampled = given.get("do_sample")
-    if sampled is None:
-        sampled = float(given.get("temperature") or 0.0) > 0
+    if sampled is not None and not isinstance(sampled, bool):
+        raise UsageError(f"generation_kwargs.do_sample={sampled!r} should be true or false")
+    temperature = _number(given, "temperature", 1.0 if sampled else 0.0)
     sampling = GREEDY
-    if sampled:
-        top_k, top_p = int(given.get("top_k") or 0), float(given.get("top_p", 1.0))
-        sampling = Sampling(float(given.get("temperature", 1.0)), top_k, top_p)
-    until = given.get("until") or []
-    stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-    return generation.Limits(int(length), stops, sampling, seed)
+    if temperature > 0 if sampled is None else sampled:
+        top_k = _whole(given, "top_k", least=0) if "top_k" in given else 0
+        try:
+            sampling = Sampling(temperature, top_k, _number(given, "top_p", 1.0))
+        except UsageError as error:
+            raise UsageError(f"generation_kwargs.{error}") from None
+    until = given.get("until", [])
+    until = [until] if isinstance(until, str) else until
+    if not isinstance(until, list | tuple) or not all(isinstance(stop, str) for stop in until):
+        raise UsageError(f"generation_kwargs.until={until!r} should be a text or a list of texts")
+    return generation.Limits(length, tuple(stop for stop in until if stop), sampling, seed)
+
+
+def _whole(given: Mapping[str, Any], name: str, *, least: int) -> int:
+    value = _number(given, name, least)
+    if value != math.floor(value) or value < least:
+        raise UsageError(f"generation_kwargs.{name}={given[name]!r} should be a whole number, at least {least}")
+    return int(value)
+
+
+def _number(given: Mapping[str, Any], name: str, otherwise: float) -> float:
+    value = given.get(name, otherwise)
+    try:
+        found = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = float("nan")
+    if not math.isfinite(found):
+        raise UsageError(f"generation_kwargs.{name}={value!r} should be a number")
+    return found

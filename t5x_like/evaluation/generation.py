@@ -25,7 +25,8 @@ FIRST_ROUND = 32  # new tokens; each further round adds as many as there are
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """stops: an answer ends before the first of these texts. max_new_tokens: of each answer."""
+    """stops: an answer ends before the first of these texts, or before the token that one of them names, which no text
+    holds. max_new_tokens: of each answer."""
 
     max_new_tokens: int
     stops: tuple[str, ...]
@@ -108,9 +109,14 @@ class _Batch:
             max_new_tokens=count,
             sampling=self.limits.sampling,
             seed=seed,
-            stop_ids=subject.stop_ids,
+            stop_ids=[*subject.stop_ids, *self._special_stops],
             sources=sources,
         )[: len(rows)]
+
+    @property
+    def _special_stops(self) -> list[int]:
+        specials = self.subject.vocabulary.specials
+        return [specials[stop] for stop in self.limits.stops if stop in specials]
 
     def _size(self, rows: int) -> int:
         """Rows of a batch, so that few different numbers are compiled: a power of 2 for each shard of the mesh."""

@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import io
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,22 @@ class Tasks:
         except Exception as error:  # whatever a task file may do wrong, or its data lack
             raise UserError(f"--tasks={','.join(names)}: {_line(error)}") from None
         self._manager, self.names = manager, chosen
+        for task in self._loaded["tasks"].values():
+            _bound(task)
+
+    def check(self, settings: Settings) -> list[str]:
+        """Lines about where examples before questions come from, if these may be questions that are asked. Raises
+        UsageError for settings that cannot work with these tasks."""
+        from lm_eval import utils
+
+        from t5x_like.evaluation.backend import read_limits
+
+        given = utils.simple_parse_args_string(settings.generation)
+        try:
+            read_limits(given, seed=settings.seed)
+        except UsageError as error:
+            raise UsageError(f"--gen_kwargs={settings.generation}: {error}") from None
+        return [line for name, task in self._loaded["tasks"].items() for line in _shots(name, task, settings)]
 
     def of(self, names: Sequence[str]) -> Any:
         """A TaskManager that hands out what is loaded, where lm_eval would load it again for every model."""
@@ -106,6 +123,55 @@ def nothing(subject: EvaluatedModel) -> Evaluation:
 
 def with_metrics(evaluation: Evaluation, metrics: Sequence[Metric]) -> Evaluation:
     return dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *metrics))
+
+
+def _bound(task: Any) -> None:
+    """Lets a mean that is too large for a float be infinite, where the harness raises."""
+    from lm_eval.api import metrics
+
+    def perplexity(items: Sequence[Any]) -> float:
+        return _or_infinite(metrics.perplexity, items)
+
+    def weighted_perplexity(items: Sequence[Any]) -> float:
+        return _or_infinite(metrics.weighted_perplexity, items)
+
+    ours = {metrics.perplexity: perplexity, metrics.weighted_perplexity: weighted_perplexity}
+    aggregates = {name: ours.get(found, found) for name, found in task.aggregation().items()}
+    task.aggregation = lambda: aggregates
+
+
+def _or_infinite(aggregate: Aggregate, items: Sequence[Any]) -> float:
+    try:
+        return aggregate(items)
+    except OverflowError:
+        return math.inf
+
+
+def _shots(name: str, task: Any, settings: Settings) -> Iterator[str]:
+    """Whether a task has as many examples as are asked for, besides the question itself."""
+    config, own = task.config, task.config.num_fewshot
+    shots = own if settings.shots is None or own == 0 else settings.shots  # a task that says 0 keeps it
+    if not shots:
+        return
+    sampled = getattr(task, "fewshot_cfg", None)
+    split = getattr(sampled, "split", None)
+    given = split is not None or (config.fewshot_config is not None and sampled.samples is not None)
+    trained = task.has_training_docs() or task.has_validation_docs()
+    place = f"its split {split!r}" if split is not None else "its own examples" if given else "its training split"
+    if not given and not trained:
+        place = f"its split {config.test_split!r}"
+    count = len(list(task.fewshot_docs()))
+    room = count - (split is not None and split == config.test_split)  # less the question itself
+    if shots > room:
+        raise UsageError(
+            f"--tasks={name}: {shots} examples before each question, and {place} has {count} documents; use "
+            f"--num_fewshot={room} or less"
+        )
+    if not given and not trained:
+        yield (
+            f"{name}: it has no training split; its {shots} examples are documents of {place}, the question itself may "
+            "be among them (fewshot_split of the task names another)"
+        )
 
 
 def _metrics(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:

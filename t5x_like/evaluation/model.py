@@ -21,7 +21,8 @@ class EvaluatedModel:
     """A model ready to answer requests.
 
     name: what reports call it. start_id: what a decoder behind an encoder begins with. mesh: where the parameters lie,
-    None for one device. chat: what its chat template writes, None to ask without one.
+    None for one device. chat: what its chat template writes, None to ask without one. ends: tokens that end an answer
+    besides EOS.
     """
 
     name: str
@@ -31,6 +32,7 @@ class EvaluatedModel:
     start_id: int
     mesh: Mesh | None
     chat: Requests | None
+    ends: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -43,9 +45,10 @@ class EvaluatedModel:
         start_id: int,
         mesh: Mesh | None,
         chat: Requests | None,
+        ends: tuple[int, ...],
     ) -> "EvaluatedModel":
         """With weights that are read best over and over: on a CPU a copy, layer by layer, instead of `params`."""
-        return cls(name, *for_decoding(model, params), vocabulary, start_id, mesh, chat)
+        return cls(name, *for_decoding(model, params), vocabulary, start_id, mesh, chat, ends)
 
     @property
     def has_encoder(self) -> bool:
@@ -70,9 +73,8 @@ class EvaluatedModel:
     @property
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer: EOS, and of a conversation what ends a turn."""
-        if self.chat is not None:
-            return self.chat.stop_ids
-        return [] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id]
+        first = [self.vocabulary.eos_id] if self.chat is None else self.chat.stop_ids
+        return [token for token in dict.fromkeys([*first, *self.ends]) if token is not None]
 
     def encode(self, text: str, *, special: bool | None = None) -> list[int]:
         """Ids of a text. special: with BOS before it (a decoder) or EOS behind it (an encoder reads it), where the

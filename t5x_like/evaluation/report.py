@@ -1,11 +1,16 @@
-"""One evaluation as JSON, to be read again, and as Markdown, to be read: models side by side, differences paired."""
+"""One evaluation as JSON, to be read again, and as Markdown, to be read: models side by side, differences paired.
+
+JSON has no NaN and no infinities: they are the texts "NaN", "Infinity" and "-Infinity", as in metrics.jsonl.
+"""
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.errors import UserError
+from t5x_like.core.metrics import NON_FINITE, to_json
 from t5x_like.evaluation.results import Evaluation, Metric
 from t5x_like.evaluation.statistics import Difference, mean
 from t5x_like.storage import paths
@@ -33,7 +38,16 @@ class Report:
             for evaluation in self.evaluations
         ]
         differences = {name: [dataclasses.asdict(each) for each in found] for name, found in self.differences.items()}
-        return {"format": FORMAT, "facts": dict(self.facts), "models": models, "differences": differences}
+        return _plain({"format": FORMAT, "facts": dict(self.facts), "models": models, "differences": differences})
+
+    def without_number(self) -> list[str]:
+        """A line for each metric whose value is NaN or infinite."""
+        return [
+            f"{evaluation.model}: {metric.task} {metric.name} is {metric.value}, no finite number"
+            for evaluation in self.evaluations
+            for metric in evaluation.metrics
+            if not math.isfinite(metric.value)
+        ]
 
     def to_markdown(self) -> str:
         names = [evaluation.model for evaluation in self.evaluations]
@@ -75,7 +89,8 @@ def write(report: Report, output: str, *, samples: bool) -> None:
     if not samples:
         return
     for evaluation in report.evaluations:
-        folder = paths.join(output, "samples", evaluation.model.strip("/").replace("/", "_"))
+        name = evaluation.model.strip("/").replace("%", "%25").replace("_", "%5F").replace("/", "_")
+        folder = paths.join(output, "samples", name)  # no two models share one
         paths.make_directory(folder)
         for task, found in evaluation.samples.items():
             lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in found)
@@ -96,15 +111,36 @@ def read(path: str) -> Evaluation:
         ) from None
 
 
+def facts(path: str) -> dict[str, Any]:
+    """What a report.json, which `read` reads, was asked for."""
+    return dict(json.loads(paths.read_bytes(path)).get("facts", {}))
+
+
 def _metric(stored: Mapping[str, Any]) -> Metric:
     fields: dict[str, Any] = {name: stored[name] for name in _STORED}
-    fields["items"] = tuple(_tuples(item) for item in fields["items"])
+    fields |= {name: _number(fields[name]) for name in ("value", "error")}
+    fields["items"] = tuple(_number(_tuples(item)) for item in fields["items"])
     fields["documents"] = tuple(fields["documents"])
     return Metric(**fields, aggregate=mean)
 
 
 def _tuples(item: Any) -> Any:
-    return tuple(_tuples(each) for each in item) if isinstance(item, list) else item
+    """An item; where it holds numbers, a text that stands for one is one too."""
+    if not isinstance(item, list):
+        return item
+    numbers = any(isinstance(each, float | int) for each in item)
+    return tuple(_number(each) if numbers else _tuples(each) for each in item)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and value in NON_FINITE else value
+
+
+def _plain(value: Any) -> Any:
+    """Of lists, tuples and dicts, with numbers that JSON has."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else to_json(value)
 
 
 def _row(cells: Sequence[str]) -> str:

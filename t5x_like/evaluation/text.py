@@ -31,7 +31,7 @@ from t5x_like.data.write import sources
 from t5x_like.data.write.prepare import prepare
 from t5x_like.evaluation.model import EvaluatedModel
 from t5x_like.evaluation.results import Item, Metric
-from t5x_like.evaluation.statistics import error
+from t5x_like.evaluation.statistics import RatioOfSums, error
 from t5x_like.inference.score import batch_shards
 from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.models.model import Model
@@ -64,10 +64,16 @@ def source_of(text: str) -> str:
 
 
 def config_of(
-    subject: EvaluatedModel, section: Mapping[str, Any] | None, source: str, *, usual: Mapping[str, Any]
+    subject: EvaluatedModel,
+    section: Mapping[str, Any] | None,
+    source: str,
+    *,
+    usual: Mapping[str, Any],
+    length: int | None = None,
 ) -> DataConfig:
     """How a run of this model would hold out the source. section: the `data` section of its own run, None without;
-    usual: that of configs/common, which is then taken with rows of the model's length."""
+    usual: that of configs/common, which is then taken with rows of the model's length. length: of rows, in place of
+    what these say: a token has at most so many before it, and models compare where they read alike."""
     if section is None:
         if subject.has_encoder:
             raise UsageError(
@@ -81,6 +87,12 @@ def config_of(
     if not documents and subject.has_encoder:
         raise UsageError(f"{subject.name}: its run read examples, not texts; evaluate it on --tasks")
     change |= {"source": source, "mixture": dataclasses.replace(config.mixture, sources={}, rates={})}
+    if length is not None:
+        if length > subject.max_length:
+            raise UsageError(
+                f"--length={length} is more than max_length={subject.max_length} of {subject.name}; use that or less"
+            )
+        change |= {"length": length, "validation_stride": min(config.validation_stride or length, length)}
     change |= {"validation": "", "cache": "", "prefix": False, "extra_ids": subject.vocabulary.extra_ids}
     return dataclasses.replace(config, **change)
 
@@ -209,16 +221,10 @@ def _metrics(task: str, found: Mapping[str, _Totals]) -> list[Metric]:
     ]
 
 
-def ratio(items: Sequence[Any]) -> float:
-    """Of the sums of both parts."""
-    top, bottom = np.asarray(items, np.float64).sum(axis=0).tolist()
-    return top / bottom if bottom else math.nan
+def _perplexity(loss: float) -> float:
+    return math.inf if loss > 700 else math.exp(loss)
 
 
-def bits(items: Sequence[Any]) -> float:
-    return ratio(items) / math.log(2)
-
-
-def perplexity(items: Sequence[Any]) -> float:
-    value = ratio(items)
-    return math.inf if value > 700 else math.exp(value)
+ratio = RatioOfSums(lambda value: value)
+bits = RatioOfSums(lambda loss: loss / math.log(2))
+perplexity = RatioOfSums(_perplexity)

@@ -81,9 +81,10 @@ class Iterations:
     # What the loop calls.
 
     def batch(self, step: int, state: State, frozen: Mapping[str, Any]) -> Batch:
-        """The batch of update `step` + 1; at the begin of an iteration its answers are drawn first."""
+        """The batch of update `step` + 1; at the begin of an iteration its answers are drawn first, and wherever the
+        buffers do not hold them."""
         iteration, update = divmod(step, self.updates)
-        if update == 0:
+        if update == 0 or int(self._buffers["iteration"]) != iteration:
             self._buffers = self._collect(iteration, state["params"], frozen)
         return self._place(self._update(iteration, update), self._programs.batch)
 
@@ -92,17 +93,26 @@ class Iterations:
         buffers, config = self._buffers, self._config
         total = self._rewards.total(buffers["rewards"])
         stopped = buffers["stopped"] > 0
+        groups = total.reshape(config.prompts, config.samples)
+        advantage = advantages(groups, config.advantage)
         found = {
             "reward": float(total.mean()),
             "reward_std": float(total.std()),
+            "reward_std_in_groups": float(groups.std(axis=1).mean()),
+            "advantage_std": float(advantage.std()),
+            "advantage_min": float(advantage.min()),
+            "advantage_max": float(advantage.max()),
             "length_mean": float(buffers["lengths"].mean()),
+            "length_min": float(buffers["lengths"].min()),
+            "length_max": float(buffers["lengths"].max()),
             "stopped_by_length": float((~stopped).mean()),
-            "groups_without_spread": float((~spread(total.reshape(config.prompts, config.samples))).mean()),
+            "groups_without_spread": float((~spread(groups)).mean()),
         }
         if stopped.any():
             found["stopped_length_mean"] = float(buffers["lengths"][stopped].mean())
         for part, name in enumerate(self._rewards.names):
             found[f"reward/{name}"] = float(buffers["rewards"][part].mean(dtype=np.float64))
+            found[f"reward_std/{name}"] = float(buffers["rewards"][part].std(dtype=np.float64))
             found[f"reward_failures/{name}"] = float(buffers["failed"][part].sum())
         return found
 
@@ -166,7 +176,7 @@ class Iterations:
         if jax.process_index() == 0:
             answers = decoded(drawn, self._encoder)
             samples = [Sample(text.prompt, answer, text.expected) for text, answer in zip(asked, answers, strict=True)]
-            judged = self._rewards.judge(samples, where=where)
+            judged = self._rewards.judge(samples, where=where, progress=self._around.progress)
             found = {"rewards": judged.values.tolist(), "failed": judged.failed.tolist()}
         self._around.progress()
         shared = self._around.share(name, found)

@@ -16,7 +16,7 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data.config import DataConfig
 from t5x_like.data.read.permutation import permute
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
-from t5x_like.data.write import encoding, preprocessors, sources
+from t5x_like.data.write import bad_records, encoding, preprocessors, sources
 
 Generate = Callable[[int, int], tuple[str, str]]
 # Held-out prompts of a generator have seeds that no run has: those of runs are below 2^32.
@@ -74,8 +74,9 @@ class Generated:
         return Text(prompt, expected)
 
 
-def read(config: DataConfig, source: str, *, where: str) -> list[Text]:
-    """All prompts of a source, in its order. Raises UserError where it has none."""
+def read(config: DataConfig, source: str, *, where: str, report: Callable[[str], None]) -> list[Text]:
+    """All prompts of a source, in its order. Raises UserError where it has none, and where too many records are bad;
+    `report` gets a line about those that are left out."""
     if not config.fields.inputs:
         raise UsageError(
             "config.data.fields.inputs is empty; name the field of the prompt, and as config.data.fields.targets that "
@@ -87,9 +88,18 @@ def read(config: DataConfig, source: str, *, where: str) -> list[Text]:
         raise UsageError(f"{where}={source}: prompts are records with fields; use jsonl, csv, parquet, arrow or tfds")
     files = sources.files(parsed, where=where)
     pieces = sources.pieces(parsed.kind, files, 0, sum(file.measure for file in files))
-    documents = encoding.read_pieces(
-        parsed, files, pieces, config.fields, config.preprocessors, on_bad_record=config.on_bad_record
+    names = [file.path for file in files]
+    tally = bad_records.Tally(parsed.kind, names, rule=config.on_bad_record)
+    documents = list(
+        encoding.read_pieces(
+            parsed, files, pieces, config.fields, config.preprocessors, separator=config.separator, tally=tally
+        )
     )
+    if tally.count:
+        index = tally.facts() | {"documents": len(documents), "skipped": 0}
+        bad_records.check_share(source, [(index, names)], config.max_bad_share)
+        first = bad_records.lines(index, parsed.kind, names)[0]
+        report(f"{source}: {tally.count} bad records are left out, the first is {first}")
     found = [Text(document.inputs, document.text) for _, _, document in documents if document.inputs]
     if not found:
         raise UserError(f"{where}={source}: no record of it has a prompt (config.data.fields.inputs)")
@@ -119,6 +129,11 @@ class Encoder:
         """Raises UserError for a prompt without room that may not be cut."""
         vocabulary = self.vocabulary
         ids = vocabulary.encode(text.prompt, bos=True, eos=self.encoder)
+        if not ids:
+            raise UserError(
+                f"the prompt {text.prompt!r:.60} has no token, and its tokenizer no BOS, so an answer follows nothing; "
+                "give it a text, or leave it out by config.data.truncate.rule='drop'"
+            )
         if len(ids) <= self.room:
             return ids
         before = int(vocabulary.bos_id is not None)

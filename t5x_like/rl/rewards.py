@@ -1,13 +1,16 @@
 """Rewards of answers: the parts that a config names, each with its weight, judged in a process of their own.
 
-A verifier that raises, hangs, ends its process or returns no finite number gets the value of a failure for that answer;
-one line names it. Such a run is only as repeatable as its verifiers are.
+A verifier that raises, hangs, ends its process or returns no number that is finite in float32 gets the value of a
+failure for that answer; a line names it, the first few times of a batch, and one counts the rest. Such a run is only as
+repeatable as its verifiers are.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +25,8 @@ from t5x_like.rl.config import RlConfig
 from t5x_like.rl.verifiers import Named
 
 _START_SECONDS = 120.0  # for a worker to import the file of a config
+_LARGEST = float(np.finfo(np.float32).max)
+_SAID = 3  # failures of one part that have a line of their own, of those that are judged together
 
 
 class Sample(NamedTuple):
@@ -68,20 +73,27 @@ class Rewards:
             self._worker.kill()
             self._worker = None
 
-    def judge(self, samples: Sequence[Sample], *, where: str) -> Judged:
-        """`where` says in a warning when these were made. The parts of a reward model stay 0: it judges elsewhere."""
+    def judge(self, samples: Sequence[Sample], *, where: str, progress: Callable[[], None]) -> Judged:
+        """`where` says in a warning when these were made; `progress` is called after each answer, since each may take
+        all of its time. The parts of a reward model stay 0: it judges elsewhere."""
         values = np.zeros((len(self.names), len(samples)), np.float32)
         failed = np.zeros(values.shape, np.int32)
         for part, name in enumerate(self.names):
             for index, sample in enumerate(samples if name in self._made else ()):
                 value, problem = self._ask(name, sample)
-                if problem:
+                progress()
+                if problem and failed[part].sum() < _SAID:
                     self._warn(
                         f"{where}: config.rl.rewards.{name} {problem} on the answer {sample.answer!r:.80} to "
                         f"{sample.prompt!r:.80}; its value is {self._failure:g}"
                     )
                 values[part, index] = self._failure if problem else value
                 failed[part, index] = bool(problem)
+            if failed[part].sum() > _SAID:
+                self._warn(
+                    f"{where}: config.rl.rewards.{name} failed for {failed[part].sum()} of {len(samples)} answers, of "
+                    f"which the first {_SAID} are named"
+                )
         return Judged(values, failed)
 
     def total(self, values: Float[np.ndarray, "K n"]) -> Float[np.ndarray, " n"]:
@@ -93,7 +105,10 @@ class Rewards:
         if self._worker is None:
             self._worker = _Worker(self._made)
         try:
-            return self._worker.ask(name, sample, self._limit)
+            value, problem = self._worker.ask(name, sample, self._limit)
+            if not problem and not abs(value) <= _LARGEST:
+                return 0.0, f"returned {value:g}, which float32 does not hold"
+            return value, problem
         except TimeoutError:
             problem = f"took longer than {self._limit:g} s (config.rl.reward_seconds)"
         except EOFError:
@@ -140,14 +155,14 @@ class _Worker:
         return (0.0 if value is None else value), problem
 
     def kill(self) -> int:
-        """The status of the process, which is no more."""
-        self._process.kill()
+        """The status of the process, which is no more, nor is any that it started (in its session)."""
+        if self._process.returncode is None:  # else its number may be that of others by now
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):
                     pipe.close()
-                except OSError:
-                    pass
         return self._process.wait()
 
     def _send(self, message: Any) -> None:

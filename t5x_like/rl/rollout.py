@@ -119,11 +119,12 @@ def end_ids(names: Sequence[str], vocabulary: Vocabulary) -> tuple[int, ...]:
     """The ids of `config.rl.end_tokens`. Raises UsageError for a text that is not one token."""
     found = []
     for name in names:
-        ids = [vocabulary.eos_id] if name == "eos" else vocabulary.encode(name)
-        if len(ids) != 1 or ids[0] is None:
+        token = vocabulary.eos_id if name == "eos" else vocabulary.one_token(name)
+        if token is None:
+            count = "no token" if name == "eos" else f"{len(vocabulary.encode(name))} tokens"
             raise UsageError(
-                f"config.rl.end_tokens: {name!r} is {'no token' if name == 'eos' else f'{len(ids)} tokens'} of this "
-                "tokenizer; name 'eos' if it has one, or a text that is exactly one token"
+                f"config.rl.end_tokens: {name!r} is {count} of this tokenizer; name 'eos' if it has one, a special "
+                "token, or a text that is exactly one token"
             )
-        found.append(ids[0])
+        found.append(token)
     return tuple(dict.fromkeys(found))

@@ -19,7 +19,8 @@ from t5x_like.inference.decode import encoder_batch
 class RowShape:
     """length: tokens of a row (T); source: of an encoder's row (S), 0 without one; start: a decoder's start token.
 
-    judge: the start token of a reward model with an encoder, None where there is none; end: what ends its sources.
+    judge: the start token of a reward model with an encoder, None where there is none; end: EOS, with which
+    sources end; None where the tokenizer has none.
     """
 
     length: int
@@ -73,23 +74,25 @@ def from_rows(
     return found
 
 
-def text_widths(new_tokens: int, length: int, source: int, *, apart: bool) -> dict[str, int]:
+def text_widths(new_tokens: int, length: int, source: int, *, apart: bool, ended: bool) -> dict[str, int]:
     """The lengths of the rows of `text_arrays`: {"inputs": T} and, where the reward model has an encoder, of its rows.
 
-    new_tokens, length, source: N, T and S of the policy's rows; apart: whether the reward model has an encoder.
+    new_tokens, length, source: N, T and S of the policy's rows; apart: whether the reward model has an encoder;
+    ended: whether sources end with EOS.
     """
-    room = source - 1 if source else length + 1 - new_tokens  # of a prompt without EOS
-    return {"inputs": new_tokens + 1, "encoder_inputs": room + 1} if apart else {"inputs": room + new_tokens}
+    room = source - ended if source else length + 1 - new_tokens  # of a prompt without EOS
+    return {"inputs": new_tokens + 1, "encoder_inputs": room + ended} if apart else {"inputs": room + new_tokens}
 
 
 def text_arrays(
     prompts: Sequence[Sequence[int]], answers: Int[np.ndarray, "R N"], lengths: Int[np.ndarray, " R"], shape: RowShape
 ) -> dict[str, np.ndarray]:
     """{inputs, segment_ids} [R, T]: prompt and answer as the whole text that a reward model reads. With an encoder
-    (`shape.judge`) the prompt is its source and the text is the start token and the answer. A source ends with EOS,
-    which a text has not before its answer."""
-    widths = text_widths(answers.shape[1], shape.length, shape.source, apart=shape.judge is not None)
-    bare = [ids[:-1] if shape.source else ids for ids in prompts]
+    (`shape.judge`) the prompt is its source and the text is the start token and the answer. A source ends with EOS
+    where the tokenizer has it, which a text has not before its answer."""
+    ended = shape.end is not None
+    widths = text_widths(answers.shape[1], shape.length, shape.source, apart=shape.judge is not None, ended=ended)
+    bare = [ids[:-1] if shape.source and ended else ids for ids in prompts]
     texts = [
         [*(ids if shape.judge is None else [shape.judge]), *answer[:count].tolist()]
         for ids, answer, count in zip(bare, answers, lengths.tolist(), strict=True)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Verifier = Callable[[str, str, str], float]
-# Digits with commas between groups of three, or without; a fraction or a decimal part.
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|/\d+)?")
+# Digits with commas between groups of three, or without; a fraction or a decimal part; a power of ten of few digits,
+# whose number has a size that a comparison can bear.
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:/\d+|(?:\.\d+)?(?:(?<=\d)[eE][-+]?\d{1,3}(?!\w))?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,8 @@ def exact(prompt: str, answer: str, expected: str) -> float:
 
 def number(prompt: str, answer: str, expected: str) -> float:
     """
-    >>> number("", "so 1,250 of them, or 5/2", "2.50"), number("", "none", "3")
-    (1.0, 0.0)
+    >>> number("", "so 1,250 of them, or 5/2", "2.50"), number("", "none", "3"), number("", "1e5", "100,000")
+    (1.0, 0.0, 1.0)
     """
     del prompt
     given, wanted = last_number(answer), last_number(expected)

@@ -9,6 +9,7 @@ import ctypes
 import json
 import math
 import os
+import resource
 import signal
 import sys
 
@@ -17,6 +18,7 @@ from t5x_like.rl import verifiers
 
 def main() -> None:
     _end_with_parent()
+    _limit_memory()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
@@ -49,6 +51,13 @@ def _end_with_parent() -> None:
     """Linux: a function that hangs must not outlive a run that was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _limit_memory() -> None:
+    """Half of the machine's memory, so that a function which wants more raises MemoryError and the run goes on."""
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (half if hard == resource.RLIM_INFINITY else min(half, hard), hard))
 
 
 def _line(error: BaseException) -> str:

@@ -40,7 +40,7 @@ DTYPES = ("compute", "stored", *dtypes.NAMES, "int8")
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """start_id: the token that the decoder of an encoder-decoder begins with. checkpoint: where the parameters were
-    read, if that is one of ours. mesh: where they lie, None for one device.
+    read, if that is one of ours. mesh: where they lie, None for one device. ends: tokens that end what is generated.
     """
 
     model: Model
@@ -49,6 +49,7 @@ class Loaded:
     start_id: int = 0
     checkpoint: str | None = None
     mesh: Mesh | None = None
+    ends: tuple[int, ...] = ()
 
 
 def read(
@@ -86,7 +87,8 @@ def read(
         params = adapters.restore_attached(place.checkpoint, item, model, wanted, put, base=at, **quantized)
     else:
         params = adapters.restore_onto(onto.params, model, onto.checkpoint, place.checkpoint, item, put)
-    return Loaded(model, params, vocabulary, start_id(model, metadata, vocabulary), place.checkpoint, mesh)
+    start, ends = start_id(model, metadata, vocabulary), end_ids(metadata, vocabulary)
+    return Loaded(model, params, vocabulary, start, place.checkpoint, mesh, ends)
 
 
 def _vocabulary(directory: str, place: ModelDirectory, metadata: Mapping[str, Any]) -> Vocabulary:
@@ -120,6 +122,16 @@ def start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> i
         return source_target.start_id(name, vocabulary)
     stored = [(note.get(part) or {}).get("decoder_start_token_id") for part in ("generation_config", "token_ids")]
     return next((token for token in stored if isinstance(token, int)), 0)
+
+
+def end_ids(note: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
+    """The tokens that end what is generated: EOS, and those that generation_config.json of the folder that it was
+    converted from lists."""
+    stated = (note.get("generation_config") or {}).get("eos_token_id")
+    listed = stated if isinstance(stated, list) else [stated]
+    ids = [vocabulary.eos_id, *listed]
+    known = [token for token in ids if isinstance(token, int) and 0 <= token < vocabulary.size]
+    return tuple(dict.fromkeys(known))
 
 
 def _templates(model: Model, mesh: Mesh | None, specs: Tree, dtype: str) -> dict[str, Any]:
@@ -170,4 +182,5 @@ def _foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, platf
             return quantizing.placed(path, values, scale, spec.axes, _place(models[0], mesh))
 
         params = load_params(foreign, templates, packed=packed)
-    return Loaded(models[0], params, vocabulary, start_id(models[0], foreign.extra, vocabulary), mesh=mesh)
+    start, ends = start_id(models[0], foreign.extra, vocabulary), end_ids(foreign.extra, vocabulary)
+    return Loaded(models[0], params, vocabulary, start, mesh=mesh, ends=ends)

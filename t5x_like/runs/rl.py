@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,8 +27,8 @@ from t5x_like.rl.rewards import Rewards
 from t5x_like.rl.rollout import end_ids
 from t5x_like.rl.rows import RowShape
 from t5x_like.rl.verifiers import Named
+from t5x_like.runs import branch, rl_program, rl_resume, sections, summary, training_run
 from t5x_like.runs import program as programs
-from t5x_like.runs import rl_program, sections, summary, training_run
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
 from t5x_like.runs.rl_program import RlExperiment, RlPrograms
@@ -141,10 +142,15 @@ def _asked(experiment: RlExperiment, functions: Functions, session: Session) -> 
             encoder.ids(text)
         source, count, left_out = config.generate, "any number of", 0
     else:
-        read = prompting.read(data, data.source, where="config.data.source")
+        report = warn if session.processes.primary else _silent
+        read = prompting.read(data, data.source, where="config.data.source", report=report)
         texts = list(prompting.fitting(read, encoder, drop=drop))
         prompts = Listed(texts, seed, prompting.digest(texts))
-        others = prompting.read(data, data.validation, where="config.data.validation") if data.validation else []
+        others = (
+            prompting.read(data, data.validation, where="config.data.validation", report=report)
+            if data.validation
+            else []
+        )
         held_out = list(prompting.fitting(others, encoder, drop=drop))[: config.held_out or None]
         source, count, left_out = data.source, str(len(texts)), len(read) - len(texts)
     session.processes.agree("prompts", prompts.fingerprint)
@@ -154,6 +160,10 @@ def _asked(experiment: RlExperiment, functions: Functions, session: Session) -> 
         "held out": f"{len(held_out)} prompts",
     }
     return Asked(vocabulary, encoder, prompts, tuple(held_out), facts)
+
+
+def _silent(line: str) -> None:
+    del line
 
 
 def _vocabulary(data: DataConfig, session: Session) -> Vocabulary:
@@ -221,7 +231,7 @@ def _loop(
     saver = _saver(experiment, program, checkpoints, session.metadata(inputs))
     start, state, frozen, evaluation, origin = training_run.begin(experiment, session, program, saver, inputs)
     training_run.check_steps(experiment, session, start)
-    rollouts = state.pop("rollouts", None)
+    rollouts = _pending(experiment, session, inputs, start, state.pop("rollouts", None))
     session.record_start(inputs, resumed_from=start or None)
     telemetry = session.telemetry(
         experiment.telemetry,
@@ -255,8 +265,38 @@ def _loop(
     return loops.train(loop, state, frozen, start=start, evaluation=evaluation)
 
 
+def _pending(experiment: RlExperiment, session: Session, inputs: Inputs, step: int, rollouts: Any) -> Any:
+    """The answers of a checkpoint, None where they are not those of this run as it is now: they are drawn anew."""
+    if rollouts is None or not step:
+        return rollouts
+    checkpoint, other = paths.join(session.workdir.checkpoints, str(step)), experiment.checkpoint.branch_from
+    branched = other is not None and not paths.exists(checkpoint)
+    if other is not None and branched:
+        checkpoint = branch.checkpoint(other)
+    changed = rl_resume.changes(
+        checkpoint,
+        config=experiments.to_dict(experiment),
+        data=inputs.data,
+        tokenizer=inputs.vocabulary.fingerprint,
+        branch=branched,
+    )
+    if not changed:
+        return rollouts
+    if rl_resume.pending(checkpoint, step) and session.processes.primary:
+        warn(f"the answers that {checkpoint} holds are drawn anew, since they followed from: {'; '.join(changed)}")
+    return None
+
+
 def _share(session: Session) -> Callable[[str, Any], Any]:
-    return lambda name, value: session.processes.broadcast(name, value)
+    """Others wait for as long as process 0 judges answers; what they wait for is watched there."""
+
+    def share(name: str, value: Any) -> Any:
+        if session.processes.primary:
+            return session.processes.broadcast(name, value)
+        with session.faults.phase("prepare"):
+            return session.processes.broadcast(name, value, timeout=math.inf)
+
+    return share
 
 
 def _row_shape(experiment: RlExperiment, program: Program, vocabulary: Vocabulary) -> RowShape:
@@ -289,7 +329,9 @@ def iterations_of(
 def compile_programs(experiment: RlExperiment, program: Program, asked: Asked) -> Compiled:
     """Every program of the run; from here on nothing waits for the compiler."""
     ends = end_ids(experiment.rl.end_tokens, asked.vocabulary)
-    made: RlPrograms = rl_program.rl_programs(experiment, program, end_ids=ends)
+    made: RlPrograms = rl_program.rl_programs(
+        experiment, program, end_ids=ends, source_end=asked.vocabulary.eos_id is not None
+    )
     layout = program.layout
     parameters = (layout.state["params"], layout.frozen)
     step = program.step.lower(layout.state, layout.frozen, program.batch).compile()

@@ -16,7 +16,6 @@ from t5x_like.data.read.source_target import start_id
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import weights
 from t5x_like.inference.sampling import GREEDY, Sampling
-from t5x_like.models.model import Model
 from t5x_like.objectives import reward
 from t5x_like.objectives.grpo import GrpoConfig
 from t5x_like.objectives.interface import Role, frozen_role
@@ -93,7 +92,10 @@ class RlPrograms:
     judged: dict[str, jax.ShapeDtypeStruct]  # the batch of `reward`
 
 
-def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[int, ...]) -> RlPrograms:
+def rl_programs(
+    experiment: RlExperiment, program: Program, *, end_ids: tuple[int, ...], source_end: bool = True
+) -> RlPrograms:
+    """source_end: whether the tokenizer has an EOS, with which sources end."""
     rl, mesh, rules = experiment.rl, program.mesh, program.model.rules
     config: GrpoConfig = named(experiment.objective)
     options = experiment.runtime.compiler_options.of(mesh.devices.flat[0].platform)
@@ -116,15 +118,15 @@ def rl_programs(experiment: RlExperiment, program: Program, *, end_ids: tuple[in
         return jax.jit(function, out_shardings=replicated(mesh), compiler_options=options)
 
     reference = _reference(config.reference, program)
-    rows, judge = rl.rows or rl.answers, program.roles.get(REWARD)
+    rows, widths = rl.rows or rl.answers, _text_widths(experiment, program, ended=source_end)
     return RlPrograms(
         sample=rollout(rows, Sampling(temperature=config.temperature, top_k=0, top_p=1.0)),
         answer=rollout(rows, GREEDY),
         score=scoring(role),
         reference=None if reference is None else scoring(reference),
-        reward=_reward_program(program, options) if rl.reward_model else None,
+        reward=_reward_program(program, options, longest=max(widths.values())) if rl.reward_model else None,
         scored={name: program.batch[name] for name in TOKENS if name in program.batch},
-        judged=abstract_batch(mesh, rules, _text_specs(experiment, judge and judge.model)),
+        judged=abstract_batch(mesh, rules, _text_specs(experiment, widths)),
     )
 
 
@@ -186,14 +188,19 @@ def updates(experiment: RlExperiment) -> int:
     return experiment.rl.epochs * experiment.rl.answers // experiment.data.batch_size
 
 
-def _reward_program(program: Program, options: Any) -> Any:
-    """(params, frozen, batch) -> the number of each text, replicated."""
+def _reward_program(program: Program, options: Any, *, longest: int) -> Any:
+    """(params, frozen, batch) -> the number of each text of rows of at most `longest` tokens, replicated."""
     model = program.roles[REWARD].model
     if HEAD not in model.config.scalar_heads or model.config.architecture == "encoder":
         raise UsageError(
             f"config.roles.{REWARD}: this model is a {model.config.architecture} with the heads "
             f"{model.config.scalar_heads}; a reward model is a decoder or an encoder-decoder with the head {HEAD!r}, "
             "which config.objective.name='reward' trains"
+        )
+    if longest > model.config.max_length:
+        raise UsageError(
+            f"config.roles.{REWARD}: this model reads {model.config.max_length} tokens, and a prompt with its answer "
+            f"may have {longest}; make config.data.length (or encoder_length) smaller, or give one that reads more"
         )
     role = frozen_role(model, REWARD)
 
@@ -203,15 +210,19 @@ def _reward_program(program: Program, options: Any) -> Any:
     return jax.jit(judge, out_shardings=replicated(program.mesh), compiler_options=options)
 
 
-def _text_specs(experiment: RlExperiment, model: Model | None) -> dict[str, ArraySpec]:
-    """Of the batch that a reward model reads; {} without one."""
-    data = experiment.data
-    if model is None:
+def _text_widths(experiment: RlExperiment, program: Program, *, ended: bool) -> dict[str, int]:
+    """Of the rows that a reward model reads, as in rl/rows.py; {} without one."""
+    data, role = experiment.data, program.roles.get(REWARD)
+    if role is None:
         return {}
-    apart = "encoder_inputs" in model.inputs
-    widths = text_widths(experiment.rl.new_tokens, data.length, data.encoder_length, apart=apart)
+    apart = "encoder_inputs" in role.model.inputs
+    return text_widths(experiment.rl.new_tokens, data.length, data.encoder_length, apart=apart, ended=ended)
+
+
+def _text_specs(experiment: RlExperiment, widths: Mapping[str, int]) -> dict[str, ArraySpec]:
+    """Of the batch that a reward model reads."""
     return {
-        name.replace("inputs", part): ArraySpec((data.batch_size, width), "int32", ("batch", None))
+        name.replace("inputs", part): ArraySpec((experiment.data.batch_size, width), "int32", ("batch", None))
         for name, width in widths.items()
         for part in ("inputs", "segment_ids")
     }

@@ -82,6 +82,12 @@ def test_rows_tell_what_the_answers_were_worth(trained):
     for name in ("reward", "reward/share", "length_mean", "stopped_by_length", "groups_without_spread"):
         assert 0 <= row[f"train/{name}"] <= 6
     assert row["train/reward_failures/share"] == 0
+    assert row["train/reward_std/share"] == pytest.approx(
+        row["train/reward_std"], rel=1e-5
+    )  # the one part, of weight 1
+    assert 0 < row["train/reward_std_in_groups"] < row["train/reward_std"] * 1.01
+    assert 1 <= row["train/length_min"] < row["train/length_mean"] < row["train/length_max"] <= 6
+    assert row["train/advantage_min"] < 0 < row["train/advantage_max"] and row["train/advantage_std"] > 0
     evaluations = [row for row in rows(trained[0]) if "eval/validation/reward" in row]
     assert [row["step"] for row in evaluations] == [8]
 
@@ -90,6 +96,24 @@ def test_a_checkpoint_between_two_updates_holds_the_answers_that_are_pending(tra
     arrays = crash_test.read_arrays(trained[0] / "checkpoints" / "6")
     assert arrays["rollouts/iteration"] == 1 and arrays["rollouts/tokens"].shape == (16, 6)
     assert arrays["rollouts/old_logp"].min() < 0 and arrays["rollouts/reference_logp"].min() < 0
+
+
+def test_a_branch_in_mid_iteration_takes_pending_answers_only_where_they_are_its_own(trained, tmp_path, capsys):
+    """Of step 6, the second update of an iteration: unchanged it is the same run; with another seed, it draws anew."""
+    workdir, config = trained
+    same = ["--config.loop.steps=8", "--config.rl.epochs=2", "--config.checkpoint.every_steps=3"]
+    same.append(f"--config.checkpoint.branch_from={workdir}@6")
+    config = config.with_name("branch.py")
+    text = trained[1].read_text()
+    config.write_text("\n".join(line for line in text.splitlines() if "init_from" not in line))
+    assert rl(tmp_path / "same", *same, config=config) == 0
+    assert "are drawn anew" not in capsys.readouterr().err
+    assert updates(tmp_path / "same")[8]["train/loss"] == updates(workdir)[8]["train/loss"]
+    assert rl(tmp_path / "other", *same, "--config.seed=7", config=config) == 0
+    assert "are drawn anew, since they followed from: config.seed: " in capsys.readouterr().err
+    row = updates(tmp_path / "other")[7]
+    assert row["train/reward"] != updates(workdir)[7]["train/reward"]
+    assert row["train/rollout_gap_token_mean"] < 1e-5, "answers stand beside the prompts of others"
 
 
 def test_a_resume_needs_the_functions_of_the_config_file(trained, capsys):
@@ -168,6 +192,13 @@ def test_examples_of_a_file_are_prompts_with_their_answers(tmp_path, capsys):
     arguments = ["--config.loop.steps=2", "--config.data.truncate.rule=drop", "--config.optim.schedule.warmup_steps=0"]
     assert rl(tmp_path / "run", *arguments, config=config) == 0
     assert re.search(r"4 prompts, 1 too long and left out", " ".join(capsys.readouterr().out.split()))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((tmp_path / "prompts.jsonl").read_text() + "{broken\n")
+    skip = [f"--config.data.source=jsonl:{bad}", "--config.data.on_bad_record=skip", "--check"]
+    assert rl(tmp_path / "many", *skip, config=config) == 1
+    assert "1 of 6 records are bad, which is more than config.data.max_bad_share=0.01" in capsys.readouterr().err
+    assert rl(tmp_path / "some", *skip, "--config.data.max_bad_share=0.5", config=config) == 0
+    assert "1 bad records are left out, the first is" in capsys.readouterr().err
     # A stored config without functions is resumed by the workdir alone.
     assert rl(tmp_path / "run", "--config.loop.steps=3", config=None) == 0
     assert max(updates(tmp_path / "run")) == 3
@@ -190,7 +221,7 @@ def test_an_adapter_is_trained_and_its_base_is_the_reference(finished, tmp_path)
     assert all(name.startswith("params/adapters/") for name in names if name.startswith("params/"))
 
 
-def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path):
+def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path, capsys):
     pairs = [{"prompt": f"{letter}=", "chosen": letter, "rejected": "x"} for letter in "abcd"]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 4))
     judge = tmp_path / "judge.py"
@@ -215,6 +246,9 @@ def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path):
     assert row["train/reward"] == pytest.approx(row["train/reward/share"] + 2 * row["train/reward/judge"], rel=1e-5)
     arrays = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
     assert len(set(arrays["rollouts/rewards"][0].tolist())) > 4, "it says the same of all answers"
+    short = ["--check", "--config.data.length=128"]
+    assert rl(tmp_path / "long", *short, config=config) == 2
+    assert "prompt with its answer may have 129" in capsys.readouterr().err
 
 
 def test_an_encoder_decoder_is_rewarded_by_one(tmp_path):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from t5x_like.convert import tokenizers
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.data.templates.chat import Chat
@@ -15,6 +16,7 @@ from t5x_like.evaluation import chat, generation
 from t5x_like.evaluation.harness import Tasks
 from t5x_like.evaluation.model import EvaluatedModel
 from t5x_like.inference.sampling import GREEDY, Sampling
+from t5x_like.language_model import load
 from t5x_like.parallel import mesh as meshes
 from tests.evaluation import worlds
 from tests.models import cases
@@ -172,6 +174,54 @@ def test_generation_arguments_are_read_as_the_harness_reads_them():
         read_limits({"top_kk": 3}, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"max_gen_toks": "abc"}, "max_gen_toks='abc' should be a number"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0 should be a whole number, at least 1"),
+        ({"max_tokens": -5}, "max_tokens=-5 should be a whole number, at least 1"),
+        ({"max_gen_toks": 2.5}, "max_gen_toks=2.5 should be a whole number"),
+        ({"temperature": "hot"}, "temperature='hot' should be a number"),
+        ({"do_sample": True, "top_p": 0}, "top_p=0.0 should be above 0"),
+        ({"do_sample": "yes"}, "do_sample='yes' should be true or false"),
+        ({"until": 3}, "until=.* should be a text or a list of texts"),
+    ],
+)
+def test_generation_arguments_that_mean_nothing_are_named(given, part):
+    from t5x_like.evaluation.backend import read_limits
+
+    with pytest.raises(UsageError, match=f"generation_kwargs.{part}"):
+        read_limits(given, seed=0)
+
+
+def test_generation_arguments_that_are_null_are_not_given():
+    from t5x_like.evaluation.backend import read_limits
+
+    null = dict.fromkeys(("temperature", "top_p", "top_k", "max_gen_toks", "until", "do_sample"))
+    assert read_limits(null, seed=3) == read_limits({}, seed=3)
+    assert read_limits({"do_sample": True, "temperature": None}, seed=0).sampling == Sampling(1.0, 0, 1.0)
+
+
+# Answers without a token of their own.
+
+
+def test_an_answer_that_adds_no_token_is_one_line_and_no_certainty(folder_of):
+    subject = worlds.ours(folder_of("stories"))
+    lm = backend(subject)
+    assert len(subject.encode("Once upon l")) == len(subject.encode("Once upon little"))
+    part = "task None, document None: the answer 'ittle' adds no token to the tokens of 'Once upon l'"
+    with pytest.raises(UserError, match=part):
+        lm.loglikelihood(requests("loglikelihood", [("Once", " upon"), ("Once upon l", "ittle")]))
+    with pytest.raises(UserError, match="the answer '' adds no token"):
+        lm.loglikelihood(requests("loglikelihood", [("", "")]))
+    with pytest.raises(UserError, match="the answer '' adds no token"):
+        backend(worlds.ours(folder_of("t5"))).loglikelihood(requests("loglikelihood", [("a", "")]))
+    loaded = load(str(folder_of("stories")))
+    with pytest.raises(UsageError, match="'ittle' adds no token to the tokens of 'Once upon l'"):
+        loaded.log_likelihood(["Once upon l"], ["ittle"])
+    assert loaded.log_likelihood(["Once"], [""]) == [(0.0, True)]
+
+
 # Chats.
 
 CHATML = (
@@ -216,6 +266,25 @@ def test_a_chat_is_rendered_and_encoded_as_by_transformers(chatty):
     )
     ids = subject.encode(rendered)
     assert ids == theirs.encode(rendered, add_special_tokens=False) and ids[:2] == [1, 509]
+
+
+def test_an_answer_ends_at_the_special_tokens_that_are_asked_for_and_stated(chatty):
+    """Whose texts decoding leaves out: <|im_end|> as a stop of a task, a list in generation_config.json."""
+    (chatty / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 509]}))
+    loaded = load(str(chatty))
+    assert loaded.ends == (2, 509) and worlds.ours(chatty).stop_ids == [2, 509]
+    model, seen = worlds.ours(chatty), []
+
+    def generate(*_, stop_ids, **__):
+        seen.append(stop_ids)
+        return [[]] * 8
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation.decode, "generate", generate)
+        generation.generate(model, [[1, 2]], limits(stops=("\n", "<|im_end|>")), batch_tokens=64)
+    assert seen == [[2, 509, 510]]
+    # An export says what ends a turn, so that transformers ends there too.
+    assert tokenizers.generation(str(chatty), {"eos_token_id": 2}) == {"eos_token_id": [510, 2]}
 
 
 def test_tasks_through_a_chat_template_are_those_of_the_harness(chatty, tasks):

@@ -1,5 +1,6 @@
 """Claims about `t5x_like evaluate` as it is called, and about the tasks that come with it."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -104,5 +105,52 @@ def test_two_models_stand_side_by_side_and_a_worse_one_fails(folder_of, tmp_path
     assert len(samples.read_text().splitlines()) == 8
     assert main(["evaluate", bad, f"--text={text}", f"--fail_if_worse={good}"]) == 1
     assert f"{bad}: text:{text} bits_per_byte is worse by " in capsys.readouterr().err
-    assert main(["evaluate", good, f"--text={text}", f"--fail_if_worse={tmp_path}/out/report.json"]) == 0
-    assert "0 of 4 metrics worse by more than 2 standard errors" in capsys.readouterr().err
+    stored = f"--fail_if_worse={tmp_path}/out/report.json"
+    assert main(["evaluate", bad, f"--text={text}", stored, "--errors=0"]) == 0
+    said = capsys.readouterr().err
+    assert "0 of 4 metrics worse by more than 0 standard errors" in said
+    assert f"word perplexity: only {tmp_path}/out/report.json has it, not compared" in said
+    for change, part in {
+        "--limit=7": "asked with limit=8, and here it is 7",
+        "--num_fewshot=1": "num_fewshot=None",
+    }.items():
+        other = [each for each in asked[:4] if not each.startswith(change.partition("=")[0])]
+        assert main(["evaluate", bad, *other, change, stored]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line, line
+    assert main(["evaluate", good, f"--text={text}", "--length=100000"]) == 2
+    assert "--length=100000 is more than max_length=512" in capsys.readouterr().err
+
+
+def story(folder, **more):
+    """A task of generated answers, with more fields."""
+    worlds.write_task(folder, "story", worlds.RECORDS["story"][:5])
+    place = folder / "story.yaml"
+    place.write_text(place.read_text() + "".join(f"{name}: {value}\n" for name, value in more.items()))
+    return harness.Tasks(["story"], include=[str(folder)], data="")
+
+
+def test_examples_before_questions_are_counted_and_their_source_is_said(tmp_path, folder_of, capsys):
+    (line,) = story(tmp_path).check(dataclasses.replace(worlds.SETTINGS, shots=2))
+    assert line.startswith("story: it has no training split; its 2 examples are documents of its split 'test', the")
+    assert story(tmp_path).check(worlds.SETTINGS) == []
+    tasks = story(tmp_path, fewshot_split="test", num_fewshot=3)
+    assert tasks.check(worlds.SETTINGS) == []
+    asked = ["evaluate", str(folder_of("gpt2")), "--tasks=story", f"--include_path={tmp_path}"]
+    capsys.readouterr()
+    assert main([*asked, "--num_fewshot=9"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--tasks=story: 9 examples before each question, and its split 'test' has 5 documents; use --num_f" in line
+    assert main([*asked, "--gen_kwargs=max_gen_toks=abc"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--gen_kwargs=max_gen_toks=abc: generation_kwargs.max_gen_toks='abc' should be a number" in line
+    found = tasks.evaluate(worlds.ours(folder_of("gpt2")), dataclasses.replace(worlds.SETTINGS, shots=4))
+    assert found.shots == {"story": 4}
+
+
+def test_a_perplexity_beyond_any_number_is_infinite(tmp_path, folder_of, capsys):
+    worlds.write_task(tmp_path, "page", [{"text": "oneverylongword" * 40}] * 2)
+    asked = ["evaluate", str(folder_of("gpt2")), "--tasks=page", f"--include_path={tmp_path}"]
+    assert main([*asked, f"--output={tmp_path}/out"]) == 0
+    assert "page word_perplexity is inf, no finite number" in capsys.readouterr().err
+    assert '"Infinity"' in (tmp_path / "out" / "report.json").read_text()

@@ -1,6 +1,7 @@
 """Claims about standard errors and paired differences, against plain formulas."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -79,10 +80,60 @@ def test_only_shared_documents_are_paired():
         (-0.05, None, True, True),
         (0.0, 0.0, True, False),
         (-0.5, 0.01, None, False),
+        (math.nan, None, True, True),
+        (math.nan, 0.1, False, True),
+        (math.nan, None, None, False),
+        (math.inf, None, False, True),
     ],
 )
 def test_worse_is_by_more_than_so_many_errors_in_the_direction_of_the_metric(value, error, better, worse):
     assert Difference("t", "m", "none", value, error, 9, better).is_worse(2.0) == worse
+
+
+def test_a_value_that_is_no_number_is_worse_than_any_and_a_reference_without_one_is_not():
+    sound, diverged = metric([1.0, 0.5], better=False), metric([math.nan, 0.5], better=False)
+    endless = metric([math.inf, 0.5], better=False)
+    for before, after, worse in [
+        (sound, diverged, True),
+        (diverged, diverged, True),
+        (diverged, sound, False),
+        (sound, endless, True),
+        (endless, endless, False),
+        (endless, sound, False),
+    ]:
+        (found,) = statistics.differences([before], [after])
+        assert found.is_worse(2.0) == worse, (before.value, after.value)
+        assert found.error is None
+
+
+def test_a_report_holds_values_that_are_no_finite_numbers(tmp_path):
+    loss = metric([(math.nan, 5.0), (math.inf, 5.5)], name="bits_per_byte", aggregate=bits, better=False)
+    acc = metric([-math.inf, 1.0])
+    whole = report.Report({}, [Evaluation("a", (loss, acc), {}, 0, {})], {"a": statistics.differences([acc], [acc])})
+    report.write(whole, str(tmp_path), samples=False)
+    assert '"NaN"' in (tmp_path / "report.json").read_text()
+    again = report.read(str(tmp_path / "report.json"))
+    assert repr([m.items for m in again.metrics]) == repr([loss.items, acc.items])
+    assert repr([m.value for m in again.metrics]) == repr([loss.value, acc.value]) == "[nan, -inf]"
+    assert whole.without_number() == [
+        "a: t bits_per_byte is nan, no finite number",
+        "a: t acc is -inf, no finite number",
+    ]
+
+
+def test_a_bootstrap_gives_what_lists_of_resamples_gave_in_bounded_memory():
+    random = np.random.default_rng(2)
+    items = [*zip(random.uniform(1, 9, 40).tolist(), random.integers(1, 9, 40).tolist(), strict=True)]
+    generator = np.random.default_rng(1234)
+    drawn = [generator.integers(0, 40, 40).tolist() for _ in range(1000)]
+    values = [bits([items[i] for i in chosen]) for chosen in drawn]
+    assert statistics.error(items, bits) == float(np.std(values, ddof=1))
+    assert statistics.error(items, lambda items: bits(items)) == float(np.std(values, ddof=1))
+    many = [(1.5, 2.0)] * 20_000
+    tracemalloc.start()
+    assert statistics.error(many, bits) == 0
+    assert tracemalloc.get_traced_memory()[1] < 20e6  # lists of all resamples were 160e6 and more
+    tracemalloc.stop()
 
 
 def test_a_report_is_read_again_and_paired(tmp_path):
@@ -97,6 +148,13 @@ def test_a_report_is_read_again_and_paired(tmp_path):
     whole = report.Report({}, [again, Evaluation("b", (after, loss), {}, 0, {})], {"b": [*again_pairs(again, after)]})
     page = whole.to_markdown()
     assert f"| t | acc (higher is better) | 400 | {before.value:.4f} +- " in page and "+0.0" in page
+
+
+def test_no_two_models_share_a_folder_of_samples(tmp_path):
+    models = ("a/b", "a_b", "a%5Fb", "/a/b_")
+    found = [Evaluation(name, (), {}, 0, {"t": [{"of": name}]}) for name in models]
+    report.write(report.Report({}, found, {}), str(tmp_path), samples=True)
+    assert len(list((tmp_path / "samples").iterdir())) == len(models)
 
 
 def again_pairs(again, after):

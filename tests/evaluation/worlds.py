@@ -112,7 +112,14 @@ def ours(folder: pathlib.Path, *, name: str = "ours", mesh=None, template: bool 
     loaded = load(str(folder), mesh=mesh)
     asked = chat.Requests(loaded.template) if template else None
     return EvaluatedModel.of(
-        name, loaded.model, loaded.params, loaded.vocabulary, start_id=loaded.start_id, mesh=mesh, chat=asked
+        name,
+        loaded.model,
+        loaded.params,
+        loaded.vocabulary,
+        start_id=loaded.start_id,
+        mesh=mesh,
+        chat=asked,
+        ends=loaded.ends,
     )
 
 

@@ -1,7 +1,9 @@
 """Verifiers of all kinds, good and bad, for test_rewards.py: a worker imports this file."""
 
 import os
+import pathlib
 import re
+import subprocess
 import time
 
 
@@ -42,4 +44,27 @@ def hopeless_pattern(prompt: str, answer: str, expected: str) -> float:
 def prints(prompt: str, answer: str, expected: str) -> float:
     print('[1, 5.0, ""]')
     os.write(1, b"noise\n")
+    return 1.0
+
+
+def beyond_float32(prompt: str, answer: str, expected: str) -> float:
+    return 1e39 if answer == "bad" else 1.0
+
+
+def greedy(prompt: str, answer: str, expected: str) -> float:
+    """Wants as much memory as the machine has."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return len(bytearray(size)) if answer == "bad" else 1.0
+
+
+def hangs_in_a_child(prompt: str, answer: str, expected: str) -> float:
+    leaves_a_child(prompt, answer, expected)
+    time.sleep(3600)
+    return 1.0
+
+
+def leaves_a_child(prompt: str, answer: str, expected: str) -> float:
+    """Starts a process that nobody waits for; `prompt` is a file for its number."""
+    child = subprocess.Popen(["sleep", "3600"])
+    pathlib.Path(prompt).write_text(str(child.pid))
     return 1.0

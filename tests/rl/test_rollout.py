@@ -163,6 +163,14 @@ def test_a_reward_model_reads_the_text_that_it_was_trained_on(policy, judge):
     assert not found
 
 
+def test_a_text_of_prompt_and_answer_leaves_out_the_end_of_a_source_alone():
+    answers, lengths = np.array([[7, 8, 9]]), np.array([3])
+    found = text_arrays([[1, 2]], answers, lengths, RowShape(3, 2, 6, end=2))
+    assert found["inputs"].tolist() == [[1, 7, 8, 9]]
+    found = text_arrays([[1, 2]], answers, lengths, RowShape(3, 2, 6))
+    assert found["inputs"].tolist() == [[1, 2, 7, 8, 9]]
+
+
 def test_numbers_of_tokens_come_back_from_their_rows():
     values, lengths, first = np.arange(1.0, 7).reshape(2, 3).astype(np.float32), np.array([3, 1]), np.array([1, 0])
     rows = on_rows(values, lengths, first, 5)
@@ -173,5 +181,8 @@ def test_numbers_of_tokens_come_back_from_their_rows():
 def test_end_tokens_are_named_by_text():
     bytes_alone = vocabularies.load("bytes")
     assert end_ids(("eos", "\n", "eos"), bytes_alone) == (bytes_alone.eos_id, *bytes_alone.encode("\n"))
+    chat = bytes_alone.with_extra_ids(2)
+    chat.specials["<|im_end|>"] = 258  # a token that no text gives
+    assert end_ids(("eos", "<|im_end|>"), chat) == (chat.eos_id, 258)
     with pytest.raises(UsageError, match="'ab' is 2 tokens"):
         end_ids(("ab",), bytes_alone)

@@ -106,6 +106,11 @@ class Vocabulary:
         after = [self.eos_id] if eos and self.eos_id is not None else []
         return [*before, *self._engine.encode([text])[0], *after]
 
+    def one_token(self, text: str) -> int | None:
+        """The token that a text is, a special one among them; None for a text of several or of none."""
+        ids = [self.specials[text]] if text in self.specials else self.encode(text)
+        return ids[0] if len(ids) == 1 else None
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole document; special tokens are left out, incomplete UTF-8 becomes U+FFFD."""
         ids = [int(token) for token in ids]

@@ -92,10 +92,11 @@ def read_pieces(
     names: Sequence[str],
     *,
     separator: str = "",
-    on_bad_record: str = "stop",
+    tally: bad_records.Tally | None = None,
 ) -> Iterator[Placed]:
-    """The documents of some pieces of a native source, in order."""
-    tally = bad_records.Tally(source.kind, [file.path for file in files], rule=on_bad_record)
+    """The documents of some pieces of a native source, in order. Without a tally the first bad record is an error."""
+    if tally is None:
+        tally = bad_records.Tally(source.kind, [file.path for file in files], rule="stop")
     wanted = () if source.kind in ("text", "lines") else fields.names
     for piece in pieces:
         path = files[piece.file].path
