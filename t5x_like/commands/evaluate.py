@@ -124,7 +124,8 @@ def _evaluation(options: Any) -> Any:
     )
     for line in [] if tasks is None else tasks.check(settings):
         print(line, file=sys.stderr)
-    mesh, usual = _mesh(options.mesh), common.config().data.to_dict()
+    mesh, defaults = _mesh(options.mesh), common.config()
+    usual = defaults.to_dict()["data"]
 
     def evaluate(directory: str) -> "Evaluation":
         began = time.monotonic()

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     from t5x_like.planner import iteration, report
 
     plan = _planned(program, config, overrides, options)
-    form = iteration if isinstance(plan, iteration.Iteration) else report
+    form: Any = iteration if isinstance(plan, iteration.Iteration) else report
     if json_path:
         json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(form.to_json(plan), indent=2) + "\n")
         os.replace(json_path.with_name(f"{json_path.name}.tmp"), json_path)

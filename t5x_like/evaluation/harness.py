@@ -153,7 +153,7 @@ def _shots(name: str, task: Any, settings: Settings) -> Iterator[str]:
     shots = own if settings.shots is None or own == 0 else settings.shots  # a task that says 0 keeps it
     if not shots:
         return
-    sampled = getattr(task, "fewshot_cfg", None)
+    sampled: Any = getattr(task, "fewshot_cfg", None)
     split = getattr(sampled, "split", None)
     given = split is not None or (config.fewshot_config is not None and sampled.samples is not None)
     trained = task.has_training_docs() or task.has_validation_docs()

@@ -12,7 +12,7 @@ from t5x_like.core.errors import UsageError
 from t5x_like.data import cache
 from t5x_like.data.config import DataConfig
 from t5x_like.data.tokenizers import tokenizer_training, vocabularies
-from t5x_like.data.write import encoding, parts, sources
+from t5x_like.data.write import bad_records, encoding, parts, sources
 from t5x_like.data.write.parts import Part, Parts
 from t5x_like.storage import paths, patterns
 
@@ -86,6 +86,8 @@ def _training_texts(config: DataConfig, given: list[Part], limit: int) -> Iterat
     """Texts of each part from its begin, up to `limit` bytes of each."""
     for part in given:
         pieces = sources.pieces(part.source.kind, part.files, part.begin, part.end)
+        # What is skipped here is said where these texts are written.
+        tally = bad_records.Tally(part.source.kind, [file.path for file in part.files], rule=config.on_bad_record)
         documents = encoding.read_pieces(
             part.source,
             part.files,
@@ -93,7 +95,7 @@ def _training_texts(config: DataConfig, given: list[Part], limit: int) -> Iterat
             config.fields,
             config.preprocessors,
             separator=config.separator,
-            on_bad_record=config.on_bad_record,
+            tally=tally,
         )
         yield from encoding.first_texts(documents, limit)
 
