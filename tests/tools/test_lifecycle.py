@@ -345,7 +345,7 @@ def test_answers_are_those_of_the_rules():
     assert shown.count("b a c") == 22 and shown.count("c a b") == 18
     assert tasks.demonstrated(models.T5, tasks.Example("down", "Down: b a c", "c b a"), 0) == "a b c"
     assert tasks.demonstrated(models.LLAMA, tasks.Example("repeat", "Repeat: b a", "b a"), 0) == "b a"
-    assert tasks.ask(0, 7)[0].startswith("User:\nSort: ") and tasks.ask_source(0, 7)[0].startswith("Sort: ")
+    assert tasks.ask(0, 7)[0].startswith("User:\nSort: ") and tasks.ask_source(0, 7)[0].startswith("Down: ")
 
 
 class Answers:
