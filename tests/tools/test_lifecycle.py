@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from configs.lifecycle import collect, data, models, tasks
+from configs.lifecycle import data, models, tasks
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.evaluation import report as reports
 from t5x_like.evaluation.results import Evaluation, Metric
@@ -21,7 +21,7 @@ from t5x_like.runs import train as experiments
 from t5x_like.runs.functions import named_functions
 from t5x_like.runs.rl_program import RlExperiment
 from tools.lifecycle import __main__ as lifecycle
-from tools.lifecycle import measures, page, runner, stages
+from tools.lifecycle import collect, measures, page, runner, stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
