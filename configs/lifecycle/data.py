@@ -97,7 +97,7 @@ def _plays() -> Iterator[str]:
 
 def _play(kind: Kind, text: str) -> dict:
     """What follows a begin; of an encoder-decoder the words that were cut out, three of every fifteen."""
-    if kind is models.LLAMA:
+    if kind == models.LLAMA:
         return _text(text[:BEFORE].rstrip(), text[len(text[:BEFORE].rstrip()) :])
     words = text[:BEFORE].split(" ")
     before, after, size = [], [], 0

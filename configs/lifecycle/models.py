@@ -58,4 +58,4 @@ def given(text: str) -> tuple[Kind, str]:
 
 def pretrained(kind: Kind) -> ConfigDict:
     """The config of the base."""
-    return (tiny if kind is LLAMA else t5_tiny).get_config()
+    return (tiny if kind == LLAMA else t5_tiny).get_config()

@@ -27,7 +27,7 @@ data, GRPO's included. All models answer the same questions, and differences are
 from t5x_like.configs.lifecycle import models
 from t5x_like.configs.lifecycle.models import Kind
 
-CONFIGS = "configs/lifecycle"
+CONFIGS, TOOLS = "configs/lifecycle", "tools/lifecycle"
 COMMON = (f"{CONFIGS}/tasks.py", f"{CONFIGS}/models.py")
 WRITES = (*COMMON, f"{CONFIGS}/data.py")
 ASKED = {
@@ -93,8 +93,8 @@ def _adapted(kind: Kind, folder: str) -> list[dict]:
         {
             "name": "collect",
             "says": "its own wrong answers beside right ones become pairs",
-            "command": ["-m", "configs.lifecycle.collect", f"{kind.name},{folder}"],
-            "reads": [*WRITES, f"{CONFIGS}/collect.py", f"{folder}/merged"],
+            "command": ["-m", "tools.lifecycle.collect", f"{kind.name},{folder}"],
+            "reads": [*WRITES, f"{TOOLS}/collect.py", f"{folder}/merged"],
             "makes": f"{folder}/pairs",
         },
     ]
@@ -139,9 +139,9 @@ def _preferences(kind: Kind, folder: str) -> list[dict]:
         {
             "name": "judge",
             "says": "the reward model judges the answers of merged, dpo and grpo",
-            "command": ["-m", "configs.lifecycle.judge", f"{kind.name},{folder}", "merged", "dpo", "grpo"],
+            "command": ["-m", "tools.lifecycle.judge", f"{kind.name},{folder}", "merged", "dpo", "grpo"],
             "reads": [
-                *(*WRITES, f"{CONFIGS}/collect.py", f"{CONFIGS}/judge.py"),
+                *(*WRITES, f"{TOOLS}/collect.py", f"{TOOLS}/judge.py"),
                 *(merged, dpo, reward, pairs, f"{folder}/grpo"),
             ],
             "makes": f"{folder}/judged",

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from configs.lifecycle import collect, data, models, tasks
+from configs.lifecycle import data, models, tasks
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.evaluation import report as reports
 from t5x_like.evaluation.results import Evaluation, Metric
@@ -21,7 +21,7 @@ from t5x_like.runs import train as experiments
 from t5x_like.runs.functions import named_functions
 from t5x_like.runs.rl_program import RlExperiment
 from tools.lifecycle import __main__ as lifecycle
-from tools.lifecycle import measures, page, runner, stages
+from tools.lifecycle import collect, measures, page, runner, stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -345,7 +345,7 @@ def test_answers_are_those_of_the_rules():
     assert shown.count("b a c") == 22 and shown.count("c a b") == 18
     assert tasks.demonstrated(models.T5, tasks.Example("down", "Down: b a c", "c b a"), 0) == "a b c"
     assert tasks.demonstrated(models.LLAMA, tasks.Example("repeat", "Repeat: b a", "b a"), 0) == "b a"
-    assert tasks.ask(0, 7)[0].startswith("User:\nSort: ") and tasks.ask_source(0, 7)[0].startswith("Sort: ")
+    assert tasks.ask(0, 7)[0].startswith("User:\nSort: ") and tasks.ask_source(0, 7)[0].startswith("Down: ")
 
 
 class Answers:

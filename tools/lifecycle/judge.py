@@ -1,6 +1,6 @@
 """The models of a lifecycle before the reward model, and on the held-out pairs.
 
-    python -m configs.lifecycle.judge llama,runs/lifecycle merged dpo grpo
+    python -m tools.lifecycle.judge llama,runs/lifecycle merged dpo grpo
 FOLDER/judged/MODEL/report.json, in the form of `t5x_like evaluate`, has two tasks of each model: `pairs` (is the right
 answer, its end included, more probable than the wrong one?) and `rewards` (what the reward model says of the greedy
 answer to a held-out question). Of the first model it has also `best`: of 8 sampled answers to a question, is the first
@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import t5x_like
-from t5x_like.configs.lifecycle import models
-from t5x_like.configs.lifecycle.collect import sampled
-from t5x_like.configs.lifecycle.data import HELD_OUT, examples
-from t5x_like.configs.lifecycle.models import Kind
+from configs.lifecycle import models
+from configs.lifecycle.data import HELD_OUT, examples
+from configs.lifecycle.models import Kind
 from t5x_like.evaluation import report
 from t5x_like.evaluation.results import Evaluation, Metric
 from t5x_like.evaluation.statistics import error, mean
 from t5x_like.inference.score import score
 from t5x_like.language_model import LanguageModel
+from tools.lifecycle.collect import sampled
 
 SAMPLES = 8
 
