@@ -115,7 +115,7 @@ def _evaluation(options: Any) -> Any:
         batch_tokens=options.batch_tokens,
         seed=options.seed,
     )
-    mesh, usual = _mesh(options.mesh), common.config().data.to_dict()
+    mesh, config = _mesh(options.mesh), common.config().to_dict()
 
     def evaluate(directory: str) -> "Evaluation":
         began = time.monotonic()
@@ -125,7 +125,7 @@ def _evaluation(options: Any) -> Any:
             for each in texts
             for metric in text.measure(
                 subject,
-                text.config_of(subject, section, each, usual=usual),
+                text.config_of(subject, section, each, usual=config["data"]),
                 name=each,
                 batch_tokens=options.batch_tokens,
             )
