@@ -37,12 +37,12 @@ def run(arguments: Sequence[str]) -> int:
     environment.apply(environment.READING)
     from t5x_like.evaluation import report, statistics  # import jax, whose environment now stands
 
-    evaluate, names = _evaluation(options), list(options.directories)
     reference: Evaluation | None = None
     if options.fail_if_worse.endswith(".json"):
         reference = report.read(options.fail_if_worse)
         _check_settings(options, reference, report.facts(options.fail_if_worse))
-    elif options.fail_if_worse:
+    evaluate, names = _evaluation(options), list(options.directories)
+    if options.fail_if_worse and reference is None:
         reference = evaluate(options.fail_if_worse)
     found = [*([] if reference is None else [reference]), *(evaluate(name) for name in names)]
     differences = {each.model: statistics.differences(found[0].metrics, each.metrics) for each in found[1:]}

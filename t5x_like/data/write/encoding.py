@@ -92,11 +92,12 @@ def read_pieces(
     names: Sequence[str],
     *,
     separator: str = "",
+    on_bad_record: str = "stop",
     tally: bad_records.Tally | None = None,
 ) -> Iterator[Placed]:
-    """The documents of some pieces of a native source, in order. Without a tally the first bad record is an error."""
+    """The documents of some pieces of a native source, in order. tally: counts bad records, by its own rule."""
     if tally is None:
-        tally = bad_records.Tally(source.kind, [file.path for file in files], rule="stop")
+        tally = bad_records.Tally(source.kind, [file.path for file in files], rule=on_bad_record)
     wanted = () if source.kind in ("text", "lines") else fields.names
     for piece in pieces:
         path = files[piece.file].path
