@@ -74,12 +74,16 @@ def arrays(batch):
     return {name: ArraySpec(x.shape, "int32", ("batch", "length")) for name, x in batch.items()}
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_norm"])
-def test_dpo_is_that_of_trl(kind, tmp_path, tmp_path_factory):
+# TRL's "sigmoid" knows no label smoothing; its "aot" of one pair is that loss with it.
+@pytest.mark.parametrize(
+    ("kind", "count", "smoothing"), [("sigmoid", 4, 0.0), ("sigmoid_norm", 4, 0.0), ("aot", 1, 0.2)]
+)
+def test_dpo_is_that_of_trl(kind, count, smoothing, tmp_path, tmp_path_factory):
     base = folder(tmp_path_factory.getbasetemp() / "policy")
     arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, loss_type=[kind], beta=0.3, report_to=[],
-        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_dropout=True, max_length=None,
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=count, loss_type=[kind], beta=0.3, report_to=[],
+        label_smoothing=smoothing, use_cpu=True, bf16=False, gradient_checkpointing=False, disable_dropout=True,
+        max_length=None,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM.from_pretrained(base).double()
     trainer = trl.DPOTrainer(
@@ -99,7 +103,7 @@ def test_dpo_is_that_of_trl(kind, tmp_path, tmp_path_factory):
     both = {}
     for side, ids, inside, answer in zip(
         pairs.SIDES,
-        *(batch[name].numpy().reshape(2, 4, -1) for name in ("input_ids", "attention_mask", "completion_mask")),
+        *(batch[name].numpy().reshape(2, count, -1) for name in ("input_ids", "attention_mask", "completion_mask")),
         strict=True,
     ):
         both |= {
@@ -109,7 +113,7 @@ def test_dpo_is_that_of_trl(kind, tmp_path, tmp_path_factory):
             f"{side}/segment_ids": inside[:, :-1],
         }
     both = {name: jnp.asarray(x, jnp.float32 if x.dtype == np.float32 else jnp.int32) for name, x in both.items()}
-    config = dpo.DpoConfig(0.3, 0.0, length_normalized=kind == "sigmoid_norm", reference="role")
+    config = dpo.DpoConfig(0.3, smoothing, length_normalized=kind == "sigmoid_norm", reference="role")
     roles = {"policy": policy(model_of_ours), "reference": frozen_role(model_of_ours, "reference")}
     objective = dpo.build(config, roles, arrays(both))
 
