@@ -18,6 +18,7 @@ CONFIG = RlConfig(
     epochs=1,
     new_tokens=4,
     rows=0,
+    weights="gathered",
     end_tokens=("eos",),
     truncated="keep",
     generate=None,
