@@ -122,14 +122,10 @@ def _evaluation(options: Any) -> Any:
         batch_tokens=options.batch_tokens,
         seed=options.seed,
     )
-<<<<<<< HEAD
     for line in [] if tasks is None else tasks.check(settings):
         print(line, file=sys.stderr)
     mesh, defaults = _mesh(options.mesh), common.config()
     usual = defaults.to_dict()["data"]
-=======
-    mesh, config = _mesh(options.mesh), common.config().to_dict()
->>>>>>> w-mend
 
     def evaluate(directory: str) -> "Evaluation":
         began = time.monotonic()
@@ -139,11 +135,7 @@ def _evaluation(options: Any) -> Any:
             for each in texts
             for metric in text.measure(
                 subject,
-<<<<<<< HEAD
                 text.config_of(subject, section, each, usual=usual, length=options.length),
-=======
-                text.config_of(subject, section, each, usual=config["data"]),
->>>>>>> w-mend
                 name=each,
                 batch_tokens=options.batch_tokens,
             )

@@ -38,14 +38,18 @@ def run(arguments: Sequence[str]) -> int:
 
     from t5x_like.planner import iteration, report
 
-    plan = _planned(program, config, overrides, options)
-    form: Any = iteration if isinstance(plan, iteration.Iteration) else report
+    plan: report.Plan | iteration.Iteration = _planned(program, config, overrides, options)
+    details, problems = options.details, []
+    if isinstance(plan, iteration.Iteration):
+        content, text, problems = iteration.to_json(plan), iteration.to_text(plan, details=details), plan.problems
+    else:
+        content, text = report.to_json(plan), report.to_text(plan, details=details)
     if json_path:
-        json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(form.to_json(plan), indent=2) + "\n")
+        json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
         os.replace(json_path.with_name(f"{json_path.name}.tmp"), json_path)
-    print(form.to_text(plan, details=options.details))
-    if isinstance(plan, iteration.Iteration) and plan.problems:
-        raise UserError(f"{plan.place.topology} is too small for this iteration: {'; '.join(plan.problems)}")
+    print(text)
+    if problems:
+        raise UserError(f"{plan.place.topology} is too small for this iteration: {'; '.join(problems)}")
     return 0
 
 

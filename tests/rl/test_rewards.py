@@ -19,6 +19,7 @@ CONFIG = RlConfig(
     epochs=1,
     new_tokens=4,
     rows=0,
+    weights="gathered",
     end_tokens=("eos",),
     truncated="keep",
     generate=None,
