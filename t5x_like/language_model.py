@@ -6,7 +6,6 @@ lm.generate(["To be, or"], max_new_tokens=40, temperature=0.8, seed=1)
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,52 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5x_like.compress import quant_array
-from t5x_like.compress import reading as quantizing
-from t5x_like.compress.quant_array import QuantArray
-from t5x_like.convert.convert import load_params
-from t5x_like.convert.foreign import is_foreign, open_foreign
-from t5x_like.core import dtypes, tree
 from t5x_like.core.config import nearest
 from t5x_like.core.environment import READING, spare_search
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.types import ParamSpec, Tree
-from t5x_like.data.read import source_target
+from t5x_like.core.types import Tree
 from t5x_like.data.templates.chat import Chat
 from t5x_like.data.templates.messages import of_list
-from t5x_like.data.tokenizers import sentinels, vocabularies
-from t5x_like.data.tokenizers.vocabularies import Vocabulary
+from t5x_like.data.tokenizers import sentinels
 from t5x_like.inference import decode
 from t5x_like.inference.heads import read_last
 from t5x_like.inference.sampling import Sampling
 from t5x_like.inference.score import TOKENS_PER_BATCH, score
-from t5x_like.inference.weights import for_decoding, in_dtype
+from t5x_like.inference.weights import for_decoding
 from t5x_like.layers.scoring.head import logits
-from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
-from t5x_like.parallel.sharding import named
-from t5x_like.runs import adapters, roles
-from t5x_like.storage import model_directory, paths, patterns
-from t5x_like.storage.reading import Place
-
-# How the matrices of a model may be held; see `load`.
-DTYPES = ("compute", "stored", *dtypes.NAMES, "int8")
+from t5x_like.runs import loading
+from t5x_like.runs.loading import DTYPES, Loaded
+from t5x_like.storage import patterns
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """Functions of a model, its parameters and its vocabulary. Made by `t5x_like.load`.
-
-    start_id: the token that the decoder of an encoder-decoder begins with. checkpoint: where the parameters were read,
-    if that is one of ours. mesh: where they lie, None for one device.
-    """
-
-    model: Model
-    params: Tree
-    vocabulary: Vocabulary
-    start_id: int = 0
-    checkpoint: str | None = None
-    mesh: Mesh | None = None
+class LanguageModel(Loaded):
+    """Functions of a model, its parameters and its vocabulary. Made by `t5x_like.load`."""
 
     @property
     def platform(self) -> str:
@@ -124,7 +99,7 @@ class LanguageModel:
             tokens = [[self.start_id, *self._encode_answer(prefix)]] * len(prompts)
         if not all(sources or tokens):
             raise UsageError("an empty prompt needs a tokenizer with a token that begins or ends a document; give text")
-        sampling, stops = Sampling(temperature, top_k, top_p), [self.vocabulary.eos_id]
+        sampling, stops = Sampling(temperature, top_k, top_p), self._end
         return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
 
     def chat(
@@ -150,17 +125,18 @@ class LanguageModel:
             raise UsageError(f"max_new_tokens={max_new_tokens} should be at least 1")
         if not conversations:
             return []
-        parts = [self._chat.prompt(conversation).parts() for conversation in conversations]
+        parts = [self.template.prompt(conversation).parts() for conversation in conversations]
         tokens = [self.vocabulary.encode_parts(each)[0].tolist() for each in parts]
         sources = None
         if self.has_encoder:
             sources = [[*source, *self._end] for source in tokens]
             tokens = [[self.start_id]] * len(sources)
-        sampling, stops = Sampling(temperature, top_k, top_p), self._chat.stop_ids()
+        sampling, stops = Sampling(temperature, top_k, top_p), self.template.stop_ids()
         return self._continued(tokens, sources, stops, max_new_tokens, sampling, seed, beyond_max_length)
 
     @functools.cached_property
-    def _chat(self) -> Chat:
+    def template(self) -> Chat:
+        """The chat template that it was trained with, or that its folder holds. UserError if there is none."""
         template = self.vocabulary.chat_template
         if not template:
             raise UserError(
@@ -177,7 +153,7 @@ class LanguageModel:
         self,
         tokens: list[list[int]],
         sources: list[list[int]] | None,
-        stops: Sequence[int | None],
+        stops: Sequence[int],
         max_new_tokens: int,
         sampling: Sampling,
         seed: int,
@@ -192,10 +168,9 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
-            stop_id=stops[0] if stops else None,
+            stop_ids=stops,
             sources=sources,
         )
-        new = [[*itertools.takewhile(lambda token: token not in stops, row)] for row in new]
         return [self._continuation(prompt, row) for prompt, row in zip(tokens, new, strict=True)]
 
     def log_likelihood(
@@ -328,12 +303,12 @@ def load(
     mesh: Mesh | None = None,
     rules: str = "",
     dtype: str = "compute",
-    base: LanguageModel | None = None,
+    base: LanguageModel | str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """The model of a workdir, model directory or Hugging Face folder.
 
     base: of an adapter, the model that it was trained on, if that is loaded already; then its parameters serve both,
-    and any number of adapters.
+    and any number of adapters. Or the directory where that model lies now, if it is not found where it lay.
 
     step: of a workdir, its newest checkpoint if None; `ema` takes the averaged parameters. They lie on the first
     device, or on `mesh` as `rules` (as in `config.mesh.rules`) say; then call it under `jax.set_mesh(mesh)`. `dtype`:
@@ -345,98 +320,10 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f"dtype={dtype!r} is unknown; {nearest(dtype, DTYPES)}")
     spare_search()
-    devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
-    platform = devices[0].platform
-    if base is not None and (mesh is not None or rules or dtype != "compute"):
+    onto = base if isinstance(base, LanguageModel) else None
+    if onto is not None and (mesh is not None or rules or dtype != "compute"):
         raise UsageError("load: an adapter lies on mesh, rules and dtype of its base; give them there")
-    directory = patterns.one(os.fspath(directory))
-    if is_foreign(directory):
-        if step is not None or ema:
-            raise UsageError(f"{directory} is no workdir: it holds no steps and no averaged parameters")
-        return _load_foreign(directory, mesh=mesh, rules=rules, dtype=dtype, platform=platform)
-    place = model_directory.locate(os.fspath(directory), step=step)
-    metadata = model_directory.read_metadata(place.checkpoint)
-    # Of the config only the model's section: what trained it may have had other fields, or none.
-    config = model_config.resolve(metadata["config"]["model"])
-    if not paths.exists(place.tokenizer):
-        raise UserError(f"{directory} holds no tokenizer; copy the folder {place.tokenizer} from where it came from")
-    with paths.local_copy(place.tokenizer) as folder:
-        vocabulary = vocabularies.load(folder)
-    # A converted model may have had its tokenizer put beside it later: then there is nothing to compare with.
-    recorded = metadata.get("provenance", {}).get("tokenizer", vocabulary.fingerprint)
-    if vocabulary.fingerprint != recorded:
-        raise UserError(
-            f"{place.tokenizer} is not the tokenizer that {place.checkpoint} was trained with; restore that folder"
-        )
-    item = "ema" if ema else "params"
-    model = roles.build_model(config, rules=rules, platform=platform) if base is None else base.model
-    mesh = mesh if base is None else base.mesh
-    put = functools.partial(_templates, model, mesh, dtype="stored")
-    if base is None:
-        wanted = _templates(model, mesh, model.specs(), dtype)
-        quantized = {"kinds": quant_array.KINDS, "place": _place(model, mesh)}
-        params = adapters.restore_attached(place.checkpoint, item, model, wanted, put, **quantized)
-    else:
-        params = adapters.restore_onto(base.params, model, base.checkpoint, place.checkpoint, item, put)
-    return LanguageModel(model, params, vocabulary, _start_id(model, metadata, vocabulary), place.checkpoint, mesh)
-
-
-def _start_id(model: Model, note: Mapping[str, Any], vocabulary: Vocabulary) -> int:
-    """What the decoder behind an encoder begins with: as the data of a run said, or the folder that it was converted
-    from; else 0, as T5."""
-    name = note.get("config", {}).get("data", {}).get("start_token")
-    if name is not None and model.config.architecture == "encoder_decoder":
-        return source_target.start_id(name, vocabulary)
-    stored = [(note.get(part) or {}).get("decoder_start_token_id") for part in ("generation_config", "token_ids")]
-    return next((token for token in stored if isinstance(token, int)), 0)
-
-
-def _templates(model: Model, mesh: Mesh | None, specs: Tree, dtype: str) -> dict[str, Any]:
-    """Where each parameter shall lie, and in which type."""
-    held = {"compute": model.dtypes.compute, "int8": model.dtypes.compute, "stored": None}.get(dtype, dtype)
-    specs = specs if held is None else in_dtype(specs, held)
-
-    def template(path: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        del path
-        sharding = None if mesh is None else named(mesh, model.rules, spec.axes, spec.shape)
-        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
-
-    plain = tree.map_with_path(template, specs)
-    return quantizing.templates(specs, plain, _place(model, mesh)) if dtype == "int8" else plain
-
-
-def _place(model: Model, mesh: Mesh | None) -> Place:
-    """Where a leaf, or a part of one in several parts, shall lie; None for the first device."""
-    specs = tree.flatten(model.specs())
-
-    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
-        if mesh is None:
-            return None
-        spec = specs[path] if path in specs else specs[path.rpartition("/")[0]]
-        # A scale has dims of size 1 where its weight has been summed.
-        axes = tuple(
-            axis if size == shape[dim] else None
-            for dim, (axis, size) in enumerate(zip(spec.axes, spec.shape, strict=True))
-        )
-        return named(mesh, model.rules, axes, shape)
-
-    return place
-
-
-def _load_foreign(directory: str, *, mesh: Mesh | None, rules: str, dtype: str, platform: str) -> LanguageModel:
-    with open_foreign(directory) as foreign:
-        if not foreign.tokenizer:
-            raise UserError(f"{directory} holds no tokenizer; copy its tokenizer.json there")
-        vocabulary = vocabularies.load(os.path.dirname(foreign.tokenizer[0]))
-        models: list[Model] = []
-
-        def templates(config: model_config.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-            models.append(roles.build_model(config, rules=rules, platform=platform))
-            return tree.flatten(_templates(models[0], mesh, models[0].specs(), dtype))
-
-        def packed(path: str, values: np.ndarray, scale: np.ndarray) -> QuantArray:
-            spec = tree.flatten(models[0].specs())[path]
-            return quantizing.placed(path, values, scale, spec.axes, _place(models[0], mesh))
-
-        params = load_params(foreign, templates, packed=packed)
-    return LanguageModel(models[0], params, vocabulary, _start_id(models[0], foreign.extra, vocabulary))
+    at = None if base is None or onto is not None else os.fspath(base)
+    given = patterns.one(os.fspath(directory))
+    found = loading.read(given, step=step, ema=ema, mesh=mesh, rules=rules, dtype=dtype, onto=onto, base=at)
+    return LanguageModel(*(getattr(found, field.name) for field in dataclasses.fields(Loaded)))

@@ -62,7 +62,7 @@ def _parser() -> Parser:
     add("--limit", type=int, help="documents of each task at most (default: all)")
     add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
     add("--gen_kwargs", default="", help="generation_kwargs of all tasks, as max_gen_toks=64,temperature=0.7")
-    add("--chat", action="store_true", help="put requests through the tokenizer's chat template")
+    add("--chat", action="store_true", help="put requests through the model's chat template")
     add("--batch_tokens", type=int, default=2048, help="tokens of a batch (default 2048; more for an accelerator)")
     add("--seed", type=int, default=1234, help="of few-shot examples and of sampling (default 1234)")
     add("--dtype", default="compute", help="of matrices: compute (default), stored, or a name such as bfloat16")
@@ -97,6 +97,7 @@ def _check(options: Any) -> None:
 
 def _evaluation(options: Any) -> Any:
     """A function from a directory to what was found about its model. Texts and names of tasks are looked up here."""
+    from t5x_like.configs import common
     from t5x_like.data.write import sources
     from t5x_like.evaluation import harness, text
 
@@ -114,7 +115,7 @@ def _evaluation(options: Any) -> Any:
         batch_tokens=options.batch_tokens,
         seed=options.seed,
     )
-    mesh = _mesh(options.mesh)
+    mesh, usual = _mesh(options.mesh), common.config().data.to_dict()
 
     def evaluate(directory: str) -> "Evaluation":
         began = time.monotonic()
@@ -123,7 +124,10 @@ def _evaluation(options: Any) -> Any:
             metric
             for each in texts
             for metric in text.measure(
-                subject, text.config_of(subject, section, each), name=each, batch_tokens=options.batch_tokens
+                subject,
+                text.config_of(subject, section, each, usual=usual),
+                name=each,
+                batch_tokens=options.batch_tokens,
             )
         ]
         found = harness.nothing(subject) if tasks is None else tasks.evaluate(subject, settings)
@@ -139,22 +143,19 @@ def _open(directory: str, options: Any, mesh: "Mesh | None") -> "tuple[Evaluated
     from t5x_like.evaluation import chat
     from t5x_like.evaluation.model import EvaluatedModel
     from t5x_like.language_model import load
-    from t5x_like.storage import model_directory, paths
+    from t5x_like.storage import model_directory
 
     place, step = model_directory.split(directory)
     loaded = load(place, step=step, ema=options.ema, dtype=options.dtype, mesh=mesh)
     stored = open_model(place, adapters=True)
-    template = None
-    if options.chat and stored.tokenizer_folder is not None:
-        with paths.local_copy(stored.tokenizer_folder) as local:
-            template = chat.read(local, loaded.vocabulary)
-    if options.chat and (template is None or not template.template):
-        raise UserError(f"{directory}: its tokenizer has no chat template; leave --chat out")
+    if options.chat and not loaded.vocabulary.chat_template:
+        raise UserError(f"{directory}: it has no chat template, by its run or beside its tokenizer; leave --chat out")
+    asked = chat.Requests(loaded.template) if options.chat else None
     section = None
     if stored.step is not None:
         section = model_directory.read_metadata(stored.directory)["config"].get("data")
     subject = EvaluatedModel.of(
-        directory, loaded.model, loaded.params, loaded.vocabulary, start_id=loaded.start_id, mesh=mesh, chat=template
+        directory, loaded.model, loaded.params, loaded.vocabulary, start_id=loaded.start_id, mesh=mesh, chat=asked
     )
     return subject, section
 

@@ -32,6 +32,7 @@ def run(arguments: list[str]) -> int:
         "--beyond_max_length", action="store_true", help="let positions go on past the model's max_length"
     )
     parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to read (default: the newest)")
+    parser.add_argument("--base", help="of an adapter: where its base lies now, if not where it lay")
     parser.add_argument("--ema", action="store_true", help="read the averaged parameters")
     parser.add_argument(
         "--dtype", default="compute", help="how matrices are held: compute (default), stored, float32, bfloat16, int8"
@@ -49,7 +50,7 @@ def run(arguments: list[str]) -> int:
     from t5x_like.language_model import load  # imports jax, whose environment now stands
 
     directory = patterns.one(options.directory, what="DIR=")
-    model = load(directory, step=options.checkpoint, ema=options.ema, dtype=options.dtype)
+    model = load(directory, step=options.checkpoint, ema=options.ema, dtype=options.dtype, base=options.base)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beyond_max_length")
     given = {name: getattr(options, name) for name in names}
     if options.chat:

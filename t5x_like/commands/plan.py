@@ -17,7 +17,7 @@ from typing import Any
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.runs.arguments import Parser, load_config, section, split_config
+from t5x_like.runs.arguments import ConfigParser, load_config, section, split_config
 from t5x_like.storage import paths
 
 
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    parser = Parser(prog="t5x_like plan", description=__doc__)
+    parser = ConfigParser(prog="t5x_like plan", description=__doc__)
     parser.add_argument("--topology", required=True, help="such as v5p:4x4x4, v5e:2x4, v6e:8x8, v4:2x2x4, tpu7x:2x2x2")
     parser.add_argument("--program", choices=("train", "decode"), default="train")
     parser.add_argument("--rows", type=int, help="decode: texts at once, over all devices")

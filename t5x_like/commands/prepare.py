@@ -16,12 +16,12 @@ from typing import Any
 from t5x_like.core.config import build
 from t5x_like.core.errors import UsageError
 from t5x_like.core.terminal import format_bytes, format_count
-from t5x_like.runs.arguments import Parser, load_config, split_config
+from t5x_like.runs.arguments import ConfigParser, load_config, split_config
 
 
 def run(arguments: Sequence[str]) -> int:
     config_arguments, others = split_config(arguments)
-    parser = Parser(prog="t5x_like prepare", description=__doc__)
+    parser = ConfigParser(prog="t5x_like prepare", description=__doc__)
     parser.add_argument("--workdir", default="", help="folder of the run; needed unless config.data.cache is given")
     parser.add_argument("--part", default="", metavar="I/N", help="write part I of N (from 1) of a shared cache alone")
     parser.add_argument("--finish", action="store_true", help="check that all parts are there and complete the cache")

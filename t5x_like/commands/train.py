@@ -15,7 +15,7 @@ from typing import Any
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError
-from t5x_like.runs.arguments import Parser, load_config, override, section, split_config
+from t5x_like.runs.arguments import ConfigParser, load_config, override, section, split_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _threads_of_branch(config: Mapping[str, Any]) -> int | None:
 
 
 def _parse(arguments: Sequence[str], *, prog: str, description: str | None) -> argparse.Namespace:
-    parser = Parser(prog=prog, description=description)
+    parser = ConfigParser(prog=prog, description=description)
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
     parser.add_argument("--check", action="store_true", help="build, print the summary, and exit")
     parser.add_argument(

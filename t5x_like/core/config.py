@@ -34,7 +34,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     >>> nearest("lenght", ["length", "width"])
     "did you mean 'length'?"
     """
-    names = sorted(names)
+    names = sorted({*names})
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 

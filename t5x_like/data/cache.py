@@ -2,7 +2,7 @@
 
 `prepared-KEY.json` names them; KEY is a hash of what the config says about sources, fields, tokenizer and held-out
 text, so a reader needs the cache alone and not the sources. A cache in a bucket is copied to a local disk once and
-read there. Contents of the folders: data/token_set.py.
+read there. Contents of the folders: data/token_shards.py.
 
 A cache that may not be written is enough for a config that means the same text by other paths: the file that says so
 then lies `beside` it, in a folder of the run.
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import token_set
+from t5x_like.data import token_shards
 from t5x_like.data.config import DataConfig
 from t5x_like.storage import paths
 
@@ -123,7 +123,7 @@ def fetch(config: DataConfig, cache_dir: str) -> None:
 
 def fetch_set(cache_dir: str, part: str) -> None:
     """Copies a token set that is complete in a bucket to the local disk; does nothing for a local cache."""
-    if paths.is_remote(cache_dir) and paths.exists(paths.join(cache_dir, part, token_set.INDEX)):
+    if paths.is_remote(cache_dir) and paths.exists(paths.join(cache_dir, part, token_shards.INDEX)):
         _copy_missing(paths.join(cache_dir, part), str(local_folder(cache_dir) / part))
 
 
@@ -219,7 +219,7 @@ def fetch_shards(cache_dir: str, part: str, shards: Iterable[int]) -> None:
     there, folder = paths.tree_files(paths.join(cache_dir, part)), local_folder(cache_dir) / part
     for index in shards:
         names = _shard_files(index)
-        if all(file in there for file in names) and token_set.shard_facts(folder, index) is None:
+        if all(file in there for file in names) and token_shards.shard_facts(folder, index) is None:
             for file in names:
                 paths.copy_file(paths.join(cache_dir, part, file), str(folder / file))
 
@@ -237,14 +237,14 @@ def send_shards(cache_dir: str, part: str, shards: Iterable[int]) -> None:
 
 def send_index(cache_dir: str, part: str) -> None:
     if paths.is_remote(cache_dir):
-        index = token_set.INDEX
+        index = token_shards.INDEX
         paths.copy_file(str(local_folder(cache_dir) / part / index), paths.join(cache_dir, part, index))
 
 
 def shard_facts(cache_dir: str, part: str, shards: Iterable[int]) -> list[dict[str, Any] | None]:
     """What each shard says of itself where the cache is, None for one that is not there whole; copies no tokens."""
     if not paths.is_remote(cache_dir):
-        return [token_set.shard_facts(local_folder(cache_dir) / part, index) for index in shards]
+        return [token_shards.shard_facts(local_folder(cache_dir) / part, index) for index in shards]
     there = paths.tree_files(paths.join(cache_dir, part))
     found: list[dict[str, Any] | None] = []
     for index in shards:
@@ -255,4 +255,4 @@ def shard_facts(cache_dir: str, part: str, shards: Iterable[int]) -> list[dict[s
 
 
 def _shard_files(index: int) -> tuple[str, str]:
-    return f"{token_set.shard_name(index)}.bin", f"{token_set.shard_name(index)}.json"
+    return f"{token_shards.shard_name(index)}.bin", f"{token_shards.shard_name(index)}.json"

@@ -56,7 +56,7 @@ class FieldsConfig:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a token set stores of each document besides its tokens (data/token_set.py)."""
+        """What a token set stores of each document besides its tokens (data/token_shards.py)."""
         return ("rejected",) * bool(self.rejected) + ("labels",) * bool(self.label)
 
 
@@ -232,7 +232,7 @@ class DataConfig:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a token set stores besides tokens (data/token_set.py)."""
+        """What a token set stores besides tokens (data/token_shards.py)."""
         marked = self.chats and not self.answers_apart and not self.fields.rejected
         return ("trained",) if marked else self.fields.columns
 

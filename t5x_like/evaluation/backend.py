@@ -146,7 +146,7 @@ class Backend(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self._subject.chat is None:
-            raise UserError(f"{self._subject.name}: its tokenizer has no chat template; leave --chat out")
+            raise UserError(f"{self._subject.name}: it is asked without a chat template; leave --chat out")
         return self._subject.chat.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

@@ -108,7 +108,7 @@ class _Batch:
             max_new_tokens=count,
             sampling=self.limits.sampling,
             seed=seed,
-            stop_id=subject.vocabulary.eos_id,
+            stop_ids=subject.stop_ids,
             sources=sources,
         )[: len(rows)]
 

@@ -11,7 +11,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
 from t5x_like.data.tokenizers import sentinels
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
-from t5x_like.evaluation.chat import Chat
+from t5x_like.evaluation.chat import Requests
 from t5x_like.inference.weights import for_decoding
 from t5x_like.models.model import Model
 
@@ -21,7 +21,7 @@ class EvaluatedModel:
     """A model ready to answer requests.
 
     name: what reports call it. start_id: what a decoder behind an encoder begins with. mesh: where the parameters lie,
-    None for one device. chat: its chat template, None without one.
+    None for one device. chat: what its chat template writes, None to ask without one.
     """
 
     name: str
@@ -30,7 +30,7 @@ class EvaluatedModel:
     vocabulary: Vocabulary
     start_id: int
     mesh: Mesh | None
-    chat: Chat | None
+    chat: Requests | None
 
     @classmethod
     def of(
@@ -42,7 +42,7 @@ class EvaluatedModel:
         *,
         start_id: int,
         mesh: Mesh | None,
-        chat: Chat | None,
+        chat: Requests | None,
     ) -> "EvaluatedModel":
         """With weights that are read best over and over: on a CPU a copy, layer by layer, instead of `params`."""
         return cls(name, *for_decoding(model, params), vocabulary, start_id, mesh, chat)
@@ -67,19 +67,26 @@ class EvaluatedModel:
             )
         return found
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: EOS, and of a conversation what ends a turn."""
+        if self.chat is not None:
+            return self.chat.stop_ids
+        return [] if self.vocabulary.eos_id is None else [self.vocabulary.eos_id]
+
     def encode(self, text: str, *, special: bool | None = None) -> list[int]:
         """Ids of a text. special: with BOS before it (a decoder) or EOS behind it (an encoder reads it), where the
-        tokenizer has them; None: unless the text has its BOS already."""
-        ids = self._plain(text)
+        tokenizer has them; None: unless the text has its BOS already. A conversation has the BOS that its template
+        writes, or none, as in training."""
+        parts = None if self.chat is None else self.chat.parts(text)
         bos, eos = self.vocabulary.bos_id, self.vocabulary.eos_id
+        if parts is not None:
+            ids = self.vocabulary.encode_parts(parts)[0].tolist()
+        else:
+            ids = sentinels.encode(self.vocabulary, text) if self.has_encoder else self.vocabulary.encode(text)
         if special is False:
             return ids
         if self.has_encoder:
             return ids if eos is None else [*ids, eos]
-        there = special is None and ids[:1] == [bos]
+        there = parts is not None or (special is None and ids[:1] == [bos])
         return ids if bos is None or there else [bos, *ids]
-
-    def _plain(self, text: str) -> list[int]:
-        if self.chat is not None and self.chat.special:
-            return self.chat.encode(self.vocabulary, text)
-        return sentinels.encode(self.vocabulary, text) if self.has_encoder else self.vocabulary.encode(text)

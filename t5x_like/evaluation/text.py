@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_like.core import config as bridge
-from t5x_like.core import formats
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
 from t5x_like.data import cache
@@ -42,42 +41,6 @@ from t5x_like.parallel.sharding import constrain, named, use_rules
 BLOCK = 4096  # bytes of text that are one observation: the same text for any tokenizer
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _ENDINGS |= {".arrow": "arrow"}
-# What a model is read with that came without a run: plain documents one after the other, in rows of the model's length.
-_SECTION: Mapping[str, Any] = {
-    "source": "",
-    "mixture": {
-        "sources": {},
-        "rates": {},
-        "maximum": None,
-        "scale": 1.0,
-        "temperature": 1.0,
-        "counts": "examples",
-    },
-    "fields": dataclasses.asdict(PLAIN),
-    "on_bad_record": "stop",
-    "max_bad_share": 0.0,
-    "preprocessors": [],
-    "tokenizer": "bytes",
-    "extra_ids": 0,
-    "tokenizer_training_bytes": 1,
-    "validation": "",
-    "validation_stride": 0,
-    "validation_batches": 0,
-    "batch_size": 1,
-    "length": 1,
-    "features": "causal",
-    "encoder_length": 0,
-    "start_token": "pad",
-    "span_corruption": {"noise_density": 0.15, "mean_span_length": 3.0},
-    "packing": "concatenate",
-    "truncate": {"rule": "cut", "inputs": "left", "min_targets": 0},
-    "attend_across_documents": False,
-    "prefix": False,
-    "prefetch": 0,
-    "workers": 0,
-    "cache": "",
-    "verify": False,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +63,18 @@ def source_of(text: str) -> str:
     return f"{_ENDINGS.get(os.path.splitext(name)[1], 'text')}:{text}"
 
 
-def config_of(subject: EvaluatedModel, section: Mapping[str, Any] | None, source: str) -> DataConfig:
-    """How a run of this model would hold out the source. section: the `data` section of its own run, None without."""
+def config_of(
+    subject: EvaluatedModel, section: Mapping[str, Any] | None, source: str, *, usual: Mapping[str, Any]
+) -> DataConfig:
+    """How a run of this model would hold out the source. section: the `data` section of its own run, None without;
+    usual: that of configs/common, which is then taken with rows of the model's length."""
     if section is None:
         if subject.has_encoder:
             raise UsageError(
                 f"{subject.name}: a text becomes sources and targets as the config of a run says, and this model came "
                 "without one; evaluate it on --tasks, or give a workdir"
             )
-        section = {**_SECTION, "length": subject.max_length}
-        section = formats.upgrade({"format": 3, "data": section}, where="evaluation/text.py")["data"]
-    assert section is not None
+        section = {**usual, "length": subject.max_length}
     config = bridge.build(DataConfig, section, path="config.data")
     documents = config.features in ("causal", "span_corruption") and not config.fields.targets
     change: dict[str, Any] = {} if documents else {"features": "causal", "fields": PLAIN, "packing": "concatenate"}

@@ -8,6 +8,7 @@ Names: B batch (rows), T prompt length (padded), S source length (padded), V voc
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,7 +123,7 @@ def _log_probability(logits_BV: jax.Array, tokens_B: jax.Array, sampling: Sampli
 
 # With the compiler's default options: the products of one token a row are a third faster with YNNPACK than with the
 # library that is faster for long rows (docs/log.md).
-@functools.partial(jax.jit, static_argnames=("model", "steps", "sampling", "stop_id"))
+@functools.partial(jax.jit, static_argnames=("model", "steps", "sampling", "stop_ids"))
 def _continue(
     params: Tree,
     tokens_BT: Int[Array, "B T"],
@@ -134,9 +135,9 @@ def _continue(
     model: Model,
     steps: int,
     sampling: Sampling,
-    stop_id: int,
+    stop_ids: tuple[int, ...],
 ) -> Int[Array, "B steps"]:
-    """Up to `limit` <= `steps` new tokens a row; what follows a row's stop token is `stop_id`."""
+    """Up to `limit` <= `steps` new tokens a row; what follows a row's stop token is the first of `stop_ids`."""
     return continue_rows(
         model,
         params,
@@ -147,8 +148,8 @@ def _continue(
         limit=limit,
         steps=steps,
         sampling=sampling,
-        stop_ids=(stop_id,),
-        fill=stop_id,
+        stop_ids=stop_ids,
+        fill=stop_ids[0],
         scored=False,
     ).tokens_BN
 
@@ -161,10 +162,10 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-    stop_id: int | None,
+    stop_ids: Sequence[int] = (),
     sources: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, without its stop token. Prompts must hold at least one token each.
+    """The new tokens of each prompt before the first of `stop_ids`. Prompts must hold at least one token each.
 
     sources: what the encoder of an encoder-decoder reads, one for each prompt; the prompt then is the decoder's start
     token, and what else its answer shall begin with. The same seed gives the same tokens for a prompt at the same place
@@ -177,7 +178,7 @@ def generate(
     if len(source.get("encoder_inputs", prompts)) != len(prompts):
         raise ValueError("generate needs as many sources as prompts")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
-    stop = -1 if stop_id is None else stop_id
+    stops = tuple(dict.fromkeys(stop_ids)) or (-1,)
     model, params = for_decoding(model, params)
     new = _continue(
         params,
@@ -189,10 +190,10 @@ def generate(
         model=model,
         steps=bucket(max_new_tokens),
         sampling=sampling,
-        stop_id=stop,
+        stop_ids=stops,
     )
     rows = np.asarray(new)[:, :max_new_tokens].tolist()
-    return [row[: row.index(stop)] if stop in row else row for row in rows]
+    return [[*itertools.takewhile(lambda token: token not in stops, row)] for row in rows]
 
 
 def padded(model: Model, texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

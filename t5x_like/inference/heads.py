@@ -46,8 +46,8 @@ def read_last(
                 raise UsageError(
                     f"text {index} has {len(ids)} tokens, and this model reads from 1 to max_length={limit}; shorten it"
                 )
-        lengths = [row_length(len(ids), limit) for ids in read]
-        groups.setdefault((lengths[0], *lengths[1:], 0)[:2], []).append(index)
+        source = 0 if sources is None else row_length(len(sources[index]), limit)
+        groups.setdefault((row_length(len(text), limit), source), []).append(index)
     found = np.zeros(len(texts), np.float32)
     for (length, source), members in sorted(groups.items()):
         shards = batch_shards(model, mesh)

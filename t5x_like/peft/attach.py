@@ -22,7 +22,7 @@ from t5x_like.core import tree
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ParamSpec, Tree
-from t5x_like.layers.param import ZEROS
+from t5x_like.layers.param import ZEROS, normal
 from t5x_like.optim.dims import BATCH_AXES, matrix, single
 from t5x_like.peft.config import AdapterConfig, LoraConfig, Rank
 from t5x_like.peft.lora import LoraArray
@@ -30,13 +30,19 @@ from t5x_like.peft.lora import LoraArray
 ROOT = "adapters"
 
 
+# Tables of the vocabulary [V, D], which no pattern that matches a matrix of layers is taken to mean.
+EMBEDDING, HEAD = "embed/tokens", "head/weight"
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One weight that is adapted. ranks: of each layer, or one. scales: s of each, 0 where the rank is 0."""
+    """One weight that is adapted. ranks: of each layer, or one. scales: s of each, 0 where the rank is 0. drawn: which
+    of A and B does not begin as zeros, and how."""
 
     spec: ParamSpec
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
+    drawn: tuple[str, str]
 
     @property
     def rank(self) -> int:
@@ -48,7 +54,7 @@ class Target:
         return len(_batch(self.spec))
 
     def specs(self) -> dict[str, ParamSpec]:
-        """A, which begins as in peft (a uniform distribution by its inputs), and B, zeros.
+        """A and B, one of which is drawn and the other zeros (`_drawn`).
 
         All layers have the columns of the largest rank; those that a layer has too many are multiplied with 0, and so
         get no gradient.
@@ -56,20 +62,21 @@ class Target:
         s = self.spec
         outer = _batch(s)
         inputs, outputs = (tuple(len(outer) + dim for dim in side) for side in _sides(s))
-        before, width = tuple(range(len(outer))), math.prod(s.shape[dim] for dim in inputs)
+        before = tuple(range(len(outer)))
         a, b = before + inputs, outputs
+        name, init = self.drawn
         return {
             "a": ParamSpec(
                 (*(s.shape[dim] for dim in a), self.rank),
                 "float32",
                 (*(s.axes[dim] for dim in a), "rank"),
-                f"uniform({width**-0.5:.9g})",
+                init if name == "a" else ZEROS,
             ),
             "b": ParamSpec(
                 (*(s.shape[dim] for dim in before), self.rank, *(s.shape[dim] for dim in b)),
                 "float32",
                 (*(s.axes[dim] for dim in before), "rank", *(s.axes[dim] for dim in b)),
-                ZEROS,
+                init if name == "b" else ZEROS,
             ),
         }
 
@@ -121,9 +128,10 @@ def build(config: AdapterConfig, specs: Tree) -> Adapter | None:
     if config.lora is None:
         return None
     lora, where = config.lora, "config.adapter.lora"
-    known = {path: spec for path, spec in tree.leaves(specs) if _is_matrix(spec)}
+    known = {path: spec for path, spec in tree.leaves(specs) if _is_matrix(spec) or path in (EMBEDDING, HEAD)}
     _check_patterns(f"{where}.targets", lora.targets, known)
-    chosen = {path: spec for path, spec in known.items() if any(re.fullmatch(p, path) for p in lora.targets)}
+    paths = {path for pattern in lora.targets for path in _matched(pattern, known)}
+    chosen = {path: spec for path, spec in known.items() if path in paths}
     _check_patterns(f"{where}.ranks", [pattern for pattern, _ in lora.ranks], chosen)
     return Adapter({path: _target(lora, path, spec, where) for path, spec in chosen.items()}, lora.dropout)
 
@@ -159,13 +167,32 @@ def _target(config: LoraConfig, path: str, spec: ParamSpec, where: str) -> Targe
             f"{min(sides)}"
         )
     root = 0.5 if config.rank_stabilized else 1.0
-    return Target(spec, ranks, tuple(config.alpha / rank**root if rank else 0.0 for rank in ranks))
+    scales = tuple(config.alpha / rank**root if rank else 0.0 for rank in ranks)
+    return Target(spec, ranks, scales, _drawn(path, spec))
+
+
+def _matched(pattern: str, known: Mapping[str, ParamSpec]) -> list[str]:
+    """The paths that a pattern means: of matrices of layers, as ".*"; where it matches none, of the ends."""
+    found = [path for path in known if re.fullmatch(pattern, path)]
+    return [path for path in found if path not in (EMBEDDING, HEAD)] or found
+
+
+def _drawn(path: str, spec: ParamSpec) -> tuple[str, str]:
+    """Which factor is drawn, as in peft: A by the number of its inputs, or of a lookup B, with deviation 1. The table
+    of an LM head is [V, D], so that what reads the hidden states stands second."""
+    if path == EMBEDDING:
+        return "b", normal(1.0)
+    side = _sides(spec)[1 if path == HEAD else 0]
+    width = math.prod(spec.shape[len(_batch(spec)) + dim] for dim in side)
+    return "b" if path == HEAD else "a", f"uniform({width**-0.5:.9g})"
 
 
 def _check_patterns(where: str, patterns: Any, paths: Mapping[str, Any]) -> None:
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in paths):
-            raise UsageError(f"{where}: {pattern!r} matches no matrix of the layers; {nearest(pattern, paths)}")
+            raise UsageError(
+                f"{where}: {pattern!r} matches no matrix of the layers, nor an end; {nearest(pattern, paths)}"
+            )
 
 
 def _is_matrix(spec: ParamSpec) -> bool:
@@ -177,7 +204,8 @@ def _batch(spec: ParamSpec) -> tuple[str | None, ...]:
 
 
 def _sides(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(input dims, output dims) of one of the stacked matrices, whose batch dims come first."""
-    found = matrix(single(spec.axes))
+    """(input dims, output dims) of one of the stacked matrices, whose batch dims come first; of a table, its two."""
+    axes = single(spec.axes)
+    found = ((0,), (1,)) if axes == ("vocab", "embed") else matrix(axes)
     assert found is not None, spec
     return found

@@ -18,8 +18,9 @@ class LoraConfig:
 
     rank: of the product A B. alpha: s is alpha / rank, or alpha / sqrt(rank) if rank_stabilized (rsLoRA, arXiv
     2312.03732). dropout: share of x that is set to 0 before A, in training. targets: regexes over the paths of the
-    matrices of layers, such as "layers/attention/(q|v)"; a matrix that one of them matches is adapted. ranks: (regex,
-    rank or one rank a layer) for the targets that differ, the first that matches counts.
+    matrices of layers, such as "layers/attention/(q|v)"; a matrix that one of them matches is adapted. A regex that
+    matches none of these may name "embed/tokens" or "head/weight", which have no dropout. ranks: (regex, rank or one
+    rank a layer) for the targets that differ, the first that matches counts.
     """
 
     rank: int

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.types import Axes
 from t5x_like.layers import weights
+from t5x_like.layers.platform import matmul_precision
 
 _RANK = "R"  # the letter of the rank in equations
 
@@ -71,6 +72,14 @@ class LoraArray:
         low = self._scaled(weights.take(self.a, ids, dtype=dtype))
         return weights.take(self.base, ids, dtype=dtype) + jnp.matmul(low, self.b.astype(dtype))
 
+    def against_rows(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 products with each row of a [V, D] weight, which is an LM head."""
+        base = weights.against_rows(x_BTD, self.base)
+        if base is None:
+            base = _float32("BTD,VD->BTV", x_BTD, weights.dense(self.base, x_BTD.dtype))
+        low = self._scaled(_float32("BTD,RD->BTR", x_BTD, self.b))
+        return base + _float32("BTR,VR->BTV", low.astype(x_BTD.dtype), self.a)
+
     def ragged(self, x: Float[Array, "M D"], sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
         low = self._scaled(weights.ragged(self._dropped(x), self.a, sizes))
         return weights.ragged(x, self.base, sizes) + weights.ragged(low, self.b, sizes)
@@ -100,3 +109,8 @@ class LoraArray:
             return x
         kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1.0 - self.dropout, x.shape)
         return jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
+
+
+def _float32(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    precision = matmul_precision(x.dtype)
+    return jnp.einsum(equation, x, w.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)

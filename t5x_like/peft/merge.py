@@ -8,7 +8,7 @@ Legend: L layers, R rank.
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -29,6 +29,11 @@ class Merge:
         self._lock = threading.Lock()  # pieces come from several threads
         self._weights: set[str] = set()
         self._largest = self._added = self._lost = 0.0
+
+    @property
+    def paths(self) -> Collection[str]:
+        """Of the weights that are changed."""
+        return self._adapter.targets.keys()
 
     def __call__(self, path: str, region: Region, piece: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """The piece of W at `region`, of `dtype` when it is stored."""

@@ -1,7 +1,9 @@
 """Adapters in checkpoints: read with their base or onto a loaded one, merged, exchanged with the peft package."""
 
+import dataclasses
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,18 +12,21 @@ import numpy as np
 from t5x_like.convert import native, peft_format
 from t5x_like.convert.convert import inherit, staged
 from t5x_like.convert.peft_format import Factors, PeftAdapter
+from t5x_like.convert.stored import StoredModel, open_model
 from t5x_like.convert.transfer import write_item
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.types import Leaf, Tree
+from t5x_like.core.types import Tree
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.peft import attach
+from t5x_like.peft.lora import LoraArray
 from t5x_like.peft.merge import Merge
 from t5x_like.storage import base as bases
 from t5x_like.storage import model_directory, paths
 from t5x_like.storage.leaves import Constructor
 from t5x_like.storage.reading import Place, restore
+from t5x_like.storage.streams import Region, chunks
 
 
 def restore_attached(
@@ -33,17 +38,33 @@ def restore_attached(
     *,
     kinds: Mapping[str, Constructor],
     place: Place,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """The parameters of a checkpoint as `model.apply` takes them: those of an adapter with their base, joined.
 
     templates: of the model's own parameters. put(specs): the templates of an adapter's. kinds, place: as in
-    `reading.restore`.
+    `reading.restore`. base: the directory where that of an adapter lies now. Raises UserError where it is another.
     """
-    adapter = attach.of_stored(model_directory.read_metadata(checkpoint)["config"], model.specs())
-    if adapter is None:
-        return bases.restore_whole(checkpoint, item, templates, kinds=kinds, place=place)
-    whole = tree.join(templates, put(adapter.specs()))
-    return adapter.attach(bases.restore_whole(checkpoint, item, whole, kinds=kinds, place=place))
+    note = model_directory.read_metadata(checkpoint)
+    among = () if base is None else (_of_base(note, base, checkpoint, tree.flatten(templates)),)
+    adapter = attach.of_stored(note["config"], model.specs())
+    whole = templates if adapter is None else tree.join(templates, put(adapter.specs()))
+    found = bases.restore_whole(checkpoint, item, whole, kinds=kinds, place=place, among=among)
+    return found if adapter is None else adapter.attach(found)
+
+
+def _of_base(note: Mapping[str, Any], given: str, checkpoint: str, templates: Mapping[str, Any]) -> str:
+    """The checkpoint in the directory `given` that is the base of this one."""
+    if "base" not in note:
+        raise UsageError(f"load: {checkpoint} holds the whole model and names no base; load it without base")
+    wanted = [path for path in templates if path not in note["arrays"][native.PARAMS]]
+    for found in bases.checkpoints_in(paths.normal(given), note["base"]):
+        if bases.holds(note["base"], wanted, found):
+            return found
+    raise UserError(
+        f"{checkpoint} is an adapter of {note['base']['directory']}, and no checkpoint in {given} has its parameters; "
+        "give the former as base"
+    )
 
 
 def restore_onto(
@@ -56,8 +77,8 @@ def restore_onto(
     note = model_directory.read_metadata(checkpoint)
     if not attach.has_adapter(note["config"]) or "base" not in note:
         raise UsageError(f"load: {checkpoint} is no adapter that names its base; load it without base")
-    if any(isinstance(leaf, Leaf) for _, leaf in tree.leaves(loaded)):
-        raise UsageError("load: base has an adapter itself, or int8 weights; give the plain model below it")
+    if any(isinstance(leaf, LoraArray) for _, leaf in tree.leaves(loaded)):
+        raise UsageError("load: base has an adapter itself; give the plain model below it")
     adapter = attach.of_stored(note["config"], model.specs())
     assert adapter is not None
     known = None if loaded_from is None else bases.fingerprint(loaded_from, tree.flatten(model.specs()))
@@ -68,6 +89,46 @@ def restore_onto(
         )
     parts = restore(checkpoint, {item: place(adapter.specs())})[item]
     return adapter.attach(tree.join(loaded, parts))
+
+
+def open_merged(directory: str) -> StoredModel:
+    """As `open_model`, for who wants a whole model: the weights of an adapter's base are read with the adapter added to
+    them, rounded as `convert` rounds a merged model."""
+    found = open_model(directory, adapters=True)
+    if found.step is None or not attach.has_adapter(model_directory.read_metadata(found.directory)["config"]):
+        return found
+    return dataclasses.replace(found, read=functools.partial(_read_merged, found.directory))
+
+
+def _read_merged(checkpoint: str, templates: Tree) -> dict[str, Any]:
+    adding = merge(checkpoint, native.PARAMS)
+
+    def template(path: str, plain: jax.ShapeDtypeStruct) -> Any:
+        return _Merged(path, plain, adding) if path in adding.paths else plain
+
+    return bases.restore_whole(checkpoint, native.PARAMS, tree.map_with_path(template, templates))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merged:
+    """The template of a weight of a base that an adapter is added to while it is read (storage.leaves.Built). plain:
+    of the sum."""
+
+    path: str
+    plain: jax.ShapeDtypeStruct
+    adding: Merge
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.plain.shape
+
+    def build(self, read: Callable[[Region], np.ndarray], chunk: Sequence[int], /) -> jax.Array:
+        whole = np.empty(self.shape, self.plain.dtype)
+        for region in chunks(self.shape, chunk):
+            piece = read(region)
+            whole[tuple(slice(*span) for span in region)] = self.adding(self.path, region, piece, piece.dtype)
+        sharding = self.plain.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.make_array_from_callback(self.shape, sharding, whole.__getitem__)
 
 
 def merge(checkpoint: str, item: str, *, sign: int = 1) -> Merge:
@@ -141,6 +202,7 @@ def from_peft(source: str, target: str, *, base: str) -> None:
     }
     adapter = attach.of_stored({"adapter": section}, tree.unflatten(specs))
     assert adapter is not None
+    _check_copies(found.copies, place.checkpoint, specs, where=source)
     new = tree.flatten(adapter.specs())
     parts = {f"{attach.ROOT}/{path}/{name}": getattr(f, name) for path, f in found.factors.items() for name in "ab"}
     with staged(target) as staging:
@@ -158,6 +220,18 @@ def from_peft(source: str, target: str, *, base: str) -> None:
             axes={path: list(spec.axes) for path, spec in new.items()},
             sections={"adapter": section},
         )
+
+
+def _check_copies(copies: Mapping[str, np.ndarray], base: str, specs: Mapping[str, Any], *, where: str) -> None:
+    """What peft has saved of the base beside an adapter of its embedding must be the base's."""
+    for path, theirs in copies.items():
+        template = jax.ShapeDtypeStruct(specs[path].shape, "float32")
+        ours = tree.flatten(bases.restore_whole(base, native.PARAMS, tree.unflatten({path: template})))[path]
+        if not np.array_equal(np.asarray(ours)[: len(theirs)], theirs):
+            raise UserError(
+                f"{where}: it holds another {path!r} than the model of --base: not an adapter alone was trained; give "
+                "the model that it belongs to"
+            )
 
 
 def _stacked(target: attach.Target, part: np.ndarray) -> np.ndarray:

@@ -4,6 +4,8 @@ Wrong use becomes one line and exit status 2. What the config means is decided i
 """
 
 import argparse
+import collections
+import difflib
 import importlib.machinery
 import pathlib
 import re
@@ -33,10 +35,37 @@ _OPEN = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UsageErrors: one line, exit status 2."""
+    """argparse whose complaints are UsageErrors: one line, exit status 2. A flag that is none is named before anything
+    that is missing, which may be what it was meant to be."""
+
+    other_flags: tuple[str, ...] = ()  # that are taken out before parsing
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for argument in sys.argv[1:] if args is None else args:
+            if argument == "--":
+                break
+            name = argument.partition("=")[0]
+            if re.fullmatch(r"-{1,2}[A-Za-z]\S*", name) and not self._is_flag(name):
+                hint = nearest(name.partition(".")[0], [*self._long(), *self.other_flags])
+                raise UsageError(f"{self.prog}: {argument}: there is no flag {name}; {hint}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}; --help says more")
+
+    def _is_flag(self, name: str) -> bool:
+        """As argparse reads it: a flag, the beginning of one, or -x with its value."""
+        known = self._option_string_actions
+        return any(flag.startswith(name) for flag in known) or (name[:2] in known and name[1] != "-")
+
+    def _long(self) -> list[str]:
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+
+class ConfigParser(Parser):
+    """Of a command that takes a config too: see `split_config`."""
+
+    other_flags = ("--config",)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -90,8 +119,12 @@ def _shipped(name: str) -> pathlib.Path:
         return known[found[0]]
     if found:
         raise UsageError(f"--config={name} names several shipped configs; use {' or '.join(found)}")
-    names = [short for each in known for short in (each, each.partition("/")[2])]
-    raise UsageError(f"--config={name}: there is no file {name}, and no shipped config; {nearest(short, names)}")
+    stems = collections.Counter(each.partition("/")[2] for each in known)
+    unique = {each: each if stems[each.partition("/")[2]] > 1 else each.partition("/")[2] for each in known}
+    close = difflib.get_close_matches(short, sorted({*known, *stems}), n=1)
+    meant = [shown for each, shown in unique.items() if close and close[0] in (each, each.partition("/")[2])]
+    hint = f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"known: {', '.join(unique.values())}"
+    raise UsageError(f"--config={name}: there is no file {name}, and no shipped config; {hint}")
 
 
 def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:

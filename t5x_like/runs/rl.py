@@ -188,8 +188,9 @@ def _check_best_metric(experiment: RlExperiment, rewards: Rewards, asked: Asked)
 def _saver(experiment: RlExperiment, program: Program, checkpoints: Checkpoints, metadata: Mapping[str, Any]) -> Saver:
     buffers = iterations.empty(experiment.rl, list(experiment.rl.rewards))
     layout = rl_program.with_rollouts(program, buffers)
-    holds = experiment.checkpoint.holds
-    return Saver(checkpoints, parts=program.parts, layout=layout, holds=holds, metadata=metadata)
+    config = experiment.checkpoint
+    among = [] if config.init_from is None else [config.init_from]
+    return Saver(checkpoints, parts=program.parts, layout=layout, holds=config.holds, metadata=metadata, among=among)
 
 
 def _check(experiment: RlExperiment, session: Session, program: Program, asked: Asked, rewards: Rewards) -> int:

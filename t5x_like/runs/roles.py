@@ -7,13 +7,14 @@ Such a model's config, tokenizer and parameters come from its source. Opening it
 import dataclasses
 from collections.abc import Collection, Mapping
 
-from t5x_like.convert.stored import StoredModel, open_model
+from t5x_like.convert.stored import StoredModel
 from t5x_like.core import dtypes
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.inference.weights import in_dtype
 from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.parallel import rules as sharding_rules
+from t5x_like.runs.adapters import open_merged
 from t5x_like.storage import patterns
 from t5x_like.training.state import Frozen, Source
 
@@ -25,9 +26,9 @@ BASE = "base"  # the policy without its adapter
 class RoleConfig:
     """`config.roles.NAME`: a model that a run reads and does not train.
 
-    source: workdir (its newest checkpoint), model directory or Hugging Face folder; a resume may find it elsewhere, but
-    with the same parameters. rules: as in config.mesh.rules, for this model. dtype: what its matrices are held in, one
-    of core/dtypes.py or "stored"; norms and biases stay as saved.
+    source: workdir (its newest checkpoint), model directory or Hugging Face folder; that of an adapter is merged into
+    its base. A resume may find it elsewhere, but with the same parameters. rules: as in config.mesh.rules, for this
+    model. dtype: what its matrices are held in, one of core/dtypes.py or "stored"; norms and biases stay as saved.
     """
 
     source: str
@@ -93,7 +94,7 @@ def check_tokenizers(roles: Mapping[str, FrozenModel], tokenizer: str) -> None:
 
 def _frozen_model(config: RoleConfig, *, path: str, length: int, platform: str) -> FrozenModel:
     try:
-        stored = open_model(patterns.one(config.source))
+        stored = open_merged(patterns.one(config.source))
     except UserError as error:
         raise UserError(f"{path}.source: {error}") from None
     if length > stored.config.max_length:

@@ -23,7 +23,7 @@ from t5x_like.objectives.interface import Batch
 from t5x_like.optim.optimizers import describe
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.sharding import addressable_rows, global_batch
-from t5x_like.runs import branch, reference_logp, summary
+from t5x_like.runs import adapters, branch, reference_logp, summary
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
@@ -241,8 +241,16 @@ def _saver(
     metadata: Mapping[str, Any],
     cached: Sources = types.MappingProxyType({}),
 ) -> Saver:
-    holds = experiment.checkpoint.holds
-    return Saver(checkpoints, parts=program.parts, layout=program.layout, holds=holds, metadata=metadata, cached=cached)
+    config = experiment.checkpoint
+    return Saver(
+        checkpoints,
+        parts=program.parts,
+        layout=program.layout,
+        holds=config.holds,
+        metadata=metadata,
+        among=[] if config.init_from is None else [config.init_from],
+        cached=cached,
+    )
 
 
 def begin(
@@ -258,7 +266,8 @@ def begin(
         return _branch(experiment, session, saver, branch.checkpoint(config.branch_from), inputs)
     source = config.init_from and patterns.one(config.init_from, what="config.checkpoint.init_from=")
     if source is not None:
-        taken, origin = take(source, select=config.init_select, layout=program.layout, tokenizer=tokenizer)
+        stored, layout = adapters.open_merged(source), program.layout
+        taken, origin = take(stored, source, select=config.init_select, layout=layout, tokenizer=tokenizer)
     saver.begin(source, taken.keys())
     state, frozen = programs.initialize(program, seed=experiment.seed, taken=taken)
     return 0, state, frozen, {}, origin

@@ -6,14 +6,14 @@ A base may itself hold a part and name its own base. Nothing of a base is ever w
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
 from t5x_like.storage.leaves import Constructor, array_paths
-from t5x_like.storage.model_directory import METADATA, read_metadata
+from t5x_like.storage.model_directory import CHECKPOINTS, METADATA, locate, read_metadata
 from t5x_like.storage.reading import Place, restore
 from t5x_like.storage.streams import LeafReader, read_item
 
@@ -21,9 +21,12 @@ _ITEM = "params"  # of a base: its average, if it has one, is not what training 
 _MODELS = ("params", "ema")  # items that may lack what a base has
 
 
-def record(checkpoint: str, wanted: Iterable[str]) -> dict[str, str]:
-    """What a checkpoint says of its base: where it lies, and the fingerprint of its leaves `wanted`, by path."""
-    return {"directory": paths.normal(checkpoint), "fingerprint": fingerprint(checkpoint, wanted)}
+def record(checkpoint: str, wanted: Iterable[str], *, beside: str = "") -> dict[str, str]:
+    """What a checkpoint says of its base: where it lies, the fingerprint of its leaves `wanted`, by path, and the way
+    there from `beside`, a checkpoint of the run that says so: both may be moved together."""
+    found = {"directory": paths.normal(checkpoint), "fingerprint": fingerprint(checkpoint, wanted)}
+    way = paths.way(beside, checkpoint) if beside else ""
+    return found | ({"way": way} if way else {})
 
 
 def fingerprint(checkpoint: str, wanted: Iterable[str]) -> str:
@@ -36,25 +39,69 @@ def fingerprint(checkpoint: str, wanted: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
-def read(
-    base: Mapping[str, str], templates: Any, *, where: str, kinds: Mapping[str, Constructor], place: Place | None
-) -> dict[str, Any]:
-    """The leaves `templates` of the base that the checkpoint `where` names, verified to be those it was trained on."""
-    directory = located(base, where=where)
-    if fingerprint(directory, array_paths(templates)) != base["fingerprint"]:
-        raise _changed(where, directory)
-    return restore_whole(directory, _ITEM, templates, kinds=kinds, place=place)
+def located(
+    base: Mapping[str, str],
+    wanted: Iterable[str] | None,
+    *,
+    where: str,
+    among: Sequence[str] = (),
+    own: Collection[str] = (),
+) -> str:
+    """The directory of the base that the checkpoint `where` names, with the leaves that it was trained on.
+
+    It is looked for in `among` (workdirs, model directories or checkpoints), on the way from `where`, and where it lay
+    when the run began. wanted, own: as of `holds`. Raises UserError if it is at none of these places, or holds other
+    parameters by now.
+    """
+    wanted = None if wanted is None else [*wanted]
+    there = [place for place in _places(base, where, among) if _is_checkpoint(place)]
+    found = next((place for place in there if holds(base, wanted, place, own=own)), None)
+    if found is not None:
+        return found
+    raise _changed(where, there[-1]) if there else _gone(base, where)
 
 
-def located(base: Mapping[str, str], *, where: str) -> str:
-    """The directory of a base. Raises UserError if it is gone."""
-    directory = base["directory"]
-    if not paths.exists(paths.join(directory, METADATA, METADATA)):
-        raise UserError(
-            f"{where} holds the trained part alone and needs its base {directory}, which is not there; "
-            "move it back, or read a checkpoint that was saved with config.checkpoint.holds='model'"
-        )
-    return directory
+def holds(base: Mapping[str, str], wanted: Iterable[str] | None, checkpoint: str, *, own: Collection[str] = ()) -> bool:
+    """Whether a checkpoint is the base that was named so, wherever it lies.
+
+    wanted: its leaves that training needed, or a part of them, None where they are not known; own: the leaves that the
+    trained part has itself, so that all others are a base's.
+    """
+    try:
+        if wanted is not None and fingerprint(checkpoint, wanted) == base["fingerprint"]:
+            return True
+        return fingerprint(checkpoint, _leaves(checkpoint, _ITEM).keys() - set(own)) == base["fingerprint"]
+    except UserError:
+        return False
+
+
+def checkpoints_in(directory: str, base: Mapping[str, str]) -> list[str]:
+    """The checkpoints in a workdir or model directory that may be this base: of its step, or the newest; or itself."""
+    if _is_checkpoint(directory):
+        return [directory]
+    same = paths.join(directory, CHECKPOINTS, paths.base_name(base["directory"]))
+    try:
+        newest = [locate(directory).checkpoint]
+    except UserError:
+        newest = []
+    return [*dict.fromkeys([*([same] if _is_checkpoint(same) else []), *newest])]
+
+
+def _places(base: Mapping[str, str], where: str, among: Sequence[str]) -> list[str]:
+    given = [place for directory in among for place in checkpoints_in(directory, base)]
+    moved = [paths.along(where, base["way"])] if "way" in base else []
+    return [*dict.fromkeys([*given, *moved, base["directory"]])]
+
+
+def _is_checkpoint(directory: str) -> bool:
+    return paths.exists(paths.join(directory, METADATA, METADATA))
+
+
+def _gone(base: Mapping[str, str], where: str) -> UserError:
+    return UserError(
+        f"{where} holds the trained part alone and needs its base {base['directory']}, which is not there; "
+        "move it back, or say where it lies: t5x_like.load(..., base=DIR), or init_from=DIR of a resume"
+    )
 
 
 def _changed(where: str, directory: str) -> UserError:
@@ -70,27 +117,30 @@ def restore_whole(
     *,
     kinds: Mapping[str, Constructor] | None = None,
     place: Place | None = None,
+    among: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The tree `templates` (nested dicts) of an item; what a checkpoint of a trained part lacks comes from its base."""
+    """The tree `templates` (nested dicts) of an item; what a checkpoint of a trained part lacks comes from its base,
+    which `located` finds."""
     note = read_metadata(checkpoint)
     base, recorded = note.get("base"), note["arrays"].get(item, {})
     if base is None:
         return restore(checkpoint, {item: templates}, kinds=kinds, place=place)[item]
     here, there = tree.split(templates, lambda path: bool(_below(recorded, path)))
-    trained = restore(checkpoint, {item: here}, kinds=kinds, place=place)[item]
+    trained = restore(checkpoint, {item: here}, kinds=kinds, place=place)[item] if here else {}
     if not there:
         return trained
-    return tree.join(trained, read(base, there, where=checkpoint, kinds=kinds or {}, place=place))
+    directory = located(base, array_paths(there), where=checkpoint, among=among, own=recorded)
+    return tree.join(trained, restore_whole(directory, _ITEM, there, kinds=kinds, place=place))
 
 
-def restore_items(checkpoint: str, templates: Mapping[str, Any]) -> dict[str, Any]:
+def restore_items(checkpoint: str, templates: Mapping[str, Any], *, among: Sequence[str] = ()) -> dict[str, Any]:
     """The items `templates`, as `reading.restore` gives them, those of models whole."""
     if "base" not in read_metadata(checkpoint):
         return restore(checkpoint, templates)
     models = {name: template for name, template in templates.items() if name in _MODELS}
     others = {name: template for name, template in templates.items() if name not in _MODELS}
     return restore(checkpoint, others) | {
-        name: restore_whole(checkpoint, name, template) for name, template in models.items()
+        name: restore_whole(checkpoint, name, template, among=among) for name, template in models.items()
     }
 
 
@@ -101,18 +151,19 @@ def readers(checkpoint: str, item: str) -> tuple[dict[str, LeafReader], dict[str
     leaves, recorded = read_item(checkpoint, item), dict(note["fingerprints"][item])
     if "base" not in note:
         return leaves, recorded
-    directory = located(note["base"], where=checkpoint)
-    below, known = readers(directory, _ITEM)
-    wanted = below.keys() - leaves.keys()
-    if fingerprint(directory, wanted) != note["base"]["fingerprint"]:
-        raise _changed(checkpoint, directory)
+    below, known = readers(located(note["base"], None, where=checkpoint, own=recorded), _ITEM)
     return below | leaves, known | recorded
 
 
 def _leaves(checkpoint: str, item: str) -> dict[str, Any]:
     """path -> what was recorded of an array, through all bases."""
     note = read_metadata(checkpoint)
-    inherited = _leaves(note["base"]["directory"], _ITEM) if "base" in note else {}
+    inherited: dict[str, Any] = {}
+    if "base" in note:
+        there = [place for place in _places(note["base"], checkpoint, ()) if _is_checkpoint(place)]
+        if not there:
+            raise _gone(note["base"], checkpoint)
+        inherited = _leaves(there[0], _ITEM)
     arrays, numbers = note["arrays"].get(item, {}), note["fingerprints"].get(item, {})
     return inherited | {path: [arrays[path], numbers[path]] for path in arrays}
 

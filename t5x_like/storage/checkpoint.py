@@ -156,14 +156,16 @@ class Checkpoints:
             self._thread = None
         return self._saved
 
-    def restore(self, step: int, templates: Mapping[str, Any]) -> dict[str, Any]:
+    def restore(self, step: int, templates: Mapping[str, Any], *, among: Sequence[str] = ()) -> dict[str, Any]:
         """The items of a step, as `base.restore_items` gives them, after the save in progress."""
         self.wait()
         if step not in self.steps():
             raise no_step(self.directory, step, self.steps())
-        return restore_items(self._path(step), templates)
+        return restore_items(self._path(step), templates, among=among)
 
-    def restore_latest(self, templates: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+    def restore_latest(
+        self, templates: Mapping[str, Any], *, among: Sequence[str] = ()
+    ) -> tuple[int, dict[str, Any]] | None:
         """(step, items) of the newest sound checkpoint, None if there is none at all; damaged newer ones are put aside.
 
         Raises UserError when there are checkpoints and none is sound: a run must not silently begin again.
@@ -171,7 +173,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(_same_everywhere(self.steps())):
             try:
-                items = self.restore(step, templates)
+                items = self.restore(step, templates, among=among)
             except DamagedCheckpoint as error:
                 damaged[step] = one_line(error)
                 continue

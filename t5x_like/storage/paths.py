@@ -11,6 +11,7 @@ import glob as _glob
 import io
 import json
 import os
+import posixpath
 import shutil
 import socket
 import tempfile
@@ -40,6 +41,21 @@ def normal(path: str) -> str:
 
 def join(root: str, *names: str) -> str:
     return "/".join([root.rstrip("/"), *names]) if is_remote(root) else os.path.join(root, *names)
+
+
+def way(start: str, target: str) -> str:
+    """How `target` is reached from the folder `start`, such as ../base; "" where no path between them exists."""
+    if is_remote(start) != is_remote(target):
+        return ""
+    if is_remote(start) and start.split("/")[:3] != target.split("/")[:3]:  # another bucket
+        return ""
+    return posixpath.relpath(*(normal(path).removeprefix(_REMOTE.rstrip("/")) for path in (target, start)))
+
+
+def along(start: str, way: str) -> str:
+    """What is reached from the folder `start` by what `way` gave."""
+    scheme = _REMOTE.rstrip("/") if is_remote(start) else ""
+    return scheme + posixpath.normpath(posixpath.join(normal(start).removeprefix(scheme), way))
 
 
 def parent(path: str) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 
 from t5x_like.convert.foreign import is_foreign
-from t5x_like.convert.stored import open_model
+from t5x_like.convert.stored import StoredModel
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.peft.attach import is_adapter
+from t5x_like.peft.attach import has_adapter, is_adapter
 from t5x_like.storage import base as bases
-from t5x_like.storage import model_directory
+from t5x_like.storage import model_directory, paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.fingerprint import digest
 from t5x_like.training.state import Layout, Parts, State, read_sources
@@ -30,8 +30,9 @@ _MODELS = ("params", "ema")
 
 
 class Saver:
-    """Saves and restores one run; `metadata` (config, provenance) goes into every checkpoint. cached: by role, source
-    and fingerprint of models that only the token cache was made with."""
+    """Saves and restores one run; `metadata` (config, provenance) goes into every checkpoint. among: directories in
+    which the base of a trained part is looked for first. cached: by role, source and fingerprint of models that only
+    the token cache was made with."""
 
     def __init__(
         self,
@@ -41,9 +42,11 @@ class Saver:
         layout: Layout,
         holds: str,
         metadata: Mapping[str, Any],
+        among: Sequence[str] = (),
         cached: Mapping[str, Mapping[str, str]] = types.MappingProxyType({}),
     ):
         self._checkpoints, self._parts, self._layout, self._cached = checkpoints, parts, layout, cached
+        self._among = tuple(map(paths.normal, among))
         self._apart = holds == "trained" and bool(layout.frozen["base"])
         axes = _items(layout.axes, {} if self._apart else layout.frozen_axes["base"])
         self._metadata = {**metadata, "axes": {name: _listed(item) for name, item in axes.items()}}
@@ -76,7 +79,18 @@ class Saver:
                 f"config.checkpoint.holds='trained' needs a base in our own form, and {source} is none; convert it by "
                 f"`t5x_like convert {source} DIRECTORY` and give that as config.checkpoint.init_from"
             )
-        self._metadata["base"] = bases.record(model_directory.locate(source).checkpoint, base)
+        checkpoint = model_directory.locate(source).checkpoint
+        if has_adapter(model_directory.read_metadata(checkpoint)["config"]):
+            raise UsageError(
+                f"config.checkpoint.holds='trained' needs a base that is stored whole, and {source} is an adapter; "
+                f"merge it by `t5x_like convert {source} MODEL --to=native` and begin with MODEL, or set holds='model'"
+            )
+        self._metadata["base"] = self._named(checkpoint)
+
+    def _named(self, checkpoint: str) -> dict[str, str]:
+        """What checkpoints say of this base."""
+        beside = paths.join(self._checkpoints.directory, "0")  # of whatever step
+        return bases.record(checkpoint, tree.flatten(self._layout.frozen["base"]), beside=beside)
 
     def judge(self, step: int, evaluation: Mapping[str, float]) -> None:
         """Notes what a checkpoint that was saved before its evaluation, by a preemption, is worth."""
@@ -92,12 +106,13 @@ class Saver:
 
     def restore(self) -> tuple[int, State, dict[str, Any], dict[str, float]] | None:
         """(updates done, state, frozen, evaluation) of the newest sound checkpoint, placed as the layout says."""
-        found = self._checkpoints.restore_latest(self._templates())
+        found = self._checkpoints.restore_latest(self._templates(), among=self._among)
         if found is None:
             return None
         step, items = found
         where = f"step {step} in {self._checkpoints.directory}"
-        state, frozen = self._adopt(items, self._checkpoints.metadata(step), where=where)
+        checkpoint = paths.join(self._checkpoints.directory, str(step))
+        state, frozen = self._adopt(items, self._checkpoints.metadata(step), checkpoint, where=where)
         return step, state, frozen, self._checkpoints.metrics(step)
 
     def branch(self, checkpoint: str) -> tuple[int, State, dict[str, Any], dict[str, float]]:
@@ -113,7 +128,8 @@ class Saver:
                 f"config.checkpoint.branch_from: {checkpoint} holds no {absent[0]!r}, so that training cannot go on "
                 "from it; begin with its parameters alone by config.checkpoint.init_from"
             )
-        state, frozen = self._adopt(bases.restore_items(checkpoint, templates), note, where=checkpoint)
+        items = bases.restore_items(checkpoint, templates, among=self._among)
+        state, frozen = self._adopt(items, note, checkpoint, where=checkpoint)
         return note["step"], state, frozen, note["metrics"]
 
     def _templates(self) -> dict[str, Any]:
@@ -122,14 +138,20 @@ class Saver:
             templates["ema"] = self._layout.state["ema"]  # its frozen parameters are those of `params`
         return templates
 
-    def _adopt(self, items: Mapping[str, Any], note: Mapping[str, Any], *, where: str) -> tuple[State, dict[str, Any]]:
-        """(state, frozen) of the items of a checkpoint with this metadata, whose base and roles it goes on naming."""
+    def _adopt(
+        self, items: Mapping[str, Any], note: Mapping[str, Any], checkpoint: str, *, where: str
+    ) -> tuple[State, dict[str, Any]]:
+        """(state, frozen) of the items of a checkpoint with this metadata, whose base and roles it goes on naming.
+        where: what errors call it."""
         if self._apart and "base" not in note:
             raise UsageError(
                 f"config.checkpoint.holds='trained', but {where} holds the whole model and names no base; go on with "
                 "'model'"
             )
-        self._metadata |= {"base": note["base"]} if self._apart else {}
+        if self._apart:
+            wanted = tree.flatten(self._layout.frozen["base"])
+            found = bases.located(note["base"], wanted, where=checkpoint, among=self._among)
+            self._metadata["base"] = self._named(found)
         trained = tree.flatten(self._layout.state["params"]).keys()
         state: State = {ITEMS[name]: item for name, item in items.items()}
         base: dict[str, Any] = {}
@@ -148,13 +170,15 @@ class Saver:
         } | {role: dict(found) for role, found in self._cached.items()}
 
 
-def take(source: str, *, select: Sequence[str], layout: Layout, tokenizer: str) -> tuple[dict[str, jax.Array], str]:
-    """(parameters by path, what happened): those whose path matches a regex of `select`, read from another model.
+def take(
+    found: StoredModel, source: str, *, select: Sequence[str], layout: Layout, tokenizer: str
+) -> tuple[dict[str, jax.Array], str]:
+    """(parameters by path, what happened): those whose path matches a regex of `select`, read from another model,
+    which was opened from `source`.
 
     Raises UserError where a chosen parameter is missing there or has another shape, or when it was trained with
     another tokenizer (`tokenizer` is our fingerprint).
     """
-    found = open_model(source)
     if found.tokenizer is not None and found.tokenizer != tokenizer:
         raise UserError(
             f"config.checkpoint.init_from={source} was trained with another tokenizer ({found.tokenizer[:12]}, here "

@@ -52,9 +52,7 @@ def test_greedy_text_is_that_of_transformers(name, tmp_path):
     theirs.generation_config.eos_token_id = None
     expected = theirs.generate(torch.tensor(prompts), do_sample=False, max_new_tokens=64, pad_token_id=0)
     ours = t5x_like.load(tmp_path / "theirs")
-    found = decode.generate(
-        ours.model, ours.params, prompts, max_new_tokens=64, sampling=Sampling(0.0, 0, 1.0), seed=0, stop_id=None
-    )
+    found = decode.generate(ours.model, ours.params, prompts, max_new_tokens=64, sampling=Sampling(0.0, 0, 1.0), seed=0)
     for row, wanted in zip(found, expected.tolist(), strict=True):
         assert [int(token) for token in row] == wanted[9:]
 

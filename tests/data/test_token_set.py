@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import token_set
+from t5x_like.data import token_set, token_shards
 from t5x_like.data.open_files import OpenFiles, open_files
 from t5x_like.data.read import packing
 from t5x_like.data.read.loader import open_data
@@ -152,9 +152,9 @@ def test_a_damaged_index_is_named(prepared, content):
 
 def test_a_writer_that_fails_leaves_nothing_that_counts(tmp_path):
     def batches():
-        yield token_set.Encoded(*(np.arange(1, 4) for _ in range(2)), *(np.array([3]) for _ in range(4)), skipped=0)
+        yield token_shards.Encoded(*(np.arange(1, 4) for _ in range(2)), *(np.array([3]) for _ in range(4)), skipped=0)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"shard-00000.bin cannot be written \(No space left on device\); free disk"):
-        token_set.write_shard(tmp_path, 0, batches(), "<u2")
+        token_shards.write_shard(tmp_path, 0, batches(), "<u2")
     assert list(tmp_path.iterdir()) == []

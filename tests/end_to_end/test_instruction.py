@@ -1,5 +1,6 @@
 """A chat model through its life: tuned, resumed, spoken to, converted; serving renders what training did."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,8 @@ import t5x_like
 from t5x_like.__main__ import main
 from t5x_like.core.errors import UserError
 from t5x_like.data.templates import named
+from t5x_like.data.tokenizers import vocabularies
+from t5x_like.inference import decode
 from tests.data import chats
 from tests.end_to_end.commands import ROOT, train, values
 
@@ -46,7 +49,7 @@ def test_answers_end_where_those_of_training_do(tuned):
     assert lm.chat([], max_new_tokens=1) == []
     # What is served is what was trained, byte for byte: the prompt, and behind it what generate continues.
     prompt = "Be short.\n\nUser:\na\n\nAssistant:\n"
-    assert lm._chat.prompt(conversation("a")[:1]).text == prompt
+    assert lm.template.prompt(conversation("a")[:1]).text == prompt
     assert lm.generate(prompt, max_new_tokens=20, temperature=0) == ["one"]
 
 
@@ -70,6 +73,47 @@ def test_what_is_no_conversation_is_one_line(tuned, capsys, case):
     assert main(["generate", str(tuned), "--chat", *arguments]) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert problem in line
+
+
+def test_generation_is_told_of_every_token_that_ends_a_turn(tmp_path, tuned, monkeypatch):
+    chats.folder(tmp_path, named.TEMPLATES["chatml"])
+    vocabulary = vocabularies.load(tmp_path)
+    lm = dataclasses.replace(t5x_like.load(tuned), vocabulary=vocabulary)
+    told = []
+    monkeypatch.setattr(decode, "generate", lambda *_, stop_ids, **__: told.append(stop_ids) or [[]])
+    lm.chat(conversation("a")[:1], max_new_tokens=2)
+    assert told == [[vocabulary.specials["<|im_end|>"], vocabulary.eos_id]] and len(set(told[0])) == 2
+
+
+def test_a_run_is_asked_by_the_template_of_its_config_where_its_tokenizer_has_none(tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer" / "chat_template.jinja").unlink()
+    lm = t5x_like.load(tmp_path / "run")
+    assert lm.template.text == t5x_like.load(tuned).template.text
+    assert lm.chat(conversation("b")[:1], max_new_tokens=20, temperature=0) == ["two"]
+
+
+@pytest.mark.xdist_group("lm_eval")
+@pytest.mark.parametrize("folder", ["as it is", "no template beside the tokenizer"])
+def test_an_evaluation_asks_as_training_did(tuned, tmp_path, folder):
+    run = tuned
+    if folder != "as it is":
+        run = tmp_path / "run"
+        shutil.copytree(tuned, run)
+        (run / "tokenizer" / "chat_template.jinja").unlink()
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in ANSWERS.items()))
+    (tmp_path / "asked.yaml").write_text(
+        f"task: asked\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/asked.jsonl}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        "generation_kwargs: {max_gen_toks: 20}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    command = ["evaluate", str(run), "--tasks=asked", f"--include_path={tmp_path}", f"--output={tmp_path}/report"]
+    right = []
+    for asked in ([*command, "--chat"], command):
+        assert main(asked) == 0
+        (metric,) = json.loads((tmp_path / "report" / "report.json").read_text())["models"][0]["metrics"]
+        right.append(metric["value"])
+    assert right[0] == 1.0 > right[1]  # without the template it is not what it was trained on
 
 
 def test_a_model_without_a_template_is_one_line(finished):
@@ -97,5 +141,5 @@ def test_a_converted_model_has_its_template_and_transformers_renders_the_same(tu
     messages = conversation("a", "b")[:3]
     theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     lm = t5x_like.load(tmp_path / "hf")
-    assert lm._chat.prompt(messages).text == theirs == t5x_like.load(tuned)._chat.prompt(messages).text
+    assert lm.template.prompt(messages).text == theirs == t5x_like.load(tuned).template.prompt(messages).text
     assert lm.chat(messages, max_new_tokens=20, temperature=0) == ["two"]

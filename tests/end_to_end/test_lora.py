@@ -1,20 +1,27 @@
 """An adapter through its life as a user has it: trained on a finished run, resumed, loaded, refused on another base."""
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import t5x_like
 from configs.pretrain import test as test_config
 from t5x_like.__main__ import main
+from t5x_like.compress.quant_array import QuantArray
 from t5x_like.convert.stored import open_model
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.layers import weights
 from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel.rules import MESH_AXES
+from t5x_like.peft.lora import LoraArray
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.storage.model_directory import digest, read_metadata
@@ -118,11 +125,119 @@ def test_an_adapter_is_refused_on_another_base(adapters, tmp_path, capsys):
     shutil.rmtree(moved / "checkpoints/8")
 
 
-def test_an_adapter_is_no_whole_model(adapters, tmp_path, capsys):
-    """Neither as what another run begins with, nor below an adapter."""
-    begin = f"--config.checkpoint.init_from={adapters / 'one'}"
-    assert train(tmp_path / "run", begin) == 1
-    assert "is an adapter, and a whole model is wanted here; merge it by" in capsys.readouterr().err.splitlines()[-1]
+def test_an_adapter_and_its_base_may_be_moved_together(adapters, tmp_path):
+    expected = logits(t5x_like.load(str(adapters / "one")))
+    for name in ("base", "one"):
+        shutil.copytree(adapters / name, tmp_path / "first" / "runs" / name)
+    there = tmp_path / "first" / "runs" / "base"
+    (there / "checkpoints" / "12").rename(
+        there / "checkpoints" / "elsewhere"
+    )  # then it is the recorded place that holds
+    np.testing.assert_array_equal(logits(t5x_like.load(str(tmp_path / "first/runs/one"))), expected)
+    (there / "checkpoints" / "elsewhere").rename(there / "checkpoints" / "12")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "runs" / "one"
+    _forget(moved, adapters)
+    np.testing.assert_array_equal(logits(t5x_like.load(str(moved))), expected)
+    assert main(["convert", str(moved), str(tmp_path / "merged"), "--to=native"]) == 0
+    # A resume goes on naming the base where it is now.
+    assert train(moved, "--config.loop.steps=10", config=None) == 0
+    named = read_metadata(str(moved / "checkpoints/10"))["base"]
+    assert named["directory"] == str(tmp_path / "moved/runs/base/checkpoints/12")
+    assert named["way"] == "../../../base/checkpoints/12"
+
+
+def _forget(workdir: pathlib.Path, adapters: pathlib.Path, *, way: bool = False) -> None:
+    """Makes the recorded place of the base one that is not there; `way`: the way to it too, as it was stored once."""
+    for metadata in workdir.glob("checkpoints/*/metadata/metadata"):
+        note = json.loads(metadata.read_text())
+        assert note["base"]["directory"].startswith(str(adapters))
+        note["base"]["directory"] = "/no/such/base/checkpoints/12"
+        if way:
+            del note["base"]["way"]
+        metadata.write_text(json.dumps(note | {"sha256": digest(note)}))
+
+
+def test_a_base_that_lies_elsewhere_is_found_where_it_is_said_to_be(adapters, tmp_path, capsys):
+    run, base = tmp_path / "deep" / "run", tmp_path / "any" / "name"
+    shutil.copytree(adapters / "two", run)
+    shutil.copytree(adapters / "base", base)
+    _forget(run, adapters, way=True)
+    assert main(["generate", str(run), "--prompt=a"]) == 1
+    assert (
+        "needs its base /no/such/base/checkpoints/12, which is not there; move it back, or say where"
+        in (capsys.readouterr().err.splitlines()[-1])
+    )
+    expected = logits(t5x_like.load(str(adapters / "two")))
+    for given in (base, base / "checkpoints/12"):
+        np.testing.assert_array_equal(logits(t5x_like.load(str(run), base=given)), expected)
+    assert main(["generate", str(run), "--prompt=a", "--max_new_tokens=2", f"--base={base}"]) == 0
+    with pytest.raises(UserError, match="is an adapter of /no/such/.*, and no checkpoint in .*two has its parameters"):
+        t5x_like.load(str(run), base=str(adapters / "two"))
+    with pytest.raises(UsageError, match="holds the whole model and names no base"):
+        t5x_like.load(str(base), base=str(base))
+    assert train(run, "--config.loop.steps=6", config=None) == 1
+    assert train(run, "--config.loop.steps=6", f"--config.checkpoint.init_from={base}", config=None) == 0
+    np.testing.assert_array_equal(logits(t5x_like.load(str(run))), logits(t5x_like.load(str(run), base=str(base))))
+
+
+@pytest.fixture(scope="module")
+def merged(adapters):
+    """The adapter "one" as a model directory of its own."""
+    assert main(["convert", str(adapters / "one"), str(adapters / "merged"), "--to=native"]) == 0
+    return adapters / "merged"
+
+
+def test_a_run_begins_with_an_adapter_as_with_the_model_it_is_merged_into(adapters, merged, tmp_path, capsys):
+    """Bit for bit: the sum is rounded as the conversion rounds it. Nothing of it is a second copy on the disk."""
+    for name, source in (("adapter", adapters / "one"), ("merged", merged), ("base", adapters / "base")):
+        begin = (f"--config.checkpoint.init_from={source}", "--config.loop.steps=2", STEPS)
+        assert train(tmp_path / name, *begin) == 0
+        assert "11 of 11 parameters" in capsys.readouterr().out
+        # One of those that a pattern chooses, too, with an adapter on it.
+        assert train(tmp_path / f"{name}-part", *begin, "--config.checkpoint.init_select=('layers/mlp/up',)") == 0
+        assert "1 of 1 parameters" in capsys.readouterr().out
+        lora = ("--config.adapter.name=lora", "--config.adapter.lora.rank=2")
+        assert train(tmp_path / f"{name}-lora", *begin, *lora) == 0
+    for kind in ("", "-part", "-lora"):
+        adapter, whole, base = (values(tmp_path / f"{name}{kind}") for name in ("adapter", "merged", "base"))
+        assert adapter == whole != base
+    assert lora(tmp_path / "held", adapters / "one", "--config.loop.steps=2") == 2
+    assert "needs a base that is stored whole, and" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_adapter_may_be_a_teacher(adapters, merged, tmp_path):
+    losses = {}
+    for name, source in (("adapter", adapters / "one"), ("merged", merged), ("base", adapters / "base")):
+        given = [f"--config.roles.teacher.source={source}", "--config.loop.steps=2", "--config.seed=3", STEPS]
+        assert train(tmp_path / name, *given, config=str(ROOT / "configs/distill/test.py")) == 0
+        losses[name] = values(tmp_path / name)
+    assert losses["adapter"] == losses["merged"] != losses["base"]
+    assert train(tmp_path / "adapter", "--config.loop.steps=3", config=None) == 0  # its parameters are found again
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp"])
+def test_an_adapter_lies_on_int8_weights(adapters, mesh):
+    """What its base computes in int8, and the addition of the adapter in full."""
+    config = meshes.MeshConfig(preset="fsdp", rules="", **dict.fromkeys(MESH_AXES))
+    given = {} if mesh is None else {"mesh": meshes.make(config, jax.devices()[:2])}
+    with jax.set_mesh(given["mesh"]) if given else contextlib.nullcontext():
+        one = t5x_like.load(str(adapters / "one"), dtype="int8", **given)
+        wrapped = {path: leaf for path, leaf in tree.leaves(one.params) if isinstance(leaf, LoraArray)}
+        assert len(wrapped) == 7 and all(isinstance(leaf.base, QuantArray) for leaf in wrapped.values())
+        quantized, full = logits(one), logits(t5x_like.load(str(adapters / "one"), **given))
+        base = t5x_like.load(str(adapters / "base"), dtype="int8", **given)
+        # The same weights written out: int8 rounded once, the addition on it in float32.
+        written = tree.map_with_path(lambda _, leaf: weights.dense(leaf, jnp.float32), one.params)
+        dense = logits(dataclasses.replace(one, params=written))
+        size = np.abs(full).max()
+        assert np.abs(quantized - dense).max() <= 1e-5 * size
+        assert 1e-5 * size < np.abs(quantized - full).max() <= 0.02 * size
+        assert np.abs(quantized - logits(base)).max() > 2 * np.abs(quantized - full).max()
+        assert one.generate("To be", max_new_tokens=4, temperature=0.0)
+        if mesh is None:
+            onto = t5x_like.load(str(adapters / "one"), base=base)
+            np.testing.assert_array_equal(logits(onto), quantized)
 
 
 def test_a_policy_of_reinforcement_learning_may_be_an_adapter(adapters, tmp_path):
@@ -167,4 +282,4 @@ def test_an_adapter_is_evaluated_on_its_base(adapters, tmp_path, capsys):
     bits = [found["metrics"][0]["value"] for found in models]
     assert len(bits) == 2 and bits[0] != bits[1]
     with pytest.raises(UserError, match="is an adapter, and a whole model is wanted here"):
-        open_model(str(adapters / "one"))
+        open_model(str(adapters / "one"))  # by who reads its notes alone; runs/adapters.py merges

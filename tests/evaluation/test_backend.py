@@ -9,6 +9,7 @@ import pytest
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.data.templates.chat import Chat
 from t5x_like.data.tokenizers import vocabularies
 from t5x_like.evaluation import chat, generation
 from t5x_like.evaluation.harness import Tasks
@@ -203,7 +204,8 @@ def test_a_chat_is_rendered_and_encoded_as_by_transformers(chatty):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(chatty)
-    read = chat.read(str(chatty), vocabularies.load(str(chatty)))
+    subject = worlds.ours(chatty, template=True)
+    read = subject.chat
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello there"}]
     rendered = read.render(messages, add_generation_prompt=True)
     assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -212,7 +214,6 @@ def test_a_chat_is_rendered_and_encoded_as_by_transformers(chatty):
     assert read.render(begun, add_generation_prompt=False) == theirs.apply_chat_template(
         begun, tokenize=False, continue_final_message=True
     )
-    subject = worlds.ours(chatty, template=True)
     ids = subject.encode(rendered)
     assert ids == theirs.encode(rendered, add_special_tokens=False) and ids[:2] == [1, 509]
 
@@ -236,15 +237,50 @@ def test_tasks_through_a_chat_template_are_those_of_the_harness(chatty, tasks):
             assert_same({"": left["resps"]}, {"": right["resps"]})
 
 
+def test_a_request_has_the_tokens_of_training_and_serving(chatty):
+    """Also where a message spells a special token out, which transformers would take for one."""
+    subject = worlds.ours(chatty, template=True)
+    conversation = Chat(CHATML, subject.vocabulary, where="here")
+    asked = [{"role": "user", "content": f"say {end}"} for end in ("<|im_end|> now", "it", "it <|im_start|>")]
+    texts = [subject.chat.render([message], add_generation_prompt=True) for message in asked]
+    for message, text in zip(asked, texts, strict=True):
+        rendered = conversation.prompt([message])
+        ids = subject.vocabulary.encode_parts(rendered.parts())[0].tolist()
+        assert text == rendered.text and subject.encode(text) == ids
+        assert (ids.count(509), ids.count(510)) == (2, 1)  # of two messages, the second begun
+        # As the harness asks: white space at the end belongs to the answer.
+        both = [*rendered.parts()[:-1], f"{rendered.parts()[-1]}yes"]
+        assert subject.encode(f"{text}yes") == subject.vocabulary.encode_parts(both)[0].tolist()
+        assert subject.encode(text.rstrip()) == ids[: len(subject.encode(text.rstrip()))] != ids
+    assert subject.stop_ids == [510, subject.vocabulary.eos_id]
+    assert subject.encode("say <|im_end|> now")[0] == 1  # a text that is no request: as without a template
+
+
+def test_a_request_is_found_among_others_that_begin_like_it(chatty):
+    requests = chat.Requests(Chat("{{ messages[0].content }}", vocabularies.load(str(chatty)), where="here"))
+    known = ["ab", "abc", "abcd", "abd", "b", "ab c"]
+    for text in known:
+        requests.render([{"role": "user", "content": text}], add_generation_prompt=True)
+    found = {text: requests._longest(text) for text in ("abcz", "abdz", "abz", "bz", "ab cd", "a", "c", "ab  ")}
+    assert found == {
+        text: max((k for k in known if text.startswith(k)), key=len, default=None) for text in found
+    } and set(found.values()) >= {"abc", "abd", "ab", "b", "ab c", None}
+
+
 @pytest.mark.parametrize(
     ("template", "part"),
     [
-        ("{{ ''.__class__.__mro__ }}", "does not render these messages: it asks for what no template may do"),
-        ("{{ raise_exception('roles must alternate') }}", "does not render these messages: .*roles must alternate"),
-        ("{% for %}", "does not render these messages"),
-        ("", "the tokenizer has no chat template"),
+        ("{{ ''.__class__.__mro__ }}", "here is refused: it asks for what no template may do"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "here does not take this conversation: .*must alternate",
+        ),
+        ("{% for %}", "here is refused"),
     ],
 )
-def test_a_template_that_cannot_be_rendered_is_one_line(template, part):
-    with pytest.raises(UserError, match=part):
-        chat.Chat(template, {}, {}).render([{"role": "user", "content": "a"}], add_generation_prompt=True)
+def test_a_template_that_cannot_be_rendered_is_one_line(template, part, chatty):
+    vocabulary = vocabularies.load(str(chatty))
+    with pytest.raises(UserError, match=part) as raised:
+        requests = chat.Requests(Chat(template, vocabulary, where="here"))
+        requests.render([{"role": "user", "content": "a"}], add_generation_prompt=True)
+    assert "\n" not in str(raised.value)

@@ -1,16 +1,21 @@
 """Claims about texts: the measure is that of training, whatever the batch; blocks add up; what cannot be read."""
 
+import dataclasses
 import json
 
 import pytest
 
+from configs import common
+from t5x_like.core.config import build
 from t5x_like.core.errors import UsageError
+from t5x_like.data.config import DataConfig
 from t5x_like.data.write import sources
 from t5x_like.evaluation import text
 from t5x_like.storage import model_directory
 from tests.end_to_end.commands import ROOT, rows, train
 from tests.evaluation import worlds
 
+USUAL = common.config().data.to_dict()
 INPUT = ROOT / "configs" / "data" / "tinyshakespeare" / "input.txt"
 
 
@@ -39,7 +44,7 @@ def run(held_out, tmp_path_factory):
 
 
 def measured(subject, section, source, batch_tokens=1024):
-    config = text.config_of(subject, section, source)
+    config = text.config_of(subject, section, source, usual=USUAL)
     return {metric.name: metric for metric in text.measure(subject, config, name="t", batch_tokens=batch_tokens)}
 
 
@@ -73,7 +78,7 @@ def test_an_encoder_decoder_is_measured_as_its_run_does(run, held_out):
     for name in ("loss", "accuracy"):
         assert found[name].value == pytest.approx(last[f"eval/validation/{name}"], rel=1e-6), name
     with pytest.raises(UsageError, match="came without one; evaluate it on --tasks"):
-        text.config_of(worlds.ours(workdir), None, f"jsonl:{held_out}")
+        text.config_of(worlds.ours(workdir), None, f"jsonl:{held_out}", usual=USUAL)
 
 
 def test_a_model_without_a_run_reads_rows_of_its_own_length(folder_of, held_out):
@@ -83,6 +88,19 @@ def test_a_model_without_a_run_reads_rows_of_its_own_length(folder_of, held_out)
     for name, metric in found.items():
         assert metric.value == pytest.approx(again[name].value, rel=1e-6) and metric.documents == again[name].documents
     assert 1 < found["bits_per_byte"].value < 8
+
+
+def test_a_model_without_a_run_is_read_by_the_usual_section_of_data(folder_of):
+    """Whatever fields that gains: none of them is spelled out again."""
+    subject = worlds.ours(folder_of("stories"))
+    config = text.config_of(subject, None, "text:a.txt", usual=USUAL | {"csv_separator": ";"})
+    expected = build(DataConfig, USUAL | {"source": "text:a.txt", "length": subject.max_length}, path="config.data")
+    changed = {
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(expected, field.name)
+    }
+    assert config.csv_separator == ";" and changed == {"csv_separator"}
 
 
 def test_the_kind_of_a_source_is_seen_from_its_name():

@@ -110,9 +110,9 @@ def _write_t5(folder: pathlib.Path) -> None:
 
 def ours(folder: pathlib.Path, *, name: str = "ours", mesh=None, template: bool = False) -> EvaluatedModel:
     loaded = load(str(folder), mesh=mesh)
-    read = chat.read(str(folder), loaded.vocabulary) if template else None
+    asked = chat.Requests(loaded.template) if template else None
     return EvaluatedModel.of(
-        name, loaded.model, loaded.params, loaded.vocabulary, start_id=loaded.start_id, mesh=mesh, chat=read
+        name, loaded.model, loaded.params, loaded.vocabulary, start_id=loaded.start_id, mesh=mesh, chat=asked
     )
 
 

@@ -53,7 +53,7 @@ def next_logits(model, params):
 
 @pytest.fixture(scope="module")
 def greedy(model, params):
-    return decode.generate(model, params, PROMPTS, max_new_tokens=12, sampling=GREEDY, seed=0, stop_id=None)
+    return decode.generate(model, params, PROMPTS, max_new_tokens=12, sampling=GREEDY, seed=0)
 
 
 def test_greedy_decoding_with_a_cache_follows_the_whole_forward_pass(greedy, next_logits):
@@ -67,16 +67,23 @@ def test_greedy_decoding_with_a_cache_follows_the_whole_forward_pass(greedy, nex
 
 def test_generation_stops_after_the_stop_token_and_leaves_it_out(model, params, greedy):
     stop = greedy[0][4]
-    new = decode.generate(model, params, PROMPTS, max_new_tokens=12, sampling=GREEDY, seed=0, stop_id=stop)
+    new = decode.generate(model, params, PROMPTS, max_new_tokens=12, sampling=GREEDY, seed=0, stop_ids=[stop])
     for row, full in zip(new, greedy, strict=True):
         assert row == (full[: full.index(stop)] if stop in full else full)
+
+
+def test_generation_stops_at_the_first_of_several_tokens(model, params, greedy):
+    stops = [greedy[0][6], greedy[1][3]]
+    new = decode.generate(model, params, PROMPTS, max_new_tokens=12, sampling=GREEDY, seed=0, stop_ids=stops)
+    ends = [min([full.index(stop) for stop in stops if stop in full], default=12) for full in greedy]
+    assert new == [full[:end] for full, end in zip(greedy, ends, strict=True)] and min(ends) < 12
 
 
 def test_a_prompt_draws_the_same_tokens_whatever_stands_after_it(model, params):
     sampling = Sampling(temperature=1.0, top_k=20, top_p=0.95)
 
     def draw(prompts, seed):
-        return decode.generate(model, params, prompts, max_new_tokens=8, sampling=sampling, seed=seed, stop_id=None)
+        return decode.generate(model, params, prompts, max_new_tokens=8, sampling=sampling, seed=seed)
 
     assert draw(PROMPTS[:1], 3)[0] == draw(PROMPTS, 3)[0]
     assert draw(PROMPTS, 3) != draw(PROMPTS, 4)
@@ -87,7 +94,7 @@ def test_a_prompt_is_padded_to_no_more_than_the_model_takes(model, params):
     assert [decode.row_length(short, length) for length in (1, 64, 65, 100, 101)] == [64, 64, 100, 100, 101]
 
     def generate(length):
-        return decode.generate(short, params, [[5] * length], max_new_tokens=2, sampling=GREEDY, seed=0, stop_id=None)
+        return decode.generate(short, params, [[5] * length], max_new_tokens=2, sampling=GREEDY, seed=0)
 
     assert len(generate(65)[0]) == 2
     with pytest.raises(UserError, match="a row of 101 tokens is longer than config.model.max_length=100"):
@@ -96,7 +103,7 @@ def test_a_prompt_is_padded_to_no_more_than_the_model_takes(model, params):
 
 def test_padding_of_the_vocabulary_is_never_drawn(model, params):
     sampling = Sampling(temperature=100.0, top_k=0, top_p=1.0)
-    new = decode.generate(model, params, [[1]] * 8, max_new_tokens=40, sampling=sampling, seed=0, stop_id=None)
+    new = decode.generate(model, params, [[1]] * 8, max_new_tokens=40, sampling=sampling, seed=0)
     assert model.config.padded_vocab > model.config.vocab_size
     assert max(max(row) for row in new) < model.config.vocab_size
 

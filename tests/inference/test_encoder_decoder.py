@@ -14,8 +14,9 @@ from t5x_like.data.tokenizers import sentinels, vocabularies
 from t5x_like.inference import decode
 from t5x_like.inference import score as scoring
 from t5x_like.inference.sampling import GREEDY
-from t5x_like.language_model import LanguageModel, _start_id
+from t5x_like.language_model import LanguageModel
 from t5x_like.layers.scoring.head import logits
+from t5x_like.runs.loading import start_id
 from tests.models import cases
 
 SOURCES = [[11, 12, 13, 14, 15, 16, 1], [21, 22, 1]]
@@ -38,10 +39,10 @@ def varied(params):
     return {**params, "embed": embed, "decoder": {**decoder, "layers": layers, "relative_bias": bias}}
 
 
-def generate(sources, case="t5", prompt=(0,), count=64, stop_id=None):
+def generate(sources, case="t5", prompt=(0,), count=64, stop_ids=()):
     prompts = [list(prompt)] * len(sources)
     return decode.generate(
-        *world(case), prompts, sources=sources, max_new_tokens=count, sampling=GREEDY, seed=0, stop_id=stop_id
+        *world(case), prompts, sources=sources, max_new_tokens=count, sampling=GREEDY, seed=0, stop_ids=stop_ids
     )
 
 
@@ -69,7 +70,7 @@ def test_a_source_is_answered_the_same_in_any_company_up_to_the_stop_token():
     together = generate(SOURCES)
     assert [generate([source])[0] for source in SOURCES] == together
     stop = together[0][9]
-    for row, full in zip(generate(SOURCES, stop_id=stop), together, strict=True):
+    for row, full in zip(generate(SOURCES, stop_ids=[stop]), together, strict=True):
         assert row == (full[: full.index(stop)] if stop in full else full)
 
 
@@ -82,7 +83,7 @@ def test_sources_are_for_models_with_an_encoder():
     llama = cases.model("llama")
     for model, sources in ((world()[0], None), (llama, [[1]])):
         with pytest.raises(ValueError, match="sources for a model with an encoder"):
-            decode.generate(model, {}, [[0]], sources=sources, max_new_tokens=1, sampling=GREEDY, seed=0, stop_id=None)
+            decode.generate(model, {}, [[0]], sources=sources, max_new_tokens=1, sampling=GREEDY, seed=0)
     with pytest.raises(UsageError, match="targets after sources"):
         scoring.score(*world(), [([0, 1], 1)])
 
@@ -166,7 +167,7 @@ def test_text_is_generated_scored_and_goes_on_from_a_prefix():
         max_new_tokens=12,
         sampling=GREEDY,
         seed=0,
-        stop_id=lm.vocabulary.eos_id,
+        stop_ids=[lm.vocabulary.eos_id],
     )
     assert one == sentinels.decode(lm.vocabulary, new)
     ((logp, greedy),) = lm.log_likelihood(["To be"], ["abc"])
@@ -208,8 +209,8 @@ def test_what_does_not_fit_a_model_is_one_line():
 
 def test_the_start_token_is_that_of_the_data_or_of_the_folder_a_model_came_from():
     model, vocabulary = language_model().model, language_model().vocabulary
-    assert _start_id(model, {"config": {"data": {"start_token": "eos"}}}, vocabulary) == vocabulary.eos_id
-    assert _start_id(model, {"generation_config": {"decoder_start_token_id": 5}, "token_ids": {}}, vocabulary) == 5
-    assert _start_id(model, {"generation_config": {}, "token_ids": {"decoder_start_token_id": 6}}, vocabulary) == 6
-    assert _start_id(model, {"config": {"model": {}}}, vocabulary) == 0
-    assert _start_id(types.SimpleNamespace(config=cases.config("llama")), {}, vocabulary) == 0
+    assert start_id(model, {"config": {"data": {"start_token": "eos"}}}, vocabulary) == vocabulary.eos_id
+    assert start_id(model, {"generation_config": {"decoder_start_token_id": 5}, "token_ids": {}}, vocabulary) == 5
+    assert start_id(model, {"generation_config": {}, "token_ids": {"decoder_start_token_id": 6}}, vocabulary) == 6
+    assert start_id(model, {"config": {"model": {}}}, vocabulary) == 0
+    assert start_id(types.SimpleNamespace(config=cases.config("llama")), {}, vocabulary) == 0

@@ -23,7 +23,7 @@ from t5x_like.objectives.interface import frozen_role, policy
 from tests.models import cases
 from tests.objectives.test_preferences_trl import STORIES, arrays, ours, rows
 
-END, WIDTHS = 2, (24, 24)  # EOS of this tokenizer; tokens of a source and of an answer
+END, WIDTHS = 2, (16, 32)  # EOS of this tokenizer; tokens of a source and of an answer
 
 
 @functools.cache
@@ -139,10 +139,9 @@ def options(tmp_path):
 @pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_norm"])
 def test_dpo_of_a_t5_is_that_of_trl(kind, tmp_path, tmp_path_factory):
     base, other = (folder(tmp_path_factory.getbasetemp() / f"t5-{seed}", seed) for seed in (0, 1))
-    decoder = transformers.LlamaForCausalLM.from_pretrained(STORIES)  # for the trainer's own use
     trainer = trl.DPOTrainer(
-        model=decoder,
-        ref_model=decoder,
+        model=transformers.LlamaForCausalLM.from_pretrained(STORIES),  # both for the trainer's own use
+        ref_model=transformers.LlamaForCausalLM.from_pretrained(STORIES),
         args=trl.DPOConfig(**options(tmp_path), loss_type=[kind], beta=0.3),
         train_dataset=rows(),
         processing_class=transformers.AutoTokenizer.from_pretrained(STORIES),
@@ -167,7 +166,7 @@ def test_dpo_of_a_t5_is_that_of_trl(kind, tmp_path, tmp_path_factory):
         return objective.loss(params, frozen, both, None, objective.weights(both))[0]
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    assert abs(theirs.item() - np.log(2)) > 1e-2
+    assert abs(theirs.item() - np.log(2)) > 1e-3
     assert float(value) == pytest.approx(theirs.item(), rel=1e-6)
     for path, expected in gradients_of(trained, base, tmp_path / "gradients").items():
         assert cases.largest_difference(tree.flatten(gradients)[path], expected) < 1e-5, path
@@ -204,7 +203,7 @@ def test_a_reward_model_of_a_t5_is_that_of_trl(tmp_path, tmp_path_factory):
         return objective.loss(params, {"base": {}}, both, None, objective.weights(both))[0]
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    assert abs(theirs.item() - np.log(2)) > 1e-2
+    assert abs(theirs.item() - np.log(2)) > 1e-3
     assert float(value) == pytest.approx(theirs.item(), rel=1e-6)
     flat = tree.flatten(gradients)
     expected = {"heads/reward/weight": trained.score.weight.grad.numpy()[0]}

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -17,14 +18,17 @@ from safetensors.numpy import load_file, save_file
 
 import t5x_like
 from t5x_like.__main__ import main
-from t5x_like.convert import convert
+from t5x_like.convert import convert, native
+from t5x_like.convert.transfer import write_item
 from t5x_like.core import tree
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import ArraySpec
+from t5x_like.models import config as model_config
 from t5x_like.objectives import lm
 from t5x_like.objectives.interface import policy
 from t5x_like.peft import attach
 from t5x_like.runs import adapters
+from t5x_like.storage import base as bases
 from t5x_like.storage.model_directory import locate, read_metadata
 from tests.convert import folders
 
@@ -40,8 +44,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_rslora": True,
         },
     ),
+    "llama with its ends": (
+        "llama_grouped",
+        {"target_modules": ["v_proj", "embed_tokens", "lm_head"], "rank_pattern": {"lm_head": 6}, "lora_alpha": 12},
+    ),
     "t5": ("t5", {"target_modules": ["q", "v", "wi", "wo", "o"], "lora_alpha": 3}),
 }
+GPT2: dict[str, dict[str, Any]] = {
+    "every matrix": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "lora_alpha": 12},
+    "the joined one, rsLoRA": {"target_modules": ["c_attn"], "use_rslora": True, "fan_in_fan_out": True},
+    "alphas of their own": {
+        "target_modules": ["c_attn", "c_fc"],
+        "alpha_pattern": {"c_fc": 3, r"h\.0\.attn\.c_attn": 5},
+        "fan_in_fan_out": True,
+    },
+}
+CASES |= {f"gpt2, {name}": ("gpt2", fields) for name, fields in GPT2.items()}
 
 
 def build(case: str, folder: pathlib.Path) -> tuple[torch.nn.Module, pathlib.Path]:
@@ -103,15 +121,17 @@ def test_logits_are_those_of_peft_there_and_back(case, worlds, tmp_path):
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
     assert main(["convert", str(folder / "ours"), str(tmp_path / "back"), "--to=peft"]) == 0
     first, again = (load_file(path / "adapter_model.safetensors") for path in (folder / "saved", tmp_path / "back"))
-    assert first.keys() == again.keys()
-    for name, array in first.items():
-        np.testing.assert_array_equal(array, again[name], err_msg=name)
+    adapted = {name: array for name, array in first.items() if "lora_" in name}  # beside copies of the base's ends
+    assert adapted.keys() == again.keys() and len(first) - len(adapted) == (2 if "ends" in case else 0)
+    for name, array in adapted.items():
+        if "c_attn" not in name and "alphas" not in case:
+            np.testing.assert_array_equal(array, again[name], err_msg=name)
     base = model.get_base_model().__class__.from_pretrained(folder / "hf", dtype=torch.float32)
     reread = peft.PeftModel.from_pretrained(base, tmp_path / "back").eval()
     assert np.abs(their_logits(reread, case) - theirs).max() <= 1e-6 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("case", ["llama of several ranks", "t5"])
+@pytest.mark.parametrize("case", ["llama of several ranks", "llama with its ends", "t5"])
 def test_a_merged_model_is_the_adapted_one_up_to_rounding(case, worlds, tmp_path, capsys):
     folder, model = worlds(case)
     theirs, ours = their_logits(model, case), our_logits(folder / "ours", case)
@@ -129,6 +149,93 @@ def test_a_merged_model_is_the_adapted_one_up_to_rounding(case, worlds, tmp_path
     assert "taken out of" in capsys.readouterr().out
     back, before = our_logits(tmp_path / "base", case), our_logits(folder / "base", case)
     assert np.abs(back - before).max() <= 1e-5 * np.abs(before).max()
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+@pytest.mark.parametrize("ranks", [(), (("layers/attention/k", 2),), (("layers/attention/v", (0, 3)),)])
+def test_queries_keys_and_values_of_gpt2_go_to_the_one_matrix_of_peft_and_back(worlds, tmp_path, stabilized, ranks):
+    """Of three adapters of rank r one of rank 3 r, whose alpha keeps the scale."""
+    folder, _ = worlds("gpt2, every matrix")
+    targets = ["layers/attention/[qkv]", "layers/mlp/up"]
+    lora = {"rank": 4, "alpha": 6.0, "rank_stabilized": stabilized, "dropout": 0.0, "targets": targets}
+    section = {"name": "lora", "lora": lora | {"ranks": [list(each) for each in ranks]}}
+    made(folder / "base", tmp_path / "ours", section)
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "saved"), "--to=peft"]) == 0
+    settings = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    layer = "transformer.h.0.attn.c_attn".replace(".", r"\.")
+    rank = settings["rank_pattern"][layer]
+    assert rank == {(): 12, "k": 10, "v": 8}[ranks and ranks[0][0][-1]]
+    assert settings["alpha_pattern"][layer] == pytest.approx(6 * (rank / 4) ** (0.5 if stabilized else 1))
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    theirs = their_logits(peft.PeftModel.from_pretrained(base, tmp_path / "saved").eval(), "gpt2")
+    ours = our_logits(tmp_path / "ours", "gpt2")
+    assert np.abs(theirs - our_logits(folder / "base", "gpt2")).max() > 0.1
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    assert main(["convert", str(tmp_path / "saved"), str(tmp_path / "again"), f"--base={folder / 'base'}"]) == 0
+    one, two = (adapters.arrays(locate(str(tmp_path / name)).checkpoint, "params") for name in ("ours", "again"))
+    np.testing.assert_allclose(our_logits(tmp_path / "again", "gpt2"), ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+    if not ranks and not stabilized:
+        assert one.keys() == two.keys()
+        for path in one:
+            np.testing.assert_array_equal(one[path], two[path], err_msg=path)
+
+
+def made(base: pathlib.Path, target: pathlib.Path, section: dict[str, Any]) -> None:
+    """A model directory of an adapter of ours with random A and B on `base`."""
+    place = locate(str(base))
+    note = read_metadata(place.checkpoint)
+    config = model_config.resolve(note["config"]["model"])
+    specs = native.model_specs(config)
+    adapter = attach.of_stored({"adapter": section}, tree.unflatten(specs))
+    assert adapter is not None
+    draw = np.random.default_rng(5)
+    new = tree.flatten(adapter.specs())
+    parts = {path: 0.2 * draw.standard_normal(spec.shape).astype(np.float32) for path, spec in new.items()}
+    for path, target_ in adapter.targets.items():  # as training leaves them: what a layer has not is no matter
+        scale = target_.scale_R() > 0
+        a, b = f"adapters/{path}/a", f"adapters/{path}/b"
+        if scale.ndim == 2:
+            parts[a] *= scale.reshape(len(scale), *(1,) * (parts[a].ndim - 2), -1)
+            parts[b] *= scale.reshape(*scale.shape, *(1,) * (parts[b].ndim - 2))
+    shutil.copytree(base / "tokenizer", target / "tokenizer")
+    checkpoint = target / "checkpoints" / "0"
+    moved = write_item(str(checkpoint / "params"), parts)
+    native.complete(
+        str(checkpoint),
+        config,
+        moved,
+        provenance=note["provenance"],
+        extra={"base": bases.record(place.checkpoint, specs, beside=str(checkpoint))},
+        axes={path: list(spec.axes) for path, spec in new.items()},
+        sections={"adapter": section},
+    )
+
+
+def test_a_tied_embedding_has_no_module_of_peft(tmp_path):
+    """Ours adapts the table, which is both ends; peft's modules are one each."""
+    folders.save("llama_one_layer_tied", tmp_path / "hf")
+    convert.to_native(str(tmp_path / "hf"), str(tmp_path / "base"))
+    lora = {"rank": 2, "alpha": 4.0, "rank_stabilized": False, "dropout": 0.0, "targets": ["embed/tokens"], "ranks": []}
+    made(tmp_path / "base", tmp_path / "ours", {"name": "lora", "lora": lora})
+    assert np.abs(our_logits(tmp_path / "ours", "llama") - our_logits(tmp_path / "base", "llama")).max() > 0.1
+    with pytest.raises(UserError, match=r"'embed/tokens' is both the embedding and the LM head of this model \(tied\)"):
+        adapters.to_peft(str(tmp_path / "ours"), str(tmp_path / "saved"), step=None, item="params")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "merged"), "--verify"]) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    model.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.raises(UserError, match="both the embedding and the LM head"):
+        adapters.from_peft(str(tmp_path / "theirs"), str(tmp_path / "again"), base=str(tmp_path / "base"))
+
+
+def test_an_adapter_with_another_embedding_beside_it_is_refused(worlds, tmp_path):
+    folder, _ = worlds("llama with its ends")
+    shutil.copytree(folder / "saved", tmp_path / "saved")
+    tensors = load_file(folder / "saved" / "adapter_model.safetensors")
+    name = next(name for name in tensors if "embed_tokens.base_layer" in name)
+    save_file(tensors | {name: tensors[name] + 1}, tmp_path / "saved" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds another 'embed/tokens' than the model of --base"):
+        adapters.from_peft(str(tmp_path / "saved"), str(tmp_path / "ours"), base=str(folder / "base"))
 
 
 def test_gradients_are_those_of_peft(worlds, tmp_path):

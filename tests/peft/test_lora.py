@@ -115,6 +115,59 @@ def test_an_adapter_computes_what_its_weights_written_out_compute(case):
     assert cases.largest_difference(run(single, params, batch), dense) < 1e-5
 
 
+@pytest.mark.parametrize("case", ["llama", "llama_grouped_tied", "gpt2", "t5_gated"])
+def test_an_embedding_and_a_head_are_adapted_where_they_are_named(case):
+    """ ".*" are the matrices of layers, as it was. Logits and the gradients of the adapter are those of the weights
+    written out, of a table that is both (tied) too."""
+    model = cases.model(case)
+    specs = tree.flatten(model.specs())
+    ends = [path for path in ("embed/tokens", "head/weight") if path in specs]
+    assert len(ends) == (1 if model.config.head.tied else 2)
+    adapter, whole = adapted(model, targets=(".*", *ends))
+    plain, _ = adapted(model)
+    assert adapter.targets.keys() - plain.targets.keys() == {*ends}
+    named = attach.build(config(targets=(".*/attention/q", "(embed/tokens|head/weight)")), model.specs())
+    assert named is not None and {*ends} < named.targets.keys()
+    batch = cases.batch(model, 2, 9)
+
+    def loss(parts, write):
+        params = adapter.attach({**whole, attach.ROOT: parts})
+        if write:
+            params = tree.map_with_path(lambda _, leaf: weights.dense(leaf, jnp.float32), params)
+        found = model.score_input(params, model.apply(params, batch))
+        return jnp.sum(jnp.square(logits(*found)[:, :, : model.config.vocab_size])), logits(*found)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, low), low_gradients = step(whole[attach.ROOT], False)
+    (_, dense), dense_gradients = step(whole[attach.ROOT], True)
+    low, dense = (np.asarray(array)[:, :, : model.config.vocab_size] for array in (low, dense))
+    only = run(model, plain.attach(whole | {attach.ROOT: tree.unflatten(_of(whole, plain))}), batch)
+    assert cases.largest_difference(dense, only) > 0.01, "the ends change something"
+    assert cases.largest_difference(low, dense) < 1e-5
+    for path, gradient in tree.leaves(dense_gradients):
+        mine = np.asarray(tree.flatten(low_gradients)[path])
+        assert np.abs(gradient).max() > 0, path
+        assert np.abs(mine - np.asarray(gradient)).max() <= 1e-5 * np.abs(gradient).max(), path
+
+
+def _of(whole, adapter):
+    """The parts of an adapter with fewer targets."""
+    parts = tree.flatten(whole[attach.ROOT])
+    return {path: part for path, part in parts.items() if path.rpartition("/")[0] in adapter.targets}
+
+
+def test_an_adapter_of_the_ends_begins_without_effect_and_can_learn():
+    model = cases.model("llama")
+    adapter = attach.build(config(targets=("embed/tokens", "head/weight")), model.specs())
+    assert adapter is not None
+    found = {path: spec for path, spec in tree.leaves(adapter.specs()[attach.ROOT])}
+    vocab, width = model.specs()["embed"]["tokens"].shape
+    assert found["embed/tokens/a"].shape == found["head/weight/a"].shape == (vocab, 3)
+    assert {found[f"{path}/a"].init for path in adapter.targets} == {"zeros"}
+    assert found["embed/tokens/b"].init == "normal(1)" and found["head/weight/b"].init.startswith("uniform(")
+    assert found["head/weight/b"].shape == (3, width) and found["head/weight/b"].axes == ("rank", "embed")
+
+
 def test_layers_have_ranks_of_their_own():
     """A column that a layer has not gives nothing, whatever stands there, and learns nothing."""
     model = cases.model("llama")

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from t5x_like.__main__ import COMMANDS, main
 from t5x_like.core.errors import UsageError
-from t5x_like.runs.arguments import load_config, override, split_config
+from t5x_like.runs.arguments import Parser, load_config, override, split_config
 
 TEST = "--config=configs/pretrain/test.py"
 HEAD = "from ml_collections import ConfigDict\n\ndef get_config():\n    config = ConfigDict({'steps': 5, 'more': {}})\n"
@@ -180,3 +181,47 @@ def test_a_name_of_no_config_or_of_several_is_one_line():
         load_config(["--config=tiney"])
     with pytest.raises(UsageError, match="several shipped configs; use distill/test or pretrain/test or rl/test$"):
         load_config(["--config=test"])
+
+
+def test_shipped_configs_are_listed_by_names_that_each_mean_one():
+    with pytest.raises(UsageError) as raised:
+        load_config(["--config=zzz"])
+    listed = str(raised.value).partition("known: ")[2].split(", ")
+    assert len(listed) == len(set(listed)) > 10 and {"tiny", "lifecycle/dpo", "preference/dpo"} <= set(listed)
+    for name in listed:
+        load_config([f"--config={name}"])  # an error if it means several
+    with pytest.raises(UsageError, match="did you mean 'lifecycle/dpo' or 'preference/dpo'\\?$"):
+        load_config(["--config=dpoo"])
+
+
+MISSPELT = {
+    "train": (
+        ["--config=tiny", "--workdirr=x"],
+        "--workdirr=x: there is no flag --workdirr; did you mean '--workdir'?",
+    ),
+    "rl": (["--workdr", "x"], "--workdr: there is no flag --workdr; did you mean '--workdir'?"),
+    "prepare": (["--confg.data.source=x", "--workdir=x"], "no flag --confg.data.source; did you mean '--config'?"),
+    "plan": (["--config=tiny", "--topologie=v5e:2x4"], "no flag --topologie; did you mean '--topology'?"),
+    "generate": (["--promt=x"], "there is no flag --promt; did you mean '--prompt'?"),
+    "evaluate": (["--task=a", "--txt=b"], "--txt=b: there is no flag --txt; did you mean '--text'?"),
+    "convert": (["a", "b", "--verfy"], "there is no flag --verfy; did you mean '--verify'?"),
+    "export": (["-format=hf"], "-format=hf: there is no flag -format; did you mean '--format'?"),
+    "inspect": (["--stepp=3"], "there is no flag --stepp; did you mean '--step'?"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_flag_is_named_before_what_is_missing(command, capsys):
+    arguments, expected = MISSPELT[command]
+    assert main([command, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"t5x_like: t5x_like {command}: ") and line.endswith(expected), line
+
+
+def test_what_argparse_takes_for_a_flag_or_a_value_stays_so():
+    parser = Parser(prog="p")
+    parser.add_argument("--prompt", action="append")
+    parser.add_argument("--number", type=float)
+    parser.add_argument("rest", nargs="*")
+    options = parser.parse_args(["--pro=-x", "--number", "-3", "--prompt=--y", "-", "- a", "--", "--workdirr"])
+    assert (options.prompt, options.number, options.rest) == (["-x", "--y"], -3, ["-", "- a", "--workdirr"])

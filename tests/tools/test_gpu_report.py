@@ -17,6 +17,15 @@ DECODE = {"tokens_per_second": {"1": 250.4, "16": 3000.0}, "parameters": 1.236e9
 BESIDE = {
     "packed": TRAIN,
     "lora": {"seconds": 0.4, "tokens": 1000},
+    "grpo": {
+        "seconds": 2.0,
+        "answers": 16,
+        "tokens": 400,
+        "rollout": 1.0,
+        "reward": 0.1,
+        "scoring": 0.0,
+        "update": 0.9,
+    },
     "train_torch": {"seconds": 1.0, "tokens": 1000},
     "decode_torch": DECODE,
 }
@@ -51,6 +60,8 @@ def test_the_table_holds_what_each_part_found():
         "| training | step | 0.5000 s, 2000 tokens/s |",
         "| training | MFU, bf16 | 200.00 TFLOP/s, 20.2% of 989 TFLOP/s |",
         "| decoding | 16 rows | 3000 tokens/s |",
+        "| GRPO | iteration | 2.00 s, 8.0 answers/s, 200 tokens/s |",
+        "| GRPO | rollout | 50% |",
         "| training, transformers | step | 1.0000 s, 1000 tokens/s |",
     ):
         assert row in text.splitlines()
@@ -108,12 +119,14 @@ def test_wheels_of_missing_packages_alone_are_unpacked(tmp_path):
     assert gpu_report.install_missing(tmp_path / "none", tmp_path / "site") == "All packages were there."
 
 
-@pytest.mark.parametrize("name", ["train", "lora", "packed", "decode", "train_torch", "decode_torch"])
+@pytest.mark.parametrize("name", ["train", "lora", "packed", "decode", "grpo", "train_torch", "decode_torch"])
 def test_the_parts_run_on_a_tiny_model(name):
     result = gpu_report.WORK[name](gpu_report.SHAPES["tiny"])
     rows = dict(gpu_report.PARTS[name].rows(json.loads(json.dumps(result))))
     if name in ("train", "packed"):
         assert "unknown" in rows["MFU, bf16"]
+    elif name == "grpo":
+        assert rows["iteration"].endswith("tokens/s") and 0 < result["rollout"] < result["seconds"]
     else:
         assert set(rows) == ({"step"} if name in ("lora", "train_torch") else {"parameters", "1 rows", "2 rows"})
     if name == "packed":

@@ -73,7 +73,6 @@ def _ours(values: Values) -> dict[str, Any]:
             max_new_tokens=NEW,
             sampling=GREEDY,
             seed=0,
-            stop_id=None,
         )
 
     return {"seconds": timing.seconds(generate, values["steps"], warmup=1), "tokens": generate()}

@@ -46,7 +46,8 @@ def score(prompt: str, answer: str, expected: str) -> float:
     return float(len(answer) % 7)
 
 
-def _ours(values: Values) -> dict[str, Any]:
+def ours(model: Any, *, prompts: int, samples: int, new: int, micro_batches: int = 1, steps: int) -> dict[str, Any]:
+    """Medians over `steps` iterations of a model section: seconds of a whole one and of each of PARTS."""
     import jax
 
     from configs import common
@@ -64,17 +65,18 @@ def _ours(values: Values) -> dict[str, Any]:
     from t5x_like.runs.rl_program import RlExperiment
 
     given = common.rl_config()
-    given.model = config().model
+    given.model = model
     given.data.fields.update({"inputs": "", "targets": ""})
-    given.data.update({"batch_size": PROMPTS * SAMPLES, "length": PROMPT + NEW - 1})
-    # An end token that random weights draw of 8192 once in a while would make answers shorter: it is no token here.
-    given.rl.update({"prompts": PROMPTS, "samples": SAMPLES, "new_tokens": NEW, "generate": prompt})
+    given.data.update({"batch_size": prompts * samples, "length": PROMPT + new - 1})
+    given.loop.micro_batches = micro_batches
+    # An end token that random weights draw once in a while would make answers shorter: it is no token here.
+    given.rl.update({"prompts": prompts, "samples": samples, "new_tokens": new, "generate": prompt})
     given.rl.rewards.score = common.reward("function", function=score)
     environment.apply(bridge.build(environment.RuntimeConfig, given.runtime, path="config.runtime"))
     stored, _, places = named_functions(given.to_dict())
     experiment = experiments.built(RlExperiment, stored)
-    vocabulary = vocabularies.load("bytes").with_extra_ids(SHAPE["vocab"] - 259)
-    vocabulary.eos_id = SHAPE["vocab"]
+    vocabulary = vocabularies.load("bytes").with_extra_ids(experiment.model.vocab_size - 259)
+    vocabulary.eos_id = experiment.model.vocab_size
     mesh = meshes.make(experiment.mesh)
     spent: dict[str, float] = defaultdict(float)
 
@@ -94,7 +96,7 @@ def _ours(values: Values) -> dict[str, Any]:
         )
         state, frozen = programs.initialize(program, seed=0)
         each: list[dict[str, float]] = []
-        for step in range(values["steps"] + 1):
+        for step in range(steps + 1):
             spent.clear()
             begin = time.perf_counter()
             batch = source.batch(step, state, frozen)
@@ -102,8 +104,11 @@ def _ours(values: Values) -> dict[str, Any]:
                 state, metrics = compiled.step(state, frozen, batch)
                 jax.block_until_ready(metrics)
             each.append({"seconds": time.perf_counter() - begin, **{part: spent[part] for part in PARTS}})
-    timed_ones = each[1:]
-    return {name: statistics.median(one[name] for one in timed_ones) for name in each[0]}
+    return {name: statistics.median(one[name] for one in each[1:]) for name in each[0]}
+
+
+def _ours(values: Values) -> dict[str, Any]:
+    return ours(config().model, prompts=PROMPTS, samples=SAMPLES, new=NEW, steps=values["steps"])
 
 
 def _trl(values: Values) -> dict[str, Any]:

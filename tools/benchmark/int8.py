@@ -88,7 +88,7 @@ def _ours(values: Values, dtype: str = "float32") -> dict[str, Any]:
     prompts = _prompts(values["rows"]).tolist()
 
     def generate(new: int) -> list[list[int]]:
-        return decode.generate(model, params, prompts, max_new_tokens=new, sampling=GREEDY, seed=0, stop_id=None)
+        return decode.generate(model, params, prompts, max_new_tokens=new, sampling=GREEDY, seed=0)
 
     return {"seconds": _of_a_token(generate, values["steps"]), "bytes": size}
 

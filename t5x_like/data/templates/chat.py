@@ -1,9 +1,9 @@
 """A chat template at work: the text of a conversation, the special tokens in it, and what the assistant wrote.
 
-Training and serving render with this one class. Special tokens are those that the template writes; a message that
-spells one out is text. What the assistant wrote is what the template marks with {% generation %}. In a template
-without these marks it is found by rendering the conversation up to each turn and through it, which is checked against
-the rendering of the whole. Tokens: data/tokenizers/vocabularies.py, `encode_parts`.
+Training, serving and evaluation render with this one class. Special tokens are those that the template writes; a
+message that spells one out is text. What the assistant wrote is what the template marks with {% generation %}. In a
+template without these marks it is found by rendering the conversation up to each turn and through it, which is checked
+against the rendering of the whole. Tokens: data/tokenizers/vocabularies.py, `encode_parts`.
 """
 
 import dataclasses
@@ -43,6 +43,12 @@ class Rendered:
                 begin = last
         return [*found, *filter(None, [self.text[begin:stop]])]
 
+    def until(self, end: int) -> "Rendered":
+        """The same up to a place in the text."""
+        tokens = tuple(token for token in self.tokens if token[1] <= end)
+        trained = tuple((first, min(last, end)) for first, last in self.trained if first < end)
+        return Rendered(self.text[:end], tokens, trained)
+
 
 def source(name: str, vocabulary: Vocabulary, *, system: str, where: str) -> str:
     """The Jinja text of a template in NAMES for a tokenizer. `system`: what a conversation without a message of the
@@ -67,6 +73,11 @@ def source(name: str, vocabulary: Vocabulary, *, system: str, where: str) -> str
     return text if text.startswith(before) else before + text  # a run's own tokenizer has it already
 
 
+def named_text(name: str, vocabulary: Vocabulary, *, system: str) -> str:
+    """As `source`, of a run that was trained by a template in named.TEMPLATES; "" for any other name."""
+    return source(name, vocabulary, system=system, where="config.data.chat.template") if name in named.TEMPLATES else ""
+
+
 def _literal(text: str) -> str:
     """A text as Jinja writes it."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
@@ -74,10 +85,10 @@ def _literal(text: str) -> str:
 
 
 class Chat:
-    """A template with the tokenizer that it is for. `where` names it in errors."""
+    """A template with the tokenizer that it is for. `where` names it in errors. text: Jinja."""
 
     def __init__(self, text: str, vocabulary: Vocabulary, *, where: str, now: datetime.datetime | None = None):
-        self._where, self._specials = where, dict(vocabulary.specials)
+        self.text, self._where, self._specials = text, where, dict(vocabulary.specials)
         names = {token: name for name, token in self._specials.items()}
         self._values = {
             "bos_token": names.get(vocabulary.bos_id, "") if vocabulary.bos_id is not None else "",
@@ -98,6 +109,14 @@ class Chat:
     def prompt(self, messages: Sequence[Message]) -> Rendered:
         """The conversation so far, and what an answer begins with."""
         return self._render(messages, prompt=True)
+
+    def begun(self, messages: Sequence[Message]) -> Rendered:
+        """The conversation with its last message left open, to be continued."""
+        whole = self._render(messages, prompt=False)
+        content = messages[-1].get("content", "").strip()
+        if content not in whole.text:
+            raise ConversationRefused(f"{self._where} changes what its last message says, so it cannot be continued")
+        return whole.until(whole.text.rindex(content) + len(content))
 
     def whole(self, messages: Sequence[Message], *, last: bool) -> Rendered:
         """The conversation, with every turn of the assistant to train on, or the last one alone."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data.tokenizers import tokenizer_files, vocabularies, word_cache
+from t5x_like.data.tokenizers import tokenizers_engine, vocabularies, word_cache
 
 END_OF_TEXT = "<|endoftext|>"
 _SENTENCE_BYTES = 4096  # SentencePiece leaves longer sentences out
@@ -106,14 +106,14 @@ def _byte_level(model: Any) -> Any:
 
 def _finished(tokenizer: Any) -> vocabularies.Vocabulary:
     content = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1).encode()
-    file = tokenizer_files.read_tokenizer_json(content, pathlib.Path("tokenizer.json"), (None, END_OF_TEXT))
+    file = tokenizers_engine.read(content, pathlib.Path("tokenizer.json"), (None, END_OF_TEXT))
     return vocabularies.Vocabulary(file)
 
 
 def _sentencepiece(size: int, texts: Iterable[str]) -> vocabularies.Vocabulary:
     settings = {"byte_fallback": True, "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
     model = _run_sentencepiece(_short_lines(texts), size, settings)
-    file = tokenizer_files.read_sentencepiece(model, pathlib.Path("tokenizer.model"), extra_ids=0)
+    file = sentencepiece_engine.read(model, pathlib.Path("tokenizer.model"), extra_ids=0)
     return vocabularies.Vocabulary(file)
 
 

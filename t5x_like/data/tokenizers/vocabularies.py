@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_like.core.errors import UserError
-from t5x_like.data.tokenizers import cuts, folders, rebuilt, tokenizer_files
+from t5x_like.data.tokenizers import cuts, folders, rebuilt, sentencepiece_engine, tokenizer_files, tokenizers_engine
 from t5x_like.data.tokenizers.added_tokens import AddedToken
 from t5x_like.data.tokenizers.folders import Folder
 from t5x_like.data.tokenizers.tokenizer_files import TokenizerFile
@@ -255,7 +255,7 @@ def _load_folder(path: pathlib.Path) -> Vocabulary:
     if model is not None and folder.tokenizer_class:
         made, names = rebuilt.layout(folder, model)
         content = json.dumps(made, ensure_ascii=False).encode()
-        return Vocabulary(tokenizer_files.read_tokenizer_json(content, path / "tokenizer.json", names))
+        return Vocabulary(tokenizers_engine.read(content, path / "tokenizer.json", names))
     if model is not None:
         return load(str(model))
     layout = folder.layout()
@@ -277,10 +277,10 @@ def _of_layout(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabular
             raise folders.foreign(place)
         whole = folder.complete(layout)
     except (ValueError, TypeError, KeyError, AttributeError):
-        return Vocabulary(tokenizer_files.read_tokenizer_json(content, place, names))  # which says what is wrong
+        return Vocabulary(tokenizers_engine.read(content, place, names))  # which says what is wrong
     if whole is not layout:
         content = json.dumps(whole, ensure_ascii=False).encode()
-    return Vocabulary(tokenizer_files.read_tokenizer_json(content, place, names))
+    return Vocabulary(tokenizers_engine.read(content, place, names))
 
 
 def _of_model(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabulary:
@@ -291,14 +291,14 @@ def _of_model(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabulary
     folder.refuse_white_space()
     added = [token for token in given if not (sentinels and token.content.startswith("<extra_id_"))]
     legacy = bool(folder.settings.get("legacy", False))
-    file = tokenizer_files.read_sentencepiece(content, place, extra_ids=0, added=added, legacy=legacy)
+    file = sentencepiece_engine.read(content, place, extra_ids=0, added=added, legacy=legacy)
     if sentinels and not file.named_sentinels:
         if file.added:
             raise UserError(f"{folder.path}: a T5Tokenizer with added tokens beside its sentinels is not supported")
-        file = tokenizer_files.read_sentencepiece(content, place, extra_ids=sentinels)
+        file = sentencepiece_engine.read(content, place, extra_ids=sentinels)
     if folder.names != (None, None):
-        ids = tokenizer_files.token_ids(file, content, place)
-        bos, eos = (tokenizer_files.named_token(ids, name, place) for name in folder.names)
+        ids = sentencepiece_engine.token_ids(file, content, place)
+        bos, eos = (tokenizers_engine.named_token(ids, name, place) for name in folder.names)
         bos, eos = file.bos_id if bos is None else bos, file.eos_id if eos is None else eos
         file = dataclasses.replace(file, bos_id=None if bos == eos else bos, eos_id=eos)
     return Vocabulary(file)
@@ -329,9 +329,9 @@ def _load_saved(folder: pathlib.Path) -> Vocabulary:
                 "added": [AddedToken(*token) for token in settings.get("added", [])],
                 "legacy": settings.get("legacy", False),
             }
-            file = tokenizer_files.read_sentencepiece(content, folder / name, **more)
+            file = sentencepiece_engine.read(content, folder / name, **more)
             return Vocabulary(dataclasses.replace(file, bos_id=settings["bos_id"], eos_id=settings["eos_id"]))
-        file = tokenizer_files.read_tokenizer_json(content, folder / name, (None, None))
+        file = tokenizers_engine.read(content, folder / name, (None, None))
         named = dataclasses.replace(file, bos_id=settings["bos_id"], eos_id=settings["eos_id"])
         return Vocabulary(named).with_extra_ids(settings["extra_ids"])
     except (OSError, ValueError, KeyError, TypeError) as error:

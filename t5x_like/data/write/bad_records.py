@@ -1,7 +1,8 @@
 """Records that cannot be used: refused at the first one, or left out, counted and named (config.data.on_bad_record).
 
 What a shard left out stands in its JSON under `bad`, and of all shards in the index: {"count", "first": the first
-ten as [file, offset, problem]}. A shard without a bad record is the same under either rule.
+ten as [file, offset, problem]}; where a record may be several documents, `records` says how many were read. A shard
+without a bad record is the same under either rule.
 """
 
 import itertools
@@ -40,16 +41,15 @@ class Tally:
 
     def facts(self) -> dict[str, Any]:
         records = {"records": self.records} if self._several else {}
-        return {"bad": {"count": self.count, "first": self.first, **records}} if self.count else {}
+        return records | ({"bad": {"count": self.count, "first": self.first}} if self.count else {})
 
 
 def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The facts of all shards as those of one."""
     found = [shard["bad"] for shard in shards if "bad" in shard]
     first = list(itertools.islice((entry for bad in found for entry in bad["first"]), FIRST))
-    several = any("records" in bad for bad in found)
-    records = {"records": sum(_records(shard) for shard in shards)} if several else {}
-    return {"bad": {"count": sum(bad["count"] for bad in found), "first": first, **records}} if found else {}
+    records = {"records": sum(map(_records, shards))} if any("records" in shard for shard in shards) else {}
+    return records | ({"bad": {"count": sum(bad["count"] for bad in found), "first": first}} if found else {})
 
 
 def check_none(shards: Sequence[dict[str, Any]], kind: str, files: Sequence[str]) -> None:
@@ -72,9 +72,11 @@ def check_share(source: str, parts: Sequence[tuple[dict[str, Any], Sequence[str]
 
 
 def _records(shard: dict[str, Any]) -> int:
-    """Of a shard or an index, bad ones too."""
+    """Of a shard or an index, bad ones too. Where it was written before `records` was, `bad` may have them, and else
+    there are as many as documents."""
     bad = shard.get("bad", {"count": 0})
-    return bad.get("records", bad["count"] + shard["documents"] + shard["skipped"])
+    documents = bad["count"] + shard["documents"] + shard["skipped"]
+    return shard.get("records", bad.get("records", documents))
 
 
 def lines(index: dict[str, Any], kind: str, files: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from t5x_like.data import token_set
+from t5x_like.data import token_shards
 from t5x_like.data.config import DataConfig
 from t5x_like.data.templates import chat
 from t5x_like.data.templates.chat import Chat, Rendered
@@ -73,7 +73,9 @@ def job(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def encode(written: Sequence[Written], places: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> token_set.Encoded:
+def encode(
+    written: Sequence[Written], places: Sequence[tuple[int, int]], vocabulary: Vocabulary
+) -> token_shards.Encoded:
     """The tokens of conversations, which have what the template writes and no more."""
     if written[0].rejected is not None:
         return _encode_pairs(written, places, vocabulary)
@@ -85,7 +87,7 @@ def encode(written: Sequence[Written], places: Sequence[tuple[int, int]], vocabu
     ids, counts, trained = (np.concatenate([empty, *column]) for column in ([*zip(*encoded, strict=True)] or [[]] * 3))
     inputs = [int(marks.argmax()) if marks.any() else len(marks) for _, _, marks in encoded]
     columns = {} if any(each.whole is None for each in written) else {"trained": trained}
-    return token_set.Encoded(
+    return token_shards.Encoded(
         ids.astype(np.int32),
         counts,
         np.array([len(ids) for ids, _, _ in encoded], np.int64),
@@ -99,7 +101,7 @@ def encode(written: Sequence[Written], places: Sequence[tuple[int, int]], vocabu
 
 def _encode_pairs(
     written: Sequence[Written], places: Sequence[tuple[int, int]], vocabulary: Vocabulary
-) -> token_set.Encoded:
+) -> token_shards.Encoded:
     """The prompt, both answers behind it; each ends with the end of the text, if its turn does not."""
     pairs = [
         [vocabulary.encode_parts(parts)[:2] for parts in (each.source, each.target, each.rejected or [])]
@@ -107,7 +109,7 @@ def _encode_pairs(
     ]
     lengths = np.array([[len(ids) for ids, _ in pair] for pair in pairs], np.int64)
     where = np.array(places, np.int64).reshape(-1, 2)
-    return token_set.Encoded(
+    return token_shards.Encoded(
         np.concatenate([ids for pair in pairs for ids, _ in pair]).astype(np.int32),
         np.concatenate([counts for pair in pairs for _, counts in pair]),
         lengths.sum(axis=1),

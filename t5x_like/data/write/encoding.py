@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import token_set
+from t5x_like.data import token_shards
 from t5x_like.data.config import PLAIN, FieldsConfig
 from t5x_like.data.templates.sandbox import TemplateRefused
 from t5x_like.data.tokenizers import long_texts, vocabularies
@@ -50,7 +50,7 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
             documents = _documents(job, cursor, given, tally, report, vocabulary)
             batches = encode(documents, vocabulary, columns=columns)
             place, kind = pathlib.Path(job["folder"]), job["token_type"]
-            written.append(token_set.write_shard(place, index, batches, kind, columns=columns, notes=tally.facts))
+            written.append(token_shards.write_shard(place, index, batches, kind, columns=columns, notes=tally.facts))
     return written
 
 
@@ -175,7 +175,7 @@ def _documents_of(
 
 def encode(
     documents: Iterable[Placed], vocabulary: vocabularies.Vocabulary, *, columns: Sequence[str] = ()
-) -> Iterator[token_set.Encoded]:
+) -> Iterator[token_shards.Encoded]:
     """Batches of encoded documents with these columns; those without a token are left out and counted."""
     batch: list[Placed] = []
     size = 0
@@ -193,7 +193,7 @@ def encode(
 
 def _encode_batch(
     batch: list[Placed], vocabulary: vocabularies.Vocabulary, columns: Sequence[str]
-) -> token_set.Encoded:
+) -> token_shards.Encoded:
     documents = [document for _, _, document in batch]
     if documents[0].written is not None:
         places = [(file, offset) for file, offset, _ in batch]
@@ -237,7 +237,7 @@ def assemble(
     places: list[tuple[int, int]],
     vocabulary: vocabularies.Vocabulary,
     labels: np.ndarray | None = None,
-) -> token_set.Encoded:
+) -> token_shards.Encoded:
     """Puts BOS (where there is one) before and EOS behind each document of parts[i] = (input tokens, text tokens).
 
     Of pairs, parts[i] = (prompt, chosen, rejected tokens), with EOS behind each answer.
@@ -267,4 +267,4 @@ def assemble(
     if vocabulary.bos_id is not None:
         out_ids[begins] = vocabulary.bos_id
     skipped = int(len(kept) - kept.sum())
-    return token_set.Encoded(out_ids, out_counts, wholes, without_loss, where[:, 0], where[:, 1], skipped, columns)
+    return token_shards.Encoded(out_ids, out_counts, wholes, without_loss, where[:, 0], where[:, 1], skipped, columns)

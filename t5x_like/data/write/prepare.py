@@ -13,7 +13,7 @@ from typing import Any
 
 from t5x_like.core.environment import cores
 from t5x_like.core.errors import UsageError
-from t5x_like.data import cache, token_set
+from t5x_like.data import cache, token_set, token_shards
 from t5x_like.data.config import DataConfig
 from t5x_like.data.write import (
     bad_records,
@@ -85,7 +85,7 @@ class SetPlan:
 
     def facts(self) -> list[dict[str, Any] | None]:
         """What each shard says of itself, None for those that are not there."""
-        return [token_set.shard_facts(self.place, job["index"]) for job in self.jobs]
+        return [token_shards.shard_facts(self.place, job["index"]) for job in self.jobs]
 
     def todo(self, shards: Container[int] | None = None) -> list[tuple[str, dict[str, Any], float]]:
         """The jobs of the shards that are not there, of all or of those with these numbers."""
@@ -95,7 +95,7 @@ class SetPlan:
 
     def write_index(self, shards: list[dict[str, Any]]) -> None:
         """Declares the set complete. UserError for too many bad records."""
-        token_set.write_index(
+        token_shards.write_index(
             self.place,
             fingerprint=self.fingerprint,
             kind=self.kind,
@@ -240,13 +240,13 @@ def _is_task_mixture(config: DataConfig, train: list[Part]) -> bool:
 def _plan_sets(config: DataConfig, folder: pathlib.Path, given: list[Part], tokenizer: str) -> list[SetPlan]:
     """The token set of each part; makes their folders."""
     vocabulary = encoding.load_vocabulary(str(folder / tokenizer))
-    kind = token_set.token_type(vocabulary.size)
+    kind = token_shards.token_type(vocabulary.size)
     chat = chats.job(config, vocabulary)
     plans = []
     for part in given:
         fingerprint = cache.digest(
             [
-                token_set.VERSION,
+                token_shards.VERSION,
                 part.content,
                 part.begin,
                 part.end,
@@ -270,10 +270,10 @@ def _write_sets(
 ) -> list[dict[str, Any]]:
     """Writes the shards that are missing, and the indexes; facts of the shards written."""
     for plan in plans:
-        token_set.remove_leftovers(plan.place)
+        token_shards.remove_leftovers(plan.place)
     written = run_jobs([job for plan in plans for job in plan.todo()], pool, config.workers, report)
     for plan in plans:
-        token_set.remove_leftovers(plan.place)  # of a killed writer that was still in the kernel at the start
+        token_shards.remove_leftovers(plan.place)  # of a killed writer that was still in the kernel at the start
         plan.write_index([facts for facts in plan.facts() if facts])
     return written
 

@@ -10,7 +10,7 @@ import time
 
 from t5x_like.core.environment import cores
 from t5x_like.core.errors import UserError
-from t5x_like.data import cache, token_set
+from t5x_like.data import cache, token_shards
 from t5x_like.data.config import DataConfig
 from t5x_like.data.write import memory, prepare, workers
 from t5x_like.storage import paths
@@ -74,7 +74,7 @@ def finish(config: DataConfig, cache_dir: str, *, report: prepare.Report | None)
                     f"({shown}); run `t5x_like prepare --part=I/N` again for the parts that did not end well"
                 )
             plan.write_index([there for there in facts if there])
-            token_set.remove_leftovers(plan.place)
+            token_shards.remove_leftovers(plan.place)
             cache.send_index(cache_dir, plan.place.name)
         manifest = prepare.manifest_of(config, folder, found, tokenizer, plans, pool)
     cache.write_manifest(config, cache_dir, manifest, parts_sent=True)

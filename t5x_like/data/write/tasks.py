@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from t5x_like.core.errors import UserError
-from t5x_like.data import token_set
+from t5x_like.data import token_shards
 from t5x_like.data.templates import messages
 from t5x_like.data.templates.sandbox import TemplateRefused
-from t5x_like.data.tokenizers import tokenizer_files, vocabularies
+from t5x_like.data.tokenizers import sentencepiece_engine, tokenizer_files, vocabularies
 from t5x_like.data.write import bad_records, chats
 from t5x_like.data.write.encoding import assemble
 
@@ -98,7 +98,7 @@ def encode_shard(job: dict[str, Any], report: Callable[[int], None]) -> dict[str
     else:
         batches = _batches(examples, job["shard"], vocabulary, tally, report)
     place = pathlib.Path(job["folder"])
-    return token_set.write_shard(place, job["index"], batches, job["token_type"], columns=columns, notes=tally.facts)
+    return token_shards.write_shard(place, job["index"], batches, job["token_type"], columns=columns, notes=tally.facts)
 
 
 def _provider(module: str, name: str) -> tuple[Any, str]:
@@ -180,7 +180,7 @@ def _vocabulary(provider: Any) -> vocabularies.Vocabulary | None:
         path = theirs.sentencepiece_model_file
         with tensorflow.io.gfile.GFile(path, "rb") as file:
             content = file.read()
-        read = tokenizer_files.read_sentencepiece(content, pathlib.Path(path), extra_ids=theirs.extra_ids)
+        read = sentencepiece_engine.read(content, pathlib.Path(path), extra_ids=theirs.extra_ids)
         return vocabularies.Vocabulary(read)
     if isinstance(theirs, seqio.ByteVocabulary):
         return vocabularies.Vocabulary(tokenizer_files.read_bytes(extra_ids=theirs.extra_ids))
@@ -198,7 +198,7 @@ def _batches(
     vocabulary: vocabularies.Vocabulary,
     tally: bad_records.Tally,
     report: Callable[[int], None],
-) -> Iterator[token_set.Encoded]:
+) -> Iterator[token_shards.Encoded]:
     numbered = enumerate(examples)
     while batch := list(itertools.islice(numbered, _BATCH_EXAMPLES)):
         good = [
@@ -224,7 +224,7 @@ def _chat_batches(
     vocabulary: vocabularies.Vocabulary,
     tally: bad_records.Tally,
     report: Callable[[int], None],
-) -> Iterator[token_set.Encoded]:
+) -> Iterator[token_shards.Encoded]:
     numbered = enumerate(examples)
     while batch := list(itertools.islice(numbered, _BATCH_EXAMPLES)):
         written, places = [], []

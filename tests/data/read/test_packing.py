@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from t5x_like.data import token_set
+from t5x_like.data import token_set, token_shards
 from t5x_like.data.config import TruncateConfig
 from t5x_like.data.open_files import open_files
 from t5x_like.data.read import causal, packing
@@ -26,11 +26,11 @@ def written(folder, lengths, *, inputs=None, shards=3):
         part = slice(first, first + mine.sum())
         first += int(mine.sum())
         documents = np.arange(low, high)
-        batch = token_set.Encoded(
+        batch = token_shards.Encoded(
             ids[part], counts[part], mine, inputs[low:high], documents % 2, 100 * documents, skipped=0
         )
-        facts.append(token_set.write_shard(folder, shard, [batch], "<u2"))
-    token_set.write_index(folder, fingerprint="x", kind="<u2", unit="byte", shards=facts)
+        facts.append(token_shards.write_shard(folder, shard, [batch], "<u2"))
+    token_shards.write_index(folder, fingerprint="x", kind="<u2", unit="byte", shards=facts)
     return token_set.TokenSet(folder, verify=True, files=open_files()), ids, counts
 
 

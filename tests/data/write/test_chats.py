@@ -225,6 +225,26 @@ def test_a_bad_conversation_is_one_line_with_its_place_or_left_out(world, tmp_pa
     assert (done.documents, done.bad) == (2, 1)
 
 
+@pytest.mark.parametrize("divided", ["shards", "held out"])
+def test_the_share_of_bad_records_is_of_records_however_many_turns_become_examples(
+    world, tmp_path, divided, monkeypatch
+):
+    talk = [{"role": role, "content": f"{role} {turn}"} for turn in range(6) for role in ("user", "assistant")]
+    given = {"source": chats.write(tmp_path / "a.jsonl", [[], *[talk] * 9]), "on_bad_record": "skip"}
+    given |= {"features": "source_target", "encoder_length": 256, "packing": "single"}
+    if divided == "held out":
+        given["validation"] = "0.5"
+    else:
+        monkeypatch.setattr("t5x_like.data.write.prepare._SMALLEST_SHARD", 1000)
+    done = prepare.prepare(config(world, **given, max_bad_share=0.1), str(tmp_path / "cache"), report=None)
+    assert (done.documents, done.bad) == (9 * 6, 1)
+    parts = [*done.manifest.train.values(), *done.manifest.validation.values()]
+    indexes = [token_set.read_index(tmp_path / "cache" / part.folder) for part in parts]
+    assert sum(len(index["shards"]) for index in indexes) > 1  # the bad one is in one of them
+    with pytest.raises(UserError, match="1 of 10 records are bad, which is more than config.data.max_bad_share=0.09"):
+        prepare.prepare(config(world, **given, max_bad_share=0.09), str(tmp_path / "cache"), report=None)
+
+
 def test_a_conversation_that_the_template_refuses_is_a_bad_record(world, tmp_path):
     template = named.TEMPLATES["chatml"].replace(
         "{%- for", "{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{%- for", 1

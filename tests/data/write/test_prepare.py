@@ -372,7 +372,7 @@ def test_a_complete_cache_is_not_written_to(tmp_path, monkeypatch):
 
     monkeypatch.setattr("t5x_like.storage.paths.write_bytes_atomic", refused)
     monkeypatch.setattr("t5x_like.storage.paths._renamed_at_end", refused)
-    monkeypatch.setattr("t5x_like.data.token_set._whole", refused)
+    monkeypatch.setattr("t5x_like.data.token_shards._whole", refused)
     after = prepare.prepare(config, str(tmp_path / "cache"), report=None)
     assert after.manifest == before.manifest and after.shards_written == 0
     open_data(config, cache_dir=str(tmp_path / "cache"), seed=0).close()
