@@ -24,12 +24,10 @@ A held-out question is decided by its own digest (tasks.py), so the hundred ques
 data, GRPO's included. All models answer the same questions, and differences are taken question by question.
 """
 
-from t5x_like.configs.lifecycle import models
+from t5x_like.configs.lifecycle import models, preferences
+from t5x_like.configs.lifecycle.building import TOOLS, WRITES, evaluate, gains, run
 from t5x_like.configs.lifecycle.models import Kind
 
-CONFIGS, TOOLS = "configs/lifecycle", "tools/lifecycle"
-COMMON = (f"{CONFIGS}/tasks.py", f"{CONFIGS}/models.py")
-WRITES = (*COMMON, f"{CONFIGS}/data.py")
 ASKED = {
     models.LLAMA: (
         "Reverse: b a d c",
@@ -45,7 +43,7 @@ ASKED = {
 def get_stages(folder: str, kind: str = "llama") -> list[dict]:
     """`folder`: of all that is made; `kind`: llama or t5. A base of that kind is trained where there is none."""
     found = models.KINDS[kind]
-    return [*_begin(found, folder), *_adapted(found, folder), *_preferences(found, folder), *_end(found, folder)]
+    return [*_begin(found, folder), *_adapted(found, folder), *preferences.stages(found, folder), *_end(found, folder)]
 
 
 def _begin(kind: Kind, folder: str) -> list[dict]:
@@ -100,55 +98,6 @@ def _adapted(kind: Kind, folder: str) -> list[dict]:
     ]
 
 
-def _preferences(kind: Kind, folder: str) -> list[dict]:
-    merged, pairs, dpo, reward = (f"{folder}/{name}" for name in ("merged", "pairs", "dpo", "reward"))
-    curves = ["train/loss", "eval/validation/accuracy"]
-    judged = f"{folder}/judged/merged/report.json"
-    best = {"kind": "paired", "tasks": ["best"], "report": judged, "before": judged, "before_metric": "one"}
-    return [
-        run(kind, folder, "reward", reads=[merged, pairs], says="a reward model on these pairs", curves=curves)
-        | {
-            "gains": [
-                share(folder, "reward", "held-out pairs in order"),
-                best | {"label": "exact match, six tasks, sampled: best of 8 by reward beside one", "metric": "chosen"},
-            ]
-        },
-        run(kind, folder, "dpo", reads=[merged, pairs], says="DPO on the same pairs", curves=curves)
-        | {
-            "gains": [
-                *judged_gains(folder, "dpo", "merged"),
-                *gains(kind, folder, "dpo", "lora", "six", "people", "plays"),
-            ]
-        },
-        evaluate(kind, folder, "dpo"),
-        run(
-            *(kind, folder, "grpo"),
-            reads=[dpo, reward, f"{folder}/instruct/tokenizer", *COMMON],
-            says="GRPO: right answers, and answers that the reward model prefers, are reinforced",
-            command="rl",
-            curves=["train/reward/exact", "train/reward/preferred", "eval/validation/reward/exact"],
-        )
-        | {
-            "gains": [
-                *gains(kind, folder, "grpo", "dpo", "six"),
-                *gains(kind, folder, "grpo", "lora", "six", "people", "plays", beside=True),
-                *judged_gains(folder, "grpo", "dpo"),
-            ]
-        },
-        evaluate(kind, folder, "grpo"),
-        {
-            "name": "judge",
-            "says": "the reward model judges the answers of merged, dpo and grpo",
-            "command": ["-m", "tools.lifecycle.judge", f"{kind.name},{folder}", "merged", "dpo", "grpo"],
-            "reads": [
-                *(*WRITES, f"{TOOLS}/collect.py", f"{TOOLS}/judge.py"),
-                *(merged, dpo, reward, pairs, f"{folder}/grpo"),
-            ],
-            "makes": f"{folder}/judged",
-        },
-    ]
-
-
 def _end(kind: Kind, folder: str) -> list[dict]:
     grpo, export = f"{folder}/grpo", f"{folder}/export"
     form, says, read = "compressed-tensors", "int8 weights as a compressed-tensors folder", []
@@ -174,76 +123,3 @@ def _end(kind: Kind, folder: str) -> list[dict]:
             "samples": [f"{folder}/logs/sample.txt"],
         },
     ]
-
-
-def run(
-    kind: Kind,
-    folder: str,
-    name: str,
-    *,
-    reads: list[str],
-    says: str,
-    command: str = "train",
-    curves: list[str] | None = None,
-) -> dict:
-    config = f"--config={CONFIGS}/{name}.py:{kind.name},{folder}"
-    return {
-        "name": name,
-        "says": says,
-        "command": ["-m", "t5x_like", command, config, f"--workdir={folder}/{name}"],
-        "reads": reads,
-        "makes": f"{folder}/{name}",
-        "resumes": True,
-        "curves": curves or ["train/loss"],
-    }
-
-
-def evaluate(kind: Kind, folder: str, name: str, directory: str = "", *options: str) -> dict:
-    """Every model answers all questions. Reports lie in FOLDER/evaluate_NAME."""
-    directory, output = directory or f"{folder}/{name}", f"{folder}/evaluate_{name}"
-    tasks = ",".join(f"lifecycle_{each}" for each in (*kind.all_tasks, "people", "plays"))
-    asked = [f"--tasks={tasks}", f"--include_path={CONFIGS}/eval", f"--data={folder}/data"]
-    return {
-        "name": f"evaluate_{name}",
-        "says": f"{name} answers the held-out questions",
-        "command": ["-m", "t5x_like", "evaluate", directory, *asked, f"--output={output}", "--samples", *options],
-        "reads": [directory, f"{folder}/data", f"{CONFIGS}/eval"],
-        "makes": output,
-        "samples": [f"{output}/samples/*/lifecycle_{task}.jsonl" for task in (*kind.tasks[:2], kind.new)],
-    }
-
-
-def gains(kind: Kind, folder: str, name: str, before: str, *of: str, beside: bool = False) -> list[dict]:
-    """What a model gained over the one before it, or has beside another one."""
-    new = f"lifecycle_{kind.new}"
-    five = tuple(f"lifecycle_{each}" for each in kind.tasks)
-    known = {
-        "five": ("exact match, five tasks", "exact_match", five),
-        "six": ("exact match, six tasks", "exact_match", (*five, new)),
-        "new": (f"exact match, {kind.new}", "exact_match", (new,)),
-        "people": ("bits per byte, people's answers", "bits_per_byte", ("lifecycle_people",)),
-        "plays": ("bits per byte, plays", "bits_per_byte", ("lifecycle_plays",)),
-    }
-    report, old = (f"{folder}/evaluate_{each}/report.json" for each in (name, before))
-    other = f", beside {before}" if beside else ""
-    return [
-        {"kind": "paired", "label": label + other, "metric": metric, "tasks": tasks, "report": report, "before": old}
-        for label, metric, tasks in (known[each] for each in of)
-    ]
-
-
-def judged_gains(folder: str, name: str, before: str) -> list[dict]:
-    report, old = (f"{folder}/judged/{each}/report.json" for each in (name, before))
-    return [
-        {"kind": "paired", "label": label, "metric": metric, "tasks": [task], "report": report, "before": old}
-        for label, task, metric in (
-            ("held-out pairs in order by probability", "pairs", "accuracy"),
-            ("reward of greedy answers", "rewards", "reward"),
-        )
-    ]
-
-
-def share(folder: str, name: str, label: str) -> dict:
-    metrics, metric = f"{folder}/{name}/metrics.jsonl", "eval/validation/accuracy"
-    records = f"{folder}/pairs/held_out.jsonl"
-    return {"kind": "share", "label": label, "metrics": metrics, "metric": metric, "records": records, "chance": 0.5}

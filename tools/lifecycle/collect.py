@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 import t5x_like
-from configs.lifecycle import models
-from configs.lifecycle.data import HELD_OUT, examples, lines
-from configs.lifecycle.models import Kind
-from configs.lifecycle.tasks import Example
+from t5x_like.configs.lifecycle import models
+from t5x_like.configs.lifecycle.data import HELD_OUT, examples, lines
+from t5x_like.configs.lifecycle.models import Kind
+from t5x_like.configs.lifecycle.tasks import Example
 from t5x_like.language_model import LanguageModel
 
 QUESTIONS, TRIES = 600, 4  # of each task, for training; how often a held-out question is asked, for a wrong answer

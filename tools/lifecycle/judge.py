@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import t5x_like
-from configs.lifecycle import models
-from configs.lifecycle.data import HELD_OUT, examples
-from configs.lifecycle.models import Kind
+from t5x_like.configs.lifecycle import models
+from t5x_like.configs.lifecycle.data import HELD_OUT, examples
+from t5x_like.configs.lifecycle.models import Kind
 from t5x_like.evaluation import report
 from t5x_like.evaluation.results import Evaluation, Metric
 from t5x_like.evaluation.statistics import error, mean
