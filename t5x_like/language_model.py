@@ -315,7 +315,7 @@ def load(
     onto = base if isinstance(base, LanguageModel) else None
     if onto is not None and (mesh is not None or rules or dtype != "compute"):
         raise UsageError("load: an adapter lies on mesh, rules and dtype of its base; give them there")
-    at = None if base is None or onto is not None else os.fspath(base)
+    at = os.fspath(base) if isinstance(base, str | os.PathLike) else None
     given = patterns.one(os.fspath(directory))
     found = loading.read(given, step=step, ema=ema, mesh=mesh, rules=rules, dtype=dtype, onto=onto, base=at)
     return LanguageModel(*(getattr(found, field.name) for field in dataclasses.fields(Loaded)))

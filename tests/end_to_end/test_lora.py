@@ -147,8 +147,8 @@ def test_an_adapter_and_its_base_may_be_moved_together(adapters, tmp_path):
     _forget(moved, adapters)
     np.testing.assert_array_equal(logits(t5x_like.load(str(moved))), expected)
     assert main(["convert", str(moved), str(tmp_path / "merged"), "--to=native"]) == 0
-    # A resume goes on naming the base where it is now.
-    assert train(moved, "--config.loop.steps=6", config=None) == 0
+    # A resume goes on naming the base where it is now, if it is not where the run was told to begin.
+    assert train(moved, "--config.loop.steps=6", "--config.checkpoint.init_from=/no/such/base", config=None) == 0
     named = read_metadata(str(moved / "checkpoints/6"))["base"]
     assert named["directory"] == str(tmp_path / "moved/runs/base/checkpoints/12")
     assert named["way"] == "../../../base/checkpoints/12"
@@ -187,7 +187,7 @@ def test_a_base_that_lies_elsewhere_is_found_where_it_is_said_to_be(adapters, me
     np.testing.assert_array_equal(logits(t5x_like.load(str(run), base=str(adapters / "one"))), expected)
     with pytest.raises(UsageError, match="holds the whole model and names no base"):
         t5x_like.load(str(base), base=str(base))
-    assert train(run, "--config.loop.steps=6", config=None) == 1
+    assert train(run, "--config.loop.steps=6", "--config.checkpoint.init_from=/no/such/base", config=None) == 1
     assert train(run, "--config.loop.steps=6", f"--config.checkpoint.init_from={base}", config=None) == 0
     np.testing.assert_array_equal(logits(t5x_like.load(str(run))), logits(t5x_like.load(str(run), base=str(base))))
 
@@ -201,8 +201,7 @@ def test_a_run_begins_with_an_adapter_as_with_the_model_it_is_merged_into(adapte
         # One of those that a pattern chooses, too, with an adapter on it.
         assert train(tmp_path / f"{name}-part", *begin, "--config.checkpoint.init_select=('layers/mlp/up',)") == 0
         assert "1 of 11 parameters" in capsys.readouterr().out
-        lora = ("--config.adapter.name=lora", "--config.adapter.lora.rank=2")
-        assert train(tmp_path / f"{name}-lora", *begin, *lora) == 0
+        assert train(tmp_path / f"{name}-lora", *begin, *LORA) == 0
     for kind in ("", "-part", "-lora"):
         adapter, whole, base = (values(tmp_path / f"{name}{kind}") for name in ("adapter", "merged", "base"))
         assert adapter == whole != base

@@ -16,7 +16,7 @@ from typing import Any
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.data.tokenizers import tokenizers_engine, vocabularies, word_cache
+from t5x_like.data.tokenizers import sentencepiece_engine, tokenizers_engine, vocabularies, word_cache
 
 END_OF_TEXT = "<|endoftext|>"
 _SENTENCE_BYTES = 4096  # SentencePiece leaves longer sentences out
