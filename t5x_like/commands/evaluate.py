@@ -124,8 +124,7 @@ def _evaluation(options: Any) -> Any:
     )
     for line in [] if tasks is None else tasks.check(settings):
         print(line, file=sys.stderr)
-    mesh, defaults = _mesh(options.mesh), common.config()
-    usual = defaults.to_dict()["data"]
+    mesh, config = _mesh(options.mesh), common.config().to_dict()
 
     def evaluate(directory: str) -> "Evaluation":
         began = time.monotonic()
@@ -135,7 +134,7 @@ def _evaluation(options: Any) -> Any:
             for each in texts
             for metric in text.measure(
                 subject,
-                text.config_of(subject, section, each, usual=usual, length=options.length),
+                text.config_of(subject, section, each, usual=config["data"], length=options.length),
                 name=each,
                 batch_tokens=options.batch_tokens,
             )

@@ -155,7 +155,7 @@ def _shots(name: str, task: Any, settings: Settings) -> Iterator[str]:
         return
     sampled: Any = getattr(task, "fewshot_cfg", None)
     split = getattr(sampled, "split", None)
-    given = split is not None or (config.fewshot_config is not None and sampled.samples is not None)
+    given = split is not None or (config.fewshot_config is not None and getattr(sampled, "samples", None) is not None)
     trained = task.has_training_docs() or task.has_validation_docs()
     place = f"its split {split!r}" if split is not None else "its own examples" if given else "its training split"
     if not given and not trained:
