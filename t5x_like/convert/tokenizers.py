@@ -1,9 +1,11 @@
 """The tokenizer of a model directory as files of Hugging Face.
 
 Files that came with a converted model go back as they were. For one of ours, the settings beside its tokenizer.json or
-SentencePiece model are written.
+SentencePiece model are written. Sentinels that a run put behind its tokenizer (config.data.extra_ids) get names there,
+without which transformers would not have them.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -62,17 +64,42 @@ def write(folder: str, target: str, *, name: str) -> None:
             shutil.copyfile(os.path.join(local, file), os.path.join(target, file))
         if name == "t5" and "tokenizer.model" in found and "spiece.model" not in found:
             os.rename(os.path.join(target, "tokenizer.model"), os.path.join(target, "spiece.model"))
+        vocabulary = vocabularies.load(local)
+        if "tokenizer.json" in found and vocabulary.unnamed_sentinels:
+            _name_sentinels(os.path.join(target, "tokenizer.json"), vocabulary)
         if _SETTINGS not in found:
-            paths.write_json_atomic(os.path.join(target, _SETTINGS), _settings(local, vocabularies.load(local), name))
+            paths.write_json_atomic(os.path.join(target, _SETTINGS), _settings(local, vocabulary, name))
+
+
+def _name_sentinels(file: str, vocabulary: Vocabulary) -> None:
+    """Adds to a tokenizer.json the sentinels that it lacks, as special tokens in the order of their ids."""
+    layout = json.loads(paths.read_bytes(file))
+    added = layout.get("added_tokens", []) + [{"id": token} | entry for token, entry in _sentinels(vocabulary).items()]
+    paths.write_bytes_atomic(file, json.dumps(layout | {"added_tokens": added}, ensure_ascii=False).encode())
+
+
+def _sentinels(vocabulary: Vocabulary) -> dict[int, dict[str, Any]]:
+    """The added tokens of those that the tokenizer's own file does not name, by id."""
+    # White space before one belongs to the words that it stands for (data/tokenizers/sentinels.py).
+    flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False, "special": True}
+    numbers = range(vocabulary.unnamed_sentinels)
+    return {vocabulary.size - 1 - n: {"content": f"<extra_id_{n}>", **flags} for n in reversed(numbers)}
 
 
 def _settings(folder: str, vocabulary: Vocabulary, name: str) -> dict[str, Any]:
     if vocabulary.kind == "bytes":
-        return {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "unk_token": "<unk>"}
+        settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "unk_token": "<unk>"}
+        named = {str(token): entry for token, entry in _sentinels(vocabulary).items()}
+        return settings | ({"added_tokens_decoder": named} if named else {})
     classes = {"t5": "T5Tokenizer"} if vocabulary.kind == "sentencepiece" else {}
     usual = "LlamaTokenizer" if vocabulary.kind == "sentencepiece" else "PreTrainedTokenizerFast"
     special = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
-    named = {field: _piece(folder, vocabulary, token) for field, token in special.items() if token is not None}
+    named: dict[str, Any] = {
+        field: _piece(folder, vocabulary, token) for field, token in special.items() if token is not None
+    }
+    if classes.get(name) == "T5Tokenizer":
+        # The class adds 100 sentinels where nothing is said, and a piece for padding that the model does not have.
+        named |= {"extra_ids": vocabulary.unnamed_sentinels, "pad_token": _piece(folder, vocabulary, 0)}
     return {"tokenizer_class": classes.get(name, usual), **named}
 
 

@@ -64,6 +64,11 @@ class Vocabulary:
         surfaces = (*self._surfaces, *(b"",) * count)
         return Vocabulary(dataclasses.replace(self._file, surfaces=surfaces, extra_ids=count), self.chat_template)
 
+    @property
+    def unnamed_sentinels(self) -> int:
+        """How many of `extra_ids`, which are the last ids, the tokenizer's own file does not name."""
+        return self._file.extra_ids
+
     def with_chat_template(self, text: str) -> "Vocabulary":
         return Vocabulary(self._file, text)
 
@@ -266,8 +271,9 @@ def _load_folder(path: pathlib.Path) -> Vocabulary:
     layout = folder.layout()
     if layout is not None:
         return _of_layout(json.dumps(layout, ensure_ascii=False).encode(), path / "tokenizer.json", folder)
-    if _is_bytes(path / folders.SETTINGS):
-        return load("bytes")
+    extra_ids = _of_bytes(path / folders.SETTINGS)
+    if extra_ids is not None:
+        return load("bytes").with_extra_ids(extra_ids)
     raise UserError(
         f"tokenizer {path}: needs {SETTINGS}, tokenizer.json, one *.model, vocab.txt, or vocab.json and merges.txt"
     )
@@ -309,13 +315,17 @@ def _of_model(content: bytes, place: pathlib.Path, folder: Folder) -> Vocabulary
     return Vocabulary(file)
 
 
-def _is_bytes(settings: pathlib.Path) -> bool:
-    """Whether a folder of Hugging Face has the tokenizer of bytes, which has no other file; without sentinels."""
+def _of_bytes(settings: pathlib.Path) -> int | None:
+    """The sentinels of a folder of Hugging Face that has the tokenizer of bytes, which has no other file; None for
+    another folder, and for the class's own sentinels (`extra_ids`), whose first is <extra_id_0>."""
     try:
         content = json.loads(settings.read_text())
-        return content["tokenizer_class"] == "ByT5Tokenizer" and content["extra_ids"] == 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        if content["tokenizer_class"] != "ByT5Tokenizer" or content["extra_ids"] != 0:
+            return None
+        named = {int(token): entry["content"] for token, entry in content.get("added_tokens_decoder", {}).items()}
+        return tokenizer_files.named_sentinels(lambda token: named.get(token, ""), max(named, default=-1) + 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _load_saved(folder: pathlib.Path) -> Vocabulary:
