@@ -135,30 +135,37 @@ def _blocked(x_MK: jax.Array, values_KN: jax.Array) -> jax.Array:
     if block == size_k:
         return jnp.matmul(x_MK, values_KN.astype(x_MK.dtype), preferred_element_type=jnp.float32)
 
-    def add(sum_MN: jax.Array, begin: jax.Array) -> tuple[jax.Array, None]:
-        x_Mb = jax.lax.dynamic_slice_in_dim(x_MK, begin, block, 1)
-        values_bN = jax.lax.dynamic_slice_in_dim(values_KN, begin, block, 0)
+    def add(sum_MN: jax.Array, begin: jax.Array | int, count: int = block) -> tuple[jax.Array, None]:
+        x_Mb = jax.lax.dynamic_slice_in_dim(x_MK, begin, count, 1)
+        values_bN = jax.lax.dynamic_slice_in_dim(values_KN, begin, count, 0)
         return sum_MN + jnp.matmul(x_Mb, values_bN.astype(x_MK.dtype), preferred_element_type=jnp.float32), None
 
-    start = jnp.zeros((x_MK.shape[0], size_n), jnp.float32)
-    return jax.lax.scan(add, start, jnp.arange(0, size_k, block))[0]
+    start, rest = jnp.zeros((x_MK.shape[0], size_n), jnp.float32), size_k % block
+    found = jax.lax.scan(add, start, jnp.arange(0, size_k - rest, block))[0]
+    return add(found, size_k - rest, rest)[0] if rest else found
 
 
 def _blocked_rows(x_MD: jax.Array, values_VD: jax.Array) -> jax.Array:
     """Float32 x q^T, with the values converted one block of V after another."""
-    block = _block(values_VD.shape[0], 4 * values_VD.shape[1])
+    size = values_VD.shape[0]
+    block = _block(size, 4 * values_VD.shape[1])
 
-    def product(begin: jax.Array) -> jax.Array:
-        values_bD = jax.lax.dynamic_slice_in_dim(values_VD, begin, block, 0).astype(x_MD.dtype)
+    def product(begin: jax.Array | int, count: int = block) -> jax.Array:
+        values_bD = jax.lax.dynamic_slice_in_dim(values_VD, begin, count, 0).astype(x_MD.dtype)
         return jnp.einsum("MD,bD->Mb", x_MD, values_bD, preferred_element_type=jnp.float32)
 
-    parts_nMb = jax.lax.map(product, jnp.arange(0, values_VD.shape[0], block))
-    return parts_nMb.transpose(1, 0, 2).reshape(x_MD.shape[0], -1)
+    rest = size % block
+    parts_nMb = jax.lax.map(product, jnp.arange(0, size - rest, block))
+    found_MV = parts_nMb.transpose(1, 0, 2).reshape(x_MD.shape[0], -1)
+    return jnp.concatenate([found_MV, product(size - rest, rest)], axis=1) if rest else found_MV
 
 
 def _block(size: int, bytes_each: int) -> int:
-    """The largest divisor of `size` of which as many rows of `bytes_each` are at most BLOCK_BYTES."""
-    return max(d for d in range(1, size + 1) if size % d == 0 and (d == 1 or d * bytes_each <= BLOCK_BYTES))
+    """How many rows of `bytes_each` are a block, at most BLOCK_BYTES: a divisor of `size`, unless the largest one, as of
+    a prime, is less than half of what may be."""
+    most = min(max(BLOCK_BYTES // bytes_each, 1), size)
+    divisor = max(d for d in range(1, most + 1) if size % d == 0)
+    return divisor if 2 * divisor > most else most
 
 
 def abstract(parts: dict[str, Any], shape: tuple[int, ...], axes: Axes) -> QuantArray:

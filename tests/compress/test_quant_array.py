@@ -83,6 +83,21 @@ def test_a_table_of_the_vocabulary_is_looked_up_and_multiplied_with(tokens, monk
     assert (np.asarray(found[:, :, 20:]) == -np.inf).all()
 
 
+def test_a_prime_number_of_rows_takes_few_blocks(monkeypatch):
+    monkeypatch.setattr(quant_array, "BLOCK_BYTES", 4 * 16 * 7)
+    assert quant_array._block(24, 4 * 16) == 6 and quant_array._block(23, 4 * 16) == 7
+    _, leaf = _leaf((23, 16), (1,))
+    exact = np.asarray(leaf.values, np.float64) * np.asarray(leaf.scale, np.float64)
+    x = np.random.default_rng(1).standard_normal((1, 2, 16)).astype(np.float32)
+    expected = np.einsum("BTD,VD->BTV", x, exact)
+    np.testing.assert_allclose(jax.jit(leaf.against_rows)(x), expected, rtol=1e-5, atol=1e-5)
+    _, leaf = _leaf((23, 16), (0,))
+    exact = np.asarray(leaf.values, np.float64) * np.asarray(leaf.scale, np.float64)
+    x = np.random.default_rng(1).standard_normal((1, 2, 23)).astype(np.float32)
+    found = jax.jit(lambda x: weights.einsum("BTD,DF->BTF", x, leaf))(x)
+    np.testing.assert_allclose(found, x @ exact, rtol=1e-5, atol=1e-5)
+
+
 def test_experts_have_scales_of_their_own():
     _, leaf = _leaf((3, 4, 5), (1,))
     assert leaf.scale.shape == (3, 1, 5) and np.unique(leaf.scale).size == 15
