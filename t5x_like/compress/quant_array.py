@@ -161,8 +161,8 @@ def _blocked_rows(x_MD: jax.Array, values_VD: jax.Array) -> jax.Array:
 
 
 def _block(size: int, bytes_each: int) -> int:
-    """How many rows of `bytes_each` are a block, at most BLOCK_BYTES: a divisor of `size`, unless the largest is below half
-    of what may be, as of a prime."""
+    """How many rows of `bytes_each` are a block, at most BLOCK_BYTES: a divisor of `size`, unless the largest is below
+    half of what may be, as of a prime."""
     most = min(max(BLOCK_BYTES // bytes_each, 1), size)
     divisor = max(d for d in range(1, most + 1) if size % d == 0)
     return divisor if 2 * divisor > most else most
