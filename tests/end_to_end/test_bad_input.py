@@ -224,7 +224,7 @@ BAD_CONFIG = {
     "an adapter of nothing": (
         [*_LORA, "--config.adapter.lora.targets=('layers/attention/quer',)"],
         2,
-        "'layers/attention/quer' matches no matrix of the layers; did you mean 'layers/attention/q",
+        "'layers/attention/quer' matches no matrix of the layers, nor an end; did you mean 'layers/attention/q",
     ),
     "an adapter without rank": ([*_LORA, "--config.adapter.lora.rank=0"], 2, "lora.rank=0 should be at least 1"),
     "an adapter of a rank that no weight has": (

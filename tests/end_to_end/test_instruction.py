@@ -78,7 +78,7 @@ def test_what_is_no_conversation_is_one_line(tuned, capsys, case):
 def test_generation_is_told_of_every_token_that_ends_a_turn(tmp_path, tuned, monkeypatch):
     chats.folder(tmp_path, named.TEMPLATES["chatml"])
     vocabulary = vocabularies.load(tmp_path)
-    lm = dataclasses.replace(t5x_like.load(tuned), vocabulary=vocabulary)
+    lm = dataclasses.replace(t5x_like.load(tuned), vocabulary=vocabulary, ends=())
     told = []
     monkeypatch.setattr(decode, "generate", lambda *_, stop_ids, **__: told.append(stop_ids) or [[]])
     lm.chat(conversation("a")[:1], max_new_tokens=2)

@@ -89,6 +89,7 @@ def encoded(module, tmp_path, pool, name, rule):
     vocabularies.load(tokenizer).save(str(tmp_path / "vocabulary"))
     job = {"module": str(module), "name": name, "folder": str(tmp_path / "tokens"), "index": 0}
     job |= {"tokenizer": str(tmp_path / "vocabulary"), "token_type": "<u2", "shard": 0, "shards": 1}
+    job["joined"] = False
     job |= {"files": [f"seqio:{module}:{name}#{name}-0"], "on_bad_record": rule, "chat": {}, "columns": ()}
     [facts] = pool.run("encode_task_shard", [job], lambda *_: None)
     return facts
