@@ -2,7 +2,7 @@
 
     make lifecycle                                             a decoder, from configs/pretrain/tiny.py
     make lifecycle CONFIG=configs/lifecycle/tiny.py:t5         an encoder-decoder, from configs/pretrain/t5_tiny.py
-Hardware: 2 CPU cores. Gains and their intervals: docs/log.md.
+Hardware: 2 CPU cores, 9 minutes for the decoder, pretraining included. Gains and their intervals: docs/log.md.
 
 The models have one million parameters and have read Shakespeare. What they can really learn decides the tasks
 (tasks.py): rules over a few letters that are one token each, which attention can copy, order, drop and count. A T5 of
