@@ -169,13 +169,19 @@ def rolling_windows(ids: Sequence[int], *, max_length: int, context: int = 1) ->
     return rows
 
 
-def row_length(length: int, max_length: int, step: int = 64) -> int:
-    """The length of the padded row that holds `length` <= max_length tokens: a multiple of `step` up to eight of them,
-    then a power of 2 or 3/4 of one. Flash kernels need multiples of 128; on a CPU padding costs more than a program.
+def row_step() -> int:
+    """Flash kernels need rows of multiples of 128; on a CPU padding costs more than a program."""
+    return 64 if platform() == "cpu" else 128
+
+
+def row_length(length: int, max_length: int) -> int:
+    """The length of the padded row that holds `length` <= max_length tokens: a multiple of `row_step` up to eight of
+    them, then a power of 2 or 3/4 of one. On a CPU:
 
     >>> [row_length(length, 2000) for length in (1, 64, 65, 129, 257, 385, 1025, 1600)]
     [64, 64, 128, 192, 320, 448, 1536, 2000]
     """
+    step = row_step()
     if length <= 8 * step:
         return min(-(-max(length, 1) // step) * step, max_length)
     power = 1 << (length - 1).bit_length()
@@ -185,9 +191,8 @@ def row_length(length: int, max_length: int, step: int = 64) -> int:
 
 def _lengths(text: Text, max_length: int) -> Lengths:
     """Scored tokens are padded to one step, or to the whole row: at most two programs a length."""
-    step = 64 if platform() == "cpu" else 128
-    inputs = row_length(len(text.ids) - 1, max_length, step)
-    source = row_length(len(text.source), max_length, step) if text.source else 0
+    step, inputs = row_step(), row_length(len(text.ids) - 1, max_length)
+    source = row_length(len(text.source), max_length) if text.source else 0
     return Lengths(inputs, source, min(inputs, step) if len(text.ids) - text.first <= step else inputs)
 
 

@@ -12,7 +12,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.inference.heads import read_last
 from tests.convert.native import leaves
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="beside transformers on torch, of the extra [test]")
 folders = pytest.importorskip("tests.convert.folders", reason="needs torch and transformers")
 
 TOKENS = np.random.default_rng(0).integers(3, 500, (3, 9)).tolist()

@@ -11,7 +11,7 @@ SIZES = {"bpe": 270, "sentencepiece": 280}
 
 @pytest.mark.parametrize("kind", ["bytes", *SIZES])
 def test_a_folder_of_hugging_face_names_the_sentinels(kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="beside transformers, of the extra [test]")
     texts = iter(["hello world this is a text with words and more words"] * 50)
     plain = tokenizer_training.train(kind, SIZES[kind], texts) if kind in SIZES else vocabularies.load("bytes")
     ours, (source, target) = plain.with_extra_ids(10), (tmp_path / "ours", tmp_path / "theirs")

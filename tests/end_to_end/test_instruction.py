@@ -135,7 +135,7 @@ def test_a_run_is_resumed_to_the_same_bits(tuned, tmp_path, monkeypatch):
 
 def test_a_converted_model_has_its_template_and_transformers_renders_the_same(tuned, tmp_path):
     """With the tokenizer of bytes, which transformers has too."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="beside transformers, of the extra [test]")
     assert main(["convert", str(tuned), str(tmp_path / "hf"), "--to=hf"]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
     messages = conversation("a", "b")[:3]

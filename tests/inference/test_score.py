@@ -119,6 +119,12 @@ def test_texts_of_many_sizes_share_few_programs():
     assert sorted({row_length(length, LIMIT) for length in range(1, LIMIT + 1)}) == [64, 128, 192, 200]
 
 
+def test_rows_fit_flash_kernels_where_there_are_any(monkeypatch):
+    assert row_length(130, 2000) == 192
+    monkeypatch.setattr(scoring, "platform", lambda: "tpu")
+    assert [row_length(length, 2000) for length in (1, 130, 300, 1025, 1600)] == [128, 256, 384, 1536, 2000]
+
+
 def test_a_text_that_is_too_long_is_refused_or_cut_at_its_beginning():
     model, params = world()
     ids = rows()[4][0]
