@@ -144,6 +144,32 @@ def test_the_command_of_a_config_is_named_where_another_is_used(trained, finishe
     assert "one of `t5x_like train`" in capsys.readouterr().err
 
 
+def test_answers_that_share_a_prompt_train_as_with_a_row_each_and_are_resumed_to_the_bit(finished, tmp_path):
+    """One update of all answers, with a KL divergence: the same losses, and after a stop the same bits."""
+    config = with_reference(tmp_path, finished)
+    every = ["--config.rl.prompts=8", "--config.data.batch_size=32"]
+    every += ["--config.evaluate.every_steps=6", "--config.checkpoint.every_steps=3"]
+    for name, arguments in {"alone": [], "shared": ["--config.rl.answers_per_row=4"]}.items():
+        assert rl(tmp_path / name, *every, *arguments, "--config.loop.steps=6", config=config) == 0
+    alone, shared = updates(tmp_path / "alone"), updates(tmp_path / "shared")
+    assert alone[3]["train/kl_token_mean"] > 1e-6 and alone[2]["train/advantage_std"] > 0
+    for step in (1, 2, 3):  # later on the two have trained apart in the last bits
+        for name in ("loss", "kl_token_mean", "entropy_token_mean", "grad_norm"):
+            first, second = alone[step][f"train/{name}"], shared[step][f"train/{name}"]
+            assert second == pytest.approx(first, rel=2e-4, abs=1e-6), (step, name)
+        assert shared[step]["train/ratio_token_mean"] == 1.0
+        assert shared[step]["train/rollout_gap_token_mean"] < 1e-5
+    shared_rows = [*every, "--config.rl.answers_per_row=2", "--config.rl.epochs=2", "--config.data.batch_size=16"]
+    assert rl(tmp_path / "whole", *shared_rows, "--config.loop.steps=6", config=config) == 0
+    assert rl(tmp_path / "halved", *shared_rows, "--config.loop.steps=3", config=config) == 0
+    assert rl(tmp_path / "halved", "--config.loop.steps=6", *shared_rows, config=config) == 0
+    whole, halved = updates(tmp_path / "whole"), updates(tmp_path / "halved")
+    assert {step: row["train/loss"] for step, row in halved.items()} == {
+        step: row["train/loss"] for step, row in whole.items()
+    }
+    assert max(row["train/rollout_gap_token_mean"] for row in whole.values()) < 1e-5
+
+
 KL = ["--config.objective.grpo.kl_coefficient=0.1"]
 BAD = {
     "a batch that is no part of an iteration": (["--config.data.batch_size=5"], "does not divide the answers"),
@@ -152,6 +178,11 @@ BAD = {
     "prompts twice": (["--config.data.source=jsonl:x"], "give prompts by one of them"),
     "a prompt that has no room": (["--config.rl.new_tokens=8", "--config.data.truncate.rule=drop"], "is room for 1"),
     "one sample": (["--config.rl.samples=1"], "should be at least 2"),
+    "answers that share no prompt": (["--config.rl.answers_per_row=3"], "should divide config.rl.samples=4"),
+    "no whole rows": (
+        ["--config.rl.answers_per_row=4", "--config.data.batch_size=4", "--config.loop.micro_batches=2"],
+        "make no whole rows of config.rl.answers_per_row=4 in each of config.loop.micro_batches=2; use 8",
+    ),
     "rows that do not divide": (["--config.rl.rows=3"], "does not divide config.rl.prompts x samples = 16"),
     "a divergence without a reference": (["--config.objective.grpo.kl_coefficient=0.1"], "needs a reference"),
     "a reference that is not there": ([*KL, "--config.objective.grpo.reference=role"], "give config.roles.reference"),
