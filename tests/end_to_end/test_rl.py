@@ -145,29 +145,29 @@ def test_the_command_of_a_config_is_named_where_another_is_used(trained, finishe
 
 
 def test_answers_that_share_a_prompt_train_as_with_a_row_each_and_are_resumed_to_the_bit(finished, tmp_path):
-    """One update of all answers, with a KL divergence: the same losses, and after a stop the same bits."""
+    """Two updates of all answers an iteration: the same losses, and after a stop between the two the same bits."""
     config = with_reference(tmp_path, finished)
-    every = ["--config.rl.prompts=8", "--config.data.batch_size=32"]
-    every += ["--config.evaluate.every_steps=6", "--config.checkpoint.every_steps=3"]
-    for name, arguments in {"alone": [], "shared": ["--config.rl.answers_per_row=4"]}.items():
-        assert rl(tmp_path / name, *every, *arguments, "--config.loop.steps=6", config=config) == 0
-    alone, shared = updates(tmp_path / "alone"), updates(tmp_path / "shared")
-    assert alone[3]["train/kl_token_mean"] > 1e-6 and alone[2]["train/advantage_std"] > 0
-    for step in (1, 2, 3):  # later on the two have trained apart in the last bits
-        for name in ("loss", "kl_token_mean", "entropy_token_mean", "grad_norm"):
-            first, second = alone[step][f"train/{name}"], shared[step][f"train/{name}"]
+    every = ["--config.rl.prompts=8", "--config.rl.epochs=2", "--config.data.batch_size=32"]
+    every += [
+        "--config.optim.schedule.warmup_steps=1",
+        "--config.optim.schedule.name=constant",
+        "--config.evaluate.every_steps=4",
+    ]
+    every += ["--config.checkpoint.every_steps=3"]
+    shares = [*every, "--config.rl.answers_per_row=4"]
+    assert rl(tmp_path / "alone", *every, "--config.loop.steps=4", config=config) == 0
+    for name, steps in (("whole", 4), ("halved", 3), ("halved", 4)):
+        assert rl(tmp_path / name, *shares, f"--config.loop.steps={steps}", config=config) == 0
+    alone, whole, halved = (updates(tmp_path / name) for name in ("alone", "whole", "halved"))
+    assert alone[2]["train/kl_token_mean"] > 1e-6 and alone[2]["train/advantage_std"] > 0
+    for step in alone:
+        for name in ("loss", "kl_token_mean", "entropy_token_mean", "grad_norm", "ratio_token_mean"):
+            first, second = alone[step][f"train/{name}"], whole[step][f"train/{name}"]
             assert second == pytest.approx(first, rel=2e-4, abs=1e-6), (step, name)
-        assert shared[step]["train/ratio_token_mean"] == 1.0
-        assert shared[step]["train/rollout_gap_token_mean"] < 1e-5
-    shared_rows = [*every, "--config.rl.answers_per_row=2", "--config.rl.epochs=2", "--config.data.batch_size=16"]
-    assert rl(tmp_path / "whole", *shared_rows, "--config.loop.steps=6", config=config) == 0
-    assert rl(tmp_path / "halved", *shared_rows, "--config.loop.steps=3", config=config) == 0
-    assert rl(tmp_path / "halved", "--config.loop.steps=6", *shared_rows, config=config) == 0
-    whole, halved = updates(tmp_path / "whole"), updates(tmp_path / "halved")
-    assert {step: row["train/loss"] for step, row in halved.items()} == {
-        step: row["train/loss"] for step, row in whole.items()
-    }
-    assert max(row["train/rollout_gap_token_mean"] for row in whole.values()) < 1e-5
+        assert whole[step]["train/rollout_gap_token_mean"] < 1e-5
+    assert whole[1]["train/ratio_token_mean"] == whole[3]["train/ratio_token_mean"] == 1.0
+    for step in (1, 2, 3, 4):
+        assert halved[step]["train/loss"] == whole[step]["train/loss"]
 
 
 KL = ["--config.objective.grpo.kl_coefficient=0.1"]
