@@ -144,6 +144,32 @@ def test_the_command_of_a_config_is_named_where_another_is_used(trained, finishe
     assert "one of `t5x_like train`" in capsys.readouterr().err
 
 
+def test_answers_that_share_a_prompt_train_as_with_a_row_each_and_are_resumed_to_the_bit(finished, tmp_path):
+    """Two updates of all answers an iteration: the same losses, and after a stop between the two the same bits."""
+    config = with_reference(tmp_path, finished)
+    every = ["--config.rl.prompts=8", "--config.rl.epochs=2", "--config.data.batch_size=32"]
+    every += [
+        "--config.optim.schedule.warmup_steps=1",
+        "--config.optim.schedule.name=constant",
+        "--config.evaluate.every_steps=4",
+    ]
+    every += ["--config.checkpoint.every_steps=3"]
+    shares = [*every, "--config.rl.answers_per_row=4"]
+    assert rl(tmp_path / "alone", *every, "--config.loop.steps=4", config=config) == 0
+    for name, steps in (("whole", 4), ("halved", 3), ("halved", 4)):
+        assert rl(tmp_path / name, *shares, f"--config.loop.steps={steps}", config=config) == 0
+    alone, whole, halved = (updates(tmp_path / name) for name in ("alone", "whole", "halved"))
+    assert alone[2]["train/kl_token_mean"] > 1e-6 and alone[2]["train/advantage_std"] > 0
+    for step in alone:
+        for name in ("loss", "kl_token_mean", "entropy_token_mean", "grad_norm", "ratio_token_mean"):
+            first, second = alone[step][f"train/{name}"], whole[step][f"train/{name}"]
+            assert second == pytest.approx(first, rel=2e-4, abs=1e-6), (step, name)
+        assert whole[step]["train/rollout_gap_token_mean"] < 1e-5
+    assert whole[1]["train/ratio_token_mean"] == whole[3]["train/ratio_token_mean"] == 1.0
+    for step in (1, 2, 3, 4):
+        assert halved[step]["train/loss"] == whole[step]["train/loss"]
+
+
 KL = ["--config.objective.grpo.kl_coefficient=0.1"]
 BAD = {
     "a batch that is no part of an iteration": (["--config.data.batch_size=5"], "does not divide the answers"),
@@ -152,6 +178,11 @@ BAD = {
     "prompts twice": (["--config.data.source=jsonl:x"], "give prompts by one of them"),
     "a prompt that has no room": (["--config.rl.new_tokens=8", "--config.data.truncate.rule=drop"], "is room for 1"),
     "one sample": (["--config.rl.samples=1"], "should be at least 2"),
+    "answers that share no prompt": (["--config.rl.answers_per_row=3"], "should divide config.rl.samples=4"),
+    "no whole rows": (
+        ["--config.rl.answers_per_row=4", "--config.data.batch_size=4", "--config.loop.micro_batches=2"],
+        "make no whole rows of config.rl.answers_per_row=4 in each of config.loop.micro_batches=2; use 8",
+    ),
     "rows that do not divide": (["--config.rl.rows=3"], "does not divide config.rl.prompts x samples = 16"),
     "a divergence without a reference": (["--config.objective.grpo.kl_coefficient=0.1"], "needs a reference"),
     "a reference that is not there": ([*KL, "--config.objective.grpo.reference=role"], "give config.roles.reference"),
