@@ -156,7 +156,10 @@ def check_bucket(job: Job) -> None:
             "give gs://BUCKET/FOLDER"
         )
     if not _BUCKET.fullmatch(job.workdir):
-        raise UsageError(f"--workdir={job.workdir} names no folder of a bucket; give gs://BUCKET/FOLDER")
+        raise UsageError(
+            f"--workdir={job.workdir} names no folder of a bucket; give gs://BUCKET/FOLDER, BUCKET with at least 3 "
+            "characters of a-z, 0-9 and ._-"
+        )
 
 
 def check_in_image(job: Job) -> None:
