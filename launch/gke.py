@@ -139,6 +139,8 @@ def _node_selector(job: Job) -> dict[str, str]:
         "cloud.google.com/gke-tpu-accelerator": job.slice.row.gke,
         "cloud.google.com/gke-tpu-topology": job.slice.shape,
     }
+    if job.gke.placement_policy:
+        selector["cloud.google.com/placement-policy-name"] = job.gke.placement_policy
     if job.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     if job.reservation:

@@ -30,8 +30,12 @@ def require(document: Mapping[str, Any]) -> Sequence[str]:
 
 def problems(document: Mapping[str, Any]) -> list[str]:
     """What is wrong with a JobSet, each in one line with its path; [] where nothing is."""
-    found = [*_schemas(document)] if has_schemas() else []
-    return found or semantics.problems(document)  # which takes the right types for granted
+    if has_schemas():
+        return _schemas(document) or semantics.problems(document)
+    try:
+        return semantics.problems(document)
+    except (KeyError, TypeError, AttributeError) as error:  # what the schemas would have named
+        return [f"the document is no JobSet as it should be ({type(error).__name__}: {error})"]
 
 
 def has_schemas() -> bool:
