@@ -67,7 +67,9 @@ def _checked(point: Any) -> dict[str, Any]:
             raise UsageError(f"sweep: {path!r} is no field of a config; write 'config.{path}'")
         items = value if isinstance(value, list | tuple) else [value]
         if not all(isinstance(item, _SCALAR) for item in items):
-            raise UsageError(f"sweep: {path}={value!r} should be a number, a text, True, False, None, or a tuple of them")
+            raise UsageError(
+                f"sweep: {path}={value!r} should be a number, a text, True, False, None, or a tuple of them"
+            )
         if any(isinstance(item, float) and not math.isfinite(item) for item in items):
             raise UsageError(f"sweep: {path}={value!r} should be finite")
     return plain

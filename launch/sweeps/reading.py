@@ -70,7 +70,9 @@ def read(config_arguments: Sequence[str], sweep_arguments: Sequence[str]) -> lis
         parts.append(combining.seeds(flags.seeds))
     if not parts:
         file = next(each for each in config_arguments if each.startswith("--config="))
-        raise UsageError(f"nothing to sweep: {file} has no function sweep(add), and no {_PREFIX}config.FIELD=A,B is given")
+        raise UsageError(
+            f"nothing to sweep: {file} has no function sweep(add), and no {_PREFIX}config.FIELD=A,B is given"
+        )
     return combining.product(*parts)
 
 
