@@ -32,7 +32,7 @@ def launch(asked: flags.Asked) -> int:
     check(asked.job)
     document = manifest(asked.job)
     notes = validate.require(document)
-    flags.check_config(asked)
+    flags.check_run(asked)
     return submit(submission(asked.job, document, notes), dry_run=asked.dry_run)
 
 

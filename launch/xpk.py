@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(asked: flags.Asked) -> int:
     check(asked.job)
-    flags.check_config(asked)
+    flags.check_run(asked)
     return submit(submission(asked.job), dry_run=asked.dry_run)
 
 
