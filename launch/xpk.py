@@ -1,7 +1,8 @@
 """A run through xpk, Google's tool for TPU clusters: the command line of `xpk workload create`, and its commands after.
 
     python -m launch.xpk --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4 --slices=2 --cluster=CLUSTER \\
-        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b [--dry_run]
+        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b \\
+        --config.mesh.slice=2 [--dry_run]
 
 For clusters that xpk made. It counts every restart, those after preemptions too, so give --max_restarts with room for
 them. launch/gke.py does not count those, and needs no xpk.
