@@ -12,8 +12,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from launch import flags
+from launch import flags, validate
 from launch.gke import check as check_pods
+from launch.gke import manifest
 from launch.job import PREEMPTED, Job
 from launch.submission import Step, Submission, submit
 from t5x_like.core.errors import UsageError
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(asked: flags.Asked) -> int:
     check(asked.job)
+    validate.require(manifest(asked.job))  # xpk names jobs and pods in the same way
     flags.check_run(asked)
     return submit(submission(asked.job), dry_run=asked.dry_run)
 
