@@ -67,6 +67,7 @@ CONFIG = (
     "--config.checkpoint.every_steps=5",
     "--config.evaluate.every_steps=20",
     f"--config.loop.steps={STEPS}",
+    "--config.model.decoder.layers=1",
     "--config.mesh.preset=fsdp",
     "--config.mesh.slice=2",
     "--config.runtime.heartbeat_seconds=15",
@@ -88,7 +89,8 @@ def committed(workdir):
     return [int(name) for name in paths.list_names(f"{workdir}/checkpoints") if name.isdigit()]
 
 
-def wait_for(condition, attempt, *, seconds=120):
+def wait_for(condition, attempt, *, seconds=600):
+    """Until it holds, or a pod has ended; compiling alone may take minutes where the machine is busy."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline or any(child.poll() is not None for child in attempt.children):
