@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     sweep_arguments, others = reading.split(arguments)
     config, others = split_config(others)
-    options = _parse(others)
+    options = _parse(others, begins=bool(config))
     folder = paths.normal(options.pop("workdir"))
     asked = argparse.Namespace(**{name: options.pop(name) for name in _OWN})
     if asked.results:
@@ -73,9 +73,9 @@ def _run(arguments: Sequence[str]) -> int:
         return (_here if found.settings.target == "local" else _elsewhere)(found, jobs, schedules, asked)
 
 
-def _parse(arguments: Sequence[str]) -> dict[str, Any]:
+def _parse(arguments: Sequence[str], *, begins: bool) -> dict[str, Any]:
     given = [each.partition("=")[2] for each in arguments if each.startswith("--target=")]
-    target = given[-1] if given else _recorded_target(arguments)
+    target = given[-1] if given else "local" if begins else _recorded_target(arguments)
     if target not in TARGETS:
         raise UsageError(f"--target={target} is unknown; {nearest(target, TARGETS)}")
     parser = flags.parser(target, __doc__)
@@ -114,11 +114,8 @@ def _recorded_target(arguments: Sequence[str]) -> str:
 def _new(
     folder: str, config: Sequence[str], sweep: Sequence[str], options: Mapping[str, Any], asked: argparse.Namespace
 ) -> Index:
-    if index.exists(folder):
-        raise UsageError(f"{folder} holds a sweep already; go on with it by --resume, or give another --workdir")
-    foreign = [name for name in paths.list_names(folder) if name not in (lock.LOCAL_NAME, lock.REMOTE_NAME)]
-    if foreign:
-        raise UsageError(f"{folder} holds {foreign[0]} and no sweep; give a new or empty --workdir")
+    if not (asked.dry_run and paths.is_remote(folder)):  # which needs no network
+        _check_empty(folder)
     if asked.halving and asked.target != "local":
         raise UsageError(
             f"--halving={asked.halving} is for --target=local: only here it is known when a rung has ended"
@@ -135,6 +132,14 @@ def _new(
     for member in members.members(reading.read(config, sweep)):
         found.add(member)
     return found
+
+
+def _check_empty(folder: str) -> None:
+    if index.exists(folder):
+        raise UsageError(f"{folder} holds a sweep already; go on with it by --resume, or give another --workdir")
+    foreign = [name for name in paths.list_names(folder) if name not in (lock.LOCAL_NAME, lock.REMOTE_NAME)]
+    if foreign:
+        raise UsageError(f"{folder} holds {foreign[0]} and no sweep; give a new or empty --workdir")
 
 
 def _resumed(
@@ -177,10 +182,11 @@ def _jobs(found: Index) -> dict[str, Job]:
     """The job of each member. Raises UsageError, with the member, for an override that its config does not take."""
     settings, folder = found.settings, found.folder
     prefix = str(settings.launch.get("name", "")) or jobs_of.name_of(folder)
+    here_alone = settings.target == "local"
     jobs = {}
     for entry in found:
         config = (*settings.config, *entry.member.overrides)
-        name = entry.name if settings.target == "local" else f"{prefix}-{entry.name}"
+        name = entry.name if here_alone else members.job_name(prefix, entry.name, folder)
         own = {"name": name, "workdir": found.workdir(entry.name)}
         try:
             jobs[entry.name] = flags.describe(config, {**settings.launch, **own}, target=settings.target)
