@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import select
 import shutil
 import signal
 import socket
@@ -115,8 +116,8 @@ def _configure(folder: pathlib.Path) -> None:
         "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny",
         "AuthType": "auth/none",
         "CredType": "cred/none",
-        # A requeued job waits until its credential has expired, 120 s by default.
-        "AuthInfo": "cred_expire=1",
+        # A requeued job waits until its credential has expired: 120 s, or what is said here, 5 s or more.
+        "AuthInfo": "cred_expire=5",
         "SlurmUser": "root",
         "SlurmdUser": "root",
         "StateSaveLocation": folder / "state",
@@ -168,7 +169,11 @@ def _keep(folder: str) -> int:
     commands = [["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in NODES)]
     for command in commands:
         subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_keeper)
-    sys.stdin.read()
+    while not select.select([sys.stdin], [], [], 0.1)[0]:
+        # A step that has ended and is not waited for would keep its job from completing.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
     while children := _children():
         for child in children:
             with contextlib.suppress(ProcessLookupError):
