@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 NODES = ("n1", "n2")
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -44,24 +44,46 @@ class Cluster:
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
 
-    def run(self, *command: str, seconds: float = 30, check: bool = True) -> str:
-        """The output of one command."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=seconds)
+    def run(self, *command: str, document: str = "", check: bool = True) -> str:
+        """The output of one command; `document` is its input."""
+        how = {"env": self.environment, "input": document, "capture_output": True, "text": True, "timeout": 30}
+        done = subprocess.run(command, **how)
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says: JobState, Restarts, ExitCode, Comment and so on."""
+        """What `scontrol show job` says: JobState, Restarts, ExitCode and so on."""
         text = self.run("scontrol", "show", "job", number)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
-    def wait(self, number: str, *states: str, seconds: float = 60) -> dict[str, str]:
-        """The job once its state is one of `states`."""
+    def submit(self, script: str) -> str:
+        """The number of a new job."""
+        done = subprocess.run(
+            ["sbatch", "--parsable"], input=script, env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def finish(self, number: str, seconds: float = 60) -> dict[str, str]:
+        """The job once it has ended. A requeued one starts at once, and not when its credential has expired."""
+        found: dict[str, str] = {}
+
+        def ended() -> bool:
+            nonlocal found
+            found = self.job(number)
+            if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+                self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+            return found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+        self.until(ended, seconds)
+        return found
+
+    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Waits until `condition` holds; AssertionError with the logs after `seconds`."""
         deadline = time.monotonic() + seconds
-        while (job := self.job(number))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"{job}\n{self.logs()}"
+        while not condition():
+            assert time.monotonic() < deadline, f"{self.run('squeue')}\n{self.logs()}"
             time.sleep(0.1)
-        return job
 
     def logs(self) -> str:
         """The last lines of every daemon."""
@@ -132,14 +154,16 @@ def _configure(folder: pathlib.Path) -> None:
         "MpiDefault": "none",
         "JobAcctGatherType": "jobacct_gather/none",
         "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_CPU",
         "SchedulerParameters": "sched_interval=1,bf_interval=1,batch_sched_delay=0",
         "ReturnToService": 2,
         "KillWait": 10,
         "SlurmdTimeout": 60,
+        "SlurmdParameters": "config_overrides",  # more processors than there are
     }
     lines = [f"{name}={value}" for name, value in settings.items()]
     for node, port in zip(NODES, ports[1:], strict=True):
-        lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={os.cpu_count()}")
+        lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16")
     lines.append(f"PartitionName=all Nodes={','.join(NODES)} Default=YES State=UP OverSubscribe=NO")
     (folder / "state").mkdir(exist_ok=True)
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
