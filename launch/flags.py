@@ -48,6 +48,10 @@ def read(arguments: Sequence[str], *, target: str, about: str | None = None) -> 
     return Asked(describe(config_arguments, options, target=target), dry_run, check)
 
 
+def check_config(asked: Asked) -> None:
+    """Looks at the config as `train --check` does, without data, on as many devices as the job will have."""
+
+
 def describe(config_arguments: Sequence[str], options: Mapping[str, Any], *, target: str) -> Job:
     """The job of `--config...` arguments, the config file's get_launch() and values by name, which come last."""
     config, _ = load_config(config_arguments)

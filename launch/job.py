@@ -40,10 +40,11 @@ class Gke:
     queue: str = option("", "Kueue's local queue, such as multislice-queue; '': none")
     priority: str = option("", "priority class of the pods, such as medium; '': the cluster's")
     service_account: str = option("", "Kubernetes service account with access to the bucket; '': the nodes' own")
+    placement_policy: str = option("", "placement policy of the node pools, which slices of tpu7x need; '': none")
     keep_seconds: int = option(43200, "how long a finished JobSet and its logs stay")
 
     def check(self, _path: str) -> None:
-        for name in ("namespace", "queue", "priority", "service_account", "cluster"):
+        for name in ("namespace", "queue", "priority", "service_account", "cluster", "placement_policy"):
             value = getattr(self, name)
             if value and not _NAME.fullmatch(value):
                 raise UsageError(f"--{name}={value} should be of a-z, 0-9 and -, and begin with a letter")
@@ -194,7 +195,10 @@ def check_bucket(job: Job) -> None:
             "give gs://BUCKET/FOLDER"
         )
     if not _BUCKET.fullmatch(job.workdir):
-        raise UsageError(f"--workdir={job.workdir} names no folder of a bucket; give gs://BUCKET/FOLDER")
+        raise UsageError(
+            f"--workdir={job.workdir} names no folder of a bucket; give gs://BUCKET/FOLDER, BUCKET with at least 3 "
+            "characters of a-z, 0-9 and ._-"
+        )
 
 
 def check_in_image(job: Job) -> None:
