@@ -96,6 +96,26 @@ class Slurm:
         return first * 60 + (second or 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gcloud:
+    """What TPU VMs need besides."""
+
+    queued: bool = option(True, "ask by a queued resource, which waits for capacity; --no-queued: a TPU VM at once")
+    follow: bool = option(False, "stay, and ask for new TPUs whenever spot capacity was taken away")
+    keep: bool = option(False, "leave the TPUs when the run has ended; they cost until you delete them")
+    runtime: str = option("", "software version of the machines; '': that of the generation")
+    valid_until: str = option("", "how long the request may wait, such as 6h; '': for ever")
+    network: str = option("", "network; '': default")
+    subnetwork: str = option("", "subnetwork; '': that of the network")
+    service_account: str = option("", "e-mail of the service account; '': Compute Engine's default")
+
+    def check(self, _path: str) -> None:
+        if self.valid_until and not re.fullmatch(r"(\d+[smhd])+", self.valid_until):
+            raise UsageError(f"--valid_until={self.valid_until} should be like 90m, 6h or 2d")
+        if self.valid_until and not self.queued:
+            raise UsageError(f"--valid_until={self.valid_until} needs a queued resource; leave out --no-queued")
+
+
 def _check_options(name: str, text: str) -> None:
     try:
         words = shlex.split(text)
@@ -131,6 +151,7 @@ class Job:
     grace_seconds: int = option(120, "time to save and end when asked to stop")
     gke: Gke = Gke()
     slurm: Slurm = Slurm()
+    gcloud: Gcloud = Gcloud()
 
     def check(self, _path: str) -> None:
         if not self.workdir:

@@ -50,10 +50,10 @@ exit "$status"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return flags.main(_launch, arguments, target="slurm", about=__doc__)
+    return flags.main(launch, arguments, target="slurm", about=__doc__)
 
 
-def _launch(asked: flags.Asked) -> int:
+def launch(asked: flags.Asked) -> int:
     return submission.submit(plan(asked.job, python=sys.executable, folder=os.getcwd()), dry_run=asked.dry_run)
 
 

@@ -16,7 +16,7 @@ from launch.flags import read
 from launch.job import Job, Slurm
 from launch.slurm import main
 from t5x_like.core.errors import UsageError
-from tests.launch.golden import equals_golden
+from tests.launch.jobs import GOLDEN, UPDATE
 from tests.launch.slurm_cluster import Cluster, cluster, missing
 
 CONFIG = "--config=configs/pretrain/tiny.py"
@@ -34,7 +34,10 @@ def test_the_whole_script():
         + ["--step_options=--container-image=registry/jax:25", "--max_restarts=3", "--grace_seconds=300"],
         target="slurm",
     )
-    equals_golden("slurm.sh", slurm.script(asked.job, python="python3", folder="/data/checkout"))
+    text = slurm.script(asked.job, python="python3", folder="/data/checkout")
+    if UPDATE:
+        (GOLDEN / "slurm.sh").write_text(text)
+    assert text == (GOLDEN / "slurm.sh").read_text()
 
 
 def test_bash_accepts_every_script():
