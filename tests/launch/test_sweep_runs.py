@@ -40,29 +40,33 @@ def test_a_point_that_its_config_does_not_take_is_one_line(capsys, tmp_path, arg
 
 
 def test_every_member_is_checked_before_the_first_starts(capsys, tmp_path):
-    folder = tmp_path / "sweep"
-    devices = "--config.runtime.fake_devices=4"
+    arguments = ["--config.runtime.fake_devices=4", "--sweep.config.mesh.tensor=1,3"]
+    assert sweep.main([TEST, f"--workdir={tmp_path / 'sweep'}", *arguments]) == 2
+    assert capsys.readouterr().err == (
+        "sweep: the member tensor-3 (config.mesh.tensor=3): config.mesh: tensor=3 = 3 does not divide the 4 devices\n"
+    )
+    assert not (tmp_path / "sweep").exists()
 
-    def refused(*arguments):
-        assert sweep.main([TEST, f"--workdir={folder}", devices, *arguments]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and not folder.exists()
-        return said
 
-    assert re.search(
-        r"the member tensor-3 \(config.mesh.tensor=3\): config.mesh: tensor=3 = 3 does not divide the 4 devices",
-        refused("--sweep.config.mesh.tensor=1,3"),
-    )
-    assert re.search(
-        r"the member bs-6 .* not divisible by the 4 data shards .*\(and 1 more members\)",
-        refused("--sweep.config.data.batch_size=8,6,10"),
-    )
-    assert "are the same run; leave one out" in refused(
-        "--sweep.combine=chain", "--sweep.config.optim.schedule.steps=40", f"--sweep.{RATE}=0.01"
-    )
-    wrong = refused("--sweep.seeds=2", "--metric=eval/validation/accurcy")
-    assert "--metric=eval/validation/accurcy is not measured by the member seed-0" in wrong
-    assert "did you mean 'accuracy'?" in wrong
+@pytest.mark.parametrize(
+    ("arguments", "problems", "message"),
+    [
+        (["--sweep.seeds=3"], ["", "no", "no"], "the member seed-1 (config.seed=1): no (and 1 more members)"),
+        (
+            ["--sweep.seeds=2"],
+            ["", ""],
+            "the member seed-0 (config.seed=0) and the member seed-1 (config.seed=1) are the",
+        ),
+        (["--sweep.seeds=1", "--metric=eval/validation/los"], [""], "is not measured by the member seed-0 "),
+    ],
+)
+def test_what_the_check_finds_is_one_line_with_the_member(monkeypatch, capsys, tmp_path, arguments, problems, message):
+    config = {"data": {"validation": "0.1"}}
+    verdicts = [check.Verdict(problem, 40, ("accuracy", "loss"), config) for problem in problems]
+    monkeypatch.setattr(check, "check", lambda runs, place: verdicts)
+    assert sweep.main([TEST, f"--workdir={tmp_path / 'sweep'}", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "sweep").exists()
 
 
 def test_a_config_is_checked_for_devices_that_are_not_here():
