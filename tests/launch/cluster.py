@@ -93,13 +93,19 @@ class Attempt:
         line = [sys.executable, "-m", module, *arguments]
         self.children = [local.start(line, given | environment(document, pod, port=port)) for pod in self.pods]
         self.lines: list[str] = []
-        for pod, child in zip(self.pods, self.children, strict=True):
-            for stream in (child.stdout, child.stderr):
-                threading.Thread(target=self._read, args=(pod, stream), daemon=True).start()
+        streams = [
+            (pod, stream)
+            for pod, child in zip(self.pods, self.children, strict=True)
+            for stream in (child.stdout, child.stderr)
+        ]
+        self._readers = [threading.Thread(target=self._read, args=each, daemon=True) for each in streams]
+        for reader in self._readers:
+            reader.start()
 
     def _read(self, pod: Pod, stream) -> None:
-        for line in stream:
-            self.lines.append(f"[{pod.slice}-{pod.worker}] {line.rstrip()}")
+        with stream:
+            for line in stream:
+                self.lines.append(f"[{pod.slice}-{pod.worker}] {line.rstrip()}")
 
     @property
     def output(self) -> str:
@@ -130,6 +136,8 @@ class Attempt:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+        for reader in self._readers:
+            reader.join(5)
 
 
 @dataclasses.dataclass
@@ -141,7 +149,7 @@ class Outcome:
     attempts: list[str]
 
 
-def run(document, given, *, module: str, disturb, grace: float = 20, seconds: float = 240) -> Outcome:
+def run(document, given, *, module: str, disturb, grace: float = 20, seconds: float = 900) -> Outcome:
     """Runs a set to its end. disturb(number, attempt) is called in each start, in a thread of its own."""
     outcome = Outcome(False, [], [])
     counted = 0

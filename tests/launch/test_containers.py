@@ -10,7 +10,7 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
 from launch import gke
-from t5x_like.storage import paths
+from t5x_like.storage import model_directory, paths
 from tests.launch import cluster, jobs
 from tests.storage.fake_gcs import fake_gcs  # noqa: F401
 
@@ -67,6 +67,7 @@ CONFIG = (
     "--config.checkpoint.every_steps=5",
     "--config.evaluate.every_steps=20",
     f"--config.loop.steps={STEPS}",
+    "--config.model.decoder.layers=1",
     "--config.mesh.preset=fsdp",
     "--config.mesh.slice=2",
     "--config.runtime.heartbeat_seconds=15",
@@ -85,10 +86,11 @@ def rows(workdir):
 
 
 def committed(workdir):
-    return [int(name) for name in paths.list_names(f"{workdir}/checkpoints") if name.isdigit()]
+    return model_directory.committed_steps(f"{workdir}/checkpoints")
 
 
-def wait_for(condition, attempt, *, seconds=120):
+def wait_for(condition, attempt, *, seconds=600):
+    """Until it holds, or a pod has ended; compiling alone may take minutes where the machine is busy."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline or any(child.poll() is not None for child in attempt.children):
