@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from launch import check
 from launch import job as jobs
 from launch.job import Job
 from t5x_like.core import config as bridge
@@ -48,8 +49,17 @@ def read(arguments: Sequence[str], *, target: str, about: str | None = None) -> 
     return Asked(describe(config_arguments, options, target=target), dry_run, check)
 
 
-def check_config(asked: Asked) -> None:
-    """Looks at the config as `train --check` does, without data, on as many devices as the job will have."""
+def check_run(asked: Asked) -> None:
+    """UserError, in one line, where the run could not start there: its config, and the bucket that it writes to.
+
+    The config is looked at as `train --check` does, without data, on as many devices as the job will have. A dry run
+    writes nothing, so it does not try the bucket.
+    """
+    if not asked.check:
+        return
+    check.check_job(asked.job)
+    if not asked.dry_run:
+        jobs.check_writable(asked.job)
 
 
 def describe(config_arguments: Sequence[str], options: Mapping[str, Any], *, target: str) -> Job:
@@ -92,7 +102,7 @@ def parser(target: str, about: str | None = None) -> argparse.ArgumentParser:
     if section:
         _add(found, typing.cast(type, bridge.section_class(Job, section)))
     found.add_argument("--dry_run", action="store_true", help="print all that would be done, and do nothing")
-    found.add_argument("--no_check", action="store_true", help="leave out what `train --check` checks without data")
+    found.add_argument("--no_check", action="store_true", help="leave out what looks at the config and the bucket")
     return found
 
 

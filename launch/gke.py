@@ -1,7 +1,8 @@
 """A run as a JobSet on Google Kubernetes Engine: one Job a TPU slice, one pod a virtual machine, one process a pod.
 
     python -m launch.gke --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4 --slices=2 \\
-        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b [--dry_run]
+        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b \\
+        --config.mesh.slice=2 [--dry_run]
 
 A restart runs the same command, which finds its checkpoint in the workdir. What a pod's exit status does: 0 done; 75
 (preempted and saved), or a machine that is taken away: the set starts again, not counted; 2 (wrong use): the set ends;
@@ -32,7 +33,7 @@ def launch(asked: flags.Asked) -> int:
     check(asked.job)
     document = manifest(asked.job)
     notes = validate.require(document)
-    flags.check_config(asked)
+    flags.check_run(asked)
     return submit(submission(asked.job, document, notes), dry_run=asked.dry_run)
 
 

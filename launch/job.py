@@ -15,7 +15,8 @@ import shlex
 from typing import Any
 
 from t5x_like.core import accelerators
-from t5x_like.core.errors import UsageError
+from t5x_like.core.errors import UsageError, UserError
+from t5x_like.storage import paths
 
 PREEMPTED = 75
 WRONG_USE = 2
@@ -220,6 +221,17 @@ def check_bucket(job: Job) -> None:
             f"--workdir={job.workdir} names no folder of a bucket; give gs://BUCKET/FOLDER, BUCKET with at least 3 "
             "characters of a-z, 0-9 and ._-"
         )
+
+
+def check_writable(job: Job) -> None:
+    """UserError unless an object can be written to the workdir in a bucket, by whoever asks: better said now than by
+    every host, after its machine was waited for."""
+    probe = paths.join(job.workdir, f".writable-{job.name}")
+    try:
+        paths.write_bytes_atomic(probe, b"")
+        paths.remove_tree(probe)
+    except UserError as error:
+        raise UserError(f"--workdir={job.workdir} cannot be written: {error} (--no_check does not try)") from None
 
 
 def check_in_image(job: Job) -> None:

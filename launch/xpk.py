@@ -1,7 +1,8 @@
 """A run through xpk, Google's tool for TPU clusters: the command line of `xpk workload create`, and its commands after.
 
     python -m launch.xpk --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4 --slices=2 --cluster=CLUSTER \\
-        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b [--dry_run]
+        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b \\
+        --config.mesh.slice=2 [--dry_run]
 
 For clusters that xpk made. It counts every restart, those after preemptions too, so give --max_restarts with room for
 them. launch/gke.py does not count those, and needs no xpk.
@@ -11,8 +12,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from launch import flags
+from launch import flags, validate
 from launch.gke import check as check_pods
+from launch.gke import manifest
 from launch.job import PREEMPTED, Job
 from launch.submission import Step, Submission, submit
 from t5x_like.core.errors import UsageError
@@ -29,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(asked: flags.Asked) -> int:
     check(asked.job)
-    flags.check_config(asked)
+    validate.require(manifest(asked.job))  # xpk names jobs and pods in the same way
+    flags.check_run(asked)
     return submit(submission(asked.job), dry_run=asked.dry_run)
 
 

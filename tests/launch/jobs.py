@@ -32,9 +32,9 @@ ALIKE = {
 }
 
 
-def job(*config: str, target: str = "gke", **values) -> Job:
+def job(*config: str, file: str = CONFIG, target: str = "gke", **values) -> Job:
     """A job of the tiny config, with the usual values of these tests unless others are given."""
-    return flags.describe([CONFIG, *config], USUAL | values, target=target)
+    return flags.describe([file, *config], USUAL | values, target=target)
 
 
 def alike(name: str) -> Job:

@@ -67,6 +67,13 @@ def test_what_xpk_cannot_do_is_one_line(values, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_name_that_xpk_takes_may_be_too_long_for_a_pod(capsys):
+    given = jobs.USUAL | jobs.CLUSTER | {"name": "a" * 40, "topology": "v5p:16x20x28", "slices": "20"}
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    assert xpk.main([jobs.CONFIG, *flags, "--dry_run", "--no_check"]) == 2
+    assert "-slice-job-19-2239-abcde, of 64 characters, and 63 is the most" in capsys.readouterr().err
+
+
 def test_the_dry_run_prints_the_commands_and_runs_nothing(capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
     flags = [f"--{name}={value}" for name, value in (jobs.USUAL | jobs.CLUSTER).items()]
