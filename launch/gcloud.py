@@ -75,14 +75,7 @@ def plan(job: Job) -> Submission:
 
 def check(job: Job) -> None:
     """UsageError, in one line, for what a TPU VM cannot do."""
-    row = job.slice.row
-    if not row.runtime:
-        raise UsageError(f"--topology={job.topology}: {job.slice.generation} is on GKE alone; use python -m launch.gke")
-    if not job.image:
-        raise UsageError("--image is missing; give the container image with its tag (launch/docker builds one)")
-    check_image(job.image)
-    check_bucket(job)
-    check_in_image(job)
+    check_container(job)
     if job.slices > 1 and not job.gcloud.queued:
         raise UsageError(f"--slices={job.slices} needs a queued resource; leave out --no-queued")
     if job.reservation and not job.gcloud.queued:
@@ -94,6 +87,19 @@ def check(job: Job) -> None:
     longest = len(job.name) + (len(f"-{job.slices - 1}") if job.slices > 1 else 0)
     if longest > 63:
         raise UsageError(f"--name={job.name} has {longest} characters with the number of a slice; the limit is 63")
+
+
+def check_container(job: Job) -> None:
+    """UsageError unless a TPU VM can run the job's container, and every later one finds its workdir."""
+    if not job.slice.row.runtime:
+        raise UsageError(
+            f"--topology={job.topology}: {job.slice.generation} is on GKE alone; use launch.gke or launch.xpk"
+        )
+    if not job.image:
+        raise UsageError("--image is missing; give the container image with its tag (launch/docker builds one)")
+    check_image(job.image)
+    check_bucket(job)
+    check_in_image(job)
 
 
 def create(job: Job) -> tuple[str, ...]:
@@ -175,21 +181,22 @@ def state_of(job: Job) -> str:
     raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}; {job.name} goes on, only --follow ends")
 
 
+@functools.cache
+def several_shapes(found: accelerators.Slice) -> bool:
+    """Whether another slice has the same accelerator type, by which gcloud and SkyPilot ask: v5p-512."""
+    return any(each.name == found.name and each != found for each in accelerators.slices(found.generation))
+
+
 def _slice(job: Job) -> list[str]:
     """The accelerator type, or type and topology where it has several shapes, which gcloud knows as alpha."""
-    if _ambiguous(job.slice):
+    if several_shapes(job.slice):
         return [f"--type={job.slice.row.prefix}", f"--topology={job.slice.shape}"]
     return [f"--accelerator-type={job.slice.name}"]
 
 
-@functools.cache
-def _ambiguous(found: accelerators.Slice) -> bool:
-    return any(each.name == found.name and each != found for each in accelerators.slices(found.generation))
-
-
 def _resource(job: Job) -> tuple[str, ...]:
     # Reservations by name and shapes of newer generations are alpha in gcloud 528.
-    alpha = ("alpha",) if job.reservation or _ambiguous(job.slice) else ()
+    alpha = ("alpha",) if job.reservation or several_shapes(job.slice) else ()
     return ("gcloud", *alpha, "compute", "tpus", "queued-resources" if job.gcloud.queued else "tpu-vm")
 
 

@@ -165,14 +165,14 @@ def test_a_dry_run_prints_all_and_runs_nothing(capsys):
     flags = [f"--{name}={value}" for name, value in (USUAL | ZONE).items()]
     assert main([CONFIG, *flags, "--spot", "--dry_run", "--no_check"]) == 0
     text = capsys.readouterr().out
-    assert "docker run --name llama" in text and "nothing was submitted" in text
+    assert "docker run --name=llama" in text and "nothing was submitted" in text
     assert "--follow asks for new ones" in text and "$ gcloud compute tpus queued-resources create llama" in text
 
 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ("--topology=tpu7x:2x2x1", "tpu7x is on GKE alone; use python -m launch.gke"),
+        ("--topology=tpu7x:2x2x1", "tpu7x is on GKE alone; use launch.gke"),
         ("--topology=v5p:3x3x3", "no slice of v5p"),
         ("--image=registry/t5x_like", "has no tag"),
         ("--image=", "--image is missing"),
