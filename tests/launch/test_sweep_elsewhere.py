@@ -12,7 +12,7 @@ from launch.sweeps.members import JOB_LENGTH, job_name
 from launch.sweeps.pool import OUTPUT, Pool, Task
 from t5x_like.core.errors import UserError
 from t5x_like.storage import paths
-from tests.launch import test_sweep
+from tests.launch import quick_sweep, slurm_cluster, test_sweep
 from tests.storage.fake_gcs import fake_gcs  # noqa: F401
 
 NEW = ("--config=configs/pretrain/test.py", "--no_check", "--sweep.config.optim.learning_rate=1e-3,1e-2,1e-1")
@@ -141,3 +141,21 @@ def test_a_sweep_may_lie_in_a_bucket(fake_gcs, tmp_path):  # noqa: F811
             pool.run([task], begins=lambda task: None, ends=lambda task, how: ended.append(how.said))
     assert ended == ["hello 1", "hello 2"]
     assert paths.read_text(paths.join(found.workdir("a"), OUTPUT)).count("\nhello ") == 2
+
+
+@pytest.mark.xdist_group("slurm")
+@pytest.mark.skipif(slurm_cluster.missing() is not None, reason=str(slurm_cluster.missing()))
+def test_a_sweep_on_a_real_slurm(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "rates"
+    few = ("--config=configs/pretrain/test.py", "--config.loop.steps=5", NEW[2])
+    with slurm_cluster.cluster(tmp_path / "slurm") as slurm:
+        for name in ("SLURM_CONF", "PATH"):
+            monkeypatch.setenv(name, slurm.environment[name])
+        monkeypatch.setattr(elsewhere, "_POLL_SECONDS", 0.2)
+        place = ("--target=slurm", "--no-whole_nodes", "--max_parallel=2", f"--workdir={folder}")
+        assert quick_sweep.main([*place, *few]) == 0
+        slurm.until(lambda: all(outcomes.finished_step(str(folder / f"lr-{rate}")) for rate in ("1e-3", "1e-2", "0p1")))
+    assert quick_sweep.main([f"--workdir={folder}", "--results"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| 5/5 |") == 3 and shown.count("| done |") == 3
+    assert [path.read_text().count("start ") for path in folder.glob("*/log.quick.txt")] == [1, 1, 1]
