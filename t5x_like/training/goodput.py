@@ -230,6 +230,12 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
         yield from _lines(file.read())
 
 
+def compacted(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What is needed of starts that have ended: events, and the last line of each."""
+    last = {line["start"]: line for line in lines}
+    return [line for line in lines if "event" in line or line is last[line["start"]]]
+
+
 def _lines(content: bytes) -> Iterator[dict[str, Any]]:
     for text in content.split(b"\n"):
         with contextlib.suppress(ValueError):

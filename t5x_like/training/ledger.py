@@ -2,9 +2,10 @@
 
 At every moment one part of `PARTS` (training/goodput.py) is open, so that the parts of a start add up to its wall
 clock. A thread of process 0 appends a line every second, less often as the start grows older (a thousandth of its
-age): what a killed start did is known to about 0.1%. A line is one `write` of some 200 bytes and never an fsync; it
-outlives SIGKILL, and its last seconds may be lost with the machine. A workdir in a bucket gets the file at every
-checkpoint and once a minute, from the same thread. A file that cannot be written costs the record, never the run.
+age): what a killed start did is known to about 0.1%. The next start leaves only what is needed of them. A line is one
+`write` of some 200 bytes and never an fsync; it outlives SIGKILL, and its last seconds may be lost with the machine. A
+workdir in a bucket gets the file at every checkpoint and once a minute, from the same thread. A file that cannot be
+written costs the record, never the run.
 
 Each line: {"start", "time", "part", "step", "seconds": {part: seconds so far}, "done": the same of the productive parts
 when `step` was done, "event": ...}. Events: "begin" (with "began", and "found": the last row of metrics.jsonl before
@@ -25,7 +26,7 @@ from typing import IO, Any
 from t5x_like.core.errors import UserError
 from t5x_like.core.metrics import last_row
 from t5x_like.storage import paths
-from t5x_like.training.goodput import NAME, PARTS, PRODUCTIVE, read_lines
+from t5x_like.training.goodput import NAME, PARTS, PRODUCTIVE, compacted, read_lines
 
 _LEAST = 1.0  # s between two lines of the thread
 _SHARE = 1e-3  # of the age of a start: what its last line may miss
@@ -178,10 +179,19 @@ class _File:
         if self._folder is not None and paths.exists(self._target):
             paths.copy_file(self._target, self.local)
         earlier = list(read_lines(self.local))
+        self._compact(earlier)
         self.start = 1 + max((line["start"] for line in earlier), default=0)
         self._file: IO[bytes] = open(self.local, "ab", buffering=0)
         if self._file.tell() and not _ends_whole(self.local):
             self._file.write(b"\n")  # after a writer that was killed within a line
+
+    def _compact(self, lines: list[dict[str, Any]]) -> None:
+        """Leaves of earlier starts the lines that are needed, so that a run of many starts keeps a small file."""
+        kept = compacted(lines)
+        if len(kept) < len(lines):
+            with contextlib.suppress(OSError, UserError):
+                content = "".join(f"{json.dumps(line)}\n" for line in kept)
+                paths.write_text_atomic(self.local, content)
 
     def last_row(self) -> dict[str, Any] | None:
         """{"step", "time"} of the last row of metrics; None where there is none, or none at hand."""

@@ -212,6 +212,22 @@ def test_a_torn_line_and_a_disk_that_is_full_cost_a_line(run):
     assert path.read_bytes().startswith(whole + b'{"start": 1, "sec\n{"event": "begin"')
 
 
+def test_a_later_start_keeps_what_is_needed_of_earlier_ones(run):
+    run.start(0)
+    for _ in range(50):
+        run.steps(1)
+        run.ledger.note()
+    run.save()
+    run.steps(3)
+    run.kill()
+    run.start(50)
+    run.kill()
+    lines = (run.folder / goodput.NAME).read_text().splitlines()
+    assert sum(json.loads(line)["start"] == 1 for line in lines) == 4, "begin, restored, save, the last"
+    assert run.account().rows[0]["productive"] == pytest.approx(50 * 0.75)
+    assert run.account().rows[0]["lost_steps"] == 3
+
+
 def test_the_rows_of_a_run_show_the_shares_over_all_starts(run):
     run.start(0)
     run.steps(10)
