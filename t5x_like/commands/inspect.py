@@ -146,9 +146,10 @@ def spent(directory: str, *, as_json: bool = False) -> Iterator[str]:
     if found.lost_steps:
         yield ""
         yield f"{found.lost_steps} steps were lost: done, and done again by a later start from a checkpoint before them"
-    if "unknown" in found.seconds:
+    if not all(row["recorded"] for row in found.rows):
         yield ""
-        yield "unknown: starts without a record of their own; steps that they lost are not in the rows that were kept"
+        yield "of starts from before goodput.jsonl there are the rows that were kept: what came before them is"
+        yield "partly missing, and lost steps, idle time and starting again cannot be told apart (unknown)"
 
 
 _START = ("start", "begun", "steps", "seconds", "productive", "lost", "lost steps", "idle before", "ended")

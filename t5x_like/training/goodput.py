@@ -186,6 +186,7 @@ def _row(start: Start, kept: Mapping[str, float], lost: float, lost_steps: int, 
         "lost": round(lost, 3),
         "lost_steps": lost_steps,
         "idle_before": 0.0,
+        "recorded": start.recorded,
         "ended": start.how or (unsaid if start.recorded else "not recorded"),
     }
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import pathlib
 import threading
 import time
 
@@ -12,6 +13,8 @@ from t5x_like.__main__ import main
 from t5x_like.storage import manifest
 from t5x_like.training import goodput
 from t5x_like.training.ledger import Ledger
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class Clock:
@@ -310,11 +313,18 @@ def test_an_older_workdir_says_what_its_rows_tell_and_what_they_cannot(tmp_path,
     assert found.wall == pytest.approx(114.5) and found.lost_steps == 0
     assert main(["inspect", str(tmp_path), "--goodput"]) == 0
     shown = capsys.readouterr().out
-    assert "steps that they lost are not in the rows that were kept" in shown
+    assert "lost steps, idle time and starting again cannot be told apart (unknown)" in shown
     assert main(["inspect", str(tmp_path), "--goodput", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["wall_seconds"] == 114.5 and sum(told["seconds"].values()) == pytest.approx(114.5)
     assert [start["ended"] for start in told["starts"]] == ["not recorded", "finished"]
+
+
+@pytest.mark.parametrize("name", ["format1", "format3"])
+def test_runs_of_earlier_formats_have_an_account(name):
+    found = goodput.account(goodput.read(str(ROOT / "tests" / "specimens" / name / "run")))
+    assert found.seconds["compile"] > 0.9 * found.wall > 0 and 0 < found.goodput < 0.1
+    assert [row["last_step"] for row in found.rows] == [6]
 
 
 def test_an_older_workdir_without_shares_has_unknown_time_alone(tmp_path):
