@@ -69,22 +69,22 @@ def test_a_run_goes_on_with_half_of_its_devices_and_says_so(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stdout.split())
     assert (
-        "another mesh than at the last start: data=8 (8 cpu devices) -> data=4 (4 cpu devices); 1 -> 2 of the 8 rows "
+        "another mesh than at the last start: fsdp=8 (8 cpu devices) -> fsdp=4 (4 cpu devices); 1 -> 2 of the 8 rows "
         "of a batch on a device; batches and updates stay the same, losses up to rounding"
     ) in shown
     after = {row["step"]: row["train/loss"] for row in rows(workdir) if "train/loss" in row}
     assert after.keys() == before.keys() and max(after) == 12
     assert [after[step] for step in (11, 12)] == pytest.approx([before[step] for step in (11, 12)], rel=1e-5)
     starts = json.loads((workdir / "manifest.json").read_text())["starts"]
-    assert [(start["devices"], start["mesh"]["data"]) for start in starts] == [(8, 8), (4, 4)]
+    assert [(start["devices"], start["mesh"]["fsdp"]) for start in starts] == [(8, 8), (4, 4)]
 
 
 def test_a_mesh_of_fixed_numbers_does_not_shrink_by_itself(finished, tmp_path, capsys):
     workdir = unfinished(finished, tmp_path)
     kept = (workdir / "manifest.json").read_bytes()
-    assert train(workdir, "--config.mesh.data=16", config=None) == 2
+    assert train(workdir, "--config.mesh.fsdp=16", config=None) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("config.mesh: data=16 = 16, but there are 8 devices; set one axis to -1 to take what is left")
+    assert line.endswith("config.mesh: fsdp=16 = 16, but there are 8 devices; set one axis to -1 to take what is left")
     assert (workdir / "manifest.json").read_bytes() == kept
 
 
