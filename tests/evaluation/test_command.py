@@ -10,8 +10,6 @@ from t5x_like.__main__ import main
 from t5x_like.evaluation import harness
 from tests.evaluation import worlds
 
-pytestmark = pytest.mark.xdist_group("lm_eval")
-
 QUESTION = "Please choose the correct answer to the question: Who?\n\n{0}1: a b {0}2: c\n\nAnswer format: {1}1/{1}2"
 PLAIN = "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false"
 
