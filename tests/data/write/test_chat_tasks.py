@@ -114,11 +114,7 @@ def test_tasks_of_both_kinds_are_sources_of_one_mixture(module, tmp_path):
 
 def test_tools_of_a_task_are_refused_as_those_of_a_file(module, tmp_path):
     given = {"fields": {"messages": "messages"}}
-    with pytest.raises(
-        UserError, match=r"#tools-0: example 0: field 'tools' offers tools, which is not"
-    ):
+    with pytest.raises(UserError, match=r"#tools-0: example 0: field 'tools' offers tools, which is not"):
         prepare.prepare(config(module, "tools", **given), str(tmp_path), report=None)
-    with pytest.raises(
-        UserError, match=r"#calls-0: example 0: a message calls a tool .tool_calls., which config"
-    ):
+    with pytest.raises(UserError, match=r"#calls-0: example 0: a message calls a tool .tool_calls., which config"):
         prepare.prepare(config(module, "calls", **given), str(tmp_path), report=None)
