@@ -100,8 +100,9 @@ def test_rows_of_a_mixture_train_answers_of_both_at_its_rates(world, shape):
     sources = {name: f"jsonl:{world}/{name}.jsonl" for name in ALONE}
     given = {"sources": sources, "rates": {"talks": 0.25, "asked": 0.75}}
     data = corpus.opened(config(world, fields=BOTH, **SHAPES[shape] | {"mixture": given}), world / "cache")
-    drawn = {name: facts["share_of_rows"] for name, facts in data.describe()["components"].items()}
-    assert drawn == {"talks": pytest.approx(0.25, abs=0.01), "asked": pytest.approx(0.75, abs=0.01)}
+    facts = data.describe()["components"]  # rates are of examples, of which a row may hold several
+    drawn = {name: f["share_of_rows"] * f["documents"] / f["rows"] for name, f in facts.items()}
+    assert drawn["asked"] / drawn["talks"] == pytest.approx(3.0)
     said = {name: trained(data, name) for name in sources}
     assert all(answer in said["asked"] and answer not in said["talks"] for _, answer in EXAMPLES[:2])
     assert "Sort" not in said["asked"] and "Gut, danke." in said["talks"] and "Hello?" not in said["talks"]
