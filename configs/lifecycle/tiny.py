@@ -11,7 +11,7 @@ something to gain that a held-out question can show:
 
 - instruction tuning: the form of an answer, and rules. Demonstrations are what people give: of some tasks 11 in 20 are
   careless (letters written down as they stand), and a model learns that too
-- an adapter: a rule that the model has not seen. It is merged, so that what follows knows it
+- an adapter: a rule that the model has not seen, beside what it knows. It is merged, so that what follows knows it
 - the model's own wrong answers beside the right ones are pairs, for a reward model and for DPO. They tell care from
   carelessness, which no further demonstration of the same kind would
 - GRPO: what is right is reinforced, and a little of what the reward model prefers among wrong answers
@@ -73,7 +73,8 @@ def _begin(kind: Kind, folder: str) -> list[dict]:
 
 
 def _adapted(kind: Kind, folder: str) -> list[dict]:
-    reads = [f"{folder}/instruct", f"{folder}/data/examples.jsonl", f"{folder}/data/new_examples.jsonl"]
+    learned = ["examples", "new_examples", *([] if kind.chat else ["people"])]
+    reads = [f"{folder}/instruct", *(f"{folder}/data/{name}.jsonl" for name in learned)]
     return [
         run(kind, folder, "lora", reads=reads, says="an adapter of rank 8 for a task that is new")
         | {"gains": gains(kind, folder, "lora", "instruct", "new", "five", "people")},

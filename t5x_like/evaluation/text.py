@@ -22,7 +22,7 @@ from t5x_like.core import config as bridge
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
 from t5x_like.data import cache
-from t5x_like.data.config import PLAIN, DataConfig
+from t5x_like.data.config import NO_CHAT, PLAIN, DataConfig
 from t5x_like.data.open_files import open_files
 from t5x_like.data.read.features import FEATURES
 from t5x_like.data.read.interface import Batch, Draw, Reader, Span
@@ -83,8 +83,10 @@ def config_of(
             )
         section = {**usual, "length": subject.max_length}
     config = bridge.build(DataConfig, section, path="config.data")
-    documents = config.features in ("causal", "span_corruption") and not config.fields.targets
-    change: dict[str, Any] = {} if documents else {"features": "causal", "fields": PLAIN, "packing": "concatenate"}
+    documents = config.features in ("causal", "span_corruption")
+    documents = documents and (bool(config.fields.messages) or not config.fields.targets)
+    plain = {"features": "causal", "fields": PLAIN, "chat": NO_CHAT, "packing": "concatenate"}
+    change: dict[str, Any] = {} if documents else plain
     if not documents and subject.has_encoder:
         raise UsageError(f"{subject.name}: its run read examples, not texts; evaluate it on --tasks")
     change |= {"source": source, "mixture": dataclasses.replace(config.mixture, sources={}, rates={})}
