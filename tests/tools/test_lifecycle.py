@@ -369,6 +369,14 @@ def test_pairs_are_the_wrong_answers_beside_the_right_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_another_seed_is_that_of_every_run_behind_the_base(kind):
+    first, other = (tiny.get_stages("F", name) for name in (kind, f"{kind},3"))
+    added = {a["name"]: set(b["command"]) - set(a["command"]) for a, b in zip(first, other, strict=True)}
+    runs = ("instruct", "lora", "full", "reward", "dpo", "grpo")
+    assert {name: found for name, found in added.items() if found} == dict.fromkeys(runs, {"--config.seed=3"})
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_the_data_are_written_the_same_twice(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data, "EXAMPLES", 20)
     for name in "ab":
