@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from t5x_like.configs.lifecycle import data, lora, models, tasks
+from t5x_like.configs.lifecycle import data, lora, models, tasks, tiny
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.evaluation import report as reports
 from t5x_like.evaluation.results import Evaluation, Metric
