@@ -78,7 +78,7 @@ def _parse(arguments: Sequence[str], *, begins: bool) -> dict[str, Any]:
     target = given[-1] if given else "local" if begins else _recorded_target(arguments)
     if target not in TARGETS:
         raise UsageError(f"--target={target} is unknown; {nearest(target, TARGETS)}")
-    parser = flags.parser(target, __doc__)
+    parser: Any = flags.parser(target, __doc__)
     parser.prog = "python -m launch.sweep"
     parser.other_flags = ("--config", "--sweep")
     add = parser.add_argument
