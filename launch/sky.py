@@ -29,6 +29,7 @@ def launch(asked: flags.Asked) -> int:
     check(asked.job)
     document = task(asked.job)
     notes = sky_task.require(document)
+    flags.check_run(asked)
     return submit(submission(asked.job, document, notes), dry_run=asked.dry_run)
 
 

@@ -7,6 +7,7 @@ Slurm warns the run by SIGUSR1 before its time limit and by SIGTERM before it ta
 with 75, and is requeued. All nodes must see the checkout, the interpreter and the workdir at the same paths.
 """
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -54,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def launch(asked: flags.Asked) -> int:
-    return submission.submit(plan(asked.job, python=sys.executable, folder=os.getcwd()), dry_run=asked.dry_run)
+    found = plan(asked.job, python=sys.executable, folder=os.getcwd())
+    # A config file may name TPUs for other targets; here it is looked at on the GPUs or processes of the nodes.
+    flags.check_run(dataclasses.replace(asked, job=dataclasses.replace(asked.job, topology="", slices=1)))
+    return submission.submit(found, dry_run=asked.dry_run)
 
 
 def plan(job: Job, *, python: str, folder: str) -> Submission:
