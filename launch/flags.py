@@ -15,6 +15,7 @@ from typing import Any
 from launch import check
 from launch import job as jobs
 from launch.job import Job
+from launch.submission import Submission, submit
 from t5x_like.core import config as bridge
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.runs.arguments import ConfigParser, call_function, load_config, split_config
@@ -47,6 +48,16 @@ def read(arguments: Sequence[str], *, target: str, about: str | None = None) -> 
     options = vars(parser(target, about).parse_args(others))
     dry_run, check = options.pop("dry_run"), not options.pop("no_check")
     return Asked(describe(config_arguments, options, target=target), dry_run, check)
+
+
+def carry_out(asked: Asked, submission: Submission) -> int:
+    """Checks the run and submits it. A dry run prints first, since to look at a config takes some seconds."""
+    if not asked.dry_run:
+        check_run(asked)
+        return submit(submission, dry_run=False)
+    submit(submission, dry_run=True)
+    check_run(asked)
+    return 0
 
 
 def check_run(asked: Asked) -> None:

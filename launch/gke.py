@@ -17,7 +17,7 @@ import yaml
 
 from launch import flags, validate
 from launch.job import PREEMPTED, WRONG_USE, Job, check_bucket, check_image, check_in_image
-from launch.submission import Step, Submission, submit
+from launch.submission import Step, Submission
 from t5x_like.core.errors import UsageError
 
 SLICE_JOB = "slice-job"
@@ -33,8 +33,7 @@ def launch(asked: flags.Asked) -> int:
     check(asked.job)
     document = manifest(asked.job)
     notes = validate.require(document)
-    flags.check_run(asked)
-    return submit(submission(asked.job, document, notes), dry_run=asked.dry_run)
+    return flags.carry_out(asked, submission(asked.job, document, notes))
 
 
 def check(job: Job) -> None:

@@ -16,7 +16,7 @@ from launch import flags, validate
 from launch.gke import check as check_pods
 from launch.gke import manifest
 from launch.job import PREEMPTED, Job
-from launch.submission import Step, Submission, submit
+from launch.submission import Step, Submission
 from t5x_like.core.errors import UsageError
 
 PRIORITIES = ("very-low", "low", "medium", "high", "very-high")
@@ -32,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch(asked: flags.Asked) -> int:
     check(asked.job)
     validate.require(manifest(asked.job))  # xpk names jobs and pods in the same way
-    flags.check_run(asked)
-    return submit(submission(asked.job), dry_run=asked.dry_run)
+    return flags.carry_out(asked, submission(asked.job))
 
 
 def check(job: Job) -> None:

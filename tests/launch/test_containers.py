@@ -10,7 +10,7 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
 from launch import gke
-from t5x_like.storage import paths
+from t5x_like.storage import model_directory, paths
 from tests.launch import cluster, jobs
 from tests.storage.fake_gcs import fake_gcs  # noqa: F401
 
@@ -86,7 +86,7 @@ def rows(workdir):
 
 
 def committed(workdir):
-    return [int(name) for name in paths.list_names(f"{workdir}/checkpoints") if name.isdigit()]
+    return model_directory.committed_steps(f"{workdir}/checkpoints")
 
 
 def wait_for(condition, attempt, *, seconds=600):
