@@ -164,9 +164,6 @@ def _check(job: Job) -> None:
             f"--time={job.slurm.time} leaves no time to train: the run is asked to save {job.grace_seconds} s "
             f"(--grace_seconds), and up to {_EARLIER} s more, before its limit; give a longer one"
         )
-    for name, value in job.environment.items():
-        if "\n" in value:
-            raise UsageError(f"--environment={name}=... has more than one line; Slurm's scripts take one")
 
 
 def _quoted(option: str) -> str:
