@@ -74,8 +74,7 @@ def problems(document: Mapping[str, Any]) -> list[str]:
 
 
 def _of_sky(document: Mapping[str, Any]) -> list[str]:
-    import sky  # type: ignore[import-not-found]
-
+    sky: Any = importlib.import_module("sky")
     try:
         sky.Task.from_yaml_config(dict(document))
     except ValueError as error:
