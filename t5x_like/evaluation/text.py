@@ -39,6 +39,7 @@ from t5x_like.objectives.lm import HELD_OUT
 from t5x_like.parallel.sharding import constrain, named, use_rules
 
 BLOCK = 4096  # bytes of text that are one observation: the same text for any tokenizer
+_DIGITS = 16  # hexadecimal, of the fingerprint of a source
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _ENDINGS |= {".arrow": "arrow"}
 
@@ -100,17 +101,22 @@ def config_of(
 
 
 def measure(subject: EvaluatedModel, config: DataConfig, *, name: str, batch_tokens: int) -> list[Metric]:
-    """Metrics of the source of `config` under the task `name`."""
+    """Metrics of the source of `config` under the task `name`.
+
+    Documents are known by the content of the whole source and their place in it: not by place alone, at which another
+    text may stand tomorrow, nor by their own content alone, which several may share.
+    """
     with tempfile.TemporaryDirectory(prefix="t5x_like-text-") as folder:
         saved = os.path.join(folder, "tokenizer")
         subject.vocabulary.save(saved)
-        manifest = prepare(config, os.path.join(folder, "cache"), report=None, tokenizer=saved).manifest
+        prepared = prepare(config, os.path.join(folder, "cache"), report=None, tokenizer=saved)
         found: dict[str, _Totals] = {}
-        for part, entry in sorted(manifest.train.items()):
+        for part, entry in sorted(prepared.manifest.train.items()):
             place = cache.local_folder(os.path.join(folder, "cache")) / entry.folder
             rows = _Rows(subject, config, place)
             for key, totals in rows.observations(batch_tokens):
-                key = f"{part}/{key}" if len(manifest.train) > 1 else key
+                key = f"{prepared.contents[part][:_DIGITS]}:{key}"
+                key = f"{part}/{key}" if len(prepared.contents) > 1 else key
                 found[key] = _plus(found[key], totals) if key in found else totals
     return _metrics(name, found)
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from t5x_like.configs.lifecycle import data, lora, models, tasks
+from t5x_like.configs.lifecycle import data, lora, models, tasks, tiny
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.evaluation import report as reports
 from t5x_like.evaluation.results import Evaluation, Metric
@@ -366,6 +366,14 @@ def test_pairs_are_the_wrong_answers_beside_the_right_ones(monkeypatch):
     expected = {models.LLAMA.asked.format(each.question): each.answer for each in asked}
     assert all(each["chosen"] == expected[each["prompt"]] for each in found)
     assert {each["rejected"] for each in found} == {"x 48", "x 58", "x 68"}  # each batch has a seed of its own
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_another_seed_is_that_of_every_run_behind_the_base(kind):
+    first, other = (tiny.get_stages("F", name) for name in (kind, f"{kind},3"))
+    added = {a["name"]: set(b["command"]) - set(a["command"]) for a, b in zip(first, other, strict=True)}
+    runs = ("instruct", "lora", "full", "reward", "dpo", "grpo")
+    assert {name: found for name, found in added.items() if found} == dict.fromkeys(runs, {"--config.seed=3"})
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])

@@ -10,8 +10,6 @@ from t5x_like.core.errors import UserError
 from t5x_like.data.write import prepare
 from tests.data import chats, corpus
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 _TASKS = """
 import functools
 import json

@@ -26,8 +26,6 @@ from t5x_like.data.write import prepare, tfds_reader
 from t5x_like.storage import paths
 from tests.data import corpus
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 _WRITE_TFDS = """
 import json, os, sys
 import numpy as np
