@@ -100,7 +100,7 @@ def test_tasks_of_both_kinds_are_sources_of_one_mixture(module, tmp_path, shape)
     """An example that has an empty feature of messages is one of inputs and targets."""
     given = {"packing": "concatenate", "length": 2000}
     if shape != "decoder":
-        given = {"packing": "single", "features": "source_target", "encoder_length": 256, "chat": {"template": "t5"}}
+        given |= {"packing": "single", "features": "source_target", "encoder_length": 256, "chat": {"template": "t5"}}
     sources = {name: f"seqio:{module}:{name}" for name in ("examples", "either")}
     sources["talks"] = chats.write(tmp_path / "direct.jsonl", chats.CONVERSATIONS)
     fields = FIELDS | {"messages": "messages"}
