@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(asked: flags.Asked) -> int:
     submission = plan(asked.job)
-    status = submit(submission, dry_run=asked.dry_run)
+    status = flags.carry_out(asked, submission)
     if asked.job.gcloud.follow and not asked.dry_run:
         follow(asked.job, submission, state_of, time.sleep)
     return status

@@ -16,7 +16,7 @@ import yaml
 from launch import container, flags
 from launch.gcloud import check_container, several_shapes
 from launch.job import PREEMPTED, Job
-from launch.submission import Step, Submission, submit
+from launch.submission import Step, Submission
 from launch.validate import sky_task
 from t5x_like.core.errors import UsageError
 
@@ -29,7 +29,7 @@ def launch(asked: flags.Asked) -> int:
     check(asked.job)
     document = task(asked.job)
     notes = sky_task.require(document)
-    return submit(submission(asked.job, document, notes), dry_run=asked.dry_run)
+    return flags.carry_out(asked, submission(asked.job, document, notes))
 
 
 def check(job: Job) -> None:

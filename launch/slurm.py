@@ -1,18 +1,19 @@
 """Hands a run to a Slurm cluster: a batch script with one srun step, which starts it again where it was.
 
-    python -m launch.slurm --config=configs/pretrain/llama3_8b.py --workdir=runs/8b --nodes=4 --gpus_per_node=8
+    python -m launch.slurm --config=configs/pretrain/llama3_8b.py --workdir=runs/8b --nodes=4 --gpus_per_node=8 \\
         --time=24:00:00 [--config.optim.learning_rate=1e-4] [--dry_run]
 
 Slurm warns the run by SIGUSR1 before its time limit and by SIGTERM before it takes the nodes; the run saves and ends
 with 75, and is requeued. All nodes must see the checkout, the interpreter and the workdir at the same paths.
 """
 
+import dataclasses
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-from launch import flags, submission
+from launch import flags
 from launch.job import PREEMPTED, WRONG_USE, Job
 from launch.submission import Step, Submission
 from t5x_like.core.errors import UsageError
@@ -54,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def launch(asked: flags.Asked) -> int:
-    return submission.submit(plan(asked.job, python=sys.executable, folder=os.getcwd()), dry_run=asked.dry_run)
+    # A config file may name TPUs for other targets; here it is looked at on the GPUs or processes of the nodes.
+    job = dataclasses.replace(asked.job, topology="", slices=1)
+    found = plan(asked.job, python=sys.executable, folder=os.getcwd())
+    return flags.carry_out(dataclasses.replace(asked, job=job), found)
 
 
 def plan(job: Job, *, python: str, folder: str) -> Submission:
@@ -160,9 +164,6 @@ def _check(job: Job) -> None:
             f"--time={job.slurm.time} leaves no time to train: the run is asked to save {job.grace_seconds} s "
             f"(--grace_seconds), and up to {_EARLIER} s more, before its limit; give a longer one"
         )
-    for name, value in job.environment.items():
-        if "\n" in value:
-            raise UsageError(f"--environment={name}=... has more than one line; Slurm's scripts take one")
 
 
 def _quoted(option: str) -> str:

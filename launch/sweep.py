@@ -23,7 +23,7 @@ from launch import flags
 from launch import job as jobs_of
 from launch.job import PREEMPTED, Job
 from launch.sweeps import checks, elsewhere, halving, here, index, members, reading, report
-from launch.sweeps.index import FAILED, WAITING, Index, Settings
+from launch.sweeps.index import FAILED, RUNNING, WAITING, Index, Settings
 from launch.sweeps.pool import Pool
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
@@ -32,7 +32,19 @@ from t5x_like.storage import lock, paths
 
 TARGETS = ("local", "slurm", "gke", "xpk", "gcloud", "sky")
 INTERRUPTED = 130
-_OWN = ("target", "max_parallel", "resume", "retry", "results", "metric", "goal", "halving", "dry_run", "no_check")
+_OWN = (
+    "target",
+    "max_parallel",
+    "resume",
+    "retry",
+    "results",
+    "metric",
+    "goal",
+    "halving",
+    "gpus_each",
+    "dry_run",
+    "no_check",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,12 +90,13 @@ def _parse(arguments: Sequence[str], *, begins: bool) -> dict[str, Any]:
     target = given[-1] if given else "local" if begins else _recorded_target(arguments)
     if target not in TARGETS:
         raise UsageError(f"--target={target} is unknown; {nearest(target, TARGETS)}")
-    parser = flags.parser(target, __doc__)
+    parser: Any = flags.parser(target, __doc__)
     parser.prog = "python -m launch.sweep"
     parser.other_flags = ("--config", "--sweep")
     add = parser.add_argument
     add("--target", default=target, help="where the members run: " + ", ".join(TARGETS))
     add("--max_parallel", type=int, metavar="N", help="members at once (1 here, all on a cluster)")
+    add("--gpus_each", type=int, default=0, metavar="N", help="GPUs of each member here, those beside it have others")
     add("--resume", action="store_true", help="go on with the sweep in --workdir; with --config, and new members")
     add(
         "--retry",
@@ -99,8 +112,9 @@ def _parse(arguments: Sequence[str], *, begins: bool) -> dict[str, Any]:
     options = vars(parser.parse_args(arguments))
     if "workdir" not in options:
         raise UsageError("--workdir is missing; give the folder of the sweep, such as --workdir=runs/rates")
-    if options["max_parallel"] is not None and options["max_parallel"] < 1:
-        raise UsageError(f"--max_parallel={options['max_parallel']} should be at least 1")
+    for name, least in (("max_parallel", 1), ("gpus_each", 0)):
+        if options[name] is not None and options[name] < least:
+            raise UsageError(f"--{name}={options[name]} should be at least {least}")
     return options
 
 
@@ -208,7 +222,10 @@ def _print(found: Index, jobs: Mapping[str, Job]) -> int:
 
 
 def _here(found: Index, jobs: Mapping[str, Job], schedules: Mapping[str, int], asked: argparse.Namespace) -> int:
-    with Pool(asked.max_parallel or 1) as pool:
+    with Pool(asked.max_parallel or 1, asked.gpus_each) as pool:
+        for entry in found:
+            if entry.state == RUNNING:  # of a sweep that was killed
+                found.change(entry.name, state=WAITING)
         runs = here.Here(found, jobs, schedules, int(found.settings.launch.get("max_restarts", 0)), say)
         if asked.retry:
             runs.retry(asked.retry, pool)

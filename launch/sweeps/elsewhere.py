@@ -15,7 +15,7 @@ from launch.flags import Asked
 from launch.job import Job
 from launch.sweeps import outcomes
 from launch.sweeps.index import DONE, SUBMITTED, WAITING, Entry, Index
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 
 _POLL_SECONDS = 30.0
 
@@ -30,6 +30,8 @@ def launcher(target: str) -> Launch:
 
 def rehearse(index: Index, jobs: Mapping[str, Job], launch: Launch) -> None:
     """Raises UserError, with the member, for a job that could not be submitted; submits nothing."""
+    if any(job.gcloud.follow for job in jobs.values()):
+        raise UsageError("--follow stays with one run; leave it out, or start each member by python -m launch.gcloud")
     for entry in index:
         with _naming(entry), contextlib.redirect_stdout(io.StringIO()):
             launch(Asked(jobs[entry.name], dry_run=True, check=False))

@@ -56,11 +56,14 @@ def _curves(table: Table, judged: Sequence[Result], found: Mapping[str, Outcome]
 def _field(table: Table, judged: Sequence[Result], path: str) -> bytes:
     """Each member a dot, colored as its curve; a line through the means of equal values."""
     figure, [axes] = _figure(1)
-    points = [(result.entry.member.point.get(path), result.last, place) for place, result in enumerate(judged)]
+    points: list[tuple[Any, float, int]] = [
+        (result.entry.member.point.get(path), math.nan if result.last is None else result.last, place)
+        for place, result in enumerate(judged)
+    ]
     kinds = {repr(value): value for value, _, _ in points}
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in kinds.values())
     if numbers:
-        where = {text: float(value) for text, value in kinds.items()}
+        where = {text: float(value or 0) for text, value in kinds.items()}
         positive = sorted(where.values())
         if positive[0] > 0 and positive[-1] / positive[0] >= _LOG_SPAN:
             axes.set_xscale("log")

@@ -123,7 +123,7 @@ class Submitted:
         program.chmod(0o755)
         restarts = fields.pop("max_restarts", 10)
         each = Slurm(**{"whole_nodes": False, "python": str(program), **fields})
-        of = Job("train", (), workdir=str(folder / "run"), name="fake", max_restarts=restarts, slurm=each)
+        of = Job("train", (), str(folder / "run"), "fake", max_restarts=restarts, slurm=each)
         text = slurm.script(of, python="", folder=str(folder))
         self.number = on.submit(text)
 
@@ -184,6 +184,17 @@ def test_a_requeue_saves_and_goes_on_and_a_cancelled_job_does_not(slurm_cluster,
         assert lines(each.folder / "saved") == ["saved"] * 2, "both processes had the time to save"
     assert "stopped by Slurm" in requeued.log and "stopped by Slurm" in cancelled.log
     assert "status 75, saved; starts again" in warned.log
+
+
+@pytest.mark.slow
+def test_a_time_limit_is_warned_of_and_the_job_goes_on(slurm_cluster, tmp_path):
+    # Slurm counts limits in minutes, and looks at them twice a minute.
+    options = {"nodes": 2, "time": "2", "batch_options": "--signal=USR1@60"}
+    of = Submitted(slurm_cluster, tmp_path / "limited", SAVES.replace("$ENOUGH", "2"), **options)
+    end = slurm_cluster.finish(of.number, seconds=200)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
+    assert lines(of.folder / "saved") == ["saved"] * 2
+    assert "status 75, saved; starts again" in of.log
 
 
 def lines(path: pathlib.Path) -> list[str]:

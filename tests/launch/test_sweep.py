@@ -16,6 +16,7 @@ from launch.sweeps import halving, index, outcomes, results
 from launch.sweeps.index import DONE, FAILED, SAVED, STOPPED, Decision, Entry, Index, Settings
 from launch.sweeps.members import Member
 from launch.sweeps.outcomes import Outcome
+from launch.sweeps.pool import Pool, Task
 from t5x_like.core.errors import UsageError, UserError
 from tests.launch import quick_sweep
 
@@ -238,6 +239,18 @@ def test_an_early_stop_needs_its_metric(run, tmp_path):
     # The rung stands; with the right name the sweep goes on from it.
     status, told = run(folder, "--resume", f"--metric={LOSS}")
     assert status == 0 and sorted(steps_done(folder).values()) == [5, 5, 10, 40], told
+
+
+def test_runs_side_by_side_see_other_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5,7")
+    command = (sys.executable, "-c", "import os, time; time.sleep(0.1); print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    ended = []
+    with Pool(2, gpus_each=2) as pool:
+        tasks = [Task(name, command, str(tmp_path / name), {}) for name in "abc"]
+        pool.run(tasks, begins=lambda task: None, ends=lambda task, how: ended.append(how.said))
+    assert sorted(ended[:2]) == ["1,3", "5,7"] and ended[2] in ended[:2]
+    with pytest.raises(UsageError, match="too few for 3 runs of 2"):
+        Pool(3, gpus_each=2)
 
 
 # Pure parts.

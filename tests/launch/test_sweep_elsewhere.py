@@ -99,6 +99,7 @@ def test_a_sweep_on_gke_is_shown_without_a_network(capsys):
         ((*GKE, "--halving=2:5"), "--halving=2:5 is for --target=local"),
         (("--target=gek", GKE[3]), "--target=gek is unknown; did you mean 'gke'?"),
         ((*GKE, "--nodes=3"), "there is no flag --nodes"),
+        (("--target=gcloud", *GKE[1:], "--zone=us-east5-a", "--follow"), "--follow stays with one run"),
     ],
 )
 def test_what_a_cluster_cannot_do_is_one_line_with_the_member(capsys, arguments, message):
