@@ -5,7 +5,8 @@
     python tools/crash_test.py --rl                     of reinforcement learning, whose rollouts are pending at a save
 
 Some kills fall anywhere (start, compilation, steps), some into the writing of a checkpoint. A SIGTERM has to end in
-exit status 75 with a checkpoint of the step it stopped at. Exit status 0 if all is equal, 1 if not.
+exit status 75 with a checkpoint of the step it stopped at. The account of where the time went (`inspect --goodput`) has
+to add up and to count every step that was done again. Exit status 0 if all is equal, 1 if not.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import time
 from typing import Any
 
+from t5x_like.commands.inspect import spent
 from t5x_like.core.metrics import is_measurement
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -71,10 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
         whole, broken = folder / "undisturbed", folder / "killed"
         print(f"undisturbed run of {settings.steps} steps ...", flush=True)
         start_seconds = _run_whole(settings, whole)
+        begun = time.time()
         blows = _interrupt(settings, broken, options, chance, start_seconds)
+        ended = time.time()
         problems = [f"interruption {blow.number}: {blow.wrong}" for blow in blows if blow.wrong]
         problems += compare_rows(whole / "metrics.jsonl", broken / "metrics.jsonl")
         problems += compare_checkpoints(whole / "checkpoints", broken / "checkpoints")
+        problems += check_goodput(broken, blows, steps=settings.steps, begun=begun, ended=ended)
     _print(blows, problems, options)
     return 1 if problems else 0
 
@@ -299,6 +304,28 @@ def read_arrays(checkpoint: pathlib.Path) -> dict[str, Any]:
             name = "/".join(str(getattr(key, "key", key)) for key in path)
             arrays[f"{item.name}/{name}"] = np.asarray(leaf)
     return arrays
+
+
+def check_goodput(workdir: pathlib.Path, blows: list[Blow], *, steps: int, begun: float, ended: float) -> list[str]:
+    """What is wrong with the account of where the time went: parts that do not add up, steps lost and not counted."""
+    found = json.loads("\n".join(spent(str(workdir), as_json=True)))
+    wall, parts, starts = found["wall_seconds"], sum(found["seconds"].values()), found["starts"]
+    went = [start for start in starts if start["first_step"] is not None]
+    again = sum(start["last_step"] - start["first_step"] for start in went) - steps
+    last = starts[-1]["began"] + sum(starts[-1]["seconds"].values())
+    # From outside: an interpreter takes its time before the command begins, and after it has ended.
+    problems = [] if begun <= found["began"] < begun + 5 else [f"goodput: began at {found['began']}, not {begun}"]
+    problems += [] if ended - 5 < last <= ended else [f"goodput: ended at {last}, not {ended}"]
+    if abs(parts - (last - found["began"])) > 0.01 * wall:
+        problems.append(f"goodput: the parts are {parts:.2f} s, the wall clock is {last - found['began']:.2f} s")
+    if found["lost_steps"] != again:
+        problems.append(f"goodput: {found['lost_steps']} steps are counted as lost, {again} were done again")
+    if (again > 0) != (found["seconds"].get("lost", 0) > 0):
+        problems.append(f"goodput: {again} steps lost, {found['seconds'].get('lost', 0)} s")
+    ends = {start["ended"] for start in starts} - {"killed", "stopped", "finished"}
+    if ends or len(starts) > len(blows) + 1 or starts[-1]["ended"] != "finished":
+        problems.append(f"goodput: {len(starts)} starts, ended {[start['ended'] for start in starts]}")
+    return problems
 
 
 def _print(blows: list[Blow], problems: list[str], options: argparse.Namespace) -> None:

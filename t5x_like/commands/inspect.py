@@ -4,19 +4,22 @@
     t5x_like inspect runs/tiny --checkpoint=100   of an older checkpoint
     t5x_like inspect runs/tiny --step=37          where each document in the batch of step 37 lies: `document` in its
                                                   file, `text from` the place in its text that the row reads from
+    t5x_like inspect runs/tiny --goodput          where the wall clock went, over all starts; --json for programs
 
-The first two read no array and build no model.
+All but --step read no array and build no model.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.core.terminal import format_bytes, format_count
+from t5x_like.core.terminal import format_bytes, format_count, format_duration
 from t5x_like.runs.arguments import Parser
 from t5x_like.storage import model_directory, paths, patterns
+from t5x_like.training import goodput
 
 _MODELS = ("params", "ema")
 _LEFT = ("path", "shape", "axes", "dtype", "kind")
@@ -27,11 +30,19 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("directory", help="workdir, one checkpoint of it, or converted model")
     parser.add_argument("--checkpoint", type=int, help="step of the checkpoint to describe (default: the newest)")
     parser.add_argument("--step", type=int, help="name the documents in the batch of this step, from 1")
+    parser.add_argument("--goodput", action="store_true", help="where the wall clock of all starts went")
+    parser.add_argument("--json", action="store_true", help="with --goodput: as one JSON object")
     options = parser.parse_args(arguments)
     if options.step is not None and options.checkpoint is not None:
         raise UsageError("t5x_like inspect: --step is about data and --checkpoint about parameters; give one of them")
+    if options.goodput and (options.step is not None or options.checkpoint is not None):
+        raise UsageError("t5x_like inspect: --goodput is about all starts of a run; give it without the others")
+    if options.json and not options.goodput:
+        raise UsageError("t5x_like inspect: --json goes with --goodput")
     directory = patterns.one(options.directory, what="DIR=")
-    if options.step is None:
+    if options.goodput:
+        described = spent(directory, as_json=options.json)
+    elif options.step is None:
         described = describe(directory, options.checkpoint)
     else:
         described = documents(directory, options.step)
@@ -109,6 +120,51 @@ def documents(directory: str, step: int) -> Iterator[str]:
         for place in places
     ]
     yield from _columns([["row", "column", "component", "document", "text from", "epoch", "file"], *rows], left=(2, 6))
+
+
+def spent(directory: str, *, as_json: bool = False) -> Iterator[str]:
+    """The lines about where the wall clock went: parts in seconds and shares, then every start."""
+    starts = goodput.read(directory)
+    if not starts:
+        raise UserError(f"{directory} holds no start of a run; give the workdir of one")
+    found = goodput.account(starts)
+    if as_json:
+        yield json.dumps(found.as_json(), indent=2)
+        return
+    began, ended = (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t)) for t in (found.began, starts[-1].ended))
+    yield f"{directory}: {found.goodput:.1%} goodput, {began} to {ended} ({format_duration(found.wall)})"
+    yield ""
+    said = {**goodput.PARTS, **goodput.DERIVED}
+    rows = [
+        [name, f"{value:.1f}", f"{value / max(found.wall, 1e-9):.1%}", said[name]]
+        for name, value in found.seconds.items()
+    ]
+    total = ["all", f"{found.wall:.1f}", "100.0%", "from the first start to the last line of the record"]
+    yield from _columns([["part", "seconds", "share", ""], *rows, total], left=(0, 3))
+    yield ""
+    yield from _columns([list(_START), *(list(_cells(row)) for row in found.rows)], left=(1, len(_START) - 1))
+    if found.lost_steps:
+        yield ""
+        yield f"{found.lost_steps} steps were lost: done, and done again by a later start from a checkpoint before them"
+    if not all(row["recorded"] for row in found.rows):
+        yield ""
+        yield "of starts from before goodput.jsonl there are the rows that were kept: what came before them is"
+        yield "partly missing, and lost steps, idle time and starting again cannot be told apart (unknown)"
+
+
+_START = ("start", "begun", "steps", "seconds", "productive", "lost", "lost steps", "idle before", "ended")
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[str]:
+    yield str(row["number"])
+    yield time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["began"]))
+    yield "-" if row["first_step"] is None else f"{row['first_step']} to {row['last_step']}"
+    yield f"{sum(row['seconds'].values()):.1f}"
+    yield f"{row['productive']:.1f}"
+    yield f"{row['lost']:.1f}"
+    yield str(row["lost_steps"])
+    yield "?" if row["idle_before"] is None else f"{row['idle_before']:.1f}"
+    yield str(row["ended"])[:60]
 
 
 def _rows(item: str, note: Mapping[str, Any]) -> list[dict[str, Any]]:

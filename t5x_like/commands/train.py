@@ -9,6 +9,7 @@ Exit status 75: the run was asked to stop and has saved; start it again.
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,8 +50,10 @@ def begin(arguments: Sequence[str], *, prog: str, description: str | None, own: 
 
     own: the section that only configs of this command have, "" for none.
     """
+    began = time.time()
     config_arguments, others = split_config(arguments)
     options = _parse(others, prog=prog, description=description)
+    options.began = began
     # Light imports only until the environment stands: threads and devices are fixed when jax starts.
     from t5x_like.storage import patterns
     from t5x_like.storage import workdir as workdirs

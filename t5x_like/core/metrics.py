@@ -6,6 +6,7 @@ written as the string "NaN", "Infinity" or "-Infinity", and `read_rows` turns th
 All paths are local; who needs gs:// stages the file and uploads it (see training/telemetry.py).
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -110,7 +111,7 @@ def is_measurement(name: str) -> bool:
     (False, True, True)
     """
     rates = ("train/tokens_per_second", "train/model_flops_per_second", "train/mfu", "train/step_seconds")
-    return name == "time" or name in rates or name.startswith(("time/", "memory/"))
+    return name == "time" or name in rates or name.startswith(("time/", "memory/", "goodput/"))
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -130,6 +131,22 @@ def read_rows(path: str) -> Iterator[dict[str, Any]]:
             if not isinstance(step, int):
                 raise UserError(f"{path}:{number} is not a row of metrics (a JSON object with a step): {line[:60]!r}")
             yield {name: float(value) if value in NON_FINITE else value for name, value in row.items()}
+
+
+def last_row(path: str) -> dict[str, Any] | None:
+    """The last whole row of a metrics.jsonl, found from its end; None where there is no file or no row."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if isinstance(row["step"], int):
+                return row
+    return None
 
 
 def to_json(value: Any) -> Any:

@@ -97,11 +97,12 @@ def run(
         mesh = meshes.make(experiment.mesh)
         session.hold(jax.set_mesh(mesh))
         program = programs.step_program(experiment, mesh)
+        training_run.note_devices(session, program, rows=experiment.data.batch_size)
         saver = _saver(experiment, program, Checkpoints(session.workdir.checkpoints, read_only=True), {})
         if not request.check and training_run.is_finished(session, experiment.loop.steps, saver):
             return 0
         experiments.check_schedule(experiment)
-        with session.faults.phase("prepare"):
+        with session.preparing():
             asked = _asked(experiment, functions, session)
             rewards = session.hold(Rewards(experiment.rl, functions.places, warn=warn))
         check_tokenizers(program.roles, asked.vocabulary.fingerprint)
@@ -229,7 +230,8 @@ def _loop(
 ) -> loops.Outcome:
     inputs = Inputs(asked.fingerprint, asked.vocabulary, dict(program.mesh.shape))
     saver = _saver(experiment, program, checkpoints, session.metadata(inputs))
-    start, state, frozen, evaluation, origin = training_run.begin(experiment, session, program, saver, inputs)
+    with session.ledger.part("restore"):
+        start, state, frozen, evaluation, origin = training_run.begin(experiment, session, program, saver, inputs)
     training_run.check_steps(experiment, session, start)
     rollouts = _pending(experiment, session, inputs, start, state.pop("rollouts", None))
     session.record_start(inputs, resumed_from=start or None)

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from t5x_like.core import tree
-from t5x_like.core.terminal import format_bytes, format_count
+from t5x_like.core.terminal import format_bytes, format_count, format_duration
 from t5x_like.models.attention_paths import Path, attention_paths
 from t5x_like.peft.attach import is_adapter
 from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment
 from t5x_like.storage import paths
+from t5x_like.training.goodput import Account
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +92,16 @@ def slow_paths(taken: Iterable[Path], platform: str) -> Iterator[str]:
         yield f"attention of the {path.where} runs without a flash attention kernel ({path.why}): {cost}"
 
 
-def closing(workdir: str, evaluation: Mapping[str, float], *, plot: bool) -> Iterator[str]:
+def closing(workdir: str, evaluation: Mapping[str, float], *, spent: Account, plot: bool) -> Iterator[str]:
     """What a finished run says at the end."""
     yield f"done: {workdir}"
     for name, value in evaluation.items():
         if name.endswith("/bits_per_byte"):
             held_out = name.removeprefix("eval/").removesuffix("/bits_per_byte")
             yield f"  {held_out} bits per byte: {value:.4f}"
+    if spent.rows:
+        starts = f" over {len(spent.rows)} starts, {spent.lost_steps} steps lost" if len(spent.rows) > 1 else ""
+        yield f"  goodput: {spent.goodput:.1%} of {format_duration(spent.wall)}{starts}"
     if plot:
         yield f"  curves: {paths.join(workdir, 'loss.png')}"
     yield f"  try: t5x_like generate {workdir} --prompt=..."

@@ -23,7 +23,7 @@ from t5x_like.objectives.interface import Batch
 from t5x_like.optim.optimizers import describe
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.sharding import addressable_rows, global_batch
-from t5x_like.runs import adapters, branch, reference_logp, summary
+from t5x_like.runs import adapters, branch, elastic, reference_logp, summary
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
@@ -60,22 +60,37 @@ def run(
         mesh = meshes.make(experiment.mesh)
         session.hold(jax.set_mesh(mesh))
         program = programs.step_program(experiment, mesh)
+        note_devices(session, program, rows=experiment.data.batch_size)
         finished = _saver(experiment, program, Checkpoints(session.workdir.checkpoints, read_only=True), {})
         if not request.check and is_finished(session, experiment.loop.steps, finished):
             return 0
         experiments.check_schedule(experiment)
-        with session.faults.phase("prepare"):
+        with session.preparing():
             data = _open_data(experiment, session)
         session.hold(contextlib.closing(data))
         check_tokenizers(program.roles, data.vocabulary.fingerprint)
         _check_best_metric(experiment.checkpoint.best_metric, program, data)
-        with session.faults.phase("prepare"):
+        with session.preparing():
             beside = session.workdir.path("cache")
             cache = experiment.data.cache or beside
             cached = reference_logp.attach(experiment, session, program, data, cache=cache, beside=beside)
         if request.check:
             return _check(experiment, session, program, data)
         return _train(experiment, session, program, data, cached)
+
+
+def note_devices(session: Session, program: Program, *, rows: int) -> None:
+    """Has the start screen say what is other than at the last start of this workdir: the mesh, or what it lies on."""
+    starts = session.workdir.manifest()["starts"] if session.processes.primary else []
+    now = {
+        "mesh": dict(program.mesh.shape),
+        "devices": program.mesh.size,
+        "processes": session.processes.count,
+        "platform": program.mesh.devices.flat[0].platform,
+    }
+    line = elastic.changed(starts[-1], now, rules=program.model.rules, rows=rows) if starts else None
+    if line:
+        session.note(line)
 
 
 def with_branch(experiment: Run, stored: Mapping[str, Any] | None, session: Session) -> Run:
@@ -176,7 +191,7 @@ def end(experiment: Experiment, session: Session, outcome: loops.Outcome) -> int
         warn(f"{root} is saved; start the same command again to go on")
         return PREEMPTED
     if session.processes.primary:
-        for line in summary.closing(root, outcome.evaluation, plot=experiment.telemetry.plot):
+        for line in summary.closing(root, outcome.evaluation, spent=session.account(), plot=experiment.telemetry.plot):
             print(line)
     return 0
 
@@ -192,7 +207,8 @@ def _loop(
     """Restores or makes the state, compiles, and trains."""
     inputs = Inputs(data.fingerprint, data.vocabulary, dict(program.mesh.shape))
     saver = _saver(experiment, program, checkpoints, session.metadata(inputs), cached)
-    start, state, frozen, evaluation, origin = begin(experiment, session, program, saver, inputs)
+    with session.ledger.part("restore"):
+        start, state, frozen, evaluation, origin = begin(experiment, session, program, saver, inputs)
     check_steps(experiment, session, start)
     session.record_start(inputs, resumed_from=start or None)
     telemetry = session.telemetry(

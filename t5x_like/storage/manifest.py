@@ -1,6 +1,7 @@
 """What a run was made with: one entry for each start, and the fingerprints of the files that must not change.
 
-`manifest.json`: {"format", "starts": [entry, ...], "finished": {"step", "time"} once all steps are done}. It imports no
+`manifest.json`: {"format", "starts": [entry, ...], "finished": {"step", "time"} once all steps are done, "goodput"}.
+The last says what all starts have spent (training/goodput.py), as of the begin or the end of the newest. It imports no
 array library: versions are read from the installed packages.
 """
 

@@ -1,6 +1,7 @@
 """The folder of a run: what lies where, whose it is, and whether a config may go on with it. Builds nothing.
 
-    config.json overrides.json manifest.json tokenizer/ checkpoints/STEP/ metrics.jsonl tensorboard/ loss.png log*.txt
+    config.json overrides.json manifest.json tokenizer/ checkpoints/STEP/ metrics.jsonl goodput.jsonl tensorboard/
+    loss.png log*.txt
 
 `config.json` is written last at a start: a folder without it has begun no run. Configs are plain nested dicts here.
 """
@@ -174,9 +175,16 @@ class Workdir:
         return changes
 
     def record_start(
-        self, *, config: Mapping[str, Any], overrides: Mapping[str, Any], entry: Mapping[str, Any]
+        self,
+        *,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+        entry: Mapping[str, Any],
+        goodput: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes overrides.json, the entry of this start and config.json, its format included. Only process 0 does.
+
+        goodput: what all starts so far have spent (training/goodput.py), as JSON.
 
         In this order, so that whenever the process is killed the config that stands there is one of the manifest.
         """
@@ -188,6 +196,8 @@ class Workdir:
         config = formats.stored(config)
         entry = {**entry, "config_sha256": manifest.config_digest(config), "tokenizer_sha256": files}
         content["starts"] = [*content["starts"], entry]
+        if goodput is not None:
+            content["goodput"] = dict(goodput)
         manifest.write(self.root, content)
         paths.write_json_atomic(self.path(OVERRIDES), dict(overrides))
         paths.write_text_atomic(self.path(CONFIG), paths.json_text(config))
@@ -196,6 +206,11 @@ class Workdir:
         """Notes that all steps are done and everything is written."""
         if self._writes:
             manifest.write(self.root, {**self.manifest(), "finished": {"step": step, "time": round(time.time(), 3)}})
+
+    def record_goodput(self, spent: Mapping[str, Any]) -> None:
+        """Notes what all starts have spent, at the end of one."""
+        if self._writes:
+            manifest.write(self.root, {**self.manifest(), "goodput": dict(spent)})
 
     def finished_step(self) -> int | None:
         """The steps of a run that ended here with all of them done; None if it did not."""
@@ -265,4 +280,4 @@ def _shown(value: Any) -> str:
 
 
 def _is_run_file(name: str) -> bool:
-    return name.startswith("log") and name.endswith(".txt") or name in ("metrics.jsonl", "loss.png")
+    return name.startswith("log") and name.endswith(".txt") or name in ("metrics.jsonl", "loss.png", "goodput.jsonl")

@@ -1,15 +1,17 @@
 """Nothing hangs: a watchdog with a limit per phase, heartbeats between processes, and stops that save first.
 
-Each process runs two threads. The monitor keeps the clock, reads signals and ends the process; the messenger does
-every key-value call, because a call to a dead coordinator can block for minutes. A process ends by one line on
-stderr, the stacks in its log and `os._exit`, never through jax's exit barrier, which waits for the others.
-Not here: what a NaN or a spike means (training/step.py, loop.py), and the exit statuses' table (__main__.py).
+What asks to stop: a signal (signals.py), or the machine's own notice that it will be taken (notices.py).
+
+Each process runs two threads. The monitor keeps the clock, reads signals and ends the process; the messenger
+(messenger.py) does every key-value call, because a call to a dead coordinator can block for minutes. A process ends by
+one line on stderr, the stacks in its log (those of a phase that took too long on stderr too) and `os._exit`, never
+through jax's exit barrier, which waits for the others. Not here: what a NaN or a spike means (training/step.py,
+loop.py), and the exit statuses' table (__main__.py).
 """
 
 import contextlib
 import dataclasses
 import faulthandler
-import json
 import math
 import os
 import threading
@@ -25,31 +27,16 @@ from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UserError
 from t5x_like.parallel import multihost
 from t5x_like.parallel.multihost import ALONE, Processes
-from t5x_like.training.signals import WARNINGS, Signals
+from t5x_like.training import notices
+from t5x_like.training.messenger import LEAVING, ROUND, Messenger, Shared
+from t5x_like.training.notices import Notices
+from t5x_like.training.signals import Signals, warns
 
 PREEMPTED = 75  # exit status: saved (or nothing to save), start again
 
 _TICK = 0.25  # s between looks of the monitor
-_ROUND = 1.0  # s between rounds of the messenger
-_LEAVING = 3.0  # s that the coordinator's process waits for the others to read why it ends
 _STUCK = 120.0  # s without the monitor running (the interpreter's lock is held) after which the C timer ends us
 _UNSAVED = ("start", "prepare", "compile")  # phases in which a stop does not wait: there is nothing new to save
-_LEFT = "left"
-
-
-@dataclasses.dataclass
-class _State:
-    """What the threads of one process share. Each field has one writer; reading and setting one is atomic.
-
-    awake: seconds this process has run; a stopped process, or a sleeping machine, does not age. phase: its name, and
-    when it was entered. signal: the first one to this process; elsewhere: one to another process.
-    """
-
-    awake: float = 0.0
-    phase: tuple[str, float] = ("start", 0.0)
-    step: int = 0
-    signal: str | None = None
-    elsewhere: str | None = None
 
 
 class Faults:
@@ -65,14 +52,16 @@ class Faults:
         self._silence = config.heartbeat_seconds / 3
         self._processes = processes
         self._log: TextIO | None = None
-        self._state = _State()
+        self._state = Shared()
         self._compiled = 0
         self._closed = threading.Event()
         self._ending = threading.Lock()
         self._messenger = None
         if processes.store is not None:
-            self._messenger = _Messenger(processes, self._state, self._closed, silence=self._silence, end=self._end)
+            self._messenger = Messenger(processes, self._state, self._closed, silence=self._silence, end=self._end)
         self._signals = Signals(forward=processes.count > 1)
+        self._notices = Notices(notices.server())
+        self._parting: list[Callable[[str, int], object]] = []
         self._monitor = threading.Thread(target=self._watch, name="faults-monitor", daemon=True)
         self._monitor.start()
         if self._messenger:
@@ -94,6 +83,10 @@ class Faults:
     def log_to(self, path: str) -> None:
         """Names the local file that stacks and tracebacks go to, once it is known."""
         self._log = open(path, "a", encoding="utf-8")
+
+    def before_exit(self, action: Callable[[str, int], object]) -> None:
+        """Calls this with (line, exit status) when this process ends itself, in a thread, for a few seconds at most."""
+        self._parting.append(action)
 
     # For the loop.
 
@@ -153,7 +146,7 @@ class Faults:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             # Most likely the echo of another process's end: whoever knows the cause gets the time to say it.
             self._state.phase = ("end", self._state.awake)
-            self._closed.wait(self._silence + 2 * _ROUND)
+            self._closed.wait(self._silence + 2 * ROUND)
         user = isinstance(error, UserError)
         text = " ".join(str(error).split())
         message = text if user else f"{type(error).__name__}: {text}"
@@ -164,6 +157,7 @@ class Faults:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._notices.close()
         self._signals.restore()
         self._monitor.join(2)
         if not self._monitor.is_alive():
@@ -186,6 +180,8 @@ class Faults:
             last = now
             for name in names:
                 self._on_signal(name)
+            for notice, is_new in self._notices.take():
+                self._on_notice(notice, is_new=is_new)
             self._check()
             if self._messenger and now - armed > _STUCK / 8:
                 armed = now
@@ -201,7 +197,8 @@ class Faults:
             others = self._messenger.states() if self._messenger else ""
             self._end(
                 f"{self._name}no progress in phase {phase!r} for {limit:g} s "
-                f"(config.runtime.phase_seconds.{phase}), step {self._state.step}{others}"
+                f"(config.runtime.phase_seconds.{phase}), step {self._state.step}{others}",
+                stacks=True,
             )
         if self._messenger:
             self._messenger.check()
@@ -212,36 +209,55 @@ class Faults:
 
     def _on_signal(self, name: str) -> None:
         before = self._state.signal
-        if before and name in WARNINGS:
+        if before and warns(name):
             return
-        if before and before not in WARNINGS:
+        if before and not warns(before):
             self._end(f"{self._name}second signal ({name}): ends at once, without saving")
         self._state.signal = name
         if self._state.phase[0] not in _UNSAVED:
-            more = "SIGTERM or SIGINT twice" if name in WARNINGS else "a second signal"
+            more = "SIGTERM or SIGINT twice" if warns(name) else "a second signal"
             self._say(f"{self._name}{name}: saves after this step and ends; {more} ends at once")
+
+    def _on_notice(self, notice: str, *, is_new: bool) -> None:
+        if not is_new:
+            self._say(f"{self._name}{notice} stood before this start: the run goes on, and saves at a signal")
+            return
+        self._on_signal(notice)
+        self._signals.forward()
 
     # Ending.
 
-    def _end(self, line: str, status: int = 1, *, tell: str | None = "fault") -> None:
+    def _end(self, line: str, status: int = 1, *, tell: str | None = "fault", stacks: bool = False) -> None:
         """Says why, tells the others, and ends the process. Only the first caller speaks.
 
         `tell`: "fault" publishes the line, "left" only takes leave, None is silent (there is nobody to hear).
+        `stacks`: where every thread stands goes to stderr too.
         """
         if self._closed.is_set():
             return
         if not self._ending.acquire(blocking=False):
-            time.sleep(_LEAVING + 2)
+            time.sleep(LEAVING + 2)
             os._exit(status)
         self._say(line)
         if self._log and status != PREEMPTED:
             faulthandler.dump_traceback(file=self._log, all_threads=True)
+        if stacks:
+            faulthandler.dump_traceback(file=2, all_threads=True)
+        # In threads: a call blocks when the coordinator, or the disk, is gone.
+        last = [threading.Thread(target=self._part, args=(line, status), daemon=True)]
         if self._messenger and tell:
-            # In a thread, since the call blocks when the coordinator is gone.
-            farewell = threading.Thread(target=self._messenger.leave, args=(line, status, tell), daemon=True)
-            farewell.start()
-            farewell.join(_LEAVING + 1)
+            last.append(threading.Thread(target=self._messenger.leave, args=(line, status, tell), daemon=True))
+        for thread in last:
+            thread.start()
+        deadline = time.monotonic() + LEAVING + 1
+        for thread in last:
+            thread.join(max(0.0, deadline - time.monotonic()))
         os._exit(status)
+
+    def _part(self, line: str, status: int) -> None:
+        for action in self._parting:
+            with contextlib.suppress(Exception):  # it must not replace what ends us
+                action(line, status)
 
     def _say(self, line: str) -> None:
         # Not through sys.stderr, whose lock may be held by a thread that hangs.
@@ -263,110 +279,3 @@ class Faults:
         if address and self._processes.index and not multihost.answers(address):
             return f"{who}: process 0, which runs the coordinator {address}, has ended; its log may say why"
         return f"{who}: jax lost the coordinator {address} or another process"
-
-
-class _Messenger:
-    """Heartbeats and messages between processes, over the coordinator's store.
-
-    Every process writes a heartbeat each second. Process 0 reads them all; the others read only the folder `watch`,
-    with the heartbeat of process 0 and the messages, so that the coordinator's load grows with the number of processes,
-    not its square. `check` is called by the monitor, everything else that touches the store by the messenger's thread.
-    silence: seconds without a heartbeat after which `end(line, status, tell=)` ends this process.
-    """
-
-    def __init__(
-        self,
-        processes: Processes,
-        state: _State,
-        closed: threading.Event,
-        *,
-        silence: float,
-        end: Callable[..., None],
-    ) -> None:
-        assert processes.store is not None
-        self._processes, self._store = processes, processes.store
-        self._state, self._closed, self._silence, self._end = state, closed, silence, end
-        self._count = 0
-        self._answered = 0.0  # on the clock `awake`, as all times here
-        self._seen: dict[int, tuple[str, float]] = {}  # process -> its last heartbeat, when it changed
-        self._fault: dict[str, Any] | None = None  # the message of a process that failed
-        self._leaving = False
-        self.thread = threading.Thread(target=self._run, name="faults-messenger", daemon=True)
-
-    def _run(self) -> None:
-        while not self._closed.is_set() and not self._leaving:
-            with contextlib.suppress(RuntimeError):
-                self._round()
-                self._answered = self._state.awake
-            self._closed.wait(_ROUND)
-        with contextlib.suppress(RuntimeError):
-            self._beat(_LEFT)
-
-    def _beat(self, value: str) -> None:
-        index = self._processes.index
-        self._store.set(f"alive/{index}" if index else "watch/0", value, overwrite=True)
-
-    def _round(self) -> None:
-        state, now = self._state, self._state.awake
-        phase, entered = state.phase
-        self._count += 1
-        self._beat(f"{self._count} {phase} {now - entered:.0f} {state.step}")
-        watch = self._store.folder("watch")
-        beats = {0: watch["0"]} if "0" in watch else {}
-        if self._processes.primary:
-            beats |= {int(name): value for name, value in self._store.folder("alive").items()}
-        for index, beat in beats.items():
-            if self._seen.get(index, ("", 0.0))[0] != beat:
-                self._seen[index] = (beat, now)
-        if "fault" in watch:
-            self._fault = json.loads(watch["fault"])
-        # jax agrees on the step to stop at; this is for the phases that do not get that far.
-        if state.signal and "stop" not in watch:
-            self._store.set("watch/stop", f"{state.signal} of process {self._processes.index}")
-        elif "stop" in watch:
-            state.elsewhere = watch["stop"]
-
-    def check(self) -> None:
-        """Ends this process where another one failed, or has not been heard of for too long."""
-        state, me, limit = self._state, self._processes.index, self._silence
-        if self._fault:
-            line, status = self._fault["line"], self._fault["status"]
-            self._end(f"{line} (process {me} ends with it)", status, tell=_LEFT)
-        if state.awake - self._answered > limit:
-            address = self._processes.coordinator
-            line = f"process {me}: the coordinator {address} (process 0) has not answered for {limit:.1f} s"
-            self._end(line, tell=None)
-        if state.awake - self._answered > 2 * _ROUND:
-            return  # nobody is heard of: the coordinator is the one to blame, if it lasts
-        for index, (beat, changed) in list(self._seen.items()):
-            if index != me and beat != _LEFT and state.awake - changed > limit:
-                self._end(
-                    f"process {index} has given no heartbeat for {limit:.1f} s: it was killed or stopped, or its "
-                    f"machine is out of reach (process {me} ends)"
-                )
-
-    def states(self) -> str:
-        """Where the others are, as far as this process knows; for the line of a limit that was passed."""
-        parts = []
-        for index, (beat, _) in sorted(self._seen.items()):
-            if index != self._processes.index and beat != _LEFT:
-                _, phase, seconds, step = beat.split()
-                parts.append(f"process {index} in {phase!r} for {seconds} s at step {step}")
-        return "; " + ", ".join(parts) if parts else ""
-
-    def leave(self, line: str, status: int, tell: str) -> None:
-        """Tells the others why this process ends. The coordinator lives in process 0, which waits till all know."""
-        self._leaving = True
-        with contextlib.suppress(RuntimeError):
-            if tell == "fault":
-                self._store.set("watch/fault", json.dumps({"line": line, "status": status}))
-            self._beat(_LEFT)
-            if not self._processes.primary:
-                return
-            now, limit = self._state.awake, self._silence
-            silent = {index for index, (_, changed) in self._seen.items() if now - changed > limit}
-            waited = set(range(1, self._processes.count)) - silent
-            deadline = time.monotonic() + _LEAVING
-            while waited and time.monotonic() < deadline:
-                waited -= {int(index) for index, beat in self._store.folder("alive").items() if beat == _LEFT}
-                time.sleep(0.1)

@@ -14,19 +14,24 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
 
 from t5x_like.core.environment import Environment, RuntimeConfig
+from t5x_like.core.errors import UserError
 from t5x_like.data.tokenizers.vocabularies import SETTINGS, Vocabulary
 from t5x_like.parallel import multihost
 from t5x_like.storage import manifest, paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.workdir import Workdir
-from t5x_like.training.faults import Faults
+from t5x_like.training import goodput
+from t5x_like.training.faults import PREEMPTED, Faults
+from t5x_like.training.goodput import Account
 from t5x_like.training.keep import CheckpointConfig, steps_to_keep
+from t5x_like.training.ledger import Ledger
 from t5x_like.training.telemetry import Telemetry, TelemetryConfig
 
 
@@ -50,6 +55,7 @@ class Request:
     coordinator: str | None
     process_id: int | None
     num_processes: int | None
+    began: float = dataclasses.field(default_factory=time.time)  # seconds since 1970, when the command was called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Session:
     faults: Faults
     workdir: Workdir
     changes: list[str]  # what the config changes of the stored one
+    ledger: Ledger  # what this start spends its time on
 
     def __init__(self, request: Request, runtime: RuntimeConfig, environment: Environment):
         self.request, self.environment, self._runtime = request, environment, runtime
@@ -76,6 +83,10 @@ class Session:
         self._config: Mapping[str, Any] = {}
         self._overrides: Mapping[str, Any] = {}
         self._branched_from: str | None = None
+        self._noted: list[str] = []
+        self.ledger = Ledger(request.began)
+        self._earlier: dict[str, float] = {"wall": 0.0, "productive": 0.0, "lost": 0.0, "idle": 0.0, "starts": 1.0}
+        self._how, self._recorded = "", False
 
     def __enter__(self) -> "Session":
         self.processes = multihost.start(
@@ -109,6 +120,20 @@ class Session:
         self._branched_from = checkpoint
         self.changes = [*self.changes, *changes]
 
+    def note(self, line: str) -> None:
+        """Something unusual about this start, for its screen."""
+        self._noted.append(line)
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What comes before the loop and may take long. From the first one on this start is written down."""
+        if self.processes.primary and not self.request.check and self.ledger.path is None:
+            self.ledger.record(self.workdir.root)
+            self.faults.before_exit(self._last_line)
+            self._stack.push(self._close_ledger)
+        with self.faults.phase("prepare"), self.ledger.part("prepare"):
+            yield
+
     def run(self, loop: Callable[[Checkpoints], Ended], *, checkpoint: CheckpointConfig, steps: int) -> Ended:
         """What the loop gives. If all its `steps` are done, that is recorded once everything it wrote is closed."""
         with self._loop as stack:
@@ -122,9 +147,25 @@ class Session:
             stack.enter_context(checkpoints)
             with self.faults.guard():
                 outcome = loop(checkpoints)
+        self._how = "finished" if outcome.finished else "stopped"
         if outcome.finished:
             self.workdir.record_finished(steps)
         return outcome
+
+    def account(self) -> Account:
+        """What all starts of the workdir have spent, up to the last line of the record."""
+        return goodput.account(goodput.read(self.workdir.root, record=self.ledger.path))
+
+    def _last_line(self, line: str, status: int) -> None:
+        self.ledger.end("stopped" if status == PREEMPTED else line)
+        self.ledger.close()
+
+    def _close_ledger(self, kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        self.ledger.end(self._how if error is None else f"{kind.__name__}: {' '.join(str(error).split())[:200]}")
+        with contextlib.suppress(UserError, OSError):  # a full disk has ended this start, or will end the next
+            if self._recorded:
+                self.workdir.record_goodput(self.account().as_json())
+        self.ledger.close()
 
     def telemetry(
         self,
@@ -147,9 +188,12 @@ class Session:
             total_steps=total_steps,
             start_step=start_step,
             run_config=self._config,
+            ledger=self.ledger,
+            earlier=self._earlier,
         )
         self._loop.enter_context(telemetry)
         self.faults.log_to(telemetry.log_path)
+        self.faults.before_exit(lambda _line, _status: telemetry.publish_log())
         return telemetry
 
     def closing(self, close: Callable[[], object]) -> None:
@@ -177,7 +221,13 @@ class Session:
             branched_from=self._branched_from,
             changes=self.changes,
         )
-        self.workdir.record_start(config=self._config, overrides=self._overrides, entry=entry)
+        self.ledger.restored(resumed_from or 0, entry=len(self.workdir.manifest()["starts"]))
+        starts = goodput.read(self.workdir.root, record=self.ledger.path)
+        if self.ledger.path:
+            self._earlier = goodput.earlier(starts)
+        spent = goodput.account(starts).as_json()
+        self.workdir.record_start(config=self._config, overrides=self._overrides, entry=entry, goodput=spent)
+        self._recorded = True
 
     def metadata(self, inputs: Inputs) -> dict[str, Any]:
         """What every checkpoint says of the run: its config, and where it comes from."""
@@ -196,7 +246,8 @@ class Session:
     @property
     def notes(self) -> list[str]:
         """Lines for the start screen: what is unusual about this start."""
-        return [*self.environment.notes, *(f"changed at this start: {change}" for change in self.changes)]
+        changed = (f"changed at this start: {change}" for change in self.changes)
+        return [*self.environment.notes, *changed, *self._noted]
 
 
 def warn(text: str) -> None:

@@ -13,7 +13,10 @@ import threading
 import time
 from typing import Any
 
-WARNINGS = ("SIGHUP", "SIGUSR1")  # they announce the end: a closed terminal may send several, Slurm a SIGTERM later
+
+def warns(name: str) -> bool:
+    """Whether a signal, or a notice, announces the end: a closed terminal may send several, Slurm a SIGTERM later."""
+    return name not in ("SIGTERM", "SIGINT")
 
 
 def asked() -> list[signal.Signals]:
@@ -53,9 +56,14 @@ class Signals:
         if not poll.poll(seconds * 1000):
             return []
         numbers = [number for number in os.read(self._reader, 64) if number in self._before]
-        if numbers and self._jax_handler:
-            self._jax_handler(int(signal.SIGTERM))
+        if numbers:
+            self.forward()
         return [signal.Signals(number).name for number in numbers]
+
+    def forward(self) -> None:
+        """Has several processes agree on a step to save at, as a SIGTERM to this one would."""
+        if self._jax_handler:
+            self._jax_handler(int(signal.SIGTERM))
 
     def restore(self) -> None:
         """Puts back the handlers that stood before."""

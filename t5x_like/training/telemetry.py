@@ -5,6 +5,7 @@ process has its own log. Rates, times, shares and memory are of this process's s
 (`core/metrics.py:is_measurement`); the values of a row are those of that one step.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -21,7 +22,8 @@ from t5x_like.core.metrics import JsonlWriter, TensorBoardWriter
 from t5x_like.core.terminal import StatusLine, format_bytes, format_count, format_duration
 from t5x_like.models.flops import CONVENTION
 from t5x_like.storage import paths
-from t5x_like.training import curves
+from t5x_like.training import curves, goodput
+from t5x_like.training.ledger import Ledger
 from t5x_like.training.logs import close_logs, open_logs
 from t5x_like.training.peaks import cpu_matmul_peak, device_peak
 from t5x_like.training.rates import Rates
@@ -73,7 +75,8 @@ class Telemetry:
 
     `workdir` may be gs://: files then grow in a local folder, which `flush` and `close` upload. `start_step` is the
     number of updates that a restored state has behind it: rows of later steps are cut. `run_config`, as it is stored,
-    is for the trackers.
+    is for the trackers. `ledger` is told of every part of this start, and `earlier` is what the starts before have
+    spent (training/goodput.py), for the `goodput/` numbers of every row; without these there are none.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class Telemetry:
         total_steps: int,
         start_step: int,
         run_config: Mapping[str, Any] | None = None,
+        ledger: Ledger | None = None,
+        earlier: Mapping[str, float] | None = None,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -106,7 +111,7 @@ class Telemetry:
             start_step=start_step,
             clock=clock,
         )
-        self.timed = self._rates.timed
+        self._ledger, self._earlier = ledger or Ledger(time.time()), earlier
         self._plotted_at, self._plot_seconds = self._rates.begin, 0.0
         self._profiling = False
         self._line = StatusLine(stream if stream is not None else sys.stdout)
@@ -174,8 +179,15 @@ class Telemetry:
             speed["HBM"] = f"{format_bytes(min(limits))} a device"
         return speed
 
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the time inside as lost to `what`, which is no step: see `Rates.timed` and training/goodput.py."""
+        with self._rates.timed(what), self._ledger.part(what):
+            yield
+
     def before_step(self, step: int) -> None:
         """`step` is about to be dispatched: starts the clock of the rates, opens and closes the profiler's window."""
+        self._ledger.goes_on("steps")
         self._rates.before_step(step)
         window = self._config.profile
         if window.steps and step == window.start_step:
@@ -187,6 +199,7 @@ class Telemetry:
 
     def log_step(self, step: int, values: Mapping[str, float], *, write: bool) -> None:
         """Shows a finished step; with `write`, adds rates and makes it a row. Names come without `train/`."""
+        self._ledger.step_done(step)
         if self._process:
             return
         now = self._rates.clock()
@@ -194,6 +207,8 @@ class Telemetry:
         if write:
             shares = {f"time/{what}_share": share for what, share in self._rates.shares(now).items()}
             row = {f"train/{name}": value for name, value in values.items()} | rates | shares | self._memory_row()
+            if self._earlier is not None:
+                row |= goodput.shares(self._earlier, self._ledger.totals())
             self._row(step, row)
             self._rates.mark(step, now)
         if write or self._line.live:
@@ -230,10 +245,12 @@ class Telemetry:
             if last:
                 raise UserError(f"{error}; the last metrics are not written: start again to resume") from None
             _log.warning("%s; metrics are uploaded again with the next checkpoint", error)
+        self._ledger.save(step)
         _log.debug("metrics are flushed through step %d", step)
 
     def close(self) -> None:
         """Ends the live line, draws loss.png and closes all files."""
+        self._ledger.goes_on("closing")
         self._line.end()
         try:
             if self._profiling:
@@ -248,6 +265,11 @@ class Telemetry:
         finally:
             close_logs(self._handlers)
             self._staged.close()
+
+    def publish_log(self) -> None:
+        """Uploads the log of this process, where the workdir is in a bucket: it is about to end without closing."""
+        if paths.is_remote(self._staged.path):
+            paths.copy_file(self.log_path, paths.join(self._staged.path, self._log_name))
 
     def _close_trackers(self) -> None:
         image = os.path.join(self._directory, "loss.png")

@@ -27,7 +27,7 @@ CONFIG = environment.RuntimeConfig(
 def main() -> int:
     index, count, coordinator, log, action = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
     config = CONFIG
-    if action in ("stall", "short"):
+    if action.startswith("stall") or action == "short":
         config = dataclasses.replace(
             config, phase_seconds=dataclasses.replace(config.phase_seconds, step=3 if action == "short" else 4)
         )
@@ -76,7 +76,7 @@ def act(action: str, index: int) -> None:
             return
     if action.startswith("raise"):
         raise ValueError("boom")
-    if action == "stall" and index == 1:
+    if action in ("stall", "stall:0") and index == int(action == "stall"):
         time.sleep(60)
 
 

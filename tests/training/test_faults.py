@@ -4,6 +4,7 @@ All scenarios run side by side as child processes (faults_worker.py) in one fixt
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -18,6 +19,7 @@ import pytest
 from t5x_like.core.errors import UserError
 from t5x_like.training.faults import Faults
 from tests.training.faults_worker import CONFIG
+from tests.training.metadata_server import Metadata
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORKER = pathlib.Path(__file__).with_name("faults_worker.py")
@@ -41,7 +43,10 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """What the processes do, and what is done to one of them once its steps file says `when` (or step 15)."""
+    """What the processes do, and what is done to one of them once its steps file says `when` (or step 15).
+
+    notice: the machine of the target has a metadata server, which then announces its end.
+    """
 
     processes: int
     action: str = "none"
@@ -50,6 +55,7 @@ class Scenario:
     when: str = "15"
     pause: float = 0.0  # seconds between two signals
     limit: float = 40.0  # seconds until all have to be gone
+    notice: bool = False
 
 
 SCENARIOS = {
@@ -61,6 +67,9 @@ SCENARIOS = {
     "raise 1": Scenario(2, action="raise:1", when="20"),
     "stall": Scenario(2, action="stall", when="20"),
     "preempt": Scenario(2, signals=(signal.SIGTERM,), target=1),
+    "notice": Scenario(2, target=1, notice=True),
+    "alone: notice": Scenario(1, action="slow_save", notice=True, signals=(signal.SIGTERM,) * 2, pause=1.0),
+    "alone: stall": Scenario(1, action="stall:0", when="20"),
     "preempt in compile": Scenario(2, action="compile", signals=(signal.SIGTERM,), target=1, when="compiling"),
     "alone: twice": Scenario(1, action="slow_save", signals=(signal.SIGTERM, signal.SIGTERM), pause=1.0),
     "alone: suspended": Scenario(
@@ -76,6 +85,12 @@ def free_port() -> int:
 
 
 def play(scenario: Scenario, folder: pathlib.Path) -> Outcome:
+    with contextlib.ExitStack() as stack:
+        metadata = stack.enter_context(contextlib.closing(Metadata())) if scenario.notice else None
+        return _play(scenario, folder, metadata)
+
+
+def _play(scenario: Scenario, folder: pathlib.Path, metadata: Metadata | None) -> Outcome:
     folder.mkdir()
     address = f"127.0.0.1:{free_port()}"
     logs = [folder / f"{index}.txt" for index in range(scenario.processes)]
@@ -84,11 +99,17 @@ def play(scenario: Scenario, folder: pathlib.Path) -> Outcome:
     for index, log in enumerate(logs):
         command = [sys.executable, WORKER, str(index), str(scenario.processes), address, str(log), scenario.action]
         with open(folder / f"{index}.err", "w") as stderr:
-            child = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL, env=environment)
+            own = {"GCE_METADATA_HOST": metadata.address} if metadata and index == scenario.target else {}
+            child = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL, env=environment | own)
         children.append(child)
     try:
         _wait(lambda: all(scenario.when in _steps(log) for log in logs), children, START_SECONDS)
         begun = time.monotonic()
+        if metadata:
+            _wait(lambda: len(metadata.asked) >= 2, children, 20)
+            time.sleep(0.1)
+            metadata.values["preempted"] = "TRUE"
+            _wait(lambda: any(set(_steps(log)) & {"saving", "saved"} for log in logs), children, 20)
         for number, sent in enumerate(scenario.signals):
             time.sleep(scenario.pause if number else 0)
             children[scenario.target].send_signal(sent)
@@ -181,6 +202,36 @@ def test_a_stalled_process_ends_both_at_the_limit_of_the_phase(outcomes):
         assert "no progress in phase 'step' for 4 s (config.runtime.phase_seconds.step), step 20" in line
     assert max(outcome.seconds) < 4 + CONFIG.heartbeat_seconds
     assert any("in act" in log for log in outcome.logs), "the stacks show where it stalled"
+    assert "in act" in outcome.stderr[1], "on the terminal too, which may be all that is kept"
+
+
+def test_a_stalled_single_process_ends_with_its_stacks_in_the_log_and_on_stderr(outcomes):
+    outcome = outcomes["alone: stall"]
+    assert outcome.statuses == [1]
+    (line,) = outcome.lines(0)
+    assert line == "t5x_like: no progress in phase 'step' for 4 s (config.runtime.phase_seconds.step), step 20"
+    assert "in act" in outcome.logs[0] and "in act" in outcome.stderr[0]
+    assert 3 < outcome.seconds[0] < 12
+
+
+def test_a_notice_to_the_machine_of_one_of_two_saves_both_at_the_same_step(outcomes):
+    outcome = outcomes["notice"]
+    assert outcome.statuses == [75, 75], outcome.stderr
+    assert outcome.steps[0][-1] == outcome.steps[1][-1] == "saved"
+    assert outcome.steps[0][-2] == outcome.steps[1][-2]
+    assert outcome.lines(0) == []
+    (line,) = outcome.lines(1)
+    assert line.startswith("t5x_like: process 1: preempted TRUE of the metadata server: saves after this step and ends")
+
+
+def test_the_signal_that_follows_a_notice_is_not_a_second_one(outcomes):
+    """The machine asks by SIGTERM when it stops, while the run saves: only another SIGTERM ends it."""
+    outcome = outcomes["alone: notice"]
+    assert outcome.statuses == [1] and outcome.steps[0][-1] == "saving"
+    notice, asked, ended = outcome.lines(0)
+    assert "preempted TRUE of the metadata server: saves after this step and ends" in notice
+    assert "SIGTERM: saves after this step and ends; a second signal ends at once" in asked
+    assert ended == "t5x_like: second signal (SIGTERM): ends at once, without saving"
 
 
 def test_sigterm_to_one_of_two_saves_both_at_the_same_step(outcomes):
@@ -268,6 +319,7 @@ def test_nohup_keeps_a_run_from_the_end_of_its_terminal():
         (["SIGUSR1", "SIGTERM", "SIGTERM"], 2),
         (["SIGTERM", "SIGHUP"], None),
         (["SIGINT", "SIGTERM"], 1),
+        (["preempted TRUE of the metadata server", "SIGUSR1", "SIGTERM", "SIGTERM"], 3),
     ],
 )
 def test_a_warning_is_not_the_signal_that_ends_at_once(monkeypatch, names, ends_at):
