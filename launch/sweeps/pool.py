@@ -106,7 +106,7 @@ class Pool:
 class _Run:
     """A child and its output, which is kept on a disk while it runs and goes to its bucket at the end."""
 
-    def __init__(self, task: Task, place: Mapping[str, str]):
+    def __init__(self, task: Task, place: dict[str, str]):
         self.task, self.place = task, place
         self._started = time.monotonic()
         self._folder: tempfile.TemporaryDirectory[str] | None = None

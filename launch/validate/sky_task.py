@@ -76,7 +76,7 @@ def _of_schema(document: Mapping[str, Any]) -> list[str]:
 
 
 def _of_sky(document: Mapping[str, Any]) -> list[str]:
-    sky = importlib.import_module("sky")
+    sky: Any = importlib.import_module("sky")
     try:
         sky.Task.from_yaml_config(dict(document))
     except ValueError as error:
