@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 _NOISE = re.compile(r"\[Gloo\] Rank \d+ is connected to ")
@@ -25,7 +25,7 @@ _PREEMPTED = 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, command = _parse(list(sys.argv[1:] if arguments is None else arguments))
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     children = [_start(command, index, options, address) for index in range(options.processes)]
     _say(f"coordinator {address}, process ids {' '.join(str(child.pid) for child in children)}")
     readers = [
@@ -64,21 +64,27 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _start(command: list[str], index: int, options: argparse.Namespace, address: str) -> subprocess.Popen[str]:
     environment = {
-        **os.environ,
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_PROCESS_ID": str(index),
         "JAX_NUM_PROCESSES": str(options.processes),
+    }
+    if options.devices:
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
+    return start([sys.executable, "-m", options.module, *command], environment)
+
+
+def start(line: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """A process of a run on this machine: it ends with us, has its own session, and speaks to others by loopback."""
+    loopback = {
         "PYTHONUNBUFFERED": "1",
         # gRPC would send loopback traffic to a proxy, and jax warns of any variable of that kind.
         "JAX_CHECK_PROXY_ENVS": "false",
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),
         "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1"])),
     }
-    if options.devices:
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
     return subprocess.Popen(
-        [sys.executable, "-m", options.module, *command],
-        env=environment,
+        line,
+        env={**os.environ, **loopback, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -161,7 +167,7 @@ def _say(line: str) -> None:
     print(f"launch: {line}", file=sys.stderr, flush=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -27,8 +27,9 @@ FLOORS = (
     ("__main__", "__init__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-# What stands outside of the package calls a run as a whole, and the command line; a tool may make the mesh for it.
-OUTSIDE = {"configs": (), "launch": (9, 10, 11), "tools": (1, 9, 10, 11)}
+# What stands outside of the package calls a run as a whole, and the command line; what launches runs also reads their
+# workdirs, and a tool may make the mesh for it.
+OUTSIDE = {"configs": (), "launch": (2, 9, 10, 11), "tools": (1, 9, 10, 11)}
 # Measurements reach for the part that they measure.
 MEASURES = ("tools/benchmark/", "tools/gpu_report.py", "tools/gpu_work.py", "tools/lifecycle/judge.py")
 # Files that speak of this process and not of a mesh.

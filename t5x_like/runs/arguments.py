@@ -93,6 +93,27 @@ def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[
 
 def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config that `--config=...` names with its overrides applied, and {dotted path: value} of these."""
+    path, given = _config_file(arguments)
+    found, config = _call(path, "get_config", *given)
+    if not found:
+        raise UsageError(f"{path} has no function get_config(); see configs/pretrain/tiny.py")
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"{path}: get_config() should return a ConfigDict, not {type(config).__name__}")
+    overrides = [argument for argument in arguments if not argument.startswith("--config=")]
+    return _apply(config, overrides, where=str(path))
+
+
+def call_function(arguments: Sequence[str], name: str, *given: Any) -> tuple[bool, Any]:
+    """(whether the config file has a function `name` beside its get_config, such as `sweep`; what that gives).
+
+    Raises UsageError, with file and line, for whatever it raises.
+    """
+    path, _ = _config_file(arguments)
+    return _call(path, name, *given)
+
+
+def _config_file(arguments: Sequence[str]) -> tuple[pathlib.Path, list[str]]:
+    """(the file that `--config=FILE[:ARG]` names, what its get_config is given)."""
     files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
     if len(files) != 1:
         raise UsageError("give one --config=FILE[:ARG], for example --config=configs/pretrain/tiny.py")
@@ -100,10 +121,7 @@ def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
         raise UsageError(f"--config={files[0]}: a config is a program and is read from a disk; copy it there")
     name, colon, text = files[0].partition(":")
     path = pathlib.Path(patterns.one(name, what="--config=")).expanduser()
-    path = path if path.is_file() else _shipped(name)
-    config = _call_get_config(path, [text] if colon else [])
-    overrides = [argument for argument in arguments if not argument.startswith("--config=")]
-    return _apply(config, overrides, where=str(path))
+    return path if path.is_file() else _shipped(name), [text] if colon else []
 
 
 def _shipped(name: str) -> pathlib.Path:
@@ -140,8 +158,8 @@ def _config_dict(stored: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(frozen(stored))
 
 
-def _call_get_config(path: pathlib.Path, given: Sequence[str]) -> ConfigDict:
-    """What the file's `get_config` returns. ml_collections' own loader hides some errors and folds up others."""
+def _call(path: pathlib.Path, name: str, *given: Any) -> tuple[bool, Any]:
+    """(whether the file has this function, what it gives). ml_collections' own loader hides some errors."""
     _make_importable(path)
     loader = importlib.machinery.SourceFileLoader("config_file", str(path))
     module = types.ModuleType(loader.name)
@@ -149,30 +167,26 @@ def _call_get_config(path: pathlib.Path, given: Sequence[str]) -> ConfigDict:
     sys.modules[module.__name__] = module  # dataclasses of the file look for their module there
     try:
         loader.exec_module(module)
-        get_config: Any = getattr(module, "get_config", None)
-        if not callable(get_config):
-            raise UsageError(f"{path} has no function get_config(); see configs/pretrain/tiny.py")
-        config = get_config(*given)
+        function: Any = getattr(module, name, None)
+        return (True, function(*given)) if callable(function) else (False, None)
     except UsageError:
         raise
     except Exception as error:  # whatever a file may do wrong
         hint = ""
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "configs":
             hint = "; write `from t5x_like.configs import common`, which works from any folder"
-        raise UsageError(f"{_place(error, path, module)}: {type(error).__name__}: {_line(error)}{hint}") from None
-    if not isinstance(config, ConfigDict):
-        raise UsageError(f"{path}: get_config() should return a ConfigDict, not {type(config).__name__}")
-    return config
+        place = _place(error, path, getattr(module, name, None))
+        raise UsageError(f"{place}: {type(error).__name__}: {_line(error)}{hint}") from None
 
 
-def _place(error: Exception, path: pathlib.Path, module: types.ModuleType) -> str:
-    """FILE:LINE of an error: the innermost line of the config file, else its get_config, else the file."""
+def _place(error: Exception, path: pathlib.Path, function: Any) -> str:
+    """FILE:LINE of an error: the innermost line of the config file, else that of the function, else the file."""
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}:{error.lineno or 1}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if pathlib.Path(frame.filename).resolve() == path.resolve():
             return f"{path}:{frame.lineno}"
-    code = getattr(getattr(module, "get_config", None), "__code__", None)
+    code = getattr(function, "__code__", None)
     return f"{path}:{code.co_firstlineno if code else 1}"
 
 

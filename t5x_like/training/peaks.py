@@ -13,15 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_like.core.accelerators import GENERATIONS
 from t5x_like.parallel import mesh
 
-# Dense bf16 FLOP/s of one jax device by device_kind (vendors' documentation). A TPU v7x chip shows two devices.
+# Dense bf16 FLOP/s of one jax device by device_kind.
 PEAKS: tuple[tuple[str, float], ...] = (
-    (r"TPU v4", 275e12),
-    (r"TPU v5 lite|TPU v5e", 197e12),
-    (r"TPU v5p?", 459e12),
-    (r"TPU v6 lite|TPU v6e", 918e12),
-    (r"TPU7x", 2307e12 / 2),
+    *((row.kind, row.peak / row.devices) for row in GENERATIONS.values()),
     (r"NVIDIA A100.*", 312e12),
     (r"NVIDIA H100 PCIe.*", 756e12),
     (r"NVIDIA H100 NVL.*", 835e12),

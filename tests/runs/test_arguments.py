@@ -7,7 +7,7 @@ import pytest
 
 from t5x_like.__main__ import COMMANDS, main
 from t5x_like.core.errors import UsageError
-from t5x_like.runs.arguments import Parser, load_config, override, split_config
+from t5x_like.runs.arguments import Parser, call_function, load_config, override, split_config
 
 TEST = "--config=configs/pretrain/test.py"
 HEAD = "from ml_collections import ConfigDict\n\ndef get_config():\n    config = ConfigDict({'steps': 5, 'more': {}})\n"
@@ -225,3 +225,13 @@ def test_what_argparse_takes_for_a_flag_or_a_value_stays_so():
     parser.add_argument("rest", nargs="*")
     options = parser.parse_args(["--pro=-x", "--number", "-3", "--prompt=--y", "-", "- a", "--", "--workdirr"])
     assert (options.prompt, options.number, options.rest) == (["-x", "--y"], -3, ["-", "- a", "--workdirr"])
+
+
+def test_a_config_file_may_have_functions_beside_its_config(written):
+    path = written("", head="def sweep(add):\n    add(1)\n    1 / 0\n\n" + HEAD)
+    added = []
+    with pytest.raises(UsageError, match=r":3: ZeroDivisionError: division by zero$"):
+        call_function([f"--config={path}"], "sweep", added.append)
+    assert added == [1]
+    assert call_function([f"--config={path}"], "get_launch") == (False, None)
+    assert call_function([f"--config={path}", "--config.steps=6"], "get_config")[1].steps == 5

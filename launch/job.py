@@ -1,0 +1,197 @@
+"""One description of a run for every place that can run it: `Job` says what runs, on which chips, and what it may cost.
+
+A config file may define `get_launch() -> dict` beside `get_config()`; flags come on top (flags.py). That is about where
+a run runs, never about what it computes: nothing of it is stored in a workdir. Each target is a file beside this one,
+which turns a Job into documents and commands.
+
+Exit statuses of a run, on which every target acts: 0 done; 75 preempted and saved: start again, which `max_restarts`
+does not count; 2 wrong use, which no restart helps; anything else is a fault, and one of `max_restarts` restarts.
+"""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from t5x_like.core import accelerators
+from t5x_like.core.errors import UsageError, UserError
+from t5x_like.storage import paths
+
+PREEMPTED = 75
+WRONG_USE = 2
+
+# What tells the processes of a run about each other is ours, or the cluster's, to set.
+_OURS = re.compile(r"JAX_(COORDINATOR_ADDRESS|PROCESS_ID|NUM_PROCESSES)|MEGASCALE_.*|TPU_(WORKER|PROCESS|SKIP)_.*")
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # DNS-1035: what Kubernetes makes host names of
+_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[^/]+)+/?")
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with its usual value and what --help says of it."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Gke:
+    """What a JobSet on Google Kubernetes Engine needs besides; xpk reads it too."""
+
+    cluster: str = option("", "name of the GKE cluster; '': the one kubectl speaks to")
+    namespace: str = option("default", "namespace of the cluster")
+    queue: str = option("", "Kueue's local queue, such as multislice-queue; '': none")
+    priority: str = option("", "priority class of the pods, such as medium; '': the cluster's")
+    service_account: str = option("", "Kubernetes service account with access to the bucket; '': the nodes' own")
+    placement_policy: str = option("", "placement policy of the node pools, which slices of tpu7x need; '': none")
+    keep_seconds: int = option(43200, "how long a finished JobSet and its logs stay")
+
+    def check(self, _path: str) -> None:
+        for name in ("namespace", "queue", "priority", "service_account", "cluster", "placement_policy"):
+            value = getattr(self, name)
+            if value and not _NAME.fullmatch(value):
+                raise UsageError(f"--{name}={value} should be of a-z, 0-9 and -, and begin with a letter")
+        if self.keep_seconds < 0:
+            raise UsageError(f"--keep_seconds={self.keep_seconds} should not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """What a batch script of Slurm needs besides."""
+
+    nodes: int = option(1, "how many nodes")
+    processes_per_node: int = option(1, "1: one process has all GPUs of its node; else one process a GPU")
+    gpus_per_node: int = option(0, "GPUs of each node; 0: none")
+    time: str = option("", "limit of one start, such as 4:00:00 or 2-00:00:00; '': the partition's")
+    partition: str = option("", "partition; '': the cluster's")
+    account: str = option("", "account that pays; '': the user's")
+
+    def check(self, _path: str) -> None:
+        for name, least in (("nodes", 1), ("processes_per_node", 1), ("gpus_per_node", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name}={getattr(self, name)} should be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run and where it runs. A section holds what one target alone needs. Bad values are UsageErrors, one line each.
+
+    config: the --config... arguments, which the run gets unchanged
+    """
+
+    command: str
+    config: tuple[str, ...]
+    workdir: str = option("", "folder of the run; on clusters of Google gs://BUCKET/FOLDER")
+    name: str = option("", "name of the job; '': the last part of the workdir")
+    topology: str = option("", "TPU slice, such as v5p:4x4x4, v6e:4x8, v5e:4x4")
+    slices: int = option(1, "how many of them")
+    spot: bool = option(False, "spot capacity: cheaper, and taken away at any time")
+    reservation: str = option("", "name of a reservation, or projects/PROJECT/reservations/NAME")
+    image: str = option("", "container image with a tag or digest (launch/docker says how to build one)")
+    project: str = option("", "Google Cloud project; '': gcloud's")
+    zone: str = option("", "zone or region, such as us-east5-a; '': gcloud's")
+    environment: dict[str, str] = dataclasses.field(
+        default_factory=dict, metadata={"help": "NAME=VALUE for the processes; may be given several times"}
+    )
+    max_restarts: int = option(10, "restarts after faults; preemptions are not counted")
+    grace_seconds: int = option(120, "time to save and end when asked to stop")
+    gke: Gke = Gke()
+    slurm: Slurm = Slurm()
+
+    def check(self, _path: str) -> None:
+        if not self.workdir:
+            raise UsageError("--workdir is missing; give the folder of the run")
+        if not _NAME.fullmatch(self.name) or len(self.name) > 63:
+            raise UsageError(
+                f"--name={self.name} should be of a-z, 0-9 and -, begin with a letter and end with none of -, in at "
+                "most 63 characters"
+            )
+        if self.topology:
+            accelerators.parse(self.topology)
+        if self.slices < 1:
+            raise UsageError(f"--slices={self.slices} should be at least 1")
+        if self.slices > 1 and not self.topology:
+            raise UsageError(f"--slices={self.slices} needs --topology, such as v5p:4x4x4")
+        if self.spot and self.reservation:
+            raise UsageError(f"--spot and --reservation={self.reservation} exclude each other; give one of them")
+        if self.image:
+            check_image(self.image)
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise UsageError(f"--environment={name}=... is no name of a variable; use letters, digits and _")
+            if _OURS.fullmatch(name):
+                raise UsageError(f"--environment={name}=... is set by the launcher; leave it out")
+        if self.max_restarts < 0:
+            raise UsageError(f"--max_restarts={self.max_restarts} should not be negative")
+        if self.grace_seconds < 1:
+            raise UsageError(f"--grace_seconds={self.grace_seconds} should be at least 1")
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of the interpreter, in every process and at every start: a restart finds its checkpoint in the workdir."""
+        return ("-m", "t5x_like", self.command, *self.config, f"--workdir={self.workdir}")
+
+    @property
+    def slice(self) -> accelerators.Slice:
+        """The TPU slice; each of `slices` is one. UsageError where the job names none."""
+        if not self.topology:
+            raise UsageError("--topology is missing; give the TPU slice, such as --topology=v5p:4x4x4")
+        return accelerators.parse(self.topology)
+
+
+def check_image(image: str) -> None:
+    """UsageError unless the image is one for good: a restart must not find another program."""
+    name = image.rpartition("/")[2]
+    if "@sha256:" in name:
+        return
+    _, colon, tag = name.partition(":")
+    if not colon or not tag:
+        raise UsageError(f"--image={image} has no tag; give IMAGE:TAG, so that every restart runs the same program")
+    if tag == "latest":
+        raise UsageError(f"--image={image}: what `latest` means changes between restarts; give a tag of your own")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", tag):
+        raise UsageError(f"--image={image}: {tag!r} is no tag; use letters, digits and _.-")
+
+
+def check_bucket(job: Job) -> None:
+    """UsageError unless the workdir is in a bucket, where every host and every later start finds it."""
+    if not job.workdir.startswith("gs://"):
+        raise UsageError(
+            f"--workdir={job.workdir} is a path of one machine, and the hosts of this job share no disk; "
+            "give gs://BUCKET/FOLDER"
+        )
+    if not _BUCKET.fullmatch(job.workdir):
+        raise UsageError(
+            f"--workdir={job.workdir} names no folder of a bucket; give gs://BUCKET/FOLDER, BUCKET with at least 3 "
+            "characters of a-z, 0-9 and ._-"
+        )
+
+
+def check_writable(job: Job) -> None:
+    """UserError unless an object can be written to the workdir in a bucket, by whoever asks: better said now than by
+    every host, after its machine was waited for."""
+    probe = paths.join(job.workdir, f".writable-{job.name}")
+    try:
+        paths.write_bytes_atomic(probe, b"")
+        paths.remove_tree(probe)
+    except UserError as error:
+        raise UserError(f"--workdir={job.workdir} cannot be written: {error} (--no_check does not try)") from None
+
+
+def check_in_image(job: Job) -> None:
+    """UsageError where the config file lies outside of the checkout, which is all that an image holds."""
+    for argument in job.config:
+        path = argument.removeprefix("--config=").partition(":")[0]
+        outside = os.path.isabs(path) or path.startswith("~") or os.path.normpath(path).startswith("..")
+        if argument.startswith("--config=") and outside:
+            raise UsageError(
+                f"{argument} is outside of the checkout, and so not in the image; put it under configs/, build the "
+                "image and name it by its relative path"
+            )
+
+
+def name_of(workdir: str) -> str:
+    """A name for a job from its workdir.
+
+    >>> name_of("gs://bucket/runs/Llama3_8B/")
+    'llama3-8b'
+    """
+    last = workdir.rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9]+", "-", last).strip("-")

@@ -1,0 +1,219 @@
+"""Many runs of one config: a grid, random or Sobol points, seeds; here or on a cluster; with a table and pictures.
+
+    python -m launch.sweep --config=configs/pretrain/test.py --workdir=runs/rates --max_parallel=2
+    python -m launch.sweep --config=tiny --workdir=runs/rates --sweep.config.optim.learning_rate=1e-3,3e-3
+    python -m launch.sweep --workdir=runs/rates --resume            goes on after any end
+    python -m launch.sweep --workdir=runs/rates --retry=lr-1e-3     starts a member that failed, alone
+    python -m launch.sweep --workdir=runs/rates --results           writes the results of what there is
+    python -m launch.sweep --target=gke --config=... --workdir=gs://BUCKET/rates --topology=v5p:4x4x4 --image=...
+
+What `sweep(add)` of the config file adds, and what --sweep... flags say, is described in launch/sweeps/reading.py.
+Every member is checked before the first starts; its workdir lies in the sweep's. docs/sweeps.md says more.
+Exit status: 0 all done or submitted, 1 members failed, 2 wrong use, 75 asked to stop: members have saved.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch import flags
+from launch import job as jobs_of
+from launch.job import PREEMPTED, Job
+from launch.sweeps import checks, halving, here, index, members, reading, report
+from launch.sweeps.index import FAILED, Index, Settings
+from launch.sweeps.pool import Pool
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UsageError, UserError
+from t5x_like.runs.arguments import split_config
+from t5x_like.storage import lock, paths
+
+TARGETS = ("local",)
+INTERRUPTED = 130
+_OWN = ("target", "max_parallel", "resume", "retry", "results", "metric", "goal", "halving", "dry_run", "no_check")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:  # before the first member starts; later a signal asks the members to save
+        print("sweep: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str]) -> int:
+    sweep_arguments, others = reading.split(arguments)
+    config, others = split_config(others)
+    options = _parse(others)
+    folder = paths.normal(options.pop("workdir"))
+    asked = argparse.Namespace(**{name: options.pop(name) for name in _OWN})
+    if asked.results:
+        return _show(index.read(folder), asked)
+    goes_on = asked.resume or bool(asked.retry)
+    if goes_on:
+        found = _resumed(folder, config, sweep_arguments, options, asked)
+    else:
+        found = _new(folder, config, sweep_arguments, options, asked)
+    schedules = checks.settle(found)
+    jobs = _jobs(found)
+    if not asked.no_check:
+        checks.check_members(found, jobs)
+    if asked.dry_run:
+        return _print(found, jobs)
+    return _go(found, jobs, schedules, asked)
+
+
+def _parse(arguments: Sequence[str]) -> dict[str, Any]:
+    target = next((each.partition("=")[2] for each in arguments if each.startswith("--target=")), "local")
+    if target not in TARGETS:
+        raise UsageError(f"--target={target} is unknown; {nearest(target, TARGETS)}")
+    parser = flags.parser(target, __doc__)
+    parser.prog = "python -m launch.sweep"
+    parser.other_flags = ("--config", "--sweep")
+    add = parser.add_argument
+    add("--target", default="local", help="where the members run: " + ", ".join(TARGETS))
+    add("--max_parallel", type=int, metavar="N", help="members at once (1 here, all on a cluster)")
+    add("--resume", action="store_true", help="go on with the sweep in --workdir; with --config, and new members")
+    add(
+        "--retry",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="start this member, which failed or was stopped early, alone; failed: all that failed",
+    )
+    add("--results", action="store_true", help="write table and plots of what there is, and start nothing")
+    add("--metric", default="", help="what members are judged by, such as eval/validation/loss (what there is)")
+    add("--goal", default="", choices=("min", "max"), help="whether less or more of it is better (by its name)")
+    add("--halving", default="", metavar="SHARE:STEPS", help="2:100: half go on after 100 steps, a quarter after 200")
+    options = vars(parser.parse_args(arguments))
+    if "workdir" not in options:
+        raise UsageError("--workdir is missing; give the folder of the sweep, such as --workdir=runs/rates")
+    if options["max_parallel"] is not None and options["max_parallel"] < 1:
+        raise UsageError(f"--max_parallel={options['max_parallel']} should be at least 1")
+    return options
+
+
+def _new(
+    folder: str, config: Sequence[str], sweep: Sequence[str], options: Mapping[str, Any], asked: argparse.Namespace
+) -> Index:
+    if index.exists(folder):
+        raise UsageError(f"{folder} holds a sweep already; go on with it by --resume, or give another --workdir")
+    foreign = [name for name in paths.list_names(folder) if name not in (lock.LOCAL_NAME, lock.REMOTE_NAME)]
+    if foreign:
+        raise UsageError(f"{folder} holds {foreign[0]} and no sweep; give a new or empty --workdir")
+    settings = Settings(
+        config=tuple(config),
+        target=asked.target,
+        launch=dict(options),
+        metric=asked.metric,
+        goal=asked.goal,
+        halving=halving.parse(asked.halving) if asked.halving else None,
+    )
+    found = Index(folder, settings, [], [])
+    for member in members.members(reading.read(config, sweep)):
+        found.add(member)
+    return found
+
+
+def _resumed(
+    folder: str, config: Sequence[str], sweep: Sequence[str], options: Mapping[str, Any], asked: argparse.Namespace
+) -> Index:
+    """The sweep of the folder, with what is given anew: flags, and members that its definition has more."""
+    found = index.read(folder)
+    before = found.settings
+    if asked.halving and halving.parse(asked.halving) != before.halving:
+        raise UsageError(f"--halving={asked.halving} is not what the sweep was started with; leave it out")
+    if config and tuple(config) != before.config:
+        raise UsageError(
+            f"{folder} is a sweep of {' '.join(before.config)}, not of {' '.join(config)}; use another --workdir"
+        )
+    if sweep and not config:
+        raise UsageError(f"{sweep[0]} needs --config=FILE too; without both, the members of the index go on")
+    found.settings = dataclasses.replace(
+        before,
+        launch={**before.launch, **options},
+        metric=asked.metric or before.metric,
+        goal=asked.goal or before.goal,
+    )
+    if config:
+        count = len(found)
+        for member in members.members(reading.read(config, sweep), [entry.member for entry in found]):
+            found.add(member)
+        if len(found) > count and before.halving:
+            raise UsageError("a sweep with --halving takes no new members: those that are there have been compared")
+    if asked.retry == ["failed"]:
+        asked.retry = [entry.name for entry in found if entry.state == FAILED]
+    for name in asked.retry:
+        if name not in found:
+            raise UsageError(f"--retry={name} is no member of {folder}; {nearest(name, found.names)}")
+    return found
+
+
+def _jobs(found: Index) -> dict[str, Job]:
+    """The job of each member. Raises UsageError, with the member, for an override that its config does not take."""
+    settings, folder = found.settings, found.folder
+    prefix = str(settings.launch.get("name", "")) or jobs_of.name_of(folder)
+    jobs = {}
+    for entry in found:
+        config = (*settings.config, *entry.member.overrides)
+        name = entry.name if settings.target == "local" else f"{prefix}-{entry.name}"
+        own = {"name": name, "workdir": found.workdir(entry.name)}
+        try:
+            jobs[entry.name] = flags.describe(config, {**settings.launch, **own}, target=settings.target)
+        except UserError as error:
+            raise UsageError(f"{entry.member.described}: {error}") from None
+    return jobs
+
+
+def _print(found: Index, jobs: Mapping[str, Job]) -> int:
+    for entry in found:
+        print(f"{entry.name}: {', '.join(entry.member.overrides)}")
+        print(f"  {shlex.join(('python', *jobs[entry.name].arguments))}")
+    print(f"{len(found)} members; --dry_run: nothing was started")
+    return 0
+
+
+def _go(found: Index, jobs: Mapping[str, Job], schedules: Mapping[str, int], asked: argparse.Namespace) -> int:
+    paths.make_directory(found.folder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock.locked(found.folder))
+        found.write()
+        runs = here.Here(found, jobs, schedules, int(found.settings.launch.get("max_restarts", 0)), say)
+        pool = stack.enter_context(Pool(asked.max_parallel or 1))
+        if asked.retry:
+            runs.retry(asked.retry, pool)
+        else:
+            runs.run(pool)
+        stopped = pool.asked
+        status = _show(found, asked)
+    if stopped:
+        say(f"asked to stop; {_again(found)} --resume goes on")
+        return PREEMPTED
+    return status
+
+
+def _show(found: Index, asked: argparse.Namespace) -> int:
+    """Writes table and plots, prints the table, names what failed."""
+    print(report.write(found, metric=asked.metric, goal=asked.goal), flush=True)
+    failed = [entry for entry in found if entry.state == FAILED]
+    for entry in failed:
+        say(f"{entry.name} failed: {entry.said}; {_again(found)} --retry={entry.name} starts it alone")
+    return 1 if failed else 0
+
+
+def _again(found: Index) -> str:
+    return f"python -m launch.sweep --workdir={found.folder}"
+
+
+def say(line: str) -> None:
+    print(f"sweep: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

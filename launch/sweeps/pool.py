@@ -1,0 +1,170 @@
+"""Runs of this machine: so many at once, each with its output in a file, all of them ended when this process is.
+
+Linux ends the runs when a sweep is killed, also by SIGKILL; a sweep that is asked to stop (SIGTERM, Ctrl-C) asks its
+runs to save, waits for them, and starts no more.
+"""
+
+import ctypes
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO
+
+from t5x_like.storage import paths
+
+OUTPUT = "log.output.txt"  # in the workdir of a run: what it would show on a terminal, of all its starts
+PREEMPTED = 75
+_POLL_SECONDS = 0.05
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One start of a run: its command, and what is added to the environment."""
+
+    name: str
+    command: tuple[str, ...]
+    workdir: str
+    environment: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a start ended. status: as a shell has it, negative for a signal. said: its last line."""
+
+    status: int
+    seconds: float
+    said: str
+
+
+class Pool:
+    """Use as a context; `run` may be called several times. `asked`: somebody asked to stop."""
+
+    def __init__(self, at_once: int):
+        self._at_once = at_once
+        self._running: list[_Run] = []
+        self._signals = 0
+
+    def __enter__(self) -> "Pool":
+        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in self._before.items():
+            if not (number == signal.SIGHUP and handler == signal.SIG_IGN):  # set so by nohup
+                signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self._running:
+            run.child.kill()
+            run.child.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def asked(self) -> bool:
+        return self._signals > 0
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def run(
+        self, tasks: Sequence[Task], *, begins: Callable[[Task], None], ends: Callable[[Task, Ended], bool]
+    ) -> None:
+        """Runs all tasks, or until it is asked to stop. `ends` says whether to start the same task again."""
+        waiting = list(reversed(tasks))
+        while self._running or (waiting and not self.asked):
+            while waiting and len(self._running) < self._at_once and not self.asked:
+                task = waiting.pop()
+                self._running.append(_Run(task))
+                begins(task)
+            for run in [each for each in self._running if each.child.poll() is not None]:
+                self._running.remove(run)
+                if ends(run.task, run.end()) and not self.asked:
+                    waiting.append(run.task)
+            time.sleep(_POLL_SECONDS)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        if self._signals and number in (signal.SIGHUP, signal.SIGUSR1):
+            return  # a warning that was heard
+        self._signals += 1
+        for run in self._running:
+            if run.child.poll() is None:
+                run.child.send_signal(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+
+
+class _Run:
+    """A child and its output, which is kept on a disk while it runs and goes to its bucket at the end."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self._started = time.monotonic()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._target = paths.join(task.workdir, OUTPUT)
+        if paths.is_remote(task.workdir):
+            self._folder = tempfile.TemporaryDirectory(prefix="t5x_like-output-")
+            self._path = os.path.join(self._folder.name, OUTPUT)
+            if paths.exists(self._target):
+                paths.copy_file(self._target, self._path)
+        else:
+            paths.make_directory(task.workdir)
+            self._path = self._target
+        with open(self._path, "ab") as output:
+            output.write(f"$ {shlex.join(task.command)}\n".encode())
+            output.flush()
+            self._begin = output.tell()
+            self.child = subprocess.Popen(
+                task.command,
+                env={**os.environ, **task.environment, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C reaches us alone, and we pass it on
+                preexec_fn=_die_with_parent(os.getpid()),  # no threads run here
+            )
+
+    def end(self) -> Ended:
+        seconds = time.monotonic() - self._started
+        with open(self._path, "rb") as output:
+            output.seek(self._begin)
+            said = _last_line(output)
+        if self._folder is not None:
+            paths.copy_file(self._path, self._target)
+            self._folder.cleanup()
+        status = self.child.returncode
+        if status < 0:
+            said = f"ended by {signal.Signals(-status).name}{f'; before that: {said}' if said else ''}"
+        return Ended(status, seconds, said)
+
+
+def _last_line(output: IO[bytes]) -> str:
+    """The last line with something in it: where a line was written over, what stands there at the end."""
+
+    def lines() -> Iterator[str]:
+        for line in output:
+            text = line.decode(errors="replace").strip("\n").rpartition("\r")[2].strip()
+            if text:
+                yield text
+
+    last = ""
+    for text in lines():
+        last = text
+    return last[:500]
+
+
+def _die_with_parent(parent: int) -> Callable[[], None] | None:
+    """Linux: a child ends when this process does, however that happens."""
+    if sys.platform != "linux":
+        return None
+
+    def prepare() -> None:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before this was set
+            os._exit(1)
+
+    return prepare

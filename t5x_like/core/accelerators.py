@@ -1,0 +1,271 @@
+"""THE table of TPU generations, and what follows from it: names, shapes, virtual machines and labels of a slice.
+
+A slice is written `v5p:4x4x4`: the generation, and the chips along each dimension of its network. Everything else is
+derived. Not here: devices that programs compile for (planner/topology.py) and meshes over them (parallel/mesh.py).
+
+Sources: Google Cloud's TPU documentation for sizes, memory and peaks; xpk 1.16 for labels, machine types and runtimes
+(tests/launch compares every slice with it); libtpu for chip arrangements and for what it leaves to programs.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+
+from t5x_like.core.config import nearest
+from t5x_like.core.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One row of the table.
+
+    prefix: of a slice's name, which counts TensorCores: v5litepod-16
+    gke: value of the node label cloud.google.com/gke-tpu-accelerator
+    machine: machine type of a virtual machine (VM) with `chips` chips
+    vm_chips: how many chips a VM may have, the smallest first; slices of more than one VM have VMs of 4
+    runtime: software version of a TPU VM; "" where there are none, and GKE is the only way
+    dims: of the network
+    cores: TensorCores a chip
+    devices: jax devices a chip; megacore is one device of two cores
+    chip: libtpu's name of the core arrangement
+    largest: chips of the largest slice
+    sorted: whether the sizes of a 3-D slice must not decrease
+    hbm: GiB of a device that the compiler gives to programs, as it says when one is too large
+    kind: regular expression of jax's device_kind
+    peak: dense bf16 FLOP/s of a chip
+    """
+
+    prefix: str
+    gke: str
+    machine: str
+    vm_chips: tuple[int, ...]
+    runtime: str
+    dims: int
+    cores: int
+    devices: int
+    chip: str
+    largest: int
+    sorted: bool
+    hbm: float
+    kind: str
+    peak: float
+
+
+GENERATIONS = {
+    "v4": Generation(
+        prefix="v4",
+        gke="tpu-v4-podslice",
+        machine="ct4p-hightpu-{chips}t",
+        vm_chips=(4,),
+        runtime="tpu-ubuntu2204-base",
+        dims=3,
+        cores=2,
+        devices=1,
+        chip="megacore",
+        largest=4096,
+        sorted=False,
+        hbm=30.75,
+        kind=r"TPU v4",
+        peak=275e12,
+    ),
+    "v5e": Generation(
+        prefix="v5litepod",
+        gke="tpu-v5-lite-podslice",
+        machine="ct5lp-hightpu-{chips}t",
+        vm_chips=(1, 4),
+        runtime="v2-alpha-tpuv5-lite",
+        dims=2,
+        cores=1,
+        devices=1,
+        chip="default",
+        largest=256,
+        sorted=True,
+        hbm=15.75,
+        kind=r"TPU v5 lite|TPU v5e",
+        peak=197e12,
+    ),
+    "v5p": Generation(
+        prefix="v5p",
+        gke="tpu-v5p-slice",
+        machine="ct5p-hightpu-{chips}t",
+        vm_chips=(4,),
+        runtime="v2-alpha-tpuv5",
+        dims=3,
+        cores=2,
+        devices=1,
+        chip="megacore",
+        largest=8960,
+        sorted=True,
+        hbm=95.73,
+        kind=r"TPU v5p?",
+        peak=459e12,
+    ),
+    "v6e": Generation(
+        prefix="v6e",
+        gke="tpu-v6e-slice",
+        machine="ct6e-standard-{chips}t",
+        vm_chips=(1, 4),
+        runtime="v2-alpha-tpuv6e",
+        dims=2,
+        cores=1,
+        devices=1,
+        chip="default",
+        largest=256,
+        sorted=True,
+        hbm=31.24,
+        kind=r"TPU v6 lite|TPU v6e",
+        peak=918e12,
+    ),
+    "tpu7x": Generation(
+        prefix="tpu7x",
+        gke="tpu7x",
+        machine="tpu7x-standard-{chips}t",
+        vm_chips=(1, 4),
+        runtime="",
+        dims=3,
+        cores=2,
+        devices=2,
+        chip="default",
+        largest=9216,
+        sorted=True,
+        hbm=94.74,
+        kind=r"TPU7x",
+        peak=2307e12,
+    ),
+}
+
+# A VM of several chips holds 2x2 of them. Slices below a cube of 4x4x4 have one of these shapes; above, whole cubes.
+_SMALL_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_LONGEST = 256  # chips along one dimension
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Chips that one network connects. name: of the generation; dims: chips along each dimension."""
+
+    generation: str
+    dims: tuple[int, ...]
+
+    @property
+    def row(self) -> Generation:
+        return GENERATIONS[self.generation]
+
+    @property
+    def spelled(self) -> str:
+        """As it is written here: v5p:4x4x4."""
+        return f"{self.generation}:{self.shape}"
+
+    @property
+    def shape(self) -> str:
+        """As GKE's label cloud.google.com/gke-tpu-topology and gcloud's --topology have it: 4x4x4."""
+        return "x".join(map(str, self.dims))
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def devices(self) -> int:
+        """jax devices."""
+        return self.chips * self.row.devices
+
+    @property
+    def name(self) -> str:
+        """The accelerator type, such as v5p-128: the prefix and the TensorCores. Several shapes may share it."""
+        return f"{self.row.prefix}-{self.chips * self.row.cores}"
+
+    @property
+    def vm_chips(self) -> int:
+        """Chips of each VM. UsageError where no VM holds so few."""
+        chips = 1 if self.chips == 1 else 4
+        if chips not in self.row.vm_chips:
+            raise UsageError(
+                f"--topology={self.spelled}: no machine of {self.generation} has {chips} chip; the smallest slice to "
+                f"be had is {self.generation}:2x2x1"
+            )
+        return chips
+
+    @property
+    def vms(self) -> int:
+        """VMs, each with one process."""
+        return self.chips // self.vm_chips
+
+    @property
+    def machine(self) -> str:
+        """The machine type of its VMs: ct5p-hightpu-4t."""
+        return self.row.machine.format(chips=self.vm_chips)
+
+
+def parse(name: str) -> Slice:
+    """The slice of a name such as `v5p:4x4x4`; UsageError for what is no slice of that generation.
+
+    >>> parse("v5p:4x4x4").name, parse("v5p:4x4x4").vms, parse("v6e:4x4").machine
+    ('v5p-128', 16, 'ct6e-standard-4t')
+    """
+    generation, _, shape = name.partition(":")
+    if generation not in GENERATIONS:
+        raise UsageError(f"--topology={name}: {generation!r} is unknown; {_meant(name)}")
+    row = GENERATIONS[generation]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        example = "4x4x4" if row.dims == 3 else "4x4"
+        raise UsageError(f"--topology={name}: give the chips along each dimension, such as {generation}:{example}")
+    dims = tuple(int(part) for part in shape.split("x"))
+    found = Slice(generation, dims)
+    if _exists(row, dims):
+        return found
+    turned = Slice(generation, tuple(sorted(dims)))
+    hint = f"write {turned.spelled}" if _exists(row, turned.dims) else f"there are {_shapes(row)}"
+    raise UsageError(f"--topology={name} is no slice of {generation}; {hint}")
+
+
+def slices_named(name: str) -> list[Slice]:
+    """All slices of an accelerator type: v5p-512 is 4x4x16 and 4x8x8. [] for what is no such type.
+
+    >>> [each.spelled for each in slices_named("v5p-512")]
+    ['v5p:4x4x16', 'v5p:4x8x8']
+    """
+    return [each for generation in GENERATIONS for each in slices(generation) if each.name == name]
+
+
+def slices(generation: str) -> list[Slice]:
+    """Every slice of a generation, smallest first; in 3-D each shape once, its sizes not decreasing."""
+    row = GENERATIONS[generation]
+    found = list(_SQUARES if row.dims == 2 else _SMALL_CUBES)
+    if row.dims == 3:
+        sizes = range(4, _LONGEST + 1, 4)
+        cubes = (dims for dims in itertools.combinations_with_replacement(sizes, 3) if _exists(row, dims))
+        found += sorted(cubes, key=lambda dims: (math.prod(dims), dims))
+    return [Slice(generation, dims) for dims in found]
+
+
+def wraps(dims: tuple[int, ...]) -> tuple[bool, bool, bool]:
+    """In which dims the network is a ring: all of a 3-D slice made of whole cubes, and those 16 long in 2-D.
+
+    It decides more than speed: over a 4x4x4 without rings the compiler replaces all-gather by all-reduce.
+    """
+    if len(dims) == 2:
+        return dims[0] == 16, dims[1] == 16, False
+    ring = all(size % 4 == 0 for size in dims)
+    return ring, ring, ring
+
+
+def _exists(row: Generation, dims: tuple[int, ...]) -> bool:
+    if row.dims == 2:
+        return dims in _SQUARES
+    cubes = all(size % 4 == 0 and size <= _LONGEST for size in dims) and math.prod(dims) <= row.largest
+    in_order = not row.sorted or dims == tuple(sorted(dims))
+    return len(dims) == 3 and (dims in _SMALL_CUBES or (cubes and in_order))
+
+
+def _shapes(row: Generation) -> str:
+    small = ", ".join("x".join(map(str, dims)) for dims in (_SQUARES if row.dims == 2 else _SMALL_CUBES))
+    cubes = f", and AxBxC in multiples of 4 up to {row.largest} chips{', A <= B <= C' if row.sorted else ''}"
+    return f"{small}{cubes}" if row.dims == 3 else small
+
+
+def _meant(name: str) -> str:
+    """A hint for a generation that is none; who gives an accelerator type learns its slices."""
+    spelled = [each.spelled for each in slices_named(name)]
+    return f"{name} is written {' or '.join(spelled)}" if spelled else nearest(name.partition(":")[0], GENERATIONS)
