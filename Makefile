@@ -47,7 +47,7 @@ lifecycle: $(VENV)/.installed-eval
 	$(RUN) -m tools.lifecycle --config=$(CONFIG) $(if $(LIFECYCLE),--folder=$(LIFECYCLE))
 
 test: $(VENV)/.installed-test $(OLD)/.installed
-	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 $(TESTS)
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=15 $(TESTS)
 
 check: lint types doctest test
 
@@ -66,7 +66,7 @@ doctest: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -q --doctest-modules t5x_like
 
 nightly: $(VENV)/.installed-test $(OLD)/.installed
-	$(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup --durations=15 -m "not gpu and not tpu" $(TESTS)
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=15 -m "not gpu and not tpu" $(TESTS)
 	$(RUN) tools/crash_test.py
 	$(RUN) tools/crash_test.py --processes=2 --devices=4
 	$(RUN) -m t5x_like plan --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4

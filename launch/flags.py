@@ -98,7 +98,7 @@ def usual() -> dict[str, Any]:
 
 def section_of(target: str) -> str:
     """The section of Job whose fields are flags of this target, "" for one that needs none."""
-    return {"gke": "gke", "xpk": "gke", "slurm": "slurm"}.get(target, "")
+    return {"gke": "gke", "xpk": "gke", "slurm": "slurm", "gcloud": "gcloud"}.get(target, "")
 
 
 def parser(target: str, about: str | None = None) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ does not count; 2 wrong use, which no restart helps; anything else is a fault, a
 import dataclasses
 import os
 import re
+import shlex
 from typing import Any
 
 from t5x_like.core import accelerators
@@ -57,16 +58,73 @@ class Slurm:
     """What a batch script of Slurm needs besides."""
 
     nodes: int = option(1, "how many nodes")
-    processes_per_node: int = option(1, "1: one process has all GPUs of its node; else one process a GPU")
+    processes_per_node: int = option(1, "1: one process has all GPUs of its node; else they share them equally")
     gpus_per_node: int = option(0, "GPUs of each node; 0: none")
     time: str = option("", "limit of one start, such as 4:00:00 or 2-00:00:00; '': the partition's")
     partition: str = option("", "partition; '': the cluster's")
     account: str = option("", "account that pays; '': the user's")
+    whole_nodes: bool = option(True, "all processors and memory of the nodes, shared with no other job")
+    python: str = option("", "interpreter on the nodes; '': the one that submits")
+    setup: str = option("", "shell commands before the run, such as 'module load cuda'")
+    batch_options: str = option("", "more options of sbatch, as one text: '--qos=high --constraint=h100'")
+    step_options: str = option("", "more options of srun, as one text: '--container-image=IMAGE' (pyxis)")
 
     def check(self, _path: str) -> None:
         for name, least in (("nodes", 1), ("processes_per_node", 1), ("gpus_per_node", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name}={getattr(self, name)} should be at least {least}")
+        if self.gpus_per_node % self.processes_per_node:
+            raise UsageError(
+                f"--gpus_per_node={self.gpus_per_node} cannot be shared by --processes_per_node="
+                f"{self.processes_per_node}; give 1, or a divisor of the GPUs"
+            )
+        if self.time and self.seconds is None:
+            raise UsageError(f"--time={self.time} should be like 4:00:00, 2-00:00:00, or 90 for minutes")
+        for name in ("batch_options", "step_options"):
+            _check_options(name, getattr(self, name))
+
+    @property
+    def seconds(self) -> int | None:
+        """The limit of one start; None where `time` is none."""
+        match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time)
+        if not match:
+            return None
+        days, first, second, third = (part and int(part) for part in match.groups())
+        if days is not None:
+            return ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
+        if third is not None:
+            return (first * 60 + second) * 60 + third
+        return first * 60 + (second or 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gcloud:
+    """What TPU VMs need besides."""
+
+    queued: bool = option(True, "ask by a queued resource, which waits for capacity; --no-queued: a TPU VM at once")
+    follow: bool = option(False, "stay, and ask for new TPUs whenever spot capacity was taken away")
+    keep: bool = option(False, "leave the TPUs when the run has ended; they cost until you delete them")
+    runtime: str = option("", "software version of the machines; '': that of the generation")
+    valid_until: str = option("", "how long the request may wait, such as 6h; '': for ever")
+    network: str = option("", "network; '': default")
+    subnetwork: str = option("", "subnetwork; '': that of the network")
+    service_account: str = option("", "e-mail of the service account; '': Compute Engine's default")
+
+    def check(self, _path: str) -> None:
+        if self.valid_until and not re.fullmatch(r"(\d+[smhd])+", self.valid_until):
+            raise UsageError(f"--valid_until={self.valid_until} should be like 90m, 6h or 2d")
+        if self.valid_until and not self.queued:
+            raise UsageError(f"--valid_until={self.valid_until} needs a queued resource; leave out --no-queued")
+
+
+def _check_options(name: str, text: str) -> None:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--{name}={text!r}: {str(error).lower()}; give options as for a shell") from None
+    for word in words:
+        if not re.match(r"--[a-z]", word):
+            raise UsageError(f"--{name}={text!r}: {word!r} should begin with --, its value behind =: --qos=high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +152,7 @@ class Job:
     grace_seconds: int = option(120, "time to save and end when asked to stop")
     gke: Gke = Gke()
     slurm: Slurm = Slurm()
+    gcloud: Gcloud = Gcloud()
 
     def check(self, _path: str) -> None:
         if not self.workdir:

@@ -13,7 +13,6 @@ Exit status: 0 all done or submitted, 1 members failed, 2 wrong use, 75 asked to
 """
 
 import argparse
-import contextlib
 import dataclasses
 import shlex
 import sys
@@ -23,17 +22,29 @@ from typing import Any
 from launch import flags
 from launch import job as jobs_of
 from launch.job import PREEMPTED, Job
-from launch.sweeps import checks, halving, here, index, members, reading, report
-from launch.sweeps.index import FAILED, Index, Settings
+from launch.sweeps import checks, elsewhere, halving, here, index, members, reading, report
+from launch.sweeps.index import FAILED, RUNNING, WAITING, Index, Settings
 from launch.sweeps.pool import Pool
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.runs.arguments import split_config
 from t5x_like.storage import lock, paths
 
-TARGETS = ("local",)
+TARGETS = ("local", "slurm", "gke", "xpk", "gcloud", "sky")
 INTERRUPTED = 130
-_OWN = ("target", "max_parallel", "resume", "retry", "results", "metric", "goal", "halving", "dry_run", "no_check")
+_OWN = (
+    "target",
+    "max_parallel",
+    "resume",
+    "retry",
+    "results",
+    "metric",
+    "goal",
+    "halving",
+    "gpus_each",
+    "dry_run",
+    "no_check",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     sweep_arguments, others = reading.split(arguments)
     config, others = split_config(others)
-    options = _parse(others)
+    options = _parse(others, begins=bool(config))
     folder = paths.normal(options.pop("workdir"))
     asked = argparse.Namespace(**{name: options.pop(name) for name in _OWN})
     if asked.results:
@@ -62,23 +73,30 @@ def _run(arguments: Sequence[str]) -> int:
         found = _new(folder, config, sweep_arguments, options, asked)
     schedules = checks.settle(found)
     jobs = _jobs(found)
+    if found.settings.target != "local":
+        elsewhere.rehearse(found, jobs, elsewhere.launcher(found.settings.target))
     if not asked.no_check:
         checks.check_members(found, jobs)
     if asked.dry_run:
         return _print(found, jobs)
-    return _go(found, jobs, schedules, asked)
+    paths.make_directory(found.folder)
+    with lock.locked(found.folder):
+        found.write()
+        return (_here if found.settings.target == "local" else _elsewhere)(found, jobs, schedules, asked)
 
 
-def _parse(arguments: Sequence[str]) -> dict[str, Any]:
-    target = next((each.partition("=")[2] for each in arguments if each.startswith("--target=")), "local")
+def _parse(arguments: Sequence[str], *, begins: bool) -> dict[str, Any]:
+    given = [each.partition("=")[2] for each in arguments if each.startswith("--target=")]
+    target = given[-1] if given else "local" if begins else _recorded_target(arguments)
     if target not in TARGETS:
         raise UsageError(f"--target={target} is unknown; {nearest(target, TARGETS)}")
-    parser = flags.parser(target, __doc__)
+    parser: Any = flags.parser(target, __doc__)
     parser.prog = "python -m launch.sweep"
     parser.other_flags = ("--config", "--sweep")
     add = parser.add_argument
-    add("--target", default="local", help="where the members run: " + ", ".join(TARGETS))
+    add("--target", default=target, help="where the members run: " + ", ".join(TARGETS))
     add("--max_parallel", type=int, metavar="N", help="members at once (1 here, all on a cluster)")
+    add("--gpus_each", type=int, default=0, metavar="N", help="GPUs of each member here, those beside it have others")
     add("--resume", action="store_true", help="go on with the sweep in --workdir; with --config, and new members")
     add(
         "--retry",
@@ -94,19 +112,28 @@ def _parse(arguments: Sequence[str]) -> dict[str, Any]:
     options = vars(parser.parse_args(arguments))
     if "workdir" not in options:
         raise UsageError("--workdir is missing; give the folder of the sweep, such as --workdir=runs/rates")
-    if options["max_parallel"] is not None and options["max_parallel"] < 1:
-        raise UsageError(f"--max_parallel={options['max_parallel']} should be at least 1")
+    for name, least in (("max_parallel", 1), ("gpus_each", 0)):
+        if options[name] is not None and options[name] < least:
+            raise UsageError(f"--{name}={options[name]} should be at least {least}")
     return options
+
+
+def _recorded_target(arguments: Sequence[str]) -> str:
+    """That of the sweep which is there already; its flags are those of its target."""
+    given = [each.partition("=")[2] for each in arguments if each.startswith("--workdir=")]
+    folder = paths.normal(given[-1]) if given else ""
+    return index.read(folder).settings.target if folder and index.exists(folder) else "local"
 
 
 def _new(
     folder: str, config: Sequence[str], sweep: Sequence[str], options: Mapping[str, Any], asked: argparse.Namespace
 ) -> Index:
-    if index.exists(folder):
-        raise UsageError(f"{folder} holds a sweep already; go on with it by --resume, or give another --workdir")
-    foreign = [name for name in paths.list_names(folder) if name not in (lock.LOCAL_NAME, lock.REMOTE_NAME)]
-    if foreign:
-        raise UsageError(f"{folder} holds {foreign[0]} and no sweep; give a new or empty --workdir")
+    if not (asked.dry_run and paths.is_remote(folder)):  # which needs no network
+        _check_empty(folder)
+    if asked.halving and asked.target != "local":
+        raise UsageError(
+            f"--halving={asked.halving} is for --target=local: only here it is known when a rung has ended"
+        )
     settings = Settings(
         config=tuple(config),
         target=asked.target,
@@ -121,12 +148,22 @@ def _new(
     return found
 
 
+def _check_empty(folder: str) -> None:
+    if index.exists(folder):
+        raise UsageError(f"{folder} holds a sweep already; go on with it by --resume, or give another --workdir")
+    foreign = [name for name in paths.list_names(folder) if name not in (lock.LOCAL_NAME, lock.REMOTE_NAME)]
+    if foreign:
+        raise UsageError(f"{folder} holds {foreign[0]} and no sweep; give a new or empty --workdir")
+
+
 def _resumed(
     folder: str, config: Sequence[str], sweep: Sequence[str], options: Mapping[str, Any], asked: argparse.Namespace
 ) -> Index:
     """The sweep of the folder, with what is given anew: flags, and members that its definition has more."""
     found = index.read(folder)
     before = found.settings
+    if asked.target != before.target:
+        raise UsageError(f"--target={asked.target}, but {folder} is a sweep of --target={before.target}; leave it out")
     if asked.halving and halving.parse(asked.halving) != before.halving:
         raise UsageError(f"--halving={asked.halving} is not what the sweep was started with; leave it out")
     if config and tuple(config) != before.config:
@@ -159,10 +196,11 @@ def _jobs(found: Index) -> dict[str, Job]:
     """The job of each member. Raises UsageError, with the member, for an override that its config does not take."""
     settings, folder = found.settings, found.folder
     prefix = str(settings.launch.get("name", "")) or jobs_of.name_of(folder)
+    here_alone = settings.target == "local"
     jobs = {}
     for entry in found:
         config = (*settings.config, *entry.member.overrides)
-        name = entry.name if settings.target == "local" else f"{prefix}-{entry.name}"
+        name = entry.name if here_alone else members.job_name(prefix, entry.name, folder)
         own = {"name": name, "workdir": found.workdir(entry.name)}
         try:
             jobs[entry.name] = flags.describe(config, {**settings.launch, **own}, target=settings.target)
@@ -172,6 +210,10 @@ def _jobs(found: Index) -> dict[str, Job]:
 
 
 def _print(found: Index, jobs: Mapping[str, Job]) -> int:
+    if found.settings.target != "local":
+        print(f"# the first of {len(found)} members:")
+        launch = elsewhere.launcher(found.settings.target)
+        launch(flags.Asked(jobs[found.names[0]], dry_run=True, check=False))
     for entry in found:
         print(f"{entry.name}: {', '.join(entry.member.overrides)}")
         print(f"  {shlex.join(('python', *jobs[entry.name].arguments))}")
@@ -179,23 +221,33 @@ def _print(found: Index, jobs: Mapping[str, Job]) -> int:
     return 0
 
 
-def _go(found: Index, jobs: Mapping[str, Job], schedules: Mapping[str, int], asked: argparse.Namespace) -> int:
-    paths.make_directory(found.folder)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock.locked(found.folder))
-        found.write()
+def _here(found: Index, jobs: Mapping[str, Job], schedules: Mapping[str, int], asked: argparse.Namespace) -> int:
+    with Pool(asked.max_parallel or 1, asked.gpus_each) as pool:
+        for entry in found:
+            if entry.state == RUNNING:  # of a sweep that was killed
+                found.change(entry.name, state=WAITING)
         runs = here.Here(found, jobs, schedules, int(found.settings.launch.get("max_restarts", 0)), say)
-        pool = stack.enter_context(Pool(asked.max_parallel or 1))
         if asked.retry:
             runs.retry(asked.retry, pool)
         else:
             runs.run(pool)
         stopped = pool.asked
-        status = _show(found, asked)
+    status = _show(found, asked)
     if stopped:
         say(f"asked to stop; {_again(found)} --resume goes on")
         return PREEMPTED
     return status
+
+
+def _elsewhere(found: Index, jobs: Mapping[str, Job], _: Mapping[str, int], asked: argparse.Namespace) -> int:
+    for name in asked.retry:
+        found.change(name, state=WAITING)
+    launch = elsewhere.launcher(found.settings.target)
+    if not elsewhere.submit(found, jobs, launch, at_once=asked.max_parallel, say=say):
+        say(f"asked to stop; what was submitted runs on, and {_again(found)} --resume submits the rest")
+        return PREEMPTED
+    say(f"all {len(found)} members are submitted; {_again(found)} --results shows how far they are")
+    return 0
 
 
 def _show(found: Index, asked: argparse.Namespace) -> int:

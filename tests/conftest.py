@@ -57,11 +57,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file share a worker, as their fixtures share compiled programs; a named group spans files."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Asked of the process that the workers belong to; without xdist nobody asks."""
+    from tests.workers import ByGroup
+
+    return ByGroup(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files first, where there are workers to give them to."""
+    if hasattr(config, "workerinput"):
+        from tests.workers import LONGEST
+
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
 
 
 def pytest_warning_recorded(warning_message) -> None:

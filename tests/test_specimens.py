@@ -138,6 +138,27 @@ def test_a_run_of_format_3_generates_as_it_did_and_is_resumed_to_the_same_losses
     assert json.loads((workdir / "config.json").read_text())["format"] > 3
 
 
+def test_reinforcement_learning_of_format_5_goes_on_with_the_answers_that_it_holds(tmp_path):
+    """Steps 7 and 8 are updates of stored answers, 9 and 10 draw new ones."""
+    specimen = ROOT / "tests" / "specimens" / "format5"
+    expected = json.loads((specimen / "expected.json").read_text())["rows"]
+    workdir = pathlib.Path(shutil.copytree(specimen / "run", tmp_path / "run"))
+    done = alone("rl", "--config=configs/rl/test.py", f"--workdir={workdir}", *GIVEN)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [{name: row[name] for name in expected[0]} for row in rows if "train/loss" in row]
+    assert found == [pytest.approx(then, rel=1e-5, abs=1e-7) for then in expected]
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["format"] > 5 and config["rl"]["answers_per_row"] == 1
+
+
+# A config file comes along, since a stored config holds no functions: what the run had besides.
+GIVEN = [
+    *("--config.seed=1", "--config.runtime.threads=1", "--config.rl.epochs=2", "--config.loop.steps=10"),
+    *("--config.checkpoint.every_steps=6", "--config.evaluate.every_steps=10", "--config.model.width=16"),
+    *("--config.model.decoder.layers=1", "--config.model.decoder.mlp=32"),
+]
+
 ADAPTER = ROOT / "tests" / "specimens" / "adapter"
 ADAPTER_EXPECTED = ADAPTER / "expected.json"
 

@@ -9,6 +9,7 @@ def rl() -> dict:
     return {
         "prompts": 8,
         "samples": 8,
+        "answers_per_row": 1,
         "epochs": 1,
         "new_tokens": 64,
         "rows": 0,

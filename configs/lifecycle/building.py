@@ -18,10 +18,11 @@ def run(
     curves: list[str] | None = None,
 ) -> dict:
     config = f"--config={CONFIGS}/{name}.py:{kind.name},{folder}"
+    seed = [f"--config.seed={kind.seed}"] if kind.seed else []
     return {
         "name": name,
         "says": says,
-        "command": ["-m", "t5x_like", command, config, f"--workdir={folder}/{name}"],
+        "command": ["-m", "t5x_like", command, config, f"--workdir={folder}/{name}", *seed],
         "reads": reads,
         "makes": f"{folder}/{name}",
         "resumes": True,

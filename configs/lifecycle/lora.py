@@ -17,8 +17,12 @@ def get_config(given: str = "llama,runs/lifecycle") -> ConfigDict:
     config.adapter.name = "lora"
     # Without the old tasks beside the new one the adapter answers every question as if it were the new one.
     sources = {"new": f"jsonl:{folder}/data/new_examples.jsonl", "old": f"jsonl:{folder}/data/examples.jsonl"}
-    config.data.mixture.sources = sources
     config.data.mixture.rates = {"new": 0.3, "old": 0.7}
+    if not kind.chat:
+        # Without conversations the adapter of a T5 forgets them; a decoder's hardly does (docs/log.md).
+        sources["people"] = f"jsonl:{folder}/data/people.jsonl"
+        config.data.mixture.rates = {"new": 0.3, "old": 0.6, "people": 0.1}
+    config.data.mixture.sources = sources
     config.data.batch_size = 4
     config.data.tokenizer = f"{folder}/instruct/tokenizer"
     config.optim.update({"name": "adamw", "learning_rate": 5e-3 if kind.chat else 2e-3, "weight_decay": 0.0})

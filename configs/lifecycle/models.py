@@ -13,7 +13,7 @@ SOURCE, ANSWER = 48, 20  # tokens of a question, and of an answer
 class Kind(NamedTuple):
     """base: a run of the config `pretrain`, used as it is where it is finished. asked: a question as the model reads
     it; chat: whether the chat template "plain" writes it so, else it is the source of an encoder as it stands. tasks:
-    what instruction tuning teaches, those of tasks.py; new: what an adapter does."""
+    what instruction tuning teaches, those of tasks.py; new: what an adapter does. seed: of all runs behind the base."""
 
     name: str
     base: str
@@ -22,6 +22,7 @@ class Kind(NamedTuple):
     chat: bool
     tasks: tuple[str, ...]
     new: str
+    seed: int = 0
 
     @property
     def all_tasks(self) -> tuple[str, ...]:

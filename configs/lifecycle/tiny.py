@@ -2,6 +2,7 @@
 
     make lifecycle                                             a decoder, from configs/pretrain/tiny.py
     make lifecycle CONFIG=configs/lifecycle/tiny.py:t5         an encoder-decoder, from configs/pretrain/t5_tiny.py
+    make lifecycle CONFIG=configs/lifecycle/tiny.py:llama,1    the decoder again, its later runs with another seed
 Hardware: 2 CPU cores, 9 minutes for the decoder, pretraining included. Gains and their intervals: docs/log.md.
 
 The models have one million parameters and have read Shakespeare. What they can really learn decides the tasks
@@ -11,7 +12,7 @@ something to gain that a held-out question can show:
 
 - instruction tuning: the form of an answer, and rules. Demonstrations are what people give: of some tasks 11 in 20 are
   careless (letters written down as they stand), and a model learns that too
-- an adapter: a rule that the model has not seen. It is merged, so that what follows knows it
+- an adapter: a rule that the model has not seen, beside what it knows. It is merged, so that what follows knows it
 - the model's own wrong answers beside the right ones are pairs, for a reward model and for DPO. They tell care from
   carelessness, which no further demonstration of the same kind would
 - GRPO: what is right is reinforced, and a little of what the reward model prefers among wrong answers
@@ -29,20 +30,22 @@ from t5x_like.configs.lifecycle.building import TOOLS, WRITES, evaluate, gains, 
 from t5x_like.configs.lifecycle.models import Kind
 
 ASKED = {
-    models.LLAMA: (
+    "llama": (
         "Reverse: b a d c",
         "Sort: t e a m",
         "Count a: a b c a a",
         "Double: g o",
         "Give me a list of fruits.",
     ),
-    models.T5: ("Sort: t e a m", "Down: t e a m", "Least: t e a m", "Ends: t e a m", "List some fruits."),
+    "t5": ("Sort: t e a m", "Down: t e a m", "Least: t e a m", "Ends: t e a m", "List some fruits."),
 }
 
 
 def get_stages(folder: str, kind: str = "llama") -> list[dict]:
-    """`folder`: of all that is made; `kind`: llama or t5. A base of that kind is trained where there is none."""
-    found = models.KINDS[kind]
+    """`folder`: of all that is made; `kind`: llama or t5, or with a seed of all that follows the base, as in `t5,1`. A
+    base of that kind is trained where there is none."""
+    name, _, seed = kind.partition(",")
+    found = models.KINDS[name]._replace(seed=int(seed or 0))
     return [*_begin(found, folder), *_adapted(found, folder), *preferences.stages(found, folder), *_end(found, folder)]
 
 
@@ -73,7 +76,8 @@ def _begin(kind: Kind, folder: str) -> list[dict]:
 
 
 def _adapted(kind: Kind, folder: str) -> list[dict]:
-    reads = [f"{folder}/instruct", f"{folder}/data/examples.jsonl", f"{folder}/data/new_examples.jsonl"]
+    learned = ["examples", "new_examples", *([] if kind.chat else ["people"])]
+    reads = [f"{folder}/instruct", *(f"{folder}/data/{name}.jsonl" for name in learned)]
     return [
         run(kind, folder, "lora", reads=reads, says="an adapter of rank 8 for a task that is new")
         | {"gains": gains(kind, folder, "lora", "instruct", "new", "five", "people")},
@@ -101,10 +105,10 @@ def _adapted(kind: Kind, folder: str) -> list[dict]:
 def _end(kind: Kind, folder: str) -> list[dict]:
     grpo, export = f"{folder}/grpo", f"{folder}/export"
     form, says, read = "compressed-tensors", "int8 weights as a compressed-tensors folder", []
-    asks = ["--chat", *(f"--prompt={each}" for each in ASKED[kind])]
+    asks = ["--chat", *(f"--prompt={each}" for each in ASKED[kind.name])]
     if not kind.chat:
         form, says, read = "hf", "a Hugging Face folder, in floats; it is read in int8", ["--dtype=int8"]
-        asks = [f"--prompt={each}" for each in ASKED[kind]]
+        asks = [f"--prompt={each}" for each in ASKED[kind.name]]
     return [
         {
             "name": "export",

@@ -2,6 +2,8 @@
 
     make train
 Hardware: 2 CPU cores, about 3 minutes. Expected: at most 2.40 bits per byte on the last tenth of the text.
+
+    python -m launch.sweep --config=tiny --config.loop.steps=60 --workdir=runs/rates
 """
 
 from ml_collections import ConfigDict
@@ -24,3 +26,11 @@ def get_config() -> ConfigDict:
     config.evaluate.every_steps = 300
     config.checkpoint.every_steps = 300
     return config
+
+
+def sweep(add):
+    """Learning rates and seeds; docs/log.md has what came of them."""
+    from launch.sweeps import points
+
+    rates = points.values("config.optim.learning_rate", [1e-3, 3e-3, 1e-2, 3e-2])
+    add(*points.product(rates, points.seeds(2)))

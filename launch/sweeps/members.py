@@ -16,6 +16,7 @@ from launch.sweeps import points as combining
 from t5x_like.core.errors import UsageError
 
 NAME_LENGTH = 32
+JOB_LENGTH = 40  # what xpk takes, and what leaves room for the suffixes of pods of the largest slices
 _DIGEST = 6  # hexadecimal digits that tell names apart where words cannot
 _SCALAR = (int, float, str, bool, type(None))
 
@@ -56,6 +57,19 @@ def members(sweep: Sequence[Mapping[str, Any]], known: Iterable[Member] = ()) ->
         if mark not in made:
             made[mark] = Member(_name(point, {member.name for member in made.values()}), point)
     return list(made.values())
+
+
+def job_name(prefix: str, name: str, folder: str) -> str:
+    """The name of a member's job on a cluster, where members of other sweeps may have the same point.
+
+    >>> job_name("rates", "lr-1e-3", "gs://bucket/rates")
+    'rates-lr-1e-3'
+    """
+    if len(prefix) + len(name) < JOB_LENGTH:
+        return f"{prefix}-{name}"
+    digest = hashlib.sha256(folder.encode()).hexdigest()[:_DIGEST]
+    kept = prefix[: max(0, JOB_LENGTH - len(name) - len(digest) - 3)].rstrip("-")
+    return f"{f'{kept}-' if kept else 's'}{digest}-{name}"
 
 
 def _checked(point: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
+from t5x_like.core.errors import UsageError
 from t5x_like.storage import paths
 
 OUTPUT = "log.output.txt"  # in the workdir of a run: what it would show on a terminal, of all its starts
@@ -44,10 +45,13 @@ class Ended:
 
 
 class Pool:
-    """Use as a context; `run` may be called several times. `asked`: somebody asked to stop."""
+    """Use as a context; `run` may be called several times. `asked`: somebody asked to stop.
 
-    def __init__(self, at_once: int):
-        self._at_once = at_once
+    gpus_each: how many GPUs each run sees, others than those that run beside it; 0: all of them.
+    """
+
+    def __init__(self, at_once: int, gpus_each: int = 0):
+        self._places = [_gpus(place, gpus_each) for place in reversed(range(at_once))]
         self._running: list[_Run] = []
         self._signals = 0
 
@@ -79,12 +83,13 @@ class Pool:
         """Runs all tasks, or until it is asked to stop. `ends` says whether to start the same task again."""
         waiting = list(reversed(tasks))
         while self._running or (waiting and not self.asked):
-            while waiting and len(self._running) < self._at_once and not self.asked:
+            while waiting and self._places and not self.asked:
                 task = waiting.pop()
-                self._running.append(_Run(task))
+                self._running.append(_Run(task, self._places.pop()))
                 begins(task)
             for run in [each for each in self._running if each.child.poll() is not None]:
                 self._running.remove(run)
+                self._places.append(run.place)
                 if ends(run.task, run.end()) and not self.asked:
                     waiting.append(run.task)
             time.sleep(_POLL_SECONDS)
@@ -101,8 +106,8 @@ class Pool:
 class _Run:
     """A child and its output, which is kept on a disk while it runs and goes to its bucket at the end."""
 
-    def __init__(self, task: Task):
-        self.task = task
+    def __init__(self, task: Task, place: Mapping[str, str]):
+        self.task, self.place = task, place
         self._started = time.monotonic()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._target = paths.join(task.workdir, OUTPUT)
@@ -120,7 +125,7 @@ class _Run:
             self._begin = output.tell()
             self.child = subprocess.Popen(
                 task.command,
-                env={**os.environ, **task.environment, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **task.environment, **place, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -140,6 +145,21 @@ class _Run:
         if status < 0:
             said = f"ended by {signal.Signals(-status).name}{f'; before that: {said}' if said else ''}"
         return Ended(status, seconds, said)
+
+
+def _gpus(place: int, each: int) -> dict[str, str]:
+    """The variable that shows a run the GPUs of its place, of those that this process sees."""
+    if not each:
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = seen.split(",") if seen else [str(number) for number in range((place + 1) * each)]
+    own = names[place * each : (place + 1) * each]
+    if len(own) < each:
+        raise UsageError(
+            f"CUDA_VISIBLE_DEVICES={seen} names {len(names)} GPUs, too few for {place + 1} runs of {each}; lower "
+            "--max_parallel or --gpus_each"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def _last_line(output: IO[bytes]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.sweeps import outcomes
 from launch.sweeps import points as combining
-from launch.sweeps.index import Decision, Entry, Index
+from launch.sweeps.index import DONE, Decision, Entry, Index
 from launch.sweeps.outcomes import Outcome
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
@@ -30,6 +30,7 @@ class Result:
     last: float | None
     best: float | None
     best_step: int | None
+    state: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,9 @@ def table(index: Index, found: Mapping[str, Outcome], *, metric: str = "", goal:
     for entry in index:
         outcome = found[entry.name]
         best = outcome.best(metric, goal)
-        results.append(Result(entry, outcome.step, outcome.last(metric), *(best or (None, None))))
+        ended = outcome.finished is not None and outcome.finished >= entry.steps > 0
+        state = DONE if ended else entry.state
+        results.append(Result(entry, outcome.step, outcome.last(metric), *(best or (None, None)), state))
     results.sort(key=lambda result: rank(result.last, goal))
     return Table(metric, goal, fields, tuple(results), tuple(index.decisions))
 
@@ -93,7 +96,7 @@ def markdown(found: Table, title: str) -> str:
     rows = []
     for place, result in enumerate(found.results, 1):
         entry = result.entry
-        state = entry.state if entry.status in (None, 0, 75) else f"{entry.state} ({entry.status})"
+        state = result.state if entry.status in (None, 0, 75) else f"{result.state} ({entry.status})"
         values = [_shown(entry.member.point[path]) if path in entry.member.point else "" for path in found.fields]
         rows.append(
             [str(place) if result.last is not None else "", entry.name, *values, _number(result.last)]
@@ -124,7 +127,7 @@ def records(found: Table) -> list[dict[str, Any]]:
             "steps": result.entry.steps,
             "seconds": round(result.entry.seconds, 1),
             "starts": result.entry.starts,
-            "state": result.entry.state,
+            "state": result.state,
             "said": result.entry.said,
         }
         for result in found.results

@@ -214,9 +214,10 @@ def _check_settings(options: Any, reference: "Evaluation", facts: dict[str, Any]
 
 
 def _missing(reference: "Evaluation", found: "list[Evaluation]") -> list[str]:
-    """A line for each metric that only one side has; UsageError for a task with another number of examples."""
+    """A line for each metric that only one side has, or of which documents are; UsageError for a task with another
+    number of examples."""
     lines = []
-    known = {metric.key for metric in reference.metrics}
+    known = {metric.key: metric for metric in reference.metrics}
     for evaluation in found:
         for task, shots in evaluation.shots.items():
             if reference.shots.get(task, shots) != shots:
@@ -224,13 +225,19 @@ def _missing(reference: "Evaluation", found: "list[Evaluation]") -> list[str]:
                     f"--fail_if_worse={reference.model}: {task} was asked after {reference.shots[task]} examples "
                     f"there, after {shots} of {evaluation.model}; give --num_fewshot as there"
                 )
-        own = {metric.key for metric in evaluation.metrics}
-        lines += [
-            f"{task} {name}: only {reference.model} has it, not compared" for task, name, _ in sorted(known - own)
-        ]
-        lines += [
-            f"{task} {name}: only {evaluation.model} has it, not compared" for task, name, _ in sorted(own - known)
-        ]
+        own = {metric.key: metric for metric in evaluation.metrics}
+        for key in sorted(known.keys() - own.keys()):
+            lines.append(f"{key[0]} {key[1]}: only {reference.model} has it, not compared")
+        for key in sorted(own.keys() - known.keys()):
+            lines.append(f"{key[0]} {key[1]}: only {evaluation.model} has it, not compared")
+        for key, metric in own.items():
+            before = known[key].documents if key in known else metric.documents
+            shared = len(set(before) & set(metric.documents))
+            if shared < max(len(before), len(metric.documents)):
+                lines.append(
+                    f"{key[0]} {key[1]}: {reference.model} has {len(before)} documents, {evaluation.model} "
+                    f"{len(metric.documents)}, and {shared} are the same and compared; evaluate both on the same files"
+                )
     return lines
 
 

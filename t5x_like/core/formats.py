@@ -11,7 +11,7 @@ from typing import Any
 
 from t5x_like.core.errors import UserError
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,8 @@ _CSV = Change(adds={"data.csv_separator": ""})
 _ROLLOUT_WEIGHTS = Change(adds={"rl.weights": "sharded"})
 # The answers of decoders were encoded as texts of their own.
 _ANSWERS = Change(adds={"data.answers": "apart"})
+# Each answer had a row of its own.
+_ANSWERS_PER_ROW = Change(adds={"rl.answers_per_row": 1})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -135,6 +137,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
     3: (_TRUNCATE, _BAD_RECORDS, _BRANCH, _TRACKERS),
     4: (_HEADS, _CSV, _ADAPTER, _CHAT),
     5: (_ROLLOUT_WEIGHTS, _ANSWERS),
+    6: (_ANSWERS_PER_ROW,),
 }
 
 

@@ -25,7 +25,8 @@ class FieldsConfig:
     prompt, chosen, rejected: or none. A record is a pair: two answers to a prompt, the chosen one better; without
         prompt, chosen and rejected are whole dialogues that begin with it (data/write/preferences.py)
     label: the class of `text`, a whole number from 0; or none
-    messages: a conversation, a list of {role, content} (data/templates/messages.py); or none
+    messages: a conversation, a list of {role, content} (data/templates/messages.py); or none. With `inputs` and
+        `targets` beside it a record without messages is an example, so that sources of both may be mixed
     """
 
     text: str
@@ -46,14 +47,17 @@ class FieldsConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The fields that are read of a record."""
-        if self.messages:
-            return (self.messages,)
+        """The fields that are read of a record, as far as it has them."""
         if self.rejected:
             return tuple(name for name in (self.prompt, self.chosen, self.rejected) if name)
-        if self.targets:
-            return (self.inputs, self.targets)
+        if self.messages or self.targets:
+            return tuple(name for name in (self.messages, self.inputs, self.targets) if name)
         return (self.text, self.label) if self.label else (self.text,)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What is read besides where a record has it: tools, since conversations that offer some are refused."""
+        return ("tools",) * bool(self.messages or self.rejected)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -159,6 +163,9 @@ class ChatConfig:
             raise UsageError(
                 f"{path}.train_on and system have no effect with template='none'; leave them at 'assistant' and ''"
             )
+
+
+NO_CHAT = ChatConfig(template="none", train_on="assistant", system="")
 
 
 @dataclasses.dataclass(frozen=True)

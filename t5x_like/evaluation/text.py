@@ -22,7 +22,7 @@ from t5x_like.core import config as bridge
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
 from t5x_like.data import cache
-from t5x_like.data.config import PLAIN, DataConfig
+from t5x_like.data.config import NO_CHAT, PLAIN, DataConfig
 from t5x_like.data.open_files import open_files
 from t5x_like.data.read.features import FEATURES
 from t5x_like.data.read.interface import Batch, Draw, Reader, Span
@@ -39,6 +39,7 @@ from t5x_like.objectives.lm import HELD_OUT
 from t5x_like.parallel.sharding import constrain, named, use_rules
 
 BLOCK = 4096  # bytes of text that are one observation: the same text for any tokenizer
+_DIGITS = 16  # hexadecimal, of the fingerprint of a source
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _ENDINGS |= {".arrow": "arrow"}
 
@@ -82,8 +83,10 @@ def config_of(
             )
         section = {**usual, "length": subject.max_length}
     config = bridge.build(DataConfig, section, path="config.data")
-    documents = config.features in ("causal", "span_corruption") and not config.fields.targets
-    change: dict[str, Any] = {} if documents else {"features": "causal", "fields": PLAIN, "packing": "concatenate"}
+    documents = config.features in ("causal", "span_corruption")
+    documents = documents and (bool(config.fields.messages) or not config.fields.targets)
+    plain = {"features": "causal", "fields": PLAIN, "chat": NO_CHAT, "packing": "concatenate"}
+    change: dict[str, Any] = {} if documents else plain
     if not documents and subject.has_encoder:
         raise UsageError(f"{subject.name}: its run read examples, not texts; evaluate it on --tasks")
     change |= {"source": source, "mixture": dataclasses.replace(config.mixture, sources={}, rates={})}
@@ -98,17 +101,22 @@ def config_of(
 
 
 def measure(subject: EvaluatedModel, config: DataConfig, *, name: str, batch_tokens: int) -> list[Metric]:
-    """Metrics of the source of `config` under the task `name`."""
+    """Metrics of the source of `config` under the task `name`.
+
+    Documents are known by the content of the whole source and their place in it: not by place alone, at which another
+    text may stand tomorrow, nor by their own content alone, which several may share.
+    """
     with tempfile.TemporaryDirectory(prefix="t5x_like-text-") as folder:
         saved = os.path.join(folder, "tokenizer")
         subject.vocabulary.save(saved)
-        manifest = prepare(config, os.path.join(folder, "cache"), report=None, tokenizer=saved).manifest
+        prepared = prepare(config, os.path.join(folder, "cache"), report=None, tokenizer=saved)
         found: dict[str, _Totals] = {}
-        for part, entry in sorted(manifest.train.items()):
+        for part, entry in sorted(prepared.manifest.train.items()):
             place = cache.local_folder(os.path.join(folder, "cache")) / entry.folder
             rows = _Rows(subject, config, place)
             for key, totals in rows.observations(batch_tokens):
-                key = f"{part}/{key}" if len(manifest.train) > 1 else key
+                key = f"{prepared.contents[part][:_DIGITS]}:{key}"
+                key = f"{part}/{key}" if len(prepared.contents) > 1 else key
                 found[key] = _plus(found[key], totals) if key in found else totals
     return _metrics(name, found)
 

@@ -3,7 +3,7 @@
 An encoder-decoder first runs its encoder on the sources, once; its prompts are what its decoder begins with. Batching
 of requests that come and go, paging and streaming are not here.
 
-Names: B batch (rows), T prompt length (padded), S source length (padded), V vocabulary.
+Names: B batch (rows), R rows that go on from them, T prompt length (padded), S source length (padded), V vocabulary.
 """
 
 import dataclasses
@@ -66,9 +66,10 @@ def continue_rows(
     params: Tree,
     tokens_BT: Int[Array, "B T"],
     lengths_B: Int[Array, " B"],
-    keys_B: Array,
+    keys_R: Array,
     source: Mapping[str, Array],
     *,
+    samples: int,
     limit: Int[Array, ""],
     steps: int,
     sampling: Sampling,
@@ -78,16 +79,20 @@ def continue_rows(
 ) -> Continued:
     """Up to `limit` <= `steps` new tokens a row, the last of them one of `stop_ids`. For use under jit.
 
-    source: what an encoder reads, {} without one. scored: also the log-probability of each new token after temperature;
-    top-k and top-p do not enter it.
+    samples: rows that go on from each prompt, R = B samples, one behind the other; a prompt is computed once for all of
+    them. source: what an encoder reads, {} without one. scored: also the log-probability of each new token after
+    temperature; top-k and top-p do not enter it.
     """
-    rows, length = tokens_BT.shape
-    cache = model.start(params, source, rows=rows, length=length + steps)
+    rows, length = len(keys_R), tokens_BT.shape[1]
+    cache = model.start(params, source, rows=len(tokens_BT), length=length + steps)
     logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
+    if samples > 1:
+        cache = {name: part.repeated(samples) for name, part in cache.items()}
+        logits_BV, lengths_B = (jnp.repeat(x, samples, axis=0) for x in (logits_BV, lengths_B))
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
 
     def pick(logits_BV: jax.Array, index: jax.Array) -> jax.Array:
-        return sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, index), sampling)
+        return sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_R, index), sampling)
 
     def going(carry) -> jax.Array:
         ended_B, index = carry[-2:]
@@ -145,6 +150,7 @@ def _continue(
         lengths_B,
         keys_B,
         source,
+        samples=1,
         limit=limit,
         steps=steps,
         sampling=sampling,

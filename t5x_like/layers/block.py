@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.layers.attention.biases import Bias
+from t5x_like.layers.attention.branches import Branches
 from t5x_like.layers.attention.choice import attention
 from t5x_like.layers.attention.kv_cache import Cache, Cross
 from t5x_like.layers.attention.masks import MaskSpec
@@ -142,7 +143,8 @@ class Rows:
 
     ropes: (cosines, sines) by theta. segments_BT: None for one segment; 0 is padding. prefix_BT: tokens that all of
     their segment see. positions_BT: given where a cache is read only, negative at padding; else masks go by index.
-    memory: what cross-attention reads; None with a cache, which then holds it.
+    memory: what cross-attention reads; None with a cache, which then holds it. branches: how the rows branch, None
+    where they do not.
     """
 
     ropes: dict[float, tuple[jax.Array, jax.Array]]
@@ -150,6 +152,7 @@ class Rows:
     prefix_BT: Bool[Array, "B T"] | None
     positions_BT: Int[Array, "B T"] | None
     memory: Memory | None
+    branches: Branches | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,7 +240,8 @@ class Attention(Projections):
         q_BTNH, k_BTKH, v_BTKH = self.queries(x_BTD, rope), self.keys(x_BTD, rope), self.values(x_BTD)
         scale, softcap, mask = self.config.scale, self.config.attention_softcap or None, self._mask(rows, kind)
         if cache is None:
-            context_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap, bias=bias)
+            attend = attention if rows.branches is None else rows.branches.attend
+            context_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap, bias=bias)
         else:
             context_BTNH = cache.attend(
                 q_BTNH, k_BTKH, v_BTKH, mask, layer=index, scale=scale, softcap=softcap, bias=bias

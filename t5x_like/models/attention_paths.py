@@ -17,6 +17,7 @@ from t5x_like.layers.attention.choice import attention_path
 from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.models.config import StackConfig
 from t5x_like.models.model import Model
+from t5x_like.models.one_stack import branched
 from t5x_like.parallel.sharding import use_rules
 
 
@@ -80,6 +81,9 @@ def _calls(model: Model, arrays: Mapping[str, Array]) -> Iterator[_Call]:
         return  # an objective that reads other arrays
     for name, stack in stacks.items():
         own, parts = arrays[tokens[name]], arrays.get(segments[name])
+        if name == "decoder" and "branches" in arrays:
+            own, branches = branched(own, arrays["branches"])
+            own, parts = branches.apart(own), None if parts is None else branches.apart(parts)
         prefix = arrays.get("prefix") if name == "decoder" else None
         for window in sorted({kind.window for kind in stack.kinds}):
             mask = MaskSpec(

@@ -70,9 +70,12 @@ class Model:
     ) -> Output:
         """Hidden states of a batch: `inputs` [B, T] and, where given, `positions` and `segment_ids` (0 is padding).
 
-        Absent positions are 0..T-1, absent segments are one. An encoder-decoder also reads `encoder_inputs` [B, S] and,
-        where given, `encoder_positions` and `encoder_segment_ids`: a segment of the decoder sees that of the encoder.
-        With a cache, which needs positions, the tokens also see those of earlier calls, and the encoder is not run.
+        Absent positions are 0..T-1, absent segments are one. A decoder also reads `branches` [B, J, N]: continuations
+        of its rows, of which none sees another. Rows then are padded on the left, and positions, segments and hidden
+        states are those of [B, T + J N], row and branches one behind the other. An encoder-decoder also reads
+        `encoder_inputs` [B, S] and, where given, `encoder_positions` and `encoder_segment_ids`: a segment of the
+        decoder sees that of the encoder. With a cache, which needs positions, the tokens also see those of earlier
+        calls, and the encoder is not run.
         key: dropout; None turns it off.
         """
         return self._run(params, batch, cache=cache, fresh_rows_R=None, key=key)
@@ -143,6 +146,8 @@ class Model:
     def _check_lengths(self, batch: Mapping[str, Array]) -> None:
         for name in ("inputs", "encoder_inputs"):
             length = batch[name].shape[1] if name in batch else 0
+            if name == "inputs" and "branches" in batch:
+                length += batch["branches"].shape[2]
             if length > self.config.max_length:
                 raise UserError(
                     f"a row of {length} tokens is longer than config.model.max_length={self.config.max_length}; "

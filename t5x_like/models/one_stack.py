@@ -4,7 +4,7 @@ A decoder is causal and keeps a cache. In an encoder (BERT's kind) every token s
 NOT here: the interface that the rest of the program sees (model.py), the stack (tower.py), logits and losses
 (layers/scoring/).
 
-Legend: B batch, T length, D model.
+Legend: B batch, T length, D model, P prefix of rows that branch, J branches of a row, N tokens of a branch.
 """
 
 import dataclasses
@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
+from t5x_like.layers.attention.branches import Branches
 from t5x_like.layers.param import empty
 from t5x_like.layers.scoring.head import Head
 from t5x_like.models.architecture import Output
@@ -41,7 +43,8 @@ class OneStack:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return ("inputs", "positions", "segment_ids", "prefix" if self.causal else "token_types")
+        of_kind = ("prefix", "branches") if self.causal else ("token_types",)
+        return ("inputs", "positions", "segment_ids", *of_kind)
 
     @functools.cached_property
     def _ends(self) -> Ends:
@@ -67,14 +70,16 @@ class OneStack:
         if cache is not None:
             self._require_cache()
         given = {name: batch.get(name) for name in self.inputs}
-        x_BTD = self._ends.embed(
-            params, batch["inputs"], given["positions"], types_BT=given.get("token_types"), key=key
-        )
+        ids_BT, branches = branched(batch["inputs"], given.get("branches"))
+        if branches is not None and cache is not None:
+            raise ValueError("rows that branch have no cache")
+        x_BTD = self._ends.embed(params, ids_BT, given["positions"], types_BT=given.get("token_types"), key=key)
         tokens = Tokens(
             length=x_BTD.shape[1],
             positions_BT=given["positions"],
             segments_BT=given["segment_ids"],
             prefix_BT=given.get("prefix"),
+            branches=branches,
         )
         x_BTD, cache, sums = self._tower.run(params, x_BTD, tokens, cache=cache, fresh_rows_R=fresh_rows_R, key=key)
         return Output(x_BTD, cache, sums)
@@ -100,3 +105,14 @@ class OneStack:
             raise UsageError(
                 "an encoder alone generates nothing, so it has no cache; take a decoder or an encoder-decoder"
             )
+
+
+def branched(
+    ids_BT: Int[Array, "B P"], branches_BJN: Int[Array, "B J N"] | None
+) -> tuple[Int[Array, "B T"], Branches | None]:
+    """(the tokens of whole rows, how they branch)."""
+    if branches_BJN is None:
+        return ids_BT, None
+    count = branches_BJN.shape[1]
+    behind_BT = branches_BJN.reshape(len(ids_BT), -1)
+    return jnp.concatenate([ids_BT, behind_BT], axis=1), Branches(ids_BT.shape[1], count)

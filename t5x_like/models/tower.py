@@ -20,6 +20,7 @@ from t5x_like.core.types import Tree
 from t5x_like.layers import stack
 from t5x_like.layers.attention import kv_cache
 from t5x_like.layers.attention.biases import Alibi, Bias, Buckets, slopes
+from t5x_like.layers.attention.branches import Branches
 from t5x_like.layers.block import Block, BlockPlace, Memory, Rows, Shared
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.norms import NORMS
@@ -51,7 +52,7 @@ class Tokens:
     """The tokens of one call beside their embeddings.
 
     positions_BT: None for the index. segments_BT: None for one segment; 0 is padding. prefix_BT: 1 where a token is
-    seen by all of its segment. memory: what cross attention reads.
+    seen by all of its segment. memory: what cross attention reads. branches: how rows branch, None where they do not.
     """
 
     length: int
@@ -59,6 +60,7 @@ class Tokens:
     segments_BT: Int[Array, "B T"] | None
     prefix_BT: Int[Array, "B T"] | None = None
     memory: Memory | None = None
+    branches: Branches | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Tower:
             prefix_BT=None if tokens.prefix_BT is None else tokens.prefix_BT > 0,
             positions_BT=_slot_positions(tokens, len(x_BTD), fresh=fresh) if reads else None,
             memory=tokens.memory,
+            branches=tokens.branches,
         )
         # A module for the span of one call: its parameters are the arrays at hand.
         ends: Any = nnx.merge(self._ends[0], {name: params[name] for name in self._ends[1]})

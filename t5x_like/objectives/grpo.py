@@ -13,7 +13,11 @@ Three aggregations by name, all sums over totals of the whole batch:
 The temperature of the rollouts divides the logits here too. The first update after a rollout is `on_policy`: its own
 log-probabilities are the old ones, so that rho is 1 whatever the compiler fuses.
 
-Names: B batch (rows, one answer each), T query length, D model.
+A row of a batch is an answer behind its prompt or, where the batch has `branches`, a prompt with several answers; what
+belongs to answers then has a dim for them (`by_answer`).
+
+Names: B batch (answers), T query length or, of answers that share a prompt, tokens of an answer, R rows, J answers of a
+row, P tokens of the prompt's room, D model.
 """
 
 import dataclasses
@@ -28,12 +32,14 @@ from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
 from t5x_like.layers.scoring.token_scores import token_scores
 from t5x_like.objectives.interface import Batch, Objective, Role, Sums, inputs
+from t5x_like.parallel.sharding import constrain, use_rules
 
 AGGREGATIONS = ("token", "sequence", "constant")
 # "role" is the model config.roles.reference, "base" the policy without its adapters. Either is scored before the
 # updates, which read its log-probabilities as an array of the batch.
 REFERENCES = ("none", "role", "base")
-READ = ("inputs", "targets", "loss_weights", "advantages", "on_policy", "old_logp", "rollout_logp")
+OF_ANSWERS = ("targets", "loss_weights", "advantages", "on_policy", "old_logp", "rollout_logp", "reference_logp")
+READ = ("inputs", *OF_ANSWERS[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +92,19 @@ def build(config: GrpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, Ar
     policy = roles["policy"]
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
-        return {"answers": total(config, batch["loss_weights"])}
+        return {"answers": total(config, by_answer(batch)["loss_weights"])}
 
     def loss(params, frozen, batch: Batch, key, totals) -> tuple[jax.Array, Sums]:
         scores = score(policy, params, frozen, batch, want=("logp", "entropy"), config=config, key=key)
-        value, sums = terms(config, scores.logp, batch)
-        weights_BT = batch["loss_weights"]
+        answers = by_answer(batch)
+        value, sums = terms(config, scores.logp, answers)
+        weights_BT = answers["loss_weights"]
         sums["entropy_token_mean"] = (jnp.sum(weights_BT * scores.entropy), jnp.sum(weights_BT))
         return value / totals["answers"], sums
 
     def evaluate(params, frozen, batch: Batch) -> Sums:
         scores = score(policy, params, frozen, batch, want=("logp",), config=config)
-        return terms(config, scores.logp, batch)[1]
+        return terms(config, scores.logp, by_answer(batch))[1]
 
     needed = (*READ, "reference_logp") if config.kl_coefficient else READ
     read = inputs(arrays, needed, optional=policy.model.inputs, objective="grpo")
@@ -105,11 +112,32 @@ def build(config: GrpoConfig, roles: Mapping[str, Role], arrays: Mapping[str, Ar
 
 
 def score(role: Role, params, frozen, batch: Batch, *, want: tuple[str, ...], config: GrpoConfig, key=None):
-    """Scores of the targets of a batch under a model of the run, at the temperature of the rollouts."""
+    """Scores of the targets of a batch under a model of the run, one row an answer, at the temperature of the
+    rollouts."""
     parameters = role.whole(params, frozen)
-    hidden_and_head = role.model.score_input(parameters, role.model.apply(parameters, batch, key=key))
+    hidden_BTD, head = role.model.score_input(parameters, role.model.apply(parameters, batch, key=key))
+    if "branches" in batch:
+        with use_rules(role.model.rules):
+            hidden_BTD = _before_answers(hidden_BTD, room=batch["inputs"].shape[1], answers=batch["branches"].shape[1])
     temperature = None if config.temperature == 1 else config.temperature
-    return token_scores(*hidden_and_head, batch["targets"], want=want, temperature=temperature)
+    return token_scores(hidden_BTD, head, by_answer(batch)["targets"], want=want, temperature=temperature)
+
+
+def by_answer(batch: Batch) -> Batch:
+    """OF_ANSWERS with one row an answer."""
+    found = {name: batch[name] for name in OF_ANSWERS if name in batch}
+    if "branches" not in batch:
+        return found
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()}
+
+
+def _before_answers(hidden_RTD: Float[Array, "R T D"], *, room: int, answers: int) -> Float[Array, "B N D"]:
+    """What stands before each token of each answer: the prompt's last token, then the answer's own."""
+    rows, _, width = hidden_RTD.shape
+    behind_RJTD = hidden_RTD[:, room:].reshape(rows, answers, -1, width)
+    last_RJ1D = jnp.broadcast_to(hidden_RTD[:, None, room - 1 : room], (rows, answers, 1, width))
+    before_BND = jnp.concatenate([last_RJ1D, behind_RJTD], axis=2).reshape(rows * answers, -1, width)
+    return constrain(before_BND, "batch", "length", None)
 
 
 def total(config: GrpoConfig, weights_BT: Float[Array, "B T"]) -> Float[Array, ""]:

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.parallel import slurm
 
 _PREFIX = "t5x_like"
 _SECONDS = 300.0  # patience with the others where the caller names none
@@ -221,12 +222,12 @@ def _number(name: str) -> int | None:
 
 
 def _detected(environ: Mapping[str, str]) -> _Place | None:
-    """A place that jax.distributed.initialize() fills in, on clusters that it knows; None elsewhere."""
-    tasks = environ.get("SLURM_NTASKS", "1")
-    if "SLURM_JOB_ID" in environ and tasks.isdigit() and int(tasks) > 1:
-        if "SLURM_STEP_NODELIST" not in environ or "SLURM_PROCID" not in environ:
-            raise UserError(f"SLURM_NTASKS={tasks}, but this is no Slurm step; start the command with srun")
-        return _Place(None, None, None, _slurm_local_devices(environ))
+    """The place in a Slurm step, or one that jax.distributed.initialize() fills in on clusters it knows; else None."""
+    if slurm.in_step(environ):
+        address = environ.get("JAX_COORDINATOR_ADDRESS") or slurm.coordinator(environ)
+        index, count = int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"])
+        devices = None if _platform() == "cpu" else slurm.local_devices(environ)
+        return _Place(address, index, count, devices)
     tpu_pod = len(environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
     tpu_slices = int(environ.get("MEGASCALE_NUM_SLICES") or "1") > 1
     kubernetes_job = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
@@ -240,16 +241,6 @@ def _on_tpu_machine(environ: Mapping[str, str]) -> bool:
     if _platform() not in ("", "tpu") or "TPU_SKIP_MDS_QUERY" in environ:
         return False
     return any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
-
-
-def _slurm_local_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """All GPUs of the node for a process that has it to itself; jax would give it only one. None: jax's rule."""
-    if not environ.get("SLURM_STEP_TASKS_PER_NODE", "").startswith(("1(", "1,")):
-        if environ.get("SLURM_STEP_TASKS_PER_NODE") != "1":
-            return None
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    count = len(visible.split(",")) if visible else int(environ.get("SLURM_GPUS_ON_NODE") or "0")
-    return list(range(count)) if count > 1 else None
 
 
 def _platform() -> str:

@@ -70,6 +70,8 @@ class AdvantageConfig:
 class RlConfig:
     """Of one iteration: `prompts` x `samples` answers, and the updates that are made of them.
 
+    answers_per_row: answers that share a row of an update, and their prompt in it, which is computed once for all of
+        them; 1: each has a row of its own. It divides samples
     epochs: how often each answer is trained on; updates of an iteration: epochs x answers / config.data.batch_size
     new_tokens: the most that an answer has, its end token among them. A row of config.data.length tokens holds prompt
         and answer; with an encoder, whose rows hold the prompt, it is new_tokens
@@ -89,6 +91,7 @@ class RlConfig:
 
     prompts: int
     samples: int
+    answers_per_row: int
     epochs: int
     new_tokens: int
     rows: int = dataclasses.field(metadata=RESUME_MAY_CHANGE)
@@ -114,6 +117,11 @@ class RlConfig:
         for field, least in (("prompts", 1), ("epochs", 1), ("new_tokens", 1), ("rows", 0), ("held_out", 0)):
             if getattr(self, field) < least:
                 raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least {least}")
+        if self.answers_per_row < 1 or self.samples % self.answers_per_row:
+            raise UsageError(
+                f"{path}.answers_per_row={self.answers_per_row} should divide {path}.samples={self.samples}: a row "
+                "holds answers to one prompt"
+            )
         if self.samples < 2:
             raise UsageError(f"{path}.samples={self.samples} should be at least 2: answers are compared in their group")
         if self.weights not in WEIGHTS:

@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 
 from t5x_like.data.read.permutation import permute
 from t5x_like.objectives.interface import Batch, Sums
-from t5x_like.parallel.sharding import addressable_rows, global_batch, replicated
+from t5x_like.parallel.sharding import replicated
 from t5x_like.rl.advantages import advantages, spread
 from t5x_like.rl.config import RlConfig
 from t5x_like.rl.prompts import Encoder, Prompts, Text
 from t5x_like.rl.rewards import Rewards, Sample
 from t5x_like.rl.rollout import Rollout, rollout_batch
-from t5x_like.rl.rows import RowShape, first_targets, from_rows, on_rows, text_arrays, token_arrays
+from t5x_like.rl.rows import OneARow, RowShape, SeveralARow, text_arrays
 from t5x_like.training.state import State
 
 Buffers = dict[str, np.ndarray]
@@ -74,7 +74,7 @@ class Iterations:
     ):
         self._config, self._programs, self._prompts, self._encoder = config, programs, prompts, encoder
         self._rewards, self._rows, self._seed, self._around = rewards, rows, seed, around
-        self._batch_size = next(iter(programs.batch.values())).shape[0]
+        self._batch_size = programs.batch["inputs"].shape[0] * config.answers_per_row  # answers
         self._buffers, self._evaluated = empty(config, rewards.names), 0
         self.updates = config.epochs * config.answers // self._batch_size
 
@@ -159,8 +159,9 @@ class Iterations:
         number = jax.device_put(np.array(iteration, np.int32), program.iteration.sharding)
         for first in range(0, len(ids), size):
             here = slice(first, first + size)
+            asked = ids[here][:: program.shape.samples]
             batch = rollout_batch(
-                ids[here], program.shape, prompt=prompt[here], sample=sample[here], start=self._rows.start
+                asked, program.shape, prompt=prompt[here], sample=sample[here], start=self._rows.start
             )
             placed = self._place(batch, program.batch)
             parts.append(jax.device_get(program.run(params, frozen, placed, number)))
@@ -204,36 +205,42 @@ class Iterations:
             wanted["reference_logp"] = self._programs.reference
         if not wanted:
             return {}
-        most, lengths = buffers["tokens"].shape[1], buffers["lengths"]
         found: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
         for first in range(0, len(ids), self._batch_size):
             here = slice(first, first + self._batch_size)
-            arrays = token_arrays(ids[here], buffers["tokens"][here], lengths[here], self._rows)
-            begins = first_targets(ids[here], self._rows)
-            batch = self._place(arrays, self._programs.scored)
+            layout = self._layout(ids[here], buffers["lengths"][here])
+            batch = self._place(layout.arrays(buffers["tokens"][here]), self._programs.scored)
             for name, program in wanted.items():
-                logp = jax.device_get(program(params, frozen, batch))
-                found[name].append(from_rows(logp, lengths[here], begins, most))
+                found[name].append(layout.taken(jax.device_get(program(params, frozen, batch))))
             self._around.progress()
         return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def _layout(self, ids: Sequence[Sequence[int]], lengths: np.ndarray) -> OneARow | SeveralARow:
+        """Of the rows that hold these answers."""
+        most = self._config.new_tokens
+        if self._config.answers_per_row == 1:
+            return OneARow(ids, lengths, self._rows, most)
+        return SeveralARow(ids, lengths, self._config.answers_per_row, self._rows.length + 1 - most, most)
 
     def _update(self, iteration: int, update: int) -> dict[str, np.ndarray]:
         """The arrays of an update: rows of all answers in an order that is another one in each epoch."""
         config, buffers = self._config, self._buffers
         epoch, part = divmod(update, config.answers // self._batch_size)
-        order = permute(np.arange(config.answers), config.answers, f"{self._seed}/rollouts/{iteration}/{epoch}")
-        chosen = order[part * self._batch_size : (part + 1) * self._batch_size]
+        rows, size = config.answers // config.answers_per_row, self._batch_size // config.answers_per_row
+        order = permute(np.arange(rows), rows, f"{self._seed}/rollouts/{iteration}/{epoch}")
+        first = order[part * size : (part + 1) * size] * config.answers_per_row
+        chosen = (first[:, None] + np.arange(config.answers_per_row)).reshape(-1)
         ids = self._ids(self.texts(iteration))
-        ids, lengths = [ids[index] for index in chosen], buffers["lengths"][chosen]
-        arrays = token_arrays(ids, buffers["tokens"][chosen], lengths, self._rows)
+        layout = self._layout([ids[index] for index in chosen], buffers["lengths"][chosen])
+        arrays = layout.arrays(buffers["tokens"][chosen])
         if config.truncated == "leave_out":
-            arrays["loss_weights"] *= (buffers["stopped"][chosen] > 0)[:, None]
-        begins = first_targets(ids, self._rows)
+            arrays["loss_weights"] *= layout.one_each((buffers["stopped"][chosen] > 0).astype(np.float32))[..., None]
         for name in ("old_logp", "reference_logp", "rollout_logp"):
-            arrays[name] = on_rows(buffers[name][chosen], lengths, begins, self._rows.length)
+            arrays[name] = layout.placed(buffers[name][chosen])
         total = self._rewards.total(buffers["rewards"]).reshape(config.prompts, config.samples)
-        arrays["advantages"] = advantages(total, config.advantage).reshape(-1)[chosen].astype(np.float32)
-        arrays["on_policy"] = np.full(self._batch_size, float(update == 0), np.float32)
+        advantage = advantages(total, config.advantage).reshape(-1)[chosen].astype(np.float32)
+        arrays["advantages"] = layout.one_each(advantage)
+        arrays["on_policy"] = layout.one_each(np.full(len(chosen), float(update == 0), np.float32))
         return arrays
 
     # Held-out prompts, answered greedily.
@@ -262,9 +269,10 @@ class Iterations:
 
     def _place(self, arrays: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Batch:
         """Sharded arrays; every process has made all rows."""
-        return global_batch(
-            lambda rows: {name: arrays[name][rows] for name in wanted}, rows=addressable_rows(wanted), arrays=wanted
-        )
+        return {
+            name: jax.make_array_from_callback(a.shape, a.sharding, functools.partial(_part, arrays[name]))
+            for name, a in wanted.items()
+        }
 
     def _replicated(self, array: np.ndarray) -> jax.Array:
         sharding = replicated(self._programs.mesh)

@@ -82,6 +82,10 @@ def read(config: DataConfig, source: str, *, where: str, report: Callable[[str],
             "config.data.fields.inputs is empty; name the field of the prompt, and as config.data.fields.targets that "
             "of the answer that verifiers expect"
         )
+    if config.fields.messages:
+        raise UsageError(
+            f"config.data.fields.messages={config.fields.messages!r}: prompts are those of examples; leave it empty"
+        )
     preprocessors.check(config.preprocessors, config.fields)
     parsed = sources.parse(source, where=where)
     if parsed.kind in ("seqio", "text", "lines"):

@@ -1,9 +1,10 @@
 """Answers of the policy, drawn from the parameters that are being trained, on their mesh: one jitted program.
 
 The key of an answer is that of (seed, iteration, prompt, sample), and folds in the place of each token: the same tokens
-come whatever rows are decoded together. A prompt is padded to a fixed length, so that nothing is compiled again.
+come whatever rows are decoded together. A prompt is padded to a fixed length, so that nothing is compiled again, and
+is computed once for the answers to it that stand in one call.
 
-Names: R rows decoded at once, T prompt length, S source length, N new tokens.
+Names: R rows decoded at once, P prompts that they answer, T prompt length, S source length, N new tokens.
 """
 
 import dataclasses
@@ -30,9 +31,11 @@ _PURPOSE = 0x726F6C6C  # sets these keys apart from those of dropout, which begi
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of one call of the program. source: tokens that an encoder reads, 0 without one."""
+    """Of one call of the program. samples: of its rows, one behind the other, answer the same prompt. source: tokens
+    that an encoder reads, 0 without one."""
 
     rows: int
+    samples: int
     prompt: int
     source: int
     new: int
@@ -64,6 +67,7 @@ def rollout_program(
             batch["lengths"],
             answer_keys(seed, iteration, batch["prompt"], batch["sample"]),
             source,
+            samples=shape.samples,
             limit=jnp.asarray(shape.new, jnp.int32),
             steps=shape.new,
             sampling=sampling,
@@ -78,10 +82,11 @@ def rollout_program(
             "logp": found.logp_BN,
         }
 
-    one = ArraySpec((shape.rows,), "int32", ("batch",))
-    specs = {"inputs": _rows(shape.rows, shape.prompt), "lengths": one, "prompt": one, "sample": one}
+    prompts = shape.rows // shape.samples
+    specs = {"inputs": _rows(prompts, shape.prompt), "lengths": _numbers(prompts)}
+    specs |= {"prompt": _numbers(shape.rows), "sample": _numbers(shape.rows)}
     if shape.source:
-        specs |= {name: _rows(shape.rows, shape.source) for name in ("encoder_inputs", "encoder_segment_ids")}
+        specs |= {name: _rows(prompts, shape.source) for name in ("encoder_inputs", "encoder_segment_ids")}
     iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     jitted = jax.jit(run, out_shardings=replicated(mesh), compiler_options=options)
     return Rollout(jitted, abstract_batch(mesh, model.rules, specs), iteration, shape)
@@ -89,6 +94,19 @@ def rollout_program(
 
 def _rows(rows: int, length: int) -> ArraySpec:
     return ArraySpec((rows, length), "int32", ("batch", None))
+
+
+def _numbers(rows: int) -> ArraySpec:
+    return ArraySpec((rows,), "int32", ("batch",))
+
+
+def together(rows: int, samples: int, shards: int) -> int:
+    """The most answers to a prompt that can share it in a call of `rows`, of which each shard has whole prompts.
+
+    >>> together(64, 8, 4), together(64, 8, 16), together(12, 8, 1)
+    (8, 4, 4)
+    """
+    return max(count for count in range(1, samples + 1) if samples % count == 0 and rows % (count * shards) == 0)
 
 
 def answer_keys(seed: int, iteration: Any, prompt_R: Any, sample_R: Any) -> jax.Array:
@@ -102,8 +120,8 @@ def answer_keys(seed: int, iteration: Any, prompt_R: Any, sample_R: Any) -> jax.
 def rollout_batch(
     ids: Sequence[Sequence[int]], shape: Shape, *, prompt: np.ndarray, sample: np.ndarray, start: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of a call, of prompts (or sources) `ids`; `start`: the token that a decoder with an encoder begins
-    with."""
+    """The arrays of a call, of prompts (or sources) `ids`, one for every `shape.samples` of its rows; `start`: the
+    token that a decoder with an encoder begins with."""
     width = shape.source or shape.prompt
     tokens, lengths = np.zeros((len(ids), width), np.int32), np.array([len(each) for each in ids], np.int32)
     for row, each in enumerate(ids):

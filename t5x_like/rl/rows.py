@@ -3,7 +3,9 @@
 A decoder's row is the prompt followed by the answer; of a model with an encoder the prompt is the source, and the
 decoder's row is the answer alone behind its start token. Only the answer carries loss, its end token included.
 
-Names: R rows, T length of a row, S of a source, N the most tokens of an answer.
+Several answers to a prompt may share it (`SeveralARow`).
+
+Names: R rows, T length of a row, S of a source, N the most tokens of an answer, J answers of a row.
 """
 
 import dataclasses
@@ -28,6 +30,81 @@ class RowShape:
     start: int
     judge: int | None = None
     end: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OneARow:
+    """Each answer stands behind its prompt in a row of its own. prompts: one an answer; most: N."""
+
+    prompts: Sequence[Sequence[int]]
+    lengths: Int[np.ndarray, " R"]
+    shape: RowShape
+    most: int
+
+    @property
+    def _first(self) -> Int[np.ndarray, " R"]:
+        return first_targets(self.prompts, self.shape)
+
+    def arrays(self, answers: Int[np.ndarray, "R N"]) -> dict[str, np.ndarray]:
+        return token_arrays(self.prompts, answers, self.lengths, self.shape)
+
+    def placed(self, values: Float[np.ndarray, "R N"]) -> Float[np.ndarray, "R T"]:
+        """A number for each token of the answers where the targets of a batch stand."""
+        return on_rows(values, self.lengths, self._first, self.shape.length)
+
+    def taken(self, values: Float[np.ndarray, "R T"]) -> Float[np.ndarray, "R N"]:
+        """The inverse of `placed`."""
+        return from_rows(values, self.lengths, self._first, self.most)
+
+    def one_each(self, values: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+        """A number for each answer where a batch holds it."""
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class SeveralARow:
+    """J answers of a prompt share it: a row is the prompt and, behind it, the answers. prompts: one an answer, those of
+    a row equal and one behind the other; room: tokens that a prompt may have; most: N. A answers in all."""
+
+    prompts: Sequence[Sequence[int]]
+    lengths: Int[np.ndarray, " A"]
+    count: int
+    room: int
+    most: int
+
+    def arrays(self, answers: Int[np.ndarray, "A N"]) -> dict[str, np.ndarray]:
+        """{inputs [R, room], branches [R, J, N - 1]} as models/model.py says, {segment_ids, positions} of both, and
+        {targets, loss_weights} [R, J, N]. Prompts stand at the end of their room; the last token of an answer is read
+        by nothing, and the first one is the target of the prompt's last."""
+        prompts, answers = self.prompts[:: self.count], self.one_each(answers)
+        rows = len(prompts)
+        inputs, held = np.zeros((rows, self.room), np.int32), np.array([len(ids) for ids in prompts])
+        for row, ids in enumerate(prompts):
+            inputs[row, self.room - len(ids) :] = ids
+        inside = np.arange(self.most) < self.one_each(self.lengths)[:, :, None]
+        read = inside[:, :, 1:]
+        index = np.arange(self.room) - (self.room - held)[:, None]
+        behind = np.broadcast_to(held[:, None, None] + np.arange(self.most - 1), read.shape)
+        return {
+            "inputs": inputs,
+            "branches": np.where(read, answers[:, :, :-1], 0).astype(np.int32),
+            "segment_ids": np.concatenate([index >= 0, read.reshape(rows, -1)], axis=1).astype(np.int32),
+            "positions": np.concatenate([np.maximum(index, 0), behind.reshape(rows, -1)], axis=1).astype(np.int32),
+            "targets": np.where(inside, answers, 0).astype(np.int32),
+            "loss_weights": inside.astype(np.float32),
+        }
+
+    def placed(self, values: Float[np.ndarray, "A N"]) -> Float[np.ndarray, "R J N"]:
+        inside = np.arange(self.most) < self.lengths[:, None]
+        return self.one_each(np.where(inside, values, 0.0).astype(np.float32))
+
+    def taken(self, values: Float[np.ndarray, "R JN"]) -> Float[np.ndarray, "A N"]:
+        inside = np.arange(self.most) < self.lengths[:, None]
+        return np.where(inside, values.reshape(-1, self.most), 0.0).astype(np.float32)
+
+    def one_each(self, values: np.ndarray) -> np.ndarray:
+        """[A, ...] -> [R, J, ...]."""
+        return values.reshape(-1, self.count, *values.shape[1:])
 
 
 def token_arrays(

@@ -16,16 +16,20 @@ from t5x_like.parallel.rules import Rules
 from t5x_like.parallel.sharding import constrain, use_rules
 
 # What a model reads of a batch, and the tokens that are scored.
-TOKENS = ("inputs", "targets", "segment_ids", "encoder_inputs", "encoder_segment_ids")
+TOKENS = (
+    *("inputs", "targets", "segment_ids", "encoder_inputs", "encoder_segment_ids"),
+    *("branches", "positions"),  # where answers share their prompt
+)
 
 
 def scoring_function(
     role: Role, config: GrpoConfig, *, rules: Rules, inputs: Mapping[str, ArraySpec], micro_batches: int
 ) -> Callable[[Any, Any, Batch], jax.Array]:
-    """`(params, frozen, batch) -> logp [B, T]`, pure and ready for jit; the batch holds TOKENS."""
+    """`(params, frozen, batch) -> logp [rows, targets of a row]`, pure and ready for jit; the batch holds TOKENS."""
 
     def part(params, frozen, batch: Batch) -> jax.Array:
-        return score(role, params, frozen, batch, want=("logp",), config=config).logp
+        logp = score(role, params, frozen, batch, want=("logp",), config=config).logp
+        return logp.reshape(len(batch["inputs"]), -1)
 
     def whole(params, frozen, batch: Batch) -> jax.Array:
         with use_rules(rules):

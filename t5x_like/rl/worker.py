@@ -18,6 +18,7 @@ from t5x_like.rl import verifiers
 
 def main() -> None:
     _end_with_parent()
+    _leave_signals_to_the_run()
     _limit_memory()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -51,6 +52,15 @@ def _end_with_parent() -> None:
     """Linux: a function that hangs must not outlive a run that was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _leave_signals_to_the_run() -> None:
+    """Slurm sends its warnings to every process of a job; the run saves, and needs the answers that are due.
+
+    By a handler, which programs that a function starts do not inherit, as they would SIG_IGN.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
 
 
 def _limit_memory() -> None:

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError
 from t5x_like.data import reference_logp
-from t5x_like.data.read import features
 from t5x_like.inference.decode import decode_step
 from t5x_like.models.model import Model
 from t5x_like.objectives import table as objectives
@@ -63,7 +62,7 @@ def step_program(experiment: Experiment, mesh: Mesh, *, opened: Opener = open_ro
     for name, other in others.items():
         _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
     roles = own | {name: frozen_role(other.model, name) for name, other in others.items()}
-    offered = features.arrays(data) | (reference_logp.arrays(data) if experiment.cached_roles else {})
+    offered = experiment.arrays() | (reference_logp.arrays(data) if experiment.cached_roles else {})
     objective = objectives.build(experiment.objective, roles, offered)
     steps = experiment.optim.schedule.steps
     assert steps is not None, "from_config has filled it in"

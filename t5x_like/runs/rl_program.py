@@ -12,6 +12,7 @@ from t5x_like.core import tree
 from t5x_like.core.config import named
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
+from t5x_like.data.read.rollouts import branched_arrays
 from t5x_like.data.read.source_target import start_id
 from t5x_like.data.tokenizers.vocabularies import Vocabulary
 from t5x_like.inference import weights
@@ -23,7 +24,7 @@ from t5x_like.objectives.reward import HEAD
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, replicated
 from t5x_like.rl.config import RlConfig
-from t5x_like.rl.rollout import Rollout, Shape, rollout_program
+from t5x_like.rl.rollout import Rollout, Shape, rollout_program, together
 from t5x_like.rl.rows import text_widths
 from t5x_like.rl.scoring import TOKENS, scoring_function
 from t5x_like.runs.program import Program
@@ -42,9 +43,22 @@ class RlExperiment(Experiment):
     def wanted_roles(self) -> tuple[str, ...]:
         return (*super().wanted_roles, *((REWARD,) if self.rl.reward_model else ()))
 
+    @property
+    def rows(self) -> int:
+        """Of an update."""
+        return self.data.batch_size // self.rl.answers_per_row
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        answers, tokens = self.rl.answers_per_row, self.rl.new_tokens
+        if answers == 1:
+            return super().arrays()
+        return branched_arrays(rows=self.rows, room=prompt_room(self), answers=answers, tokens=tokens)
+
     def check(self, path: str) -> None:
         super().check(path)
         rl, data = self.rl, self.data
+        if rl.answers_per_row > 1:
+            self._check_shared_prompts()
         if self.objective.name != "grpo":
             raise UsageError(f"config.objective.name={self.objective.name!r}: `t5x_like rl` minimises 'grpo'")
         if rl.answers % data.batch_size:
@@ -73,6 +87,22 @@ class RlExperiment(Experiment):
                 f"config.loop.on_spike={self.loop.on_spike!r}: the loss of grpo is near 0 by construction, and says "
                 "nothing of spikes; leave it 'off'"
             )
+        self._check_dropout()
+
+    def _check_shared_prompts(self) -> None:
+        count, parts = self.rl.answers_per_row, self.rl.answers_per_row * self.loop.micro_batches
+        if self.data.encoder_length:
+            raise UsageError(
+                f"config.rl.answers_per_row={count}: rows of a model with an encoder hold the answer alone; leave it 1"
+            )
+        if self.data.batch_size % parts:
+            raise UsageError(
+                f"config.data.batch_size={self.data.batch_size} answers make no whole rows of config.rl."
+                f"answers_per_row={count} in each of config.loop.micro_batches={self.loop.micro_batches}; use "
+                f"{multiples(self.data.batch_size, parts)}"
+            )
+
+    def _check_dropout(self) -> None:
         lora = self.adapter.lora
         for field, dropout in (("model", self.model.dropout), ("adapter.lora", lora.dropout if lora else 0.0)):
             if dropout:
@@ -102,9 +132,9 @@ def rl_programs(
     role = program.policy
     answering = _gathered(program) if rl.weights == "gathered" else role
 
-    def rollout(rows: int, sampling: Sampling) -> Rollout:
+    def rollout(rows: int, samples: int, sampling: Sampling) -> Rollout:
         length = 1 if experiment.data.encoder_length else prompt_room(experiment)
-        shape = Shape(rows, length, experiment.data.encoder_length, rl.new_tokens)
+        shape = Shape(rows, samples, length, experiment.data.encoder_length, rl.new_tokens)
         # With the compiler's default options, as inference/decode.py says.
         return rollout_program(
             answering, mesh, shape, sampling=sampling, end_ids=end_ids, seed=experiment.seed, options=None
@@ -119,9 +149,10 @@ def rl_programs(
 
     reference = _reference(config.reference, program)
     rows, widths = rl.rows or rl.answers, _text_widths(experiment, program, ended=source_end)
+    samples = together(rows, rl.samples, math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch")))
     return RlPrograms(
-        sample=rollout(rows, Sampling(temperature=config.temperature, top_k=0, top_p=1.0)),
-        answer=rollout(rows, GREEDY),
+        sample=rollout(rows, samples, Sampling(temperature=config.temperature, top_k=0, top_p=1.0)),
+        answer=rollout(rows, 1, GREEDY),
         score=scoring(role),
         reference=None if reference is None else scoring(reference),
         reward=_reward_program(program, options, longest=max(widths.values())) if rl.reward_model else None,
@@ -161,25 +192,29 @@ class Stage:
 def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
     """All programs of an iteration in the order in which they run, for who compiles them without a tokenizer: which
     numbers the end tokens have makes no difference to a program."""
-    rl, rows, layout = experiment.rl, experiment.data.batch_size, program.layout
+    rl, layout, answers = experiment.rl, program.layout, experiment.data.batch_size
+    rows = f"{answers} rows" if rl.answers_per_row == 1 else f"{experiment.rows} rows of {rl.answers_per_row} answers"
     made = rl_programs(experiment, program, end_ids=tuple(range(len(rl.end_tokens))))
     params, frozen = layout.state["params"], layout.frozen
-    policy, batches, sample = (params, frozen["base"]), -(-rl.answers // rows), made.sample
+    policy, batches, sample = (params, frozen["base"]), -(-rl.answers // answers), made.sample
 
     def scores(name: str, does: str, step: Any, batch: Any, reads: Any) -> list[Stage]:
         return [] if step is None else [Stage(name, does, batches, step, (params, frozen, batch), reads)]
 
-    drawn = f"prefill of {sample.shape.rows} prompts and a loop over at most {rl.new_tokens} tokens"
+    prompts = sample.shape.rows // sample.shape.samples
+    drawn = (
+        f"prefill of {prompts} prompts and a loop over at most {rl.new_tokens} tokens of {sample.shape.rows} answers"
+    )
     arguments = (params, frozen, sample.batch, sample.iteration)
     score = made.score if updates(experiment) > 1 else None
     which = "base" if named(experiment.objective).reference == "base" else REFERENCE
     update, trained = (layout.state, frozen, program.batch), (layout.state, frozen["base"])
     return (
         Stage("rollout", drawn, rl.answers // sample.shape.rows, sample.run, arguments, policy),
-        *scores("reward", f"the reward model on {rows} texts", made.reward, made.judged, frozen.get(REWARD)),
-        *scores("score", f"the policy on {rows} rows", score, made.scored, policy),
-        *scores("reference", f"the reference on {rows} rows", made.reference, made.scored, frozen.get(which)),
-        Stage("update", f"a train step on {rows} rows", updates(experiment), program.step, update, trained),
+        *scores("reward", f"the reward model on {answers} texts", made.reward, made.judged, frozen.get(REWARD)),
+        *scores("score", f"the policy on {rows}", score, made.scored, policy),
+        *scores("reference", f"the reference on {rows}", made.reference, made.scored, frozen.get(which)),
+        Stage("update", f"a train step on {rows}", updates(experiment), program.step, update, trained),
     )
 
 
@@ -265,8 +300,10 @@ def prompt_room(experiment: RlExperiment) -> int:
 
 
 def tokens_per_step(experiment: RlExperiment) -> int:
-    data = experiment.data
-    return data.batch_size * (data.length + data.encoder_length)
+    data, rl = experiment.data, experiment.rl
+    if rl.answers_per_row == 1:
+        return data.batch_size * (data.length + data.encoder_length)
+    return experiment.rows * (prompt_room(experiment) + rl.answers_per_row * (rl.new_tokens - 1))
 
 
 def with_rollouts(program: Program, buffers: Mapping[str, np.ndarray]) -> Layout:
@@ -282,7 +319,7 @@ def with_rollouts(program: Program, buffers: Mapping[str, np.ndarray]) -> Layout
 
 
 def check_rows(experiment: RlExperiment, sizes: Mapping[str, int]) -> None:
-    """Rows that are decoded at once lie on the data shards, like those of an update."""
+    """Rows lie on the data shards, of answers that are decoded at once and of an update."""
     rules = sharding_rules.rules(experiment.mesh.rules)
     shards = math.prod(sizes[axis] for axis in rules.mesh_axes("batch"))
     rows = experiment.rl.rows or experiment.rl.answers
@@ -290,6 +327,20 @@ def check_rows(experiment: RlExperiment, sizes: Mapping[str, int]) -> None:
         raise UsageError(
             f"config.rl.rows={experiment.rl.rows} decodes {rows} answers at once, which is not divisible by the "
             f"{shards} data shards; use {multiples(rows, shards)}"
+        )
+    count, parts = experiment.rl.answers_per_row, shards * experiment.loop.micro_batches
+    if count == 1:
+        return
+    if experiment.rows % parts:
+        raise UsageError(
+            f"config.rl.answers_per_row={count} makes {experiment.rows} rows of config.data.batch_size="
+            f"{experiment.data.batch_size} answers, which are not divisible by {shards} data shards x micro-batches = "
+            f"{parts}; use fewer answers a row, or a batch_size of {multiples(count * experiment.rows, count * parts)}"
+        )
+    if any(sizes[axis] > 1 for axis in rules.mesh_axes("length")):
+        raise UsageError(
+            f"config.rl.answers_per_row={count}: rows whose answers share a prompt are not divided along their length; "
+            "leave it 1 on a mesh with the axis 'sequence', or set that axis to 1"
         )
 
 
@@ -299,7 +350,7 @@ def facts(experiment: RlExperiment) -> dict[str, str]:
     count = updates(experiment)
     return {
         "an iteration": f"{rl.prompts} prompts x {rl.samples} answers of at most {rl.new_tokens} tokens, {count} "
-        f"update{'s' * (count > 1)} of {experiment.data.batch_size} rows",
+        f"update{'s' * (count > 1)} of {experiment.data.batch_size} answers, {rl.answers_per_row} a row",
         "rewards": ", ".join(f"{part.weight:g} x {name} ({part.kind})" for name, part in rl.rewards.items()),
         "advantages": f"divided by std (ddof {rl.advantage.ddof}) + {rl.advantage.epsilon:g}"
         if rl.advantage.scale == "std"

@@ -16,7 +16,7 @@ from t5x_like.storage.workdir import differences
 _FIELDS = (
     "seed",
     *(f"rl.{name}" for name in ("prompts", "samples", "epochs", "new_tokens", "end_tokens", "generate")),
-    *(f"rl.{name}" for name in ("rewards", "failure_value")),
+    *(f"rl.{name}" for name in ("rewards", "failure_value", "answers_per_row")),
     *(f"data.{name}" for name in ("batch_size", "length", "encoder_length", "start_token", "extra_ids", "truncate")),
     *(f"objective.grpo.{name}" for name in ("temperature", "reference")),
 )

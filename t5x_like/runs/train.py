@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 from t5x_like.core import config as bridge
 from t5x_like.core.environment import RuntimeConfig
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.data.config import DataConfig
+from t5x_like.data.read import features
 from t5x_like.data.read.features import FEATURES
 from t5x_like.models import config as model_config
 from t5x_like.objectives import table as objectives
@@ -55,6 +57,10 @@ class Experiment:
     def cached_roles(self) -> tuple[str, ...]:
         """Those of them that no step holds (runs/reference_logp.py)."""
         return objectives.cached_roles(self.objective)
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """What the data has for a batch."""
+        return features.arrays(self.data)
 
     def check(self, path: str) -> None:
         if not 0 <= self.seed < 2**32:
@@ -174,21 +180,21 @@ def _check_dropout(experiment: Experiment) -> None:
 
 def _check_features(experiment: Experiment) -> None:
     """The data must give what the objective and the model read."""
-    name, features = experiment.objective.name, experiment.data.features
+    name, wanted = experiment.objective.name, experiment.data.features
     known = objectives.OBJECTIVES[name].features
-    if features not in known:
+    if wanted not in known:
         raise UsageError(
-            f"config.data.features={features!r} is nothing for config.objective.name={name!r}; use one of "
+            f"config.data.features={wanted!r} is nothing for config.objective.name={name!r}; use one of "
             f"{', '.join(known)}"
         )
     two = experiment.model.architecture == "encoder_decoder"
     if two != (experiment.data.encoder_length > 0):
         what = "reads a source" if two else "has no encoder"
         remedy = f"use {'source_target or span_corruption' if two else 'causal'}"
-        if FEATURES[features].encoder is None:
+        if FEATURES[wanted].encoder is None:
             remedy = f"set config.data.encoder_length to {'the most tokens of a prompt' if two else 0}"
         raise UsageError(
-            f"config.data.features={features!r} with config.data.encoder_length={experiment.data.encoder_length} does "
+            f"config.data.features={wanted!r} with config.data.encoder_length={experiment.data.encoder_length} does "
             f"not fit config.model.architecture={experiment.model.architecture!r}, which {what}; {remedy}"
         )
 

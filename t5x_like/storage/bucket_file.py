@@ -47,9 +47,10 @@ def client() -> Any:
         import gcsfs  # noqa: F401
     except ImportError:
         raise UserError("gs:// paths need the extra gcs: pip install 't5x_like[gcs]'") from None
-    # Both warn about each bucket whose storage layout may not be asked for, an emulator's included.
+    # Both warn about each bucket whose storage layout may not be asked for, an emulator's included; and what gcsfs logs
+    # as an error, over a hundred lines, it raises too.
     for name in ("gcsfs", "google.auth"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     files = fsspec.filesystem("gcs", finalize_on_close=True)
     files.invalidate_cache()
     return files

@@ -44,7 +44,7 @@ def _both_ways(folder: pathlib.Path, *, size: int, dtype: str) -> list[dict[str,
 @pytest.mark.parametrize(
     "size, dtype",
     [
-        (1_000_000_000, "bfloat16"),
+        pytest.param(1_000_000_000, "bfloat16", marks=pytest.mark.slow),
         pytest.param(2_000_000_000, "float32", marks=pytest.mark.slow),
         pytest.param(6_000_000_000, "float32", marks=pytest.mark.slow),
     ],
@@ -54,8 +54,9 @@ def test_the_peak_does_not_depend_on_the_size_of_the_model(size, dtype, tmp_path
         assert measured["peak"] - measured["before"] < LIMIT, measured
 
 
-def test_a_model_of_many_pieces_comes_back_alike(tmp_path):
-    _both_ways(tmp_path, size=700_000_000, dtype="float32")
+def test_a_model_of_many_pieces_comes_back_alike_and_is_never_held_whole(tmp_path):
+    for measured in _both_ways(tmp_path, size=700_000_000, dtype="float32"):
+        assert measured["peak"] - measured["before"] < LIMIT, measured
     with open_file(str(tmp_path / "theirs" / "model.safetensors")) as before:
         with open_file(str(tmp_path / "back" / "model.safetensors")) as after:
             assert before.described() == after.described()

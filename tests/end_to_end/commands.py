@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 from t5x_like.__main__ import main
+from t5x_like.storage import paths
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "configs/pretrain/test.py"
@@ -23,6 +24,11 @@ def values(workdir: pathlib.Path) -> list[tuple]:
     """What must be equal between two runs: every row without time and rates."""
     kept = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/validation/loss", "eval/validation/accuracy")
     return [(row["step"], *(row.get(name) for name in kept)) for row in rows(workdir)]
+
+
+def sizes(workdir: pathlib.Path) -> dict[str, int]:
+    """Every file but the lock, which says who looked last."""
+    return {name: size for name, size in paths.tree_files(str(workdir)).items() if name != "lock"}
 
 
 def unfinished(finished: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:

@@ -1,9 +1,12 @@
-"""Every kind of bad input to the commands ends in one line and the right status, and loses nothing that was there."""
+"""Every kind of bad input to the commands ends in one line and the right status, and loses nothing that was there.
+
+The tables here are those of `train`, `generate` and paths; of instruction tuning, preferences, adapters and rewards
+test_bad_post_training.py, of exports and evaluations test_bad_models.py, of `rl` test_rl.py.
+"""
 
 import dataclasses
 import gzip
 import json
-import pathlib
 import shutil
 
 import pytest
@@ -11,8 +14,7 @@ import pytest
 import t5x_like
 from t5x_like.__main__ import main
 from t5x_like.core.errors import UsageError
-from t5x_like.storage import paths
-from tests.end_to_end.commands import ROOT, train, unfinished
+from tests.end_to_end.commands import ROOT, sizes, train, unfinished
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +51,6 @@ def test_an_empty_prompt_of_a_tokenizer_without_special_tokens_is_one_line(finis
         dataclasses.replace(lm, vocabulary=Bare()).generate("", max_new_tokens=2)
 
 
-CHAT = ["--config.data.fields.messages=messages", "--config.data.validation="]
-CHAT += ["--config.data.packing=examples", "--config.evaluate.every_steps=0"]
-CODED = ["--config.data.chat.template=tokenizer", "--config.data.tokenizer={files}/coded"]
-DROP = ["--config.data.truncate.rule=drop"]
-_ADAPTED = ["--config.checkpoint.init_from={finished}", "--config.checkpoint.holds=trained"]
-_LORA = [*_ADAPTED, "--config.adapter.name=lora"]
 # {files} holds files that cannot be read as they are named, {finished} is a finished run.
 BAD_CONFIG = {
     "an unknown key": (["--config.loop.stepz=5"], 2, "stepz"),
@@ -95,36 +91,6 @@ BAD_CONFIG = {
         ["--config.data.source=jsonl:{files}/null.jsonl", "--config.data.on_bad_record=skip"],
         1,
         "1 of 2 records are bad, which is more than config.data.max_bad_share=0.01",
-    ),
-    "a template that runs code": (
-        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", *CODED],
-        1,
-        "config.data.chat.template='tokenizer' is refused: it asks for what no template may do: access to attribute",
-    ),
-    "a conversation without the assistant": (
-        [*CHAT, "--config.data.source=jsonl:{files}/alone.jsonl", "--config.data.chat.template=plain"],
-        1,
-        "alone.jsonl:1 (byte 0): the conversation of field 'messages' has no turn of the assistant",
-    ),
-    "a role that is none": (
-        [*CHAT, "--config.data.source=jsonl:{files}/role.jsonl", "--config.data.chat.template=plain"],
-        1,
-        "role.jsonl:1 (byte 0): message 1 of field 'messages' has the role 'usr', which is unknown; did you",
-    ),
-    "messages that are no list": (
-        [*CHAT, "--config.data.source=jsonl:{files}/word.jsonl", "--config.data.chat.template=plain"],
-        1,
-        "word.jsonl:1 (byte 0): field 'messages' should be a list of messages, is the text 'hello'",
-    ),
-    "an answer longer than the row": (
-        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", "--config.data.chat.template=plain", *DROP],
-        1,
-        "no token to train on in its rows of 32: the inputs of its 1 examples leave no room for targets",
-    ),
-    "a template of other tokens": (
-        [*CHAT, "--config.data.source=jsonl:{files}/chat.jsonl", "--config.data.chat.template=chatml"],
-        2,
-        "config.data.chat.template='chatml', and the tokenizer lacks <|im_start|>, <|im_end|>; use 'plain'",
     ),
     "a rule for bad records that is none": (["--config.data.on_bad_record=skp"], 2, "did you mean 'skip'"),
     "a list of files with one that is missing": (
@@ -218,20 +184,6 @@ BAD_CONFIG = {
     "no angles": (["--config.model.decoder.rope.theta=(0.0,)"], 2, "rope.theta=(0.0,) should be numbers above 0"),
     "a schedule of no steps": (["--config.optim.schedule.steps=0"], 2, "config.optim.schedule.steps=0"),
     "all smoothed": (["--config.objective.lm.label_smoothing=1.0"], 2, "label_smoothing=1 should be in [0, 1)"),
-    "an adapter of no model": (["--config.adapter.name=lora"], 2, "give its directory as config.checkpoint.init_from"),
-    "an adapter that is none": ([*_ADAPTED, "--config.adapter.name=lorra"], 2, "did you mean 'lora'"),
-    "a field of an adapter that is not named": (["--config.adapter.lora.rank=2"], 2, "config.adapter.name='none'"),
-    "an adapter of nothing": (
-        [*_LORA, "--config.adapter.lora.targets=('layers/attention/quer',)"],
-        2,
-        "'layers/attention/quer' matches no matrix of the layers, nor an end; did you mean 'layers/attention/q",
-    ),
-    "an adapter without rank": ([*_LORA, "--config.adapter.lora.rank=0"], 2, "lora.rank=0 should be at least 1"),
-    "an adapter of a rank that no weight has": (
-        [*_LORA, "--config.adapter.lora.rank=17"],
-        2,
-        "rank=17 is more than 'layers/attention/k' has, a matrix of 32 x 16; use at most 16",
-    ),
     "best by a metric that checkpoints miss": (
         ["--config.checkpoint.best_metric=eval/validation/loss", "--config.evaluate.every_steps=7"],
         2,
@@ -240,39 +192,22 @@ BAD_CONFIG = {
 }
 
 
-def _sizes(workdir: pathlib.Path) -> dict[str, int]:
-    """Every file but the lock, which says who looked last."""
-    return {name: size for name, size in paths.tree_files(str(workdir)).items() if name != "lock"}
-
-
-def _write_conversations(folder: pathlib.Path) -> None:
-    """Of users and assistants, and a tokenizer of bytes whose template runs code."""
-    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 100}
-    chats = {"chat": [user, assistant], "alone": [user], "role": [{"role": "usr", "content": "a"}], "word": "hello"}
-    for name, messages in chats.items():
-        (folder / f"{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    (folder / "coded").mkdir()
-    (folder / "coded" / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}')
-    (folder / "coded" / "chat_template.jinja").write_text("{{ ().__class__.__base__.__subclasses__() }}")
-
-
 @pytest.mark.parametrize("case", BAD_CONFIG)
 def test_bad_input_is_one_line_and_loses_nothing(case, finished, tmp_path, capsys):
-    before = _sizes(finished)
+    before = sizes(finished)
     (tmp_path / "broken.txt").write_bytes(b"gut" + b"\xff\xfe" + b"x" * 100)
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "array.json").write_text('[\n{"text": "a"},\n{"text": "b"}\n]')
     (tmp_path / "text.zip").write_bytes(b"PK\x03\x04" + b"x" * 100)
     (tmp_path / "half.gz").write_bytes(gzip.compress(b"some text" * 100)[:30])
     (tmp_path / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
-    _write_conversations(tmp_path)
     arguments, status, part = BAD_CONFIG[case]
     arguments = [argument.format(files=tmp_path, finished=finished) for argument in arguments]
     assert train(tmp_path / "run", *arguments) == status
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("prepare: ")]
     part = part.format(files=tmp_path) if "{files}" in part else part
     assert len(errors) == 1 and errors[0].startswith("t5x_like: ") and part in errors[0], errors
-    assert not (tmp_path / "run" / "config.json").exists() and _sizes(finished) == before
+    assert not (tmp_path / "run" / "config.json").exists() and sizes(finished) == before
 
 
 BAD_RESUME = {

@@ -145,7 +145,6 @@ def evaluation_files(finished, tmp_path_factory):
     return files
 
 
-@pytest.mark.xdist_group("lm_eval")
 @pytest.mark.parametrize("case", BAD_EVALUATION)
 def test_what_cannot_be_evaluated_is_one_line(case, finished, evaluation_files, capsys):
     arguments, status, part = BAD_EVALUATION[case]

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from t5x_like.__main__ import main
 from t5x_like.storage import model_directory, paths
 from tests.storage.fake_gcs import fake_gcs  # noqa: F401
@@ -24,7 +22,6 @@ def _losses(rows: str) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in parsed if "train/loss" in row}
 
 
-@pytest.mark.xdist_group("gcs")
 def test_a_run_in_a_bucket_survives_a_kill_and_its_model_is_read_from_there(fake_gcs, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(ROOT)
     bucket = fake_gcs.bucket()

@@ -93,7 +93,6 @@ def test_a_run_is_asked_by_the_template_of_its_config_where_its_tokenizer_has_no
     assert lm.chat(conversation("b")[:1], max_new_tokens=20, temperature=0) == ["two"]
 
 
-@pytest.mark.xdist_group("lm_eval")
 @pytest.mark.parametrize("folder", ["as it is", "no template beside the tokenizer"])
 def test_an_evaluation_asks_as_training_did(tuned, tmp_path, folder):
     run = tuned

@@ -25,7 +25,7 @@ from t5x_like.peft.lora import LoraArray
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.storage.model_directory import digest, read_metadata
-from tests.end_to_end.commands import ROOT, rows, train, values
+from tests.end_to_end.commands import ROOT, train, values
 
 STEPS = "--config.optim.schedule.steps=8"
 LORA = ("--config.adapter.name=lora", "--config.adapter.lora.rank=4", "--config.adapter.lora.dropout=0.1")
@@ -241,24 +241,6 @@ def test_an_adapter_lies_on_int8_weights(adapters, mesh):
         if mesh is None:
             onto = t5x_like.load(str(adapters / "one"), base=base)
             np.testing.assert_array_equal(logits(onto), quantized)
-
-
-def test_a_policy_of_reinforcement_learning_may_be_an_adapter(adapters, tmp_path):
-    """Kept near its base, which is the policy without it: the same at first, then another."""
-    arguments = [
-        *("--config=configs/rl/test.py", f"--workdir={tmp_path / 'rl'}", "--config.adapter.name=lora"),
-        *(f"--config.checkpoint.init_from={adapters / 'base'}", "--config.checkpoint.holds=trained"),
-        *("--config.objective.grpo.kl_coefficient=0.1", "--config.objective.grpo.reference=base"),
-        *("--config.loop.steps=4", "--config.optim.schedule.steps=8", "--config.rl.epochs=2"),
-    ]
-    assert main(["rl", *arguments]) == 0
-    found = [row for row in rows(tmp_path / "rl") if "train/loss" in row]
-    assert found[0]["train/ratio_token_mean"] == 1.0 and abs(found[0]["train/kl_token_mean"]) < 1e-10
-    assert found[-1]["train/kl_token_mean"] > 1e-9 and found[-1]["train/ratio_token_mean"] != 1.0
-    assert max(row["train/rollout_gap_token_mean"] for row in found) < 1e-5
-    note = read_metadata(str(tmp_path / "rl/checkpoints/4"))
-    assert all(path.startswith("adapters/") for path in note["arrays"]["params"])
-    assert main(["rl", *arguments, "--config.adapter.lora.dropout=0.5"]) == 2
 
 
 def test_a_head_is_trained_beside_an_adapter(adapters):

@@ -14,6 +14,7 @@ import t5x_like
 from t5x_like.__main__ import main
 from t5x_like.data import reference_logp
 from tests.end_to_end.commands import ROOT, rows, train
+from tests.end_to_end.launches import Launch
 
 STEPS = 12
 CONFIG = """
@@ -101,7 +102,11 @@ def of_training(workdir, name):
     return [row[f"train/{name}"] for row in rows(workdir) if f"train/{name}" in row]
 
 
-@pytest.mark.parametrize("name", RUNS)
+# The second model beside a T5 is also in test_a_reference_in_the_cache_is_the_one_beside_the_policy.
+SLOW = ("dpo beside a second model, t5",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS])
 def test_it_learns_which_answer_is_better_and_resumes_to_the_same_bits(request, source, tmp_path, name):
     base = str(request.getfixturevalue("t5" if name.endswith("t5") else "finished"))
     write(tmp_path, RUNS[name], source, base)
@@ -162,26 +167,36 @@ def start(folder, name, *arguments, steps=6):
     return train(folder / name, *given, config=f"{folder}/config.py")
 
 
+def of_both(folder, runs):
+    """Losses of training and of held-out pairs of each run."""
+    names = ("train/loss", "eval/validation/loss")
+    return [[[row[name] for row in rows(folder / run) if name in row] for name in names] for run in runs]
+
+
 @pytest.mark.parametrize("kind", ["decoder", "t5"])
 def test_a_reference_in_the_cache_is_the_one_beside_the_policy(request, source, tmp_path, kind):
-    """The same losses, of held-out pairs too; computed once, whatever the steps, the batches and the mesh of a run."""
+    """The same losses, of held-out pairs too."""
     base = str(request.getfixturevalue("t5" if kind == "t5" else "finished"))
-    lines = [*CACHED, *(T5 if kind == "t5" else [])]
-    write(tmp_path, lines, source, base)
+    write(tmp_path, [*CACHED, *(T5 if kind == "t5" else [])], source, base)
     assert start(tmp_path, "beside", "--config.objective.dpo.reference=role") == 0
     assert numbers(tmp_path / "cache") == {}
-    assert start(tmp_path, "parts", steps=3) == 0
-    made = numbers(tmp_path / "cache")
-    assert sorted(pathlib.Path(path).name for path in made) == sorted(
-        2 * ["about.json", "index.json", "part-00000.f32"]
-    )
-    assert train(tmp_path / "parts", "--config.loop.steps=6", config=None) == 0
-    found, expected = (
-        [[row[name] for row in rows(tmp_path / run) if name in row] for name in ("train/loss", "eval/validation/loss")]
-        for run in ("parts", "beside")
-    )
+    assert start(tmp_path, "cached") == 0
+    names = [pathlib.Path(path).name for path in numbers(tmp_path / "cache")]
+    assert sorted(names) == sorted(2 * ["about.json", "index.json", "part-00000.f32"])
+    found, expected = of_both(tmp_path, ("cached", "beside"))
     assert len(set(expected[0])) == 6 and min(expected[0]) < 0.6
     assert found == expected, "they were the same to the bit on this machine's CPU"
+
+
+def test_a_reference_in_the_cache_is_computed_once(finished, source, tmp_path):
+    """Whatever the steps, the batches and the mesh of a run; a resume reads it too."""
+    write(tmp_path, CACHED, source, str(finished))
+    assert start(tmp_path, "whole") == 0
+    made = numbers(tmp_path / "cache")
+    assert start(tmp_path, "parts", steps=3) == 0
+    assert train(tmp_path / "parts", "--config.loop.steps=6", config=None) == 0
+    found, expected = of_both(tmp_path, ("parts", "whole"))
+    assert found == expected and len(set(expected[0])) == 6
     other = ["--config.seed=1", "--config.data.batch_size=4", "--config.mesh.preset=fsdp_tensor"]
     assert start(tmp_path, "other", *other, "--config.mesh.fsdp=4", "--config.mesh.tensor=2", steps=2) == 0
     assert of_training(tmp_path / "other", "loss")[0] == pytest.approx(np.log(2), abs=1e-5)
@@ -231,6 +246,30 @@ def test_a_start_that_is_killed_while_it_computes_goes_on_where_it_was(finished,
     assert before.items() < after.items()
     assert contents(cache) == made
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+
+
+def test_what_a_reference_says_to_two_processes_is_what_it_says_to_one(finished, source, tmp_path, monkeypatch):
+    """Both compute every part, of which the last is not full; one writes."""
+    monkeypatch.setattr(reference_logp, "PART", 12)
+    monkeypatch.setenv("REFERENCE_PART", "12")
+    write(tmp_path, CACHED, source, str(finished))
+    given = ["--config.mesh.preset=fsdp", "--config.data.validation=", "--config.evaluate.every_steps=0"]
+    assert start(tmp_path, "one", *given, steps=2) == 0
+    given += [f"--config.data.cache={tmp_path / 'shared'}", "--config.loop.steps=2"]
+    given += ["--config.runtime.heartbeat_seconds=30", "--config.telemetry.tensorboard=False"]
+    launch = Launch(tmp_path / "two", f"--config={tmp_path}/config.py", *given)
+    assert launch.finish() == 0, launch.output
+    one, two = contents(tmp_path / "cache"), contents(tmp_path / "shared")
+    parts = [name for name in one if name.endswith(".f32")]
+    assert one.keys() == two.keys() and len(parts) == 6 and {len(one[name]) for name in parts} == {12 * 8, 4 * 8}
+    for name in parts:
+        expected, found = (np.frombuffer(each[name], "<f4") for each in (one, two))
+        assert np.ptp(expected) > 1
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert (tmp_path / "two" / "parts-0.txt").read_text().split() == [str(part) for part in range(6)]
+    assert not (tmp_path / "two" / "parts-1.txt").exists()
+    first, second = (of_training(workdir, "loss") for workdir in (tmp_path / "one", launch.workdir))
+    assert len(first) == 2 and first[0] != first[1] and second == pytest.approx(first, rel=1e-6)
 
 
 def contents(cache):

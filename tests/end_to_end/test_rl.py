@@ -13,6 +13,7 @@ import pytest
 import t5x_like
 from configs.rl import test
 from t5x_like.__main__ import main
+from t5x_like.core.metrics import is_measurement
 from t5x_like.inference.heads import read_last
 from tests.end_to_end.commands import ROOT, rows, train
 from tools import crash_test
@@ -144,6 +145,32 @@ def test_the_command_of_a_config_is_named_where_another_is_used(trained, finishe
     assert "one of `t5x_like train`" in capsys.readouterr().err
 
 
+def test_answers_that_share_a_prompt_train_as_with_a_row_each_and_are_resumed_to_the_bit(finished, tmp_path):
+    """Two updates of all answers an iteration: the same losses, and after a stop between the two the same bits."""
+    config = with_reference(tmp_path, finished)
+    every = ["--config.rl.prompts=8", "--config.rl.epochs=2", "--config.data.batch_size=32"]
+    every += [
+        "--config.optim.schedule.warmup_steps=1",
+        "--config.optim.schedule.name=constant",
+        "--config.evaluate.every_steps=4",
+    ]
+    every += ["--config.checkpoint.every_steps=3"]
+    shares = [*every, "--config.rl.answers_per_row=4"]
+    assert rl(tmp_path / "alone", *every, "--config.loop.steps=4", config=config) == 0
+    for name, steps in (("whole", 4), ("halved", 3), ("halved", 4)):
+        assert rl(tmp_path / name, *shares, f"--config.loop.steps={steps}", config=config) == 0
+    alone, whole, halved = (updates(tmp_path / name) for name in ("alone", "whole", "halved"))
+    assert alone[2]["train/kl_token_mean"] > 1e-6 and alone[2]["train/advantage_std"] > 0
+    for step in alone:
+        for name in ("loss", "kl_token_mean", "entropy_token_mean", "grad_norm", "ratio_token_mean"):
+            first, second = alone[step][f"train/{name}"], whole[step][f"train/{name}"]
+            assert second == pytest.approx(first, rel=2e-4, abs=1e-6), (step, name)
+        assert whole[step]["train/rollout_gap_token_mean"] < 1e-5
+    assert whole[1]["train/ratio_token_mean"] == whole[3]["train/ratio_token_mean"] == 1.0
+    for step in (1, 2, 3, 4):
+        assert halved[step]["train/loss"] == whole[step]["train/loss"]
+
+
 KL = ["--config.objective.grpo.kl_coefficient=0.1"]
 BAD = {
     "a batch that is no part of an iteration": (["--config.data.batch_size=5"], "does not divide the answers"),
@@ -152,6 +179,11 @@ BAD = {
     "prompts twice": (["--config.data.source=jsonl:x"], "give prompts by one of them"),
     "a prompt that has no room": (["--config.rl.new_tokens=8", "--config.data.truncate.rule=drop"], "is room for 1"),
     "one sample": (["--config.rl.samples=1"], "should be at least 2"),
+    "answers that share no prompt": (["--config.rl.answers_per_row=3"], "should divide config.rl.samples=4"),
+    "no whole rows": (
+        ["--config.rl.answers_per_row=4", "--config.data.batch_size=4", "--config.loop.micro_batches=2"],
+        "make no whole rows of config.rl.answers_per_row=4 in each of config.loop.micro_batches=2; use 8",
+    ),
     "rows that do not divide": (["--config.rl.rows=3"], "does not divide config.rl.prompts x samples = 16"),
     "a divergence without a reference": (["--config.objective.grpo.kl_coefficient=0.1"], "needs a reference"),
     "a reference that is not there": ([*KL, "--config.objective.grpo.reference=role"], "give config.roles.reference"),
@@ -204,21 +236,55 @@ def test_examples_of_a_file_are_prompts_with_their_answers(tmp_path, capsys):
     assert max(updates(tmp_path / "run")) == 3
 
 
-def test_an_adapter_is_trained_and_its_base_is_the_reference(finished, tmp_path):
-    """At first the adapter changes nothing: no divergence. Then there is one, and the base is where it was."""
-    lora = "config.adapter.name = 'lora'\n    config.adapter.lora.rank = 2\n    config.checkpoint.holds = 'trained'"
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A T5 after one update by rewards."""
+    workdir = tmp_path_factory.mktemp("t5") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        steps = ["--config.loop.steps=1", "--config.optim.schedule.warmup_steps=0", "--config.rl.held_out=0"]
+        assert rl(workdir, *steps, config=f"{CONFIG}:t5") == 0
+    return workdir
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "t5"])
+def test_an_adapter_is_trained_beside_its_base_and_resumes_to_the_same_bits(request, architecture, tmp_path, capsys):
+    """At first the adapter changes nothing: no divergence. Then there is one, and the base is where it was. Stopped
+    after the second update of an iteration of four."""
+    base = request.getfixturevalue("t5" if architecture == "t5" else "finished")
+    changes = {
+        "adapter": {"name": "lora", "lora": {"rank": 2}},
+        "checkpoint": {"init_from": str(base), "holds": "trained"},
+        "objective": {"grpo": {"kl_coefficient": 0.1, "reference": "base"}},
+        "optim": {"schedule": {"steps": 8, "warmup_steps": 1}},
+        "rl": {"epochs": 2, "held_out": 0},
+        "evaluate": {"every_steps": 0},
+    }
     config = tmp_path / "own.py"
     config.write_text(
-        "from configs.rl import test\n\n\ndef get_config():\n    config = test.get_config()\n"
-        f"    config.checkpoint.init_from = {str(finished)!r}\n    {lora}\n"
-        "    config.objective.grpo.update({'kl_coefficient': 0.1, 'reference': 'base'})\n    return config\n"
+        f"from configs.rl import test\n\n\ndef get_config():\n    config = test.get_config({architecture!r})\n"
+        f"    config.update({changes!r})\n    return config\n"
     )
-    assert rl(tmp_path / "run", "--config.loop.steps=4", config=config) == 0
-    found = updates(tmp_path / "run")
+    for workdir, stops in (("whole", [6]), ("parts", [2, 6])):
+        for steps in stops:
+            assert rl(tmp_path / workdir, f"--config.loop.steps={steps}", config=config) == 0
+    found, again = (updates(tmp_path / workdir) for workdir in ("whole", "parts"))
     assert abs(found[1]["train/kl_token_mean"]) < 1e-10 and found[1]["train/ratio_token_mean"] == 1.0
-    assert found[4]["train/kl_token_mean"] > 1e-7
-    names = crash_test.read_arrays(tmp_path / "run" / "checkpoints" / "4")
-    assert all(name.startswith("params/adapters/") for name in names if name.startswith("params/"))
+    assert found[6]["train/kl_token_mean"] > 1e-7 and found[6]["train/ratio_token_mean"] != 1.0
+    assert max(row["train/rollout_gap_token_mean"] for row in found.values()) < 1e-5
+    arrays, others = (
+        crash_test.read_arrays(tmp_path / workdir / "checkpoints" / "6") for workdir in ("whole", "parts")
+    )
+    assert all(name.startswith("params/adapters/") for name in arrays if name.startswith("params/"))
+    assert len({row["train/loss"] for row in found.values()}) == len(found) == 6
+    for step, row in found.items():
+        kept = {name for name in row if not is_measurement(name)}
+        assert {name: again[step][name] for name in kept} == {name: row[name] for name in kept}
+    assert arrays.keys() == others.keys()
+    assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
+    capsys.readouterr()
+    assert rl(tmp_path / "drop", "--config.adapter.lora.dropout=0.5", config=config) == 2
+    assert "dropout" in capsys.readouterr().err
 
 
 def test_a_reward_model_is_one_part_of_the_reward(finished, tmp_path, capsys):

@@ -21,8 +21,6 @@ from t5x_like.parallel import mesh as meshes
 from tests.evaluation import worlds
 from tests.models import cases
 
-pytestmark = pytest.mark.xdist_group("lm_eval")
-
 
 def answers(evaluation):
     return {task: [sample["resps"] for sample in samples] for task, samples in evaluation.samples.items()}

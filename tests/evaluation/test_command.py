@@ -10,8 +10,6 @@ from t5x_like.__main__ import main
 from t5x_like.evaluation import harness
 from tests.evaluation import worlds
 
-pytestmark = pytest.mark.xdist_group("lm_eval")
-
 QUESTION = "Please choose the correct answer to the question: Who?\n\n{0}1: a b {0}2: c\n\nAnswer format: {1}1/{1}2"
 PLAIN = "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false"
 
@@ -118,6 +116,11 @@ def test_two_models_stand_side_by_side_and_a_worse_one_fails(folder_of, tmp_path
         assert main(["evaluate", bad, *other, change, stored]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert part in line, line
+    text.write_text(text.read_text().replace("dog", "cat"))  # every place is where it was
+    assert main(["evaluate", bad, f"--text={text}", stored]) == 1
+    said = capsys.readouterr().err
+    assert "bits_per_byte: " in said and ", and 0 are the same and compared; evaluate both on the same files" in said
+    assert "it shares no document of any metric with this evaluation" in said
     assert main(["evaluate", good, f"--text={text}", "--length=100000"]) == 2
     assert "--length=100000 is more than max_length=512" in capsys.readouterr().err
 

@@ -5,7 +5,6 @@ import pytest
 from t5x_like.language_model import load
 from tests.evaluation import worlds
 
-pytestmark = pytest.mark.xdist_group("lm_eval")
 MODELS = ("stories", "gpt2", "t5")
 
 

@@ -10,7 +10,7 @@ from t5x_like.core.config import build
 from t5x_like.core.errors import UsageError
 from t5x_like.data.config import DataConfig
 from t5x_like.data.write import sources
-from t5x_like.evaluation import text
+from t5x_like.evaluation import statistics, text
 from t5x_like.storage import model_directory
 from tests.end_to_end.commands import ROOT, rows, train
 from tests.evaluation import worlds
@@ -88,6 +88,25 @@ def test_a_model_without_a_run_reads_rows_of_its_own_length(folder_of, held_out)
     for name, metric in found.items():
         assert metric.value == pytest.approx(again[name].value, rel=1e-6) and metric.documents == again[name].documents
     assert 1 < found["bits_per_byte"].value < 8
+
+
+def test_blocks_are_known_by_content_and_place(folder_of, tmp_path):
+    """Equal documents are two observations; a copy of the file is the same text, one with another letter is not."""
+    subject, said = worlds.ours(folder_of("stories")), ["Once upon a time. " * 300, "A little girl.", "A little girl."]
+
+    def bits(name, documents):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        return measured(subject, None, f"jsonl:{tmp_path / name}")["bits_per_byte"]
+
+    before, copy = bits("a.jsonl", said), bits("b.jsonl", said)
+    assert len(set(before.documents)) == len(before.documents) == 4
+    first, second = (item[1] for item in before.items[-2:])
+    assert first == second == pytest.approx(len(said[1]), abs=1)
+    assert copy.documents == before.documents and statistics.difference(before, copy).documents == 4
+    changed = bits("a.jsonl", [said[0], said[1], said[2].replace("girl", "bird")])
+    places = [[key.partition(":")[2] for key in metric.documents] for metric in (before, changed)]
+    assert places[0] == places[1] and not {*changed.documents} & {*before.documents}
+    assert statistics.difference(before, changed) is None
 
 
 def test_a_model_without_a_run_is_read_by_the_usual_section_of_data(folder_of):

@@ -46,7 +46,7 @@ def generate(sources, case="t5", prompt=(0,), count=64, stop_ids=()):
     )
 
 
-@pytest.mark.parametrize("case", ["t5", "t5_gated"])
+@pytest.mark.parametrize("case", ["t5", pytest.param("t5_gated", marks=pytest.mark.slow)])
 def test_greedy_tokens_are_those_of_transformers(case):
     """Two sources of different length in one padded batch, 64 tokens, none of which ends a row."""
     mapping = pytest.importorskip("tests.models.transformers_mapping", reason="needs torch and transformers")

@@ -210,11 +210,10 @@ def test_slurm_without_srun_is_named():
         multihost._detected(environ)
 
 
-@pytest.mark.parametrize(
-    ("tasks", "visible", "devices"),
-    [("1(x2)", "0,1,2,3", [0, 1, 2, 3]), ("1", "0,1", [0, 1]), ("4(x2)", "0,1,2,3", None), ("1(x2)", "", None)],
-)
-def test_a_process_that_has_a_slurm_node_to_itself_takes_all_its_gpus(tasks, visible, devices):
-    environ = SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks, "CUDA_VISIBLE_DEVICES": visible}
-    place = multihost._detected(environ)
-    assert place is not None and place.local_devices == devices
+def test_a_slurm_step_gives_the_whole_place(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
+    place = multihost._detected(SLURM | {"SLURM_PROCID": "1", "SLURM_JOB_ID": "4099"})
+    assert place is not None and place.coordinator == "n1:61443"
+    assert (place.process_id, place.num_processes) == (1, 2)
+    given = multihost._detected(SLURM | {"JAX_COORDINATOR_ADDRESS": "ib1:5"})
+    assert given is not None and given.coordinator == "ib1:5"

@@ -13,8 +13,6 @@ from t5x_like.planner.compile import compile_program
 from t5x_like.planner.cost import cost
 from t5x_like.planner.topology import topology
 
-pytestmark = pytest.mark.xdist_group("libtpu")
-
 AXES = ("data", "fsdp", "tensor")
 
 

@@ -10,7 +10,6 @@ from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.rules import PRESETS
 from t5x_like.planner import topology
 
-pytestmark = pytest.mark.xdist_group("libtpu")
 SLICES = ("v4:2x2x1", "v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:2x4", "v6e:8x8", "tpu7x:2x2x2")
 
 

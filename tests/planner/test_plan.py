@@ -7,8 +7,6 @@ import pytest
 
 from t5x_like.__main__ import main
 
-pytestmark = pytest.mark.xdist_group("libtpu")
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = f"--config={ROOT / 'configs/pretrain/test.py'}"
 

@@ -15,8 +15,6 @@ from t5x_like.runs import program as programs
 from t5x_like.runs import rl_program, train
 from t5x_like.runs.functions import named_functions
 
-pytestmark = pytest.mark.xdist_group("libtpu")
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ANSWERS, ROWS, NEW = 16, 8, 6
 CONFIG = """

@@ -22,7 +22,6 @@ def test_on_a_machine_that_the_compiler_does_not_know_one_line_says_so(monkeypat
         topology.topology("v5e:2x2")
 
 
-@pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize(
     ("name", "chips", "devices"),
     [("v5e:1x1", 1, 1), ("v4:2x2x1", 4, 4), ("v5p:4x4x4", 64, 64), ("v6e:2x4", 8, 8), ("tpu7x:2x2x1", 4, 8)],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import signal
 import time
 
 import pytest
@@ -125,6 +126,17 @@ def alive(process: int) -> bool:
         return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_end_the_judge():
+    part, places = function(judges.length)
+    with Rewards(config(length=part), places, warn=pytest.fail) as rewards:
+        first = rewards.judge([Sample("", "abc", "")], where="test", progress=quiet)
+        assert rewards._worker is not None
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+            rewards._worker._process.send_signal(number)
+        second = rewards.judge([Sample("", "abc", "")], where="test", progress=quiet)
+    assert first.values.tolist() == second.values.tolist() == [[3]] and not second.failed.any()
 
 
 def test_a_number_may_have_a_power_of_ten():

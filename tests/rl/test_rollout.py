@@ -35,11 +35,11 @@ def world(case):
 
 
 @functools.cache
-def drawn(case, rows, mesh="one", iteration=3, sampling=DRAW):
-    """Answers to all prompts, `rows` at a time: {name: [16, ...]}."""
+def drawn(case, rows, mesh="one", iteration=3, sampling=DRAW, samples=1):
+    """Answers to all prompts, `rows` at a time, of which `samples` share a prompt: {name: [16, ...]}."""
     model, params = world(case)
     source = ROOM if case == "t5" else 0
-    shape = Shape(rows, 1 if source else ROOM, source, NEW)
+    shape = Shape(rows, samples, 1 if source else ROOM, source, NEW)
     devices = make_mesh({"data": 2, "fsdp": 2, "tensor": 2} if mesh == "eight" else ALONE)
     with jax.set_mesh(devices):
         program = rollout_program(policy(model), devices, shape, sampling=sampling, end_ids=ENDS, seed=0, options=FAST)
@@ -48,7 +48,7 @@ def drawn(case, rows, mesh="one", iteration=3, sampling=DRAW):
         parts = []
         for first in range(0, len(prompt), rows):
             here = slice(first, first + rows)
-            ids = [PROMPTS[number] for number in prompt[here]]
+            ids = [PROMPTS[number] for number in prompt[here][::samples]]
             batch = rollout_batch(ids, shape, prompt=prompt[here], sample=sample[here], start=START)
             placed = {name: jax.device_put(array, program.batch[name].sharding) for name, array in batch.items()}
             parts.append(jax.device_get(program.run(params, {"base": {}}, placed, jnp.asarray(iteration, jnp.int32))))
@@ -63,6 +63,15 @@ def test_answers_do_not_depend_on_what_is_decoded_beside_them(case):
     for name in ("tokens", "lengths", "stopped"):
         assert (part[name] == whole[name]).all(), name
     assert np.abs(part["logp"] - whole["logp"]).max() < 1e-5
+
+
+@pytest.mark.parametrize("case", ["llama", "t5"])
+def test_answers_that_share_a_prompt_are_those_of_prompts_of_their_own(case):
+    apart = drawn(case, 16)
+    for shared in (drawn(case, 16, samples=SAMPLES), drawn(case, 16, "eight", samples=SAMPLES)):
+        for name in ("tokens", "lengths", "stopped"):
+            assert (shared[name] == apart[name]).all(), name
+        assert np.abs(shared["logp"] - apart["logp"]).max() < 1e-5
 
 
 @pytest.mark.parametrize("case", ["llama", "t5"])

@@ -119,7 +119,16 @@ def test_wheels_of_missing_packages_alone_are_unpacked(tmp_path):
     assert gpu_report.install_missing(tmp_path / "none", tmp_path / "site") == "All packages were there."
 
 
-@pytest.mark.parametrize("name", ["train", "lora", "packed", "decode", "grpo", "train_torch", "decode_torch"])
+_SLOW = ("decode", "grpo")  # their programs are those of inference/ and rl/, their rows those of the stubs above
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW))
+        for name in ("train", "lora", "packed", "decode", "grpo", "train_torch", "decode_torch")
+    ],
+)
 def test_the_parts_run_on_a_tiny_model(name):
     result = gpu_report.WORK[name](gpu_report.SHAPES["tiny"])
     rows = dict(gpu_report.PARTS[name].rows(json.loads(json.dumps(result))))

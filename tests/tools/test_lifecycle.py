@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from t5x_like.configs.lifecycle import data, models, tasks
+from t5x_like.configs.lifecycle import data, lora, models, tasks, tiny
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.evaluation import report as reports
 from t5x_like.evaluation.results import Evaluation, Metric
@@ -369,6 +369,14 @@ def test_pairs_are_the_wrong_answers_beside_the_right_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_another_seed_is_that_of_every_run_behind_the_base(kind):
+    first, other = (tiny.get_stages("F", name) for name in (kind, f"{kind},3"))
+    added = {a["name"]: set(b["command"]) - set(a["command"]) for a, b in zip(first, other, strict=True)}
+    runs = ("instruct", "lora", "full", "reward", "dpo", "grpo")
+    assert {name: found for name, found in added.items() if found} == dict.fromkeys(runs, {"--config.seed=3"})
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_the_data_are_written_the_same_twice(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data, "EXAMPLES", 20)
     for name in "ab":
@@ -378,6 +386,8 @@ def test_the_data_are_written_the_same_twice(tmp_path, monkeypatch, kind):
     assert (len(records["held_out"]), len(records["plays_held_out"])) == (600, 60)
     assert len(records["people_held_out"]) > 20 and len(records["people"]) > 200
     held = {each["prompt"] for each in records["people_held_out"]}
+    mixed = lora.get_config(f"{kind},{tmp_path / 'a'}").data.mixture
+    assert ("people" in mixed.sources) == (kind == "t5") and sorted(mixed.sources) == sorted(mixed.rates)
     learned = {each["inputs"] if kind == "t5" else each["messages"][0]["content"] for each in records["people"]}
     assert not held & {models.KINDS[kind].asked.format(each) for each in learned}
     gap = records["plays_held_out"][0]

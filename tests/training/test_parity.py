@@ -1,11 +1,14 @@
 """The compiled train step on 8 devices against one device: same loss, same gradients, expected collectives.
 
-Gradients are read from the momentum of SGD, which after one step is the gradient itself.
+Gradients are read from the momentum of SGD, which after one step is the gradient itself. CASES are those of every
+change; all runs on all meshes are compared by `make nightly`.
 """
 
 import dataclasses
 import functools
 import re
+import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,8 +16,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.pretrain import test as test_config
+from t5x_like.convert.stored import StoredModel
 from t5x_like.core import tree
 from t5x_like.core.types import Tree
+from t5x_like.models.config import ModelConfig
 from t5x_like.parallel import mesh as meshes
 from t5x_like.peft.attach import is_adapter
 from t5x_like.runs import program as programs
@@ -35,41 +40,36 @@ FAMILIES = {
     "t5": {"kv_heads": 8},
 }
 # Runs that train otherwise than by the objective and parameters of a config: by name, the family and what changes.
+_LORA = {"adapter": {"name": "lora"}, "checkpoint": {"init_from": "not read here"}}
+_PAIRS = {"features": "pairs", "packing": "single"}
+_PAIR_TEXTS = {"features": "pair_texts", "packing": "single"}
 _GRPO = {"kl_coefficient": 0.1, "reference": "base", "aggregation": "token", "temperature": 0.7}
 _ROLLOUTS = {"features": "rollouts", "packing": "single"}
 _CHATS = {"packing": "examples", "length": 96, "fields": {"inputs": "", "targets": "", "messages": "messages"}}
+_ROLE = {"reference": {"source": "not read here", "rules": "", "dtype": "stored"}}
+_REWARD = {
+    "objective": {"name": "reward", "reward": {"centering": 0.1}},
+    "data": _PAIR_TEXTS,
+    "model": {"scalar_heads": ("reward",), "head": {"tied": True}},  # the LM head itself learns nothing
+}
+
+
+def _dpo(reference: str, **fields) -> dict:
+    return {"objective": {"name": "dpo", "dpo": {"beta": 0.3, "reference": reference, **fields}}, "data": _PAIRS}
+
+
 RUNS = {
-    "lora": ("llama", {"adapter": {"name": "lora"}, "checkpoint": {"init_from": "not read here"}}),
-    "reward": (
-        "llama",
-        {
-            "objective": {"name": "reward", "reward": {"centering": 0.1}},
-            "data": {"features": "pair_texts", "packing": "single"},
-            "model": {"scalar_heads": ("reward",), "head": {"tied": True}},  # the LM head itself learns nothing
-        },
-    ),
-    "dpo": (
-        "llama",
-        {
-            "objective": {"name": "dpo", "dpo": {"beta": 0.3, "reference": "none", "label_smoothing": 0.1}},
-            "data": {"features": "pairs", "packing": "single"},
-        },
-    ),
-    "reward of t5": (
-        "t5",
-        {
-            "objective": {"name": "reward", "reward": {"centering": 0.1}},
-            "data": {"features": "pair_texts", "packing": "single"},
-            "model": {"scalar_heads": ("reward",)},
-        },
-    ),
-    "dpo of t5": (
-        "t5",
-        {
-            "objective": {"name": "dpo", "dpo": {"beta": 0.3, "reference": "none", "length_normalized": True}},
-            "data": {"features": "pairs", "packing": "single"},
-        },
-    ),
+    "lora": ("llama", _LORA),
+    "reward": ("llama", _REWARD),
+    "reward of t5": ("t5", _REWARD),
+    "dpo": ("llama", _dpo("none", label_smoothing=0.1)),
+    "dpo of t5": ("t5", _dpo("none", length_normalized=True)),
+    "dpo beside a model": ("llama", _dpo("role") | {"roles": _ROLE}),
+    "dpo of t5 beside a model": ("t5", _dpo("role", label_smoothing=0.1) | {"roles": _ROLE}),
+    # Means, since an adapter moves sums of some -150 by little: their difference is known to 1e-5 in float32.
+    "dpo beside its base": ("llama", _dpo("base", length_normalized=True) | _LORA),
+    "dpo of t5 beside its base": ("t5", _dpo("base", length_normalized=True) | _LORA),
+    "dpo of a cached reference": ("llama", _dpo("cache", length_normalized=True) | {"roles": _ROLE}),
     "grpo": ("llama", {"objective": {"name": "grpo", "grpo": _GRPO | {"aggregation": "sequence"}}, "data": _ROLLOUTS}),
     "grpo of t5": ("t5", {"objective": {"name": "grpo", "grpo": _GRPO}, "data": _ROLLOUTS}),
     "sft": ("llama", {"data": _CHATS | {"chat": {"template": "plain"}}}),
@@ -117,7 +117,7 @@ def _batch(name: str) -> dict[str, np.ndarray]:
     if name.startswith("sft"):
         return conversations.rows(_config(name).data.to_dict())
     batch = _documents()
-    if name in ("reward of t5", "dpo of t5"):
+    if name.startswith(("reward of t5", "dpo of t5")):
         columns = np.tile(np.arange(16, dtype=np.int32), (8, 1))
         inside = columns < np.arange(9, 17)[:, None]
         batch |= {"encoder_segment_ids": inside.astype(np.int32), "encoder_positions": columns * inside}
@@ -143,6 +143,8 @@ def _documents() -> dict[str, np.ndarray]:
         "rollout_logp": logp[2],
         "advantages": rng.normal(size=rows).astype(np.float32),
         "on_policy": (np.arange(rows) % 2).astype(np.float32),
+        "chosen/reference_logp": rng.normal(-60.0, 5.0, rows).astype(np.float32),
+        "rejected/reference_logp": rng.normal(-60.0, 5.0, rows).astype(np.float32),
         **_side("chosen", tokens, rng),
         **_side("rejected", tokens[::-1], rng),
         "encoder_inputs": rng.integers(0, 256, (rows, 16)).astype(np.int32),
@@ -179,17 +181,33 @@ class Result:
     text: str
 
 
-def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1) -> Result:
-    config = _config(family)
+def _reference(config: ModelConfig) -> StoredModel:
+    """A model like the policy, of other parameters: where the tables lay each, whatever the mesh."""
+
+    def read(templates: Tree) -> dict[str, Any]:
+        def leaf(path: str, template: jax.ShapeDtypeStruct) -> jax.Array:
+            noise = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(template.shape)
+            values = (0.1 * noise + (1.0 if "norm" in path else 0.0)).astype(template.dtype)
+            return jax.device_put(values, template.sharding)
+
+        return tree.map_with_path(leaf, templates)
+
+    return StoredModel("reference", None, config, None, None, start_token="pad", read=read)
+
+
+@functools.cache
+def _step(run: str, mesh_name: str = "", micro_batches: int = 1) -> Result:
+    """On a mesh of MESHES, or on one device."""
+    config = _config(run)
     config.loop.micro_batches = micro_batches
-    config.mesh.update(mesh_section)
+    config.mesh.update(MESHES[mesh_name] if mesh_name else {"preset": "data"})
     experiment = experiments.from_config(config)
-    mesh = meshes.make(experiment.mesh, jax.devices()[:devices])
+    mesh = meshes.make(experiment.mesh, jax.devices() if mesh_name else jax.devices()[:1])
     with jax.set_mesh(mesh):
-        program = programs.step_program(experiment, mesh)
+        program = programs.step_program(experiment, mesh, opened=lambda name, source: _reference(experiment.model))
         state, frozen = programs.initialize(program, seed=0)
         state["params"] = _varied(state["params"])
-        host = _batch(family)
+        host = _batch(run)
         batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
         compiled = program.step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
@@ -197,38 +215,39 @@ def _step(family: str, mesh_section: dict, devices: int, micro_batches: int = 1)
     return Result(float(metrics["loss"]), gradients, program, compiled.as_text())
 
 
-@pytest.fixture(scope="module")
-def single():
-    """The result of one device, made once for each family."""
-    return {name: _step(name, {"preset": "data"}, 1) for name in (*FAMILIES, *RUNS)}
-
-
+DATA, FSDP, TENSOR, SEQUENCE = list(MESHES)[:4]
+# One mesh for each run, of which that with parts of rows divides in every way; what several runs share is compared on
+# more of them.
 CASES = [("llama", name) for name in MESHES] + [
-    ("gpt2", "data=2 fsdp=2 tensor=2"),
-    ("gpt2", "fsdp=2 sequence=2 tensor=2"),
-    ("t5", "fsdp=8"),
-    ("t5", "data=2 fsdp=2 tensor=2"),
-    ("t5", "fsdp=2 sequence=2 tensor=2"),
-    ("lora", "data=2 fsdp=2 tensor=2"),
-    ("lora", "fsdp=2 sequence=2 tensor=2"),
-    ("reward", "data=2 fsdp=2 tensor=2"),
-    ("reward", "fsdp=2 sequence=2 tensor=2"),
-    ("reward of t5", "data=2 fsdp=2 tensor=2"),
-    ("dpo", "data=2 fsdp=2 tensor=2"),
-    ("dpo of t5", "data=2 fsdp=2 tensor=2"),
-    ("dpo of t5", "fsdp=2 sequence=2 tensor=2"),
-    ("grpo", "data=2 fsdp=2 tensor=2"),
-    ("grpo", "fsdp=2 sequence=2 tensor=2"),
-    ("grpo of t5", "data=2 fsdp=2 tensor=2"),
-    ("sft", "data=2 fsdp=2 tensor=2"),
-    ("sft", "fsdp=2 sequence=2 tensor=2"),
-    ("sft of t5", "data=2 fsdp=2 tensor=2"),
+    ("gpt2", TENSOR),
+    ("gpt2", SEQUENCE),
+    ("t5", TENSOR),
+    ("t5", SEQUENCE),
+    ("lora", SEQUENCE),
+    ("reward", SEQUENCE),
+    ("reward of t5", SEQUENCE),
+    ("dpo", TENSOR),
+    ("dpo of t5", SEQUENCE),
+    ("dpo beside a model", SEQUENCE),
+    ("dpo of t5 beside its base", SEQUENCE),
+    ("grpo", TENSOR),
+    ("grpo of t5", SEQUENCE),
+    ("sft", SEQUENCE),
+    ("sft of t5", SEQUENCE),
 ]
+ALL = [*FAMILIES, *RUNS]
+COMPARED = {run for run, _ in CASES}
 
 
-@pytest.mark.parametrize("family,name", CASES)
-def test_loss_and_every_gradient_equal_those_of_one_device(single, family, name):
-    _assert_equal(single[family], _step(family, MESHES[name], 8))
+def _case(*given: str, slow: bool) -> Any:
+    return pytest.param(*given, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(
+    "run,name", [_case(run, name, slow=(run, name) not in CASES) for run in ALL for name in MESHES]
+)
+def test_loss_and_every_gradient_equal_those_of_one_device(run, name):
+    _assert_equal(_step(run), _step(run, name))
 
 
 def test_packed_conversations_have_loss_on_few_of_their_tokens():
@@ -240,12 +259,24 @@ def test_packed_conversations_have_loss_on_few_of_their_tokens():
         assert (trained < inside / 2).all() if name == "sft" else (trained == inside).all()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *RUNS])
-def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(single, family):
+@pytest.mark.parametrize("run", [_case(run, slow=run not in COMPARED) for run in ALL])
+def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(run):
     """Though micro-batches hold different numbers of tokens, as every other row is padded more."""
-    result = _step(family, {"preset": "data"}, 1, micro_batches=4)
+    result = _step(run, micro_batches=4)
     assert " while(" in result.text
-    _assert_equal(single[family], result)
+    _assert_equal(_step(run), result)
+
+
+@pytest.mark.parametrize("run", [_case(run, slow=run not in ("dpo beside a model", "sft of t5")) for run in ALL])
+def test_micro_batches_on_a_mesh_give_them_too(run):
+    _assert_equal(_step(run), _step(run, SEQUENCE, micro_batches=2))
+
+
+def test_what_a_reference_says_changes_the_gradients():
+    """So that it is compared where runs with one are."""
+    runs = ("dpo beside a model", "dpo of t5 beside its base")
+    beside, base = (_step(run) for run in runs)
+    assert abs(beside.loss - np.log(2)) > 1e-3 and abs(base.loss - np.log(2)) > 1e-3
 
 
 def _assert_equal(reference: Result, result: Result) -> None:
@@ -263,14 +294,13 @@ def _kinds(text: str) -> set[str]:
     return set(re.findall(r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text))
 
 
-def test_the_compiled_steps_hold_the_collectives_that_their_presets_are_for(single):
-    assert _kinds(single["llama"].text) == set()
-    data = _step("llama", MESHES["data=8"], 8)
-    assert _kinds(data.text) == {"all-reduce"}
-    fsdp = _kinds(_step("llama", MESHES["fsdp=8"], 8).text)
+def test_the_compiled_steps_hold_the_collectives_that_their_presets_are_for():
+    assert _kinds(_step("llama").text) == set()
+    assert _kinds(_step("llama", DATA).text) == {"all-reduce"}
+    fsdp = _kinds(_step("llama", FSDP).text)
     assert "all-gather" in fsdp and fsdp & {"reduce-scatter", "all-reduce"}
     # Here no axis divides the rows: what is summed are the parts of a layer's output.
-    assert "all-reduce" in _kinds(_step("llama", MESHES["tensor=8, kv heads replicated"], 8).text)
+    assert "all-reduce" in _kinds(_step("llama", "tensor=8, kv heads replicated").text)
 
 
 @pytest.mark.parametrize("name,limit", [("fsdp=8", 512), ("data=2 fsdp=2 tensor=2", 512)])

@@ -71,6 +71,7 @@ def ours(model: Any, *, prompts: int, samples: int, new: int, micro_batches: int
     given.loop.micro_batches = micro_batches
     # An end token that random weights draw once in a while would make answers shorter: it is no token here.
     given.rl.update({"prompts": prompts, "samples": samples, "new_tokens": new, "generate": prompt})
+    given.rl.answers_per_row = samples  # an answer sees its prompt, as in TRL's rows, and a prompt is computed once
     given.rl.rewards.score = common.reward("function", function=score)
     environment.apply(bridge.build(environment.RuntimeConfig, given.runtime, path="config.runtime"))
     stored, _, places = named_functions(given.to_dict())

@@ -20,14 +20,27 @@ BREAK = "\ufdd2"  # within a text that spells out a special token
 _RESERVED = (OPEN, CLOSE, BREAK)
 
 
-def of_value(value: Any, name: str, change: Callable[[str], str]) -> list[Message]:
-    """The messages of a field `name`; `change` is what preprocessors do to each text. One is the assistant's."""
+def of_value(value: Any, name: str, change: Callable[[str], str], *, tools: Any = None) -> list[Message]:
+    """The messages of a field `name`; `change` is what preprocessors do to each text. One is the assistant's.
+
+    tools: the field `tools` of the same record
+    """
     if isinstance(value, str | bytes):
         value = _of_json(value, name)
     found = of_list(value, f"field {name!r}", change)
     if all(message["role"] != "assistant" for message in found):
         raise UserError(f"the conversation of field {name!r} has no turn of the assistant, so nothing of it is trained")
+    check_tools(tools)
     return found
+
+
+def check_tools(offered: Any) -> None:
+    """UserError for a field `tools` that offers any: nothing hands them to a template. It may be a JSON text, and of
+    numpy as a SeqIO feature is."""
+    offered = offered.tolist() if hasattr(offered, "tolist") else offered
+    offered = offered.decode("utf-8", "replace") if isinstance(offered, bytes) else offered
+    if offered and not (isinstance(offered, str) and offered.strip() in ("", "[]", "{}", "null")):
+        raise UserError("field 'tools' offers tools, which is not supported; leave such records out, or the field")
 
 
 def of_list(value: Any, where: str, change: Callable[[str], str] = str) -> list[Message]:

@@ -1,7 +1,7 @@
 """The reader of CSV and TSV. A field may span lines, so a file is always read from its begin.
 
-Where no separator is given it is the one by which the header names the fields that are wanted: comma, tab, semicolon
-or bar; of a file named .tsv the tab comes first.
+Where no separator is given it is the one by which the header names most of the fields that are wanted: comma, tab,
+semicolon or bar; of a file named .tsv the tab comes first.
 """
 
 import csv
@@ -80,11 +80,11 @@ def _separator(path: str, wanted: tuple[str, ...]) -> str:
     first = "\t" if name.endswith((".tsv", ".tab")) else ","
     with content.open_content(path) as file:
         line = file.readline().removeprefix(BOM).decode("utf-8", errors="replace")
-    for separator in sorted(_SEPARATORS, key=lambda each: each != first):
+
+    def named(separator: str) -> int:
         try:
-            names = next(csv.reader([line], delimiter=separator), [])
+            return len({*wanted} & {*next(csv.reader([line], delimiter=separator), [])})
         except csv.Error:
-            continue
-        if set(wanted) <= set(names):
-            return separator
-    return first
+            return 0
+
+    return max(sorted(_SEPARATORS, key=lambda each: each != first), key=named)

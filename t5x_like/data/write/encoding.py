@@ -36,7 +36,8 @@ def encode_shards(job: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     plain = job["kind"] in ("text", "lines")
     columns = PLAIN.columns if plain else tuple(job["columns"])
     pieces = {index: [Piece(*piece) for piece in given] for index, given in job["shards"]}
-    wanted = () if plain else FieldsConfig(**job["fields"]).names
+    fields = FieldsConfig(**job["fields"]) if not plain else PLAIN
+    wanted = () if plain else (*fields.names, *fields.beside)
 
     def read(file: int, begin: int, end: int) -> Iterator[sources.Record]:
         path, separator = job["files"][file], job["separator"]
@@ -98,7 +99,7 @@ def read_pieces(
     """The documents of some pieces of a native source, in order. tally: counts bad records, by its own rule."""
     if tally is None:
         tally = bad_records.Tally(source.kind, [file.path for file in files], rule=on_bad_record)
-    wanted = () if source.kind in ("text", "lines") else fields.names
+    wanted = () if source.kind in ("text", "lines") else (*fields.names, *fields.beside)
     for piece in pieces:
         path = files[piece.file].path
         records = sources.read(
@@ -167,7 +168,7 @@ def _documents_of(
 ) -> list[Document]:
     if writer is not None and fields.rejected:
         return [Document("", "", written=writer.pair(*preprocessors.conversations(record, fields, names)))]
-    if not fields.messages and (writer is None or not fields.targets):
+    if not preprocessors.is_conversation(record, fields) and (writer is None or not fields.targets):
         return [preprocessors.document(record, fields, names)]
     messages = preprocessors.conversation(record, fields, names)
     if writer is None:

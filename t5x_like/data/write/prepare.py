@@ -53,10 +53,12 @@ Report = Callable[[Training | Writing], None]
 class Prepared:
     """What the cache now holds for a config; `shards_written`, with so much text, by this call in `seconds`.
 
+    contents: a fingerprint of the files of each set to train on, by its name; {} where they are not on this machine.
     skipped: documents without a token; bad: records left out; bad_places: a line for each of the first of them
     """
 
     manifest: cache.Manifest
+    contents: dict[str, str]
     documents: int
     tokens: int
     text_bytes: int
@@ -120,15 +122,16 @@ def prepare(
     folder = cache.local_folder(cache_dir)
     paths.make_directory(str(folder))
     written: list[dict[str, Any]] = []
+    found: Parts | None = None
     try:
         with workers.Pool(config.workers or cores()) as pool:
-            manifest, written = _write(config, cache_dir, pool, report, tokenizer)
+            found, manifest, written = _write(config, cache_dir, pool, report, tokenizer)
         cache.write_manifest(config, cache_dir, manifest, beside=beside)
     except sources.MissingSource:
         if cache.find_manifest(config, cache_dir, beside) is None:
             raise
         manifest = cache.read_manifest(config, cache_dir, beside=beside)
-    return prepared(manifest, folder, written, started)
+    return prepared(manifest, folder, found, written, started)
 
 
 def check(config: DataConfig) -> None:
@@ -143,12 +146,15 @@ def check(config: DataConfig) -> None:
         raise UsageError(f"config.data.tokenizer_training_bytes={config.tokenizer_training_bytes} should be at least 1")
 
 
-def prepared(manifest: cache.Manifest, folder: pathlib.Path, written: list[dict[str, Any]], started: float) -> Prepared:
+def prepared(
+    manifest: cache.Manifest, folder: pathlib.Path, found: Parts | None, written: list[dict[str, Any]], started: float
+) -> Prepared:
     entries = [*manifest.train.values(), *manifest.validation.values()]
     indexes = [token_set.read_index(folder / entry.folder) for entry in entries]
     totals = [sum(index[key] for index in indexes) for key in ("documents", "tokens", "text_bytes", "skipped")]
     return Prepared(
         manifest,
+        {} if found is None else {name: part.content for name, part in found.train.items()},
         *totals,
         empty_files=sum(index.get("empty_files", 0) for index in indexes),
         bad=sum(index.get("bad", {"count": 0})["count"] for index in indexes),
@@ -168,14 +174,14 @@ def _bad_places(entries: list[cache.SetEntry], indexes: list[dict[str, Any]]) ->
 
 def _write(
     config: DataConfig, cache_dir: str, pool: workers.Pool, report: Report | None, saved: str
-) -> tuple[cache.Manifest, list[dict[str, Any]]]:
-    """Writes what is missing; (manifest, facts of the shards written)."""
+) -> tuple[Parts, cache.Manifest, list[dict[str, Any]]]:
+    """Writes what is missing; (text, manifest, facts of the shards written)."""
     folder = cache.local_folder(cache_dir)
     found, tokenizer, plans = plan(config, folder, pool, report, saved)
     for each in plans:
         cache.fetch_set(cache_dir, each.place.name)
     written = _write_sets(config, plans, pool, report)
-    return manifest_of(config, folder, found, tokenizer, plans, pool), written
+    return found, manifest_of(config, folder, found, tokenizer, plans, pool), written
 
 
 def plan(

@@ -47,9 +47,10 @@ def check(names: Sequence[str], fields: FieldsConfig) -> None:
     pair = [bool(name) for name in (fields.chosen, fields.rejected)]
     if (any(pair) or fields.prompt) and not all(pair):
         raise UsageError("config.data.fields: give chosen and rejected, and prompt unless they are whole dialogues")
-    if any(pair) + bool(fields.inputs) + bool(fields.label) + bool(fields.messages) > 1:
+    if any(pair) + bool(fields.label) + bool(fields.inputs or fields.messages) > 1:
         raise UsageError(
-            "config.data.fields: give inputs and targets, or prompt, chosen and rejected, or label, or messages"
+            "config.data.fields: give inputs and targets, or prompt, chosen and rejected, or label, or messages (with "
+            "inputs and targets too where sources of both are mixed)"
         )
 
 
@@ -77,6 +78,14 @@ def document(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str])
     return Document("", texts["text"], label=_label(record, fields.label) if fields.label else 0)
 
 
+def is_conversation(record: dict[str, Any], fields: FieldsConfig) -> bool:
+    """Whether a record is a conversation, which where examples are read too is one that has messages."""
+    if not (fields.messages and fields.targets):
+        return bool(fields.messages)
+    value = _value(record, fields.messages)
+    return value is not _MISSING and value is not None and not (isinstance(value, str | bytes | list) and not value)
+
+
 def conversation(record: dict[str, Any], fields: FieldsConfig, names: Sequence[str]) -> list[messages.Message]:
     """The messages of a record, or the two of an example; UserError as in `document`."""
 
@@ -86,22 +95,25 @@ def conversation(record: dict[str, Any], fields: FieldsConfig, names: Sequence[s
         _check_unicode(text, fields.messages)
         return text
 
-    if fields.targets:
+    value = _value(record, fields.messages) if fields.messages else _MISSING
+    if not is_conversation(record, fields):
+        if value is _MISSING and fields.messages and _value(record, fields.targets) is _MISSING:
+            raise UserError(
+                f"no field {fields.messages!r} and no field {fields.targets!r} among {', '.join(record)}; set "
+                "config.data.fields.messages, inputs and targets"
+            )
         found = document(record, fields, names)
         return messages.of_example(found.inputs, found.text)
-    value = _value(record, fields.messages)
     if value is _MISSING:
         raise UserError(f"no field {fields.messages!r} among {', '.join(record)}; set config.data.fields.messages")
-    return _with_columns(record, messages.of_value(value, fields.messages, change), change)
+    return _with_system(record, messages.of_value(value, fields.messages, change, tools=record.get("tools")), change)
 
 
-def _with_columns(
+def _with_system(
     record: dict[str, Any], found: list[messages.Message], change: Callable[[str], str]
 ) -> list[messages.Message]:
-    """With what columns beside a conversation say: ShareGPT's `system`; tools, which nothing reads, are refused."""
-    tools, system = record.get("tools"), record.get("system")
-    if tools not in (None, "", [], {}, "[]", "null"):
-        raise UserError("field 'tools' offers tools, which is not supported; leave such records out, or the field")
+    """With what a field beside a conversation says: ShareGPT's `system`."""
+    system = record.get("system")
     if isinstance(system, str) and system and found[0]["role"] != "system":
         return [*messages.of_list([{"role": "system", "content": system}], "field 'system'", change), *found]
     return found
@@ -124,6 +136,7 @@ def conversations(
         values[kind] = _value(record, name) if name else None
         if values[kind] is _MISSING:
             raise UserError(f"no field {name!r} among {', '.join(record)}; set config.data.fields.{kind}")
+    messages.check_tools(record.get("tools"))
     return preferences.conversations(
         values["prompt"],
         values["chosen"],

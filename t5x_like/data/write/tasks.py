@@ -264,8 +264,9 @@ def _chat_batches(
 
 def _messages(example: dict[str, Any]) -> list[messages.Message]:
     """The conversation of an example: its feature `messages`, which is JSON, or its inputs and targets, as texts."""
-    if "messages" in example:
-        return messages.of_value(_text(np.asarray(example["messages"]), "messages"), "messages", str)
+    written = _text(np.asarray(example["messages"]), "messages") if "messages" in example else ""
+    if written or not {"inputs", "targets"} & example.keys():
+        return messages.of_value(written, "messages", str, tools=example.get("tools"))
     texts = {}
     for name in ("inputs", "targets"):
         feature = example.get(f"{name}_pretokenized", example.get(name))

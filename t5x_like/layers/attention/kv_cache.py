@@ -92,6 +92,11 @@ class Ring:
             layers=self.layers,
         )
 
+    def repeated(self, times: int) -> "Ring":
+        rows = 0 if isinstance(self.k, tuple) else 1
+        k, v = (jax.tree.map(lambda a: jnp.repeat(a, times, axis=rows), values) for values in (self.k, self.v))
+        return Ring(k=k, v=v, positions=jnp.repeat(self.positions, times, axis=0), layers=self.layers)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,10 @@ class Slots:
         }
         return Slots(rings)
 
+    def repeated(self, times: int) -> "Slots":
+        """Each row `times` times, one behind the other."""
+        return Slots({window: ring.repeated(times) for window, ring in self.rings.items()})
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +151,11 @@ class Cross:
     def of_rows(self, rows_R: Int[Array, " R"]) -> "Cross":
         """What these rows attend to: a copy, so for a prefill only."""
         return Cross(k=self.k[:, rows_R], v=self.v[:, rows_R], segments=self.segments[rows_R])
+
+    def repeated(self, times: int) -> "Cross":
+        """Each row `times` times, one behind the other."""
+        k, v = (jnp.repeat(a, times, axis=1) for a in (self.k, self.v))
+        return Cross(k=k, v=v, segments=jnp.repeat(self.segments, times, axis=0))
 
     def attend(
         self,

@@ -9,8 +9,6 @@ from t5x_like.data.tokenizers import vocabularies
 from t5x_like.data.write import prepare, workers
 from tests.data import corpus
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 _TASKS = """
 import os
 import seqio

@@ -1,4 +1,4 @@
-"""Conversations from SeqIO: tasks of inputs and targets, tasks of messages, and a mixture of both at its rates."""
+"""Conversations from SeqIO: tasks of inputs and targets, tasks of messages, mixtures at SeqIO's rates and at ours."""
 
 import dataclasses
 import json
@@ -9,8 +9,6 @@ import pytest
 from t5x_like.core.errors import UserError
 from t5x_like.data.write import prepare
 from tests.data import chats, corpus
-
-pytestmark = pytest.mark.xdist_group("tensorflow")
 
 _TASKS = """
 import functools
@@ -36,6 +34,14 @@ seqio.TaskRegistry.add("chats", source=CHATS, output_features={"messages": TEXT}
     lambda dataset: dataset.map(lambda line: {"messages": line})])
 seqio.TaskRegistry.add("more", source=CHATS, output_features={"inputs": TEXT, "targets": TEXT}, preprocessors=[
     lambda dataset: dataset.map(lambda line: {"inputs": "say it", "targets": line})])
+seqio.TaskRegistry.add("tools", source=CHATS, output_features={"messages": TEXT, "tools": TEXT}, preprocessors=[
+    lambda dataset: dataset.map(lambda line: {"messages": line, "tools": '[{"name": "add"}]'})])
+seqio.TaskRegistry.add("calls", source=CHATS, output_features={"messages": TEXT, "tools": TEXT}, preprocessors=[
+    lambda dataset: dataset.map(lambda line: {"messages": json.dumps([
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{"function": {}}]}]),
+        "tools": "[]"})])
+seqio.TaskRegistry.add("either", source=CHATS, output_features={"messages": TEXT, "inputs": TEXT, "targets": TEXT},
+    preprocessors=[lambda dataset: dataset.map(lambda line: {"messages": "", "inputs": "say it", "targets": line})])
 seqio.MixtureRegistry.add("both", [("examples", 3.0), ("more", 1.0)])
 """
 EXAMPLES = [(f"question {number}", f"answer {number}") for number in range(6)]
@@ -87,3 +93,26 @@ def test_a_feature_of_messages_is_read_and_a_bad_one_named(module, tmp_path):
     assert trained(one) == trained(two)
     with pytest.raises(UserError, match="1 of 4 records are bad, which is more than config.data.max_bad_share=0.2"):
         prepare.prepare(dataclasses.replace(skipping, max_bad_share=0.2), str(tmp_path), report=None)
+
+
+def test_tasks_of_both_kinds_are_sources_of_one_mixture(module, tmp_path):
+    fields = FIELDS | {"messages": "messages"}
+    named = {"asked": "examples", "either": "either"}
+    sources = {name: f"seqio:{module}:{task}" for name, task in named.items()}
+    sources["talks"] = chats.write(tmp_path / "direct.jsonl", chats.CONVERSATIONS)
+    for shape in ({}, {"features": "source_target", "encoder_length": 256, "chat": {"template": "t5"}}):
+        mixed = config(module, "", source="", mixture={"sources": sources}, fields=fields, **shape)
+        mixture = corpus.opened(mixed, tmp_path)
+        for name, task in (("asked", "examples"), ("either", "more")):
+            alone = corpus.opened(config(module, task, **shape), tmp_path)
+            assert trained(mixture, name) == trained(alone)
+        direct = config(module, "", source=sources["talks"], fields={"messages": "messages"}, **shape)
+        assert trained(mixture, "talks") == trained(corpus.opened(direct, tmp_path))
+
+
+def test_tools_of_a_task_are_refused_as_those_of_a_file(module, tmp_path):
+    given = {"fields": {"messages": "messages"}}
+    with pytest.raises(UserError, match=r"#tools-0: example 0: field 'tools' offers tools, which is not"):
+        prepare.prepare(config(module, "tools", **given), str(tmp_path), report=None)
+    with pytest.raises(UserError, match=r"#calls-0: example 0: a message calls a tool .tool_calls., which config"):
+        prepare.prepare(config(module, "calls", **given), str(tmp_path), report=None)

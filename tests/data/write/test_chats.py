@@ -294,7 +294,7 @@ def test_a_tokenizer_without_the_tokens_or_the_template_is_one_line(world, tmp_p
     with pytest.raises(UsageError, match="the tokenizer has no chat template; give a folder with chat_template.jinja"):
         corpus.opened(config(world, chat={"template": "tokenizer"}), tmp_path / "cache")
     with pytest.raises(UsageError, match="prompt, chosen and rejected, or label, or messages"):
-        prepare.check(config(world, fields={"messages": "m", "inputs": "a", "targets": "b"}))
+        prepare.check(config(world, fields={"messages": "m", "label": "a"}))
 
 
 MARKS = (

@@ -26,10 +26,8 @@ from t5x_like.data.write import prepare, tfds_reader
 from t5x_like.storage import paths
 from tests.data import corpus
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 _WRITE_TFDS = """
-import os, sys
+import json, os, sys
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
@@ -37,7 +35,8 @@ from tests.data import corpus
 
 folder = os.path.join(sys.argv[1], "tiny", "1.0.0")
 os.makedirs(folder)
-features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("question", "answer")} | {
+features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in (
+    "question", "answer", "messages", "tools")} | {
     "kind": tfds.features.ClassLabel(num_classes=3), "list": tfds.features.Sequence(tfds.features.Text()),
     "number": tfds.features.Tensor(shape=(2, 2), dtype=np.int64)})
 template = tfds.core.ShardedFileTemplate(
@@ -54,6 +53,8 @@ for split, counts in (("train", [30, 3, 37]), ("test", [5]), ("bad", [5])):
             question = b"bad \\xff" if split == "bad" and number == 3 else text
             writer.write(features.serialize_example(features.encode_example({
                 "question": question, "answer": f"answer {number}",
+                "messages": json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]),
+                "tools": '[{"name": "add"}]' if split == "bad" and number == 2 else "[]",
                 "kind": number % 3, "list": ["a", "b"], "number": [[1, 2], [3, 4]]})))
         writer.close()
         rest = rest[count:]
@@ -164,6 +165,14 @@ def test_bad_records_of_an_array_record_folder_are_named_or_left_out(tfds_folder
     config = corpus.config(source=f"tfds:{tfds_folder}:bad", fields={"text": "question"}, **given)
     done = prepare.prepare(config, str(tmp_path), report=None)
     assert (done.documents, done.bad) == (4, 1) and "record 3: field 'question'" in done.bad_places[0]
+
+
+def test_conversations_of_an_array_record_folder_that_offer_tools_are_refused(tfds_folder, tmp_path):
+    given = {"fields": {"messages": "messages"}, "chat": {"template": "plain"}, "packing": "examples", "length": 500}
+    done = prepare.prepare(corpus.config(source=f"tfds:{tfds_folder}:test", **given), str(tmp_path), report=None)
+    assert done.documents == 5
+    with pytest.raises(UserError, match=r"record 2: field 'tools' offers tools, which is not supported; leave such"):
+        prepare.prepare(corpus.config(source=f"tfds:{tfds_folder}:bad", **given), str(tmp_path), report=None)
 
 
 def test_a_damaged_array_record_file_is_one_line(tfds_folder, tmp_path):

@@ -150,7 +150,6 @@ def test_cudnn_is_the_definition(name):
     assert_same([np.asarray(x, np.float32) for x in results], expected, bound=2e-2)
 
 
-@pytest.mark.xdist_group("libtpu")
 def test_splash_compiles_for_a_tpu_that_is_not_there():
     """Grouped heads, segments and a split sequence, forward and backward: keys and values cross the network once a
     direction, and only along the sequence."""
