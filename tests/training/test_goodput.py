@@ -72,6 +72,7 @@ class Run:
 
     def kill(self):
         """Nothing more is written, as after SIGKILL."""
+        assert self.ledger._file is not None
         self.ledger._closed.set()
         self.ledger._file.close()
 
