@@ -106,8 +106,7 @@ def _play(scenario: Scenario, folder: pathlib.Path, metadata: Metadata | None) -
         _wait(lambda: all(scenario.when in _steps(log) for log in logs), children, START_SECONDS)
         begun = time.monotonic()
         if metadata:
-            _wait(lambda: len(metadata.asked) >= 2, children, 20)
-            time.sleep(0.1)
+            _wait(lambda: len(metadata.asked) >= 3, children, 20)  # the second look: the first was answered
             metadata.values["preempted"] = "TRUE"
             _wait(lambda: any(set(_steps(log)) & {"saving", "saved"} for log in logs), children, 20)
         for number, sent in enumerate(scenario.signals):
