@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     # is read by nothing.
     config.data.update({"batch_size": 256, "length": 2048})
     config.rl.update({"prompts": 64, "samples": 16, "new_tokens": 1025, "end_tokens": ("<|eot_id|>",)})
+    config.rl.answers_per_row = 4  # 64 rows an update, one a chip
     config.rl.rewards.number = common.reward("number")
     config.objective.grpo.update({"kl_coefficient": 0.001, "reference": "role"})
     config.optim.update({"name": "adamw", "learning_rate": 1e-6, "weight_decay": 0.0})
