@@ -89,12 +89,12 @@ class Slurm:
         match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time)
         if not match:
             return None
-        days, first, second, third = (part and int(part) for part in match.groups())
-        if days is not None:
-            return ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
-        if third is not None:
+        days, first, second, third = (int(part or 0) for part in match.groups())
+        if match[1]:
+            return ((days * 24 + first) * 60 + second) * 60 + third
+        if match[4]:
             return (first * 60 + second) * 60 + third
-        return first * 60 + (second or 0)
+        return first * 60 + second
 
 
 @dataclasses.dataclass(frozen=True)

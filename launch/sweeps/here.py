@@ -100,8 +100,8 @@ class Here:
         elif ended.status == PREEMPTED and (restart or pool.asked):
             state, said = SAVED, ""
         index.change(name, state=state, status=ended.status, seconds=seconds, said=said)
-        metric = results.metric_of(index, {name: outcome}, index.settings.metric) if outcome.curves else ""
-        value = f", {metric} {_value(outcome.last(metric))}" if metric and outcome.last(metric) is not None else ""
+        metric = index.settings.metric or results.metric_of(index, {name: outcome}, "")
+        value = f", {metric} {_value(outcome.last(metric))}" if outcome.last(metric) is not None else ""
         how = {DONE: "is done", SAVED: f"is saved at step {outcome.step}", FAILED: f"failed ({ended.status}): {said}"}
         more = "; it starts again" if restart else ""
         self.say(f"{name} {how[state]}{more}, {ended.seconds:.0f} s{value} ({self._counts(pool)})")

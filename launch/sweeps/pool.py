@@ -51,7 +51,7 @@ class Pool:
     """
 
     def __init__(self, at_once: int, gpus_each: int = 0):
-        self._places = [_gpus(place, gpus_each) for place in reversed(range(at_once))]
+        self._places: list[Mapping[str, str]] = [_gpus(place, gpus_each) for place in reversed(range(at_once))]
         self._running: list[_Run] = []
         self._signals = 0
 

@@ -4,6 +4,7 @@ SkyPilot cannot be installed beside this project (0.14.1 wants click below 8.2 a
 holds what it has said of tasks such as ours: tests/golden/launch/sky.json, written by tests/launch/sky_verdicts.py.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,10 +64,11 @@ def require(document: Mapping[str, Any]) -> Sequence[str]:
 
 def problems(document: Mapping[str, Any]) -> list[str]:
     """What is wrong with a task, each in one line; [] where nothing is."""
-    if importlib.util.find_spec("sky") is not None:
-        return _of_sky(document)
-    if importlib.util.find_spec("jsonschema") is None:
-        return []
+    found = _of_schema(document) if importlib.util.find_spec("jsonschema") else []
+    return found or (_of_sky(document) if importlib.util.find_spec("sky") else [])
+
+
+def _of_schema(document: Mapping[str, Any]) -> list[str]:
     import jsonschema
 
     errors = jsonschema.Draft202012Validator(TASK).iter_errors(document)
@@ -74,8 +76,7 @@ def problems(document: Mapping[str, Any]) -> list[str]:
 
 
 def _of_sky(document: Mapping[str, Any]) -> list[str]:
-    import sky  # type: ignore[import-not-found]
-
+    sky: Any = importlib.import_module("sky")
     try:
         sky.Task.from_yaml_config(dict(document))
     except ValueError as error:

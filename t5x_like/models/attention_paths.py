@@ -83,6 +83,7 @@ def _calls(model: Model, arrays: Mapping[str, Array]) -> Iterator[_Call]:
         own, parts = arrays[tokens[name]], arrays.get(segments[name])
         if name == "decoder" and "branches" in arrays:
             own, branches = branched(own, arrays["branches"])
+            assert branches is not None, "the batch has branches"
             own, parts = branches.apart(own), None if parts is None else branches.apart(parts)
         prefix = arrays.get("prefix") if name == "decoder" else None
         for window in sorted({kind.window for kind in stack.kinds}):

@@ -97,7 +97,7 @@ def run(
         mesh = meshes.make(experiment.mesh)
         session.hold(jax.set_mesh(mesh))
         program = programs.step_program(experiment, mesh)
-        training_run.note_devices(session, program, rows=experiment.data.batch_size)
+        training_run.note_devices(session, program, rows=experiment.rows)
         saver = _saver(experiment, program, Checkpoints(session.workdir.checkpoints, read_only=True), {})
         if not request.check and training_run.is_finished(session, experiment.loop.steps, saver):
             return 0

@@ -109,6 +109,19 @@ def test_blocks_are_known_by_content_and_place(folder_of, tmp_path):
     assert statistics.difference(before, changed) is None
 
 
+def test_a_run_of_examples_through_a_template_reads_texts_as_texts(folder_of, tmp_path):
+    subject, source = worlds.ours(folder_of("stories")), f"jsonl:{tmp_path / 'a.jsonl'}"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Once upon a time. " * 20}) + "\n")
+    plain = USUAL | {"length": 64, "fields": USUAL["fields"] | {"text": "text"}}
+    fields = {"text": "", "inputs": "question", "targets": "answer"}
+    asked = plain | {"packing": "examples", "fields": plain["fields"] | fields}
+    asked |= {"chat": USUAL["chat"] | {"template": "plain"}}
+    expected = measured(subject, plain, source)
+    assert {name: metric.value for name, metric in measured(subject, asked, source).items()} == {
+        name: metric.value for name, metric in expected.items()
+    }
+
+
 def test_a_model_without_a_run_is_read_by_the_usual_section_of_data(folder_of):
     """Whatever fields that gains: none of them is spelled out again."""
     subject = worlds.ours(folder_of("stories"))

@@ -47,6 +47,8 @@ def main() -> int:
                 values_of_step["eval/validation/loss"] = values_of_step["train/loss"]
             metrics.write(step, values_of_step)
             paths.write_json_atomic(checkpoint, step)
+            if how == "late":
+                raise ValueError("the disk is full")
             if asked or how == "preempted":
                 return 75
         metrics.close()

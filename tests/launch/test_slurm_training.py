@@ -10,7 +10,7 @@ from tests.end_to_end.launches import differences, losses
 from tests.launch.slurm_cluster import cluster, missing
 
 STEPS, MIDDLE = 48, 8
-# Two processes of one device add in another order than one process of eight. Measured: 4e-7.
+# Two processes of one device add in another order than one process of eight.
 TOLERANCE = 2e-5
 RUN = (
     "--config=configs/pretrain/test.py",

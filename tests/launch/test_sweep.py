@@ -175,6 +175,14 @@ def test_a_failed_member_is_named_with_its_last_line_and_can_be_retried_alone(ru
     assert status == 2 and "--retry=lr-1e-4 is no member" in told and "did you mean" in told
 
 
+def test_a_member_that_fails_before_it_is_judged_does_not_end_the_others(run, tmp_path):
+    folder = tmp_path / "sweep"
+    for_all = (NEW[0], "--config.loop.steps=4", RATES, f"--metric={LOSS}")
+    status, told = run(folder, *for_all, QUICK_FAIL="lr-1e-3:late")
+    assert status == 1 and [entry.state for entry in states(folder)] == [FAILED, DONE, DONE, DONE], told
+    assert "| lr-1e-3 | 0.001 |  |  |  | 1/4 |" in (folder / "results.md").read_text()
+
+
 def test_faults_are_restarted_so_many_times_and_preemptions_until_nothing_moves(run, tmp_path):
     folder = tmp_path / "sweep"
     few = (NEW[0], "--config.loop.steps=4", RATES, "--max_restarts=2", "--max_parallel=2")
