@@ -36,17 +36,18 @@ def _spent(workdir, capsys):
 
 
 def test_a_step_that_hangs_ends_the_run_with_its_stacks_and_the_next_start_goes_on(tmp_path, capsys):
-    workdir, save = tmp_path / "run", "--config.checkpoint.every_steps=2"
-    done = _child("tests.end_to_end.hanging_train", "train", f"--config={CONFIG}", f"--workdir={workdir}", save, LIMIT)
+    workdir = tmp_path / "run"
+    command = ("tests.end_to_end.hanging_train", "train", f"--config={CONFIG}", f"--workdir={workdir}", *SHORT, LIMIT)
+    done = _child(*command, "--config.checkpoint.every_steps=2")
     assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("t5x_like: ")]
-    assert line == "t5x_like: no progress in phase 'step' for 5 s (config.runtime.phase_seconds.step), step 5"
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("t5x_like: ")]
+    assert said == "t5x_like: no progress in phase 'step' for 5 s (config.runtime.phase_seconds.step), step 5"
     for text in (done.stderr, (workdir / "log.txt").read_text()):
         assert "in stuck_in_the_step" in text and "Current thread" in text
     (start,) = _spent(workdir, capsys)["starts"]
     assert start["ended"].startswith("no progress in phase 'step'") and start["seconds"]["steps"] > 4
     assert (start["first_step"], start["last_step"]) == (0, 4)
-    assert train(workdir, *SHORT, config=None) == 0
+    assert train(workdir, config=None) == 0
     spent = _spent(workdir, capsys)
     assert spent["lost_steps"] == 0 and spent["seconds"]["lost"] > 4, "the step that hung"
 
