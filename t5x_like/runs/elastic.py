@@ -19,8 +19,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any], *, rules: Rules, 
     >>> from t5x_like.parallel.rules import rules
     >>> one = {"mesh": {"fsdp": 8}, "devices": 8, "processes": 2, "platform": "tpu"}
     >>> two = {"mesh": {"fsdp": 4}, "devices": 4, "processes": 1, "platform": "tpu"}
-    >>> changed(one, two, rules=rules(""), rows=16)[:87]
-    'another mesh than at the last start: fsdp=8 (8 tpu devices, 2 processes) -> fsdp=4 (4 tp'
+    >>> changed(one, two, rules=rules(""), rows=16).partition(" -> ")[0]
+    'another mesh than at the last start: fsdp=8 (8 tpu devices, 2 processes)'
     """
     same_mesh = _sizes(before) == _sizes(now)
     if same_mesh and all(before.get(name, now[name]) == now[name] for name in ("devices", "processes", "platform")):
