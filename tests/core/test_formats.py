@@ -55,8 +55,12 @@ def test_the_separator_of_csv_was_found_before_it_could_be_given():
 
 def test_answers_were_drawn_with_sharded_weights_before_they_could_be_gathered():
     old = {"format": 4, "rl": {"rows": 0}}
-    assert formats.upgrade(old, where="") == {"rl": {"rows": 0, "weights": "sharded"}}
+    assert formats.upgrade(old, where="")["rl"] == {"rows": 0, "weights": "sharded", "answers_per_row": 1}
     assert "rl" not in formats.upgrade({"format": 4, "loop": {}}, where="")
+
+
+def test_each_answer_had_a_row_of_its_own_before_they_could_share_a_prompt():
+    assert formats.upgrade({"format": 5, "rl": {"rows": 0}}, where="") == {"rl": {"rows": 0, "answers_per_row": 1}}
 
 
 def test_the_flat_scaling_of_rotary_positions_becomes_the_named_variant():

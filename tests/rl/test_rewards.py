@@ -17,6 +17,7 @@ PART = RewardConfig("exact", 1.0, "", None)
 CONFIG = RlConfig(
     prompts=2,
     samples=2,
+    answers_per_row=1,
     epochs=1,
     new_tokens=4,
     rows=0,

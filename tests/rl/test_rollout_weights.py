@@ -28,7 +28,7 @@ def drawn(weights: str):
         program = programs.step_program(experiment, mesh)
         rollout = rl_program.rl_programs(experiment, program, end_ids=(7,)).sample
         state, frozen = programs.initialize(program, seed=3)
-        ids = [prompt for prompt in PROMPTS for _ in range(4)]
+        ids = [prompt for prompt in PROMPTS for _ in range(4 // rollout.shape.samples)]
         prompt, sample = np.divmod(np.arange(16), 4)
         batch = rollout_batch(ids, rollout.shape, prompt=prompt, sample=sample, start=0)
         placed = {name: jax.device_put(array, rollout.batch[name].sharding) for name, array in batch.items()}
