@@ -17,8 +17,17 @@ from t5x_like.core.errors import UsageError
 from t5x_like.storage import paths
 
 # What is judged where nothing is said: the first that a run reports.
-_USUAL = ("eval/validation/loss", "eval/validation/reward", "train/loss")
-_HIGH = ("accuracy", "reward", "tokens_per_second", "model_flops_per_second", "mfu")
+_HELD_OUT = ("eval/validation/loss", "eval/validation/reward")
+_OF_TRAINING = ("train/reward", "train/loss")  # a loss of answers that a policy drew itself says nothing of it
+_HIGH = (
+    "accuracy",
+    "margin",
+    "mfu",
+    "model_flops_per_second",
+    "reward",
+    "teacher_agreement",
+    "tokens_per_second",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +73,8 @@ def metric_of(index: Index, found: Mapping[str, Outcome], asked: str) -> str:
             raise UsageError(f"--metric={asked} is reported by no run; of the member {first}: {known}")
         return asked
     held_out = sorted(name for name in reported if name.startswith("eval/") and name.endswith("/loss"))
-    return next((name for name in (*_USUAL[:2], *held_out, _USUAL[2]) if name in reported), _USUAL[0])
+    usual = (*_HELD_OUT, *held_out, *_OF_TRAINING)
+    return next((name for name in usual if name in reported), usual[0])
 
 
 def table(index: Index, found: Mapping[str, Outcome], *, metric: str = "", goal: str = "") -> Table:
@@ -138,7 +148,7 @@ def write(found: Table, folder: str) -> None:
     """results.md, results.json and results.csv of a sweep's folder."""
     paths.write_text_atomic(paths.join(folder, "results.md"), markdown(found, paths.base_name(folder)))
     rows = records(found)
-    paths.write_json_atomic(paths.join(folder, "results.json"), {"metric": found.metric, "members": rows})
+    paths.write_json_atomic(paths.join(folder, "results.json"), {"format": 1, "metric": found.metric, "members": rows})
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
