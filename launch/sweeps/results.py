@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.sweeps import outcomes
 from launch.sweeps import points as combining
-from launch.sweeps.index import DONE, Decision, Entry, Index
+from launch.sweeps.index import DONE, FAILED, Decision, Entry, Index
 from launch.sweeps.outcomes import Outcome
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
@@ -40,6 +40,7 @@ class Result:
     best: float | None
     best_step: int | None
     state: str
+    problem: str = ""  # why its files cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,9 @@ def table(index: Index, found: Mapping[str, Outcome], *, metric: str = "", goal:
         best = outcome.best(metric, goal)
         ended = outcome.finished is not None and outcome.finished >= entry.steps > 0
         state = DONE if ended else entry.state
-        results.append(Result(entry, outcome.step, outcome.last(metric), *(best or (None, None)), state))
+        results.append(
+            Result(entry, outcome.step, outcome.last(metric), *(best or (None, None)), state, outcome.problem)
+        )
     results.sort(key=lambda result: rank(result.last, goal))
     return Table(metric, goal, fields, tuple(results), tuple(index.decisions))
 
@@ -118,8 +121,9 @@ def markdown(found: Table, title: str) -> str:
     lines += _grid(head, rows)
     lines += ["", *_over_seeds(found, short)] if combining.SEED in found.fields and len(found.fields) > 1 else []
     lines += ["", *_decided(found.decisions)] if found.decisions else []
-    failed = [result.entry for result in found.results if result.entry.state == "failed"]
-    lines += ["", "## Failed", "", *(f"- {entry.name}: {entry.said}" for entry in failed)] if failed else []
+    failed = [result for result in found.results if result.problem or result.entry.state == FAILED]
+    said = [f"- {result.entry.name}: {result.problem or result.entry.said}" for result in failed]
+    lines += ["", "## Failed", "", *said] if said else []
     return "\n".join(lines) + "\n"
 
 
