@@ -274,8 +274,8 @@ def _elsewhere(found: Index, jobs: Mapping[str, Job], _: Mapping[str, int], aske
     if not elsewhere.submit(found, jobs, names, launch, at_once=found.settings.max_parallel, say=say):
         say(f"asked to stop; what was submitted runs on, and {_again(found)} --resume submits the rest")
         return PREEMPTED
-    which = ", ".join(names) if asked.retry else f"all {len(found)} members"
-    say(f"{which}: submitted; {_again(found)} --results shows how far they are")
+    which = f"{', '.join(names)} submitted" if asked.retry else f"all {len(found)} members are submitted"
+    say(f"{which}; {_again(found)} --results shows how far they are")
     return 0
 
 
