@@ -100,7 +100,7 @@ def _parsed(arguments: Sequence[str]) -> _Flags:
         if not equals or not text.strip():
             raise UsageError(f"{argument} needs a value: {_PREFIX}{path}=A,B")
         if path in flags.given:
-            raise UsageError(f"{argument} and {flags.given[path]}: give it once, the values of a field with commas")
+            raise UsageError(f"{argument}: {path} is given twice; separate the values of a field by commas")
         flags.given[path] = argument
         if path.startswith("config."):
             _field(flags, path, text, argument)
