@@ -137,7 +137,7 @@ def test_a_terminal_that_is_gone_ends_no_sweep():
 def test_one_damaged_member_ends_no_other(tmp_path):
     found = made(tmp_path, {"name": "a"}, {"name": "b"}, {"name": "c"})
     os.makedirs(tmp_path / "c")
-    (tmp_path / "c" / "manifest.json").write_text('{"format": 1, "starts": [], "finished": {}}')
+    (tmp_path / "c" / "manifest.json").write_text('{"format": 1, "starts": [], "finished": {"at": 1}}')
     damage = f"open({str(tmp_path / 'a' / 'metrics.jsonl')!r}, 'w').write('no row\\n')"
     with Pool(1) as stage:
         runs(found, a=damage, b="print('b')").run(stage)
@@ -329,7 +329,7 @@ def test_quotes_protect_commas_and_apostrophes_do_not():
 
 
 def test_drawn_numbers_stay_in_their_range_and_names_differ(monkeypatch):
-    assert points.uniform(0.12345, 1)(0.0) == 0.12345 and points.log_uniform(1.00004, 2)(0.0) == 1.00004
+    assert points.uniform(0.12344, 1)(0.0) == 0.12344 and points.log_uniform(1.00004, 2)(0.0) == 1.00004
     point = {"config.text": "a" * 40}
     name = members._name(point, set())
     assert members._name(point, {name}) not in (name, "")
