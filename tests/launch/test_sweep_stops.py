@@ -310,7 +310,7 @@ def test_which_is_better():
         (["config.a=1,2", "draw=sobol"], "--sweep.draw=sobol has no effect"),
         (["config.a=1,2", "combine=zip"], "--sweep.combine=zip has no effect"),
         (["config.a=uniform(0, 1)", "points=4", "points=5"], "points is given twice"),
-        (["config.a=uniform(0, 1)", "points=²"], "should be a whole number"),
+        (["config.a=uniform(0, 1)", "points=\u00b2"], "should be a whole number"),
         (["config.a=uniform(0, 1)", f"points={'9' * 5000}"], "should be a whole number"),
     ],
 )
@@ -321,7 +321,7 @@ def test_a_flag_without_effect_is_refused(given, message):
 
 def test_a_share_of_other_digits_is_refused():
     with pytest.raises(UsageError, match="should be SHARE:STEPS"):
-        halving.parse("2:²")
+        halving.parse("2:\u00b2")
 
 
 def test_quotes_protect_commas_and_apostrophes_do_not():
