@@ -1,6 +1,6 @@
 """Checks configs in a child process, before anything is started: what launches runs does not import jax itself.
 
-check(runs, place_of(job)) for the devices of a job, check(runs, HERE) for those of this machine.
+check(runs, place_of(job, target=...)) for the devices of a job, check(runs, HERE) for those of this machine.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.job import Job
@@ -50,9 +50,9 @@ class Verdict:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def place_of(job: Job) -> Place:
-    """Where a job of a cluster will run."""
-    if job.topology:
+def place_of(job: Job, *, target: str = "") -> Place:
+    """Where a job of a cluster will run. target: slurm has nodes, whatever TPUs a config file names for others."""
+    if job.topology and target != "slurm":
         return Place(job.slice.devices * job.slices, job.slices, there=False)
     slurm = job.slurm
     if slurm.gpus_per_node:
@@ -67,15 +67,24 @@ def check_job(job: Job) -> None:
         raise UsageError(verdict.problem)
 
 
-def check(runs: Sequence[Run], place: Place) -> list[Verdict]:
-    """A verdict on each run. Takes some seconds, and one more for each run whose programs have other shapes."""
+def check(runs: Sequence[Run], place: Place, environment: Mapping[str, str] | None = None) -> list[Verdict]:
+    """A verdict on each run. Takes some seconds, and one more for each run whose programs have other shapes.
+
+    environment: variables that the runs will have beside ours.
+    """
     asked = {"place": dataclasses.asdict(place), "runs": [dataclasses.asdict(run) for run in runs]}
     with tempfile.TemporaryDirectory(prefix="t5x_like-check-") as folder:
         question, answer = (os.path.join(folder, name) for name in ("question.json", "answer.json"))
         with open(question, "w", encoding="utf-8") as file:
             json.dump(asked, file)
         command = [sys.executable, "-m", "launch.check", question, answer]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         if done.returncode or not os.path.exists(answer):
             said = done.stderr.decode(errors="replace").strip().splitlines()
             last = said[-1] if said else "nothing"
@@ -127,9 +136,16 @@ def _verdicts(place: Place, runs: Sequence[dict[str, Any]]) -> list[Verdict]:
         try:
             checked = checker.check(config, overrides, workdir=run["workdir"], devices=devices)
             found.append(Verdict("", **vars(checked)))
-        except UserError as error:
-            found.append(Verdict(str(error)))
+        except Exception as error:  # whatever it is, it is told with its run, and ends the check of no other
+            found.append(Verdict(_told(error)))
     return found
+
+
+def _told(error: Exception) -> str:
+    """An error in one line: what a user is meant to read as it is, a defect with its type."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'nothing said')}"
 
 
 def _load(arguments: Sequence[str]) -> Any:
@@ -145,8 +161,8 @@ def _load(arguments: Sequence[str]) -> Any:
             overrides,
             bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime"),
         )
-    except UserError as error:
-        return str(error)
+    except Exception as error:
+        return _told(error)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 _NOISE = re.compile(r"\[Gloo\] Rank \d+ is connected to ")
 _PREEMPTED = 75
+# Bound here: a child that is being forked may load nothing, since threads of ours may have held locks.
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,28 +93,38 @@ def start(line: list[str], environment: Mapping[str, str]) -> subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        preexec_fn=_die_with_parent,  # no threads run yet
+        preexec_fn=die_with_parent(),
         start_new_session=True,  # a Ctrl-C reaches us alone, and we pass it on
     )
 
 
-def _die_with_parent() -> None:
-    """Linux: the children end when this process is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+def die_with_parent() -> Callable[[], None] | None:
+    """What a child calls before its program (preexec_fn): on Linux it ends when this process does, however it does."""
+    if _PRCTL is None:
+        return None
+    set_option, parent, number = _PRCTL, os.getpid(), int(signal.SIGKILL)
+
+    def prepare() -> None:
+        set_option(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it ended before this was set
+            os._exit(1)
+
+    return prepare
 
 
 def _forward_signals(children: list[subprocess.Popen[str]]) -> None:
-    """The first signal asks all children to save and end, a second SIGTERM or SIGINT ends them."""
-    received: list[int] = []
+    """The first signal asks all children to save and end, once; a second SIGTERM or SIGINT ends them."""
+    warnings: list[int] = []
+    orders: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
-        if received and number in (signal.SIGHUP, signal.SIGUSR1):
-            return  # a warning that was heard
-        received.append(number)
+        heard = bool(warnings or orders)
+        (warnings if number in (signal.SIGHUP, signal.SIGUSR1) else orders).append(number)
+        if heard and len(orders) < 2:
+            return  # they save already, and a second SIGTERM would keep them from it
         for child in children:
             if child.poll() is None:
-                child.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+                child.send_signal(signal.SIGKILL if len(orders) > 1 else signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)

@@ -55,6 +55,7 @@ def need(tools: Sequence[str]) -> None:
 
 def _run(step: Step) -> None:
     need(step.command[:1])
-    done = subprocess.run(step.command, input=step.document or None, text=True, check=False)
+    # In a session of its own: a Ctrl-C is for us, and a tool that it ended halfway may have submitted the job.
+    done = subprocess.run(step.command, input=step.document or None, text=True, check=False, start_new_session=True)
     if done.returncode:
         raise UserError(f"{shlex.join(step.command)} ended with status {done.returncode}; nothing more was done")

@@ -14,10 +14,12 @@ Exit status: 0 all done or submitted, 1 members failed, 2 wrong use, 75 asked to
 
 import argparse
 import dataclasses
+import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from launch import flags
 from launch import job as jobs_of
@@ -51,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        print(f"sweep: {error}", file=sys.stderr)
+        say(str(error))
         return error.exit_status
     except KeyboardInterrupt:  # before the first member starts; later a signal asks the members to save
-        print("sweep: interrupted", file=sys.stderr)
+        say("interrupted")
         return INTERRUPTED
 
 
@@ -66,11 +68,15 @@ def _run(arguments: Sequence[str]) -> int:
     asked = argparse.Namespace(**{name: options.pop(name) for name in _OWN})
     if asked.results:
         return _show(index.read(folder), asked)
-    goes_on = asked.resume or bool(asked.retry)
-    if goes_on:
+    before = b"" if asked.dry_run else index.stamp(folder)
+    retrying = bool(asked.retry)
+    if asked.resume or retrying:
         found = _resumed(folder, config, sweep_arguments, options, asked)
     else:
         found = _new(folder, config, sweep_arguments, options, asked)
+    if retrying and not asked.retry:
+        say("no member has failed; --resume goes on with those that have not ended")
+        return _show(found, asked)
     schedules = checks.settle(found)
     jobs = _jobs(found)
     if found.settings.target != "local":
@@ -81,6 +87,8 @@ def _run(arguments: Sequence[str]) -> int:
         return _print(found, jobs)
     paths.make_directory(found.folder)
     with lock.locked(found.folder):
+        if index.stamp(found.folder) != before:  # by a sweep that ran while this one was checked
+            raise UserError(f"{index.path_of(found.folder)} has changed meanwhile; look at --results, and start again")
         found.write()
         return (_here if found.settings.target == "local" else _elsewhere)(found, jobs, schedules, asked)
 
@@ -96,7 +104,7 @@ def _parse(arguments: Sequence[str], *, begins: bool) -> dict[str, Any]:
     add = parser.add_argument
     add("--target", default=target, help="where the members run: " + ", ".join(TARGETS))
     add("--max_parallel", type=int, metavar="N", help="members at once (1 here, all on a cluster)")
-    add("--gpus_each", type=int, default=0, metavar="N", help="GPUs of each member here, those beside it have others")
+    add("--gpus_each", type=int, metavar="N", help="GPUs of each member here, those beside it have others")
     add("--resume", action="store_true", help="go on with the sweep in --workdir; with --config, and new members")
     add(
         "--retry",
@@ -141,6 +149,8 @@ def _new(
         metric=asked.metric,
         goal=asked.goal,
         halving=halving.parse(asked.halving) if asked.halving else None,
+        max_parallel=asked.max_parallel,
+        gpus_each=asked.gpus_each or 0,
     )
     found = Index(folder, settings, [], [])
     for member in members.members(reading.read(config, sweep)):
@@ -151,7 +161,10 @@ def _new(
 def _check_empty(folder: str) -> None:
     if index.exists(folder):
         raise UsageError(f"{folder} holds a sweep already; go on with it by --resume, or give another --workdir")
-    foreign = [name for name in paths.list_names(folder) if name not in (lock.LOCAL_NAME, lock.REMOTE_NAME)]
+    ours = (lock.LOCAL_NAME, lock.REMOTE_NAME)
+    unfinished = f"{index.NAME}.tmp."  # of a sweep that was killed as it wrote its index for the first time
+    names = paths.list_names(folder)
+    foreign = [name for name in names if name not in ours and not name.startswith(unfinished)]
     if foreign:
         raise UsageError(f"{folder} holds {foreign[0]} and no sweep; give a new or empty --workdir")
 
@@ -177,6 +190,8 @@ def _resumed(
         launch={**before.launch, **options},
         metric=asked.metric or before.metric,
         goal=asked.goal or before.goal,
+        max_parallel=asked.max_parallel or before.max_parallel,
+        gpus_each=before.gpus_each if asked.gpus_each is None else asked.gpus_each,
     )
     if config:
         count = len(found)
@@ -184,8 +199,9 @@ def _resumed(
             found.add(member)
         if len(found) > count and before.halving:
             raise UsageError("a sweep with --halving takes no new members: those that are there have been compared")
-    if asked.retry == ["failed"]:
-        asked.retry = [entry.name for entry in found if entry.state == FAILED]
+    if "failed" in asked.retry:
+        named = [name for name in asked.retry if name != "failed"]
+        asked.retry = [*named, *(entry.name for entry in found if entry.state == FAILED and entry.name not in named)]
     for name in asked.retry:
         if name not in found:
             raise UsageError(f"--retry={name} is no member of {folder}; {nearest(name, found.names)}")
@@ -197,6 +213,9 @@ def _jobs(found: Index) -> dict[str, Job]:
     settings, folder = found.settings, found.folder
     prefix = str(settings.launch.get("name", "")) or jobs_of.name_of(folder)
     here_alone = settings.target == "local"
+    if not here_alone and not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", prefix):
+        given = f"--name={prefix}" if settings.launch.get("name") else f"the folder name {paths.base_name(folder)}"
+        raise UsageError(f"{given} cannot begin the names of jobs; give --name=NAME of a-z, 0-9 and -, a letter first")
     jobs = {}
     for entry in found:
         config = (*settings.config, *entry.member.overrides)
@@ -222,37 +241,47 @@ def _print(found: Index, jobs: Mapping[str, Job]) -> int:
 
 
 def _here(found: Index, jobs: Mapping[str, Job], schedules: Mapping[str, int], asked: argparse.Namespace) -> int:
-    with Pool(asked.max_parallel or 1, asked.gpus_each) as pool:
+    problem = ""
+    with Pool(found.settings.max_parallel or 1, found.settings.gpus_each) as pool:
         for entry in found:
             if entry.state == RUNNING:  # of a sweep that was killed
                 found.change(entry.name, state=WAITING)
         runs = here.Here(found, jobs, schedules, int(found.settings.launch.get("max_restarts", 0)), say)
-        if asked.retry:
-            runs.retry(asked.retry, pool)
-        else:
-            runs.run(pool)
+        try:
+            if asked.retry:
+                runs.retry(asked.retry, pool)
+            else:
+                runs.run(pool)
+        except UsageError as error:  # nothing to decide by: the table shows why, if the metric is one
+            problem = str(error)
         stopped = pool.asked
     status = _show(found, asked)
     if stopped:
         say(f"asked to stop; {_again(found)} --resume goes on")
         return PREEMPTED
-    return status
+    if problem:
+        say(problem)
+    return 1 if problem else status
 
 
 def _elsewhere(found: Index, jobs: Mapping[str, Job], _: Mapping[str, int], asked: argparse.Namespace) -> int:
     for name in asked.retry:
         found.change(name, state=WAITING)
     launch = elsewhere.launcher(found.settings.target)
-    if not elsewhere.submit(found, jobs, launch, at_once=asked.max_parallel, say=say):
+    names = asked.retry or found.names
+    if asked.retry:
+        elsewhere.say_ends(found, jobs, names, launch, say=say)
+    if not elsewhere.submit(found, jobs, names, launch, at_once=found.settings.max_parallel, say=say):
         say(f"asked to stop; what was submitted runs on, and {_again(found)} --resume submits the rest")
         return PREEMPTED
-    say(f"all {len(found)} members are submitted; {_again(found)} --results shows how far they are")
+    which = f"{', '.join(names)} submitted" if asked.retry else f"all {len(found)} members are submitted"
+    say(f"{which}; {_again(found)} --results shows how far they are")
     return 0
 
 
 def _show(found: Index, asked: argparse.Namespace) -> int:
     """Writes table and plots, prints the table, names what failed."""
-    print(report.write(found, metric=asked.metric, goal=asked.goal), flush=True)
+    _tell(report.write(found, metric=asked.metric, goal=asked.goal), sys.stdout)
     failed = [entry for entry in found if entry.state == FAILED]
     for entry in failed:
         say(f"{entry.name} failed: {entry.said}; {_again(found)} --retry={entry.name} starts it alone")
@@ -264,7 +293,14 @@ def _again(found: Index) -> str:
 
 
 def say(line: str) -> None:
-    print(f"sweep: {line}", file=sys.stderr, flush=True)
+    _tell(f"sweep: {line}", sys.stderr)
+
+
+def _tell(text: str, stream: TextIO) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:  # the terminal has gone, which is no reason to leave members that save
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 from launch import check
 from launch.job import Job
 from launch.sweeps.index import Entry, Index
+from launch.sweeps.pool import gpus
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.runs.arguments import load_config
@@ -43,9 +44,12 @@ def settle(found: Index) -> dict[str, int]:
 def check_members(found: Index, jobs: Mapping[str, Job]) -> None:
     """Raises UsageError, with the member, for one that could not start, or that is the same run as another."""
     here = found.settings.target == "local"
-    place = check.HERE if here else check.place_of(next(iter(jobs.values())))
+    first = next(iter(jobs.values()))
+    place = check.HERE if here else check.place_of(first, target=found.settings.target)
+    # As a member sees it: its variables, and the GPUs of the first one.
+    environment = {**first.environment, **gpus(0, found.settings.gpus_each)} if here else {}
     runs = [check.Run(jobs[name].config, jobs[name].workdir if here else "") for name in found.names]
-    verdicts = dict(zip(found.names, check.check(runs, place), strict=True))
+    verdicts = dict(zip(found.names, check.check(runs, place, environment), strict=True))
     wrong = [entry for entry in found if verdicts[entry.name].problem]
     if wrong:
         more = f" (and {len(wrong) - 1} more members)" if len(wrong) > 1 else ""

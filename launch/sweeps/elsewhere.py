@@ -9,7 +9,7 @@ import importlib
 import io
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from launch.flags import Asked
 from launch.job import Job
@@ -37,19 +37,38 @@ def rehearse(index: Index, jobs: Mapping[str, Job], launch: Launch) -> None:
             launch(Asked(jobs[entry.name], dry_run=True, check=False))
 
 
-def submit(index: Index, jobs: Mapping[str, Job], launch: Launch, *, at_once: int | None, say: Say) -> bool:
-    """Submits all members that wait; with `at_once`, so many at a time, while it watches their workdirs.
+def say_ends(index: Index, jobs: Mapping[str, Job], names: Sequence[str], launch: Launch, *, say: Say) -> None:
+    """Says the command that ends the last job of each of these members: on some clusters one that failed stays there
+    for hours, and no other can have its name."""
+    for name in names:
+        shown = io.StringIO()
+        with _naming(index[name]), contextlib.redirect_stdout(shown):
+            launch(Asked(jobs[name], dry_run=True, check=False))
+        for line in shown.getvalue().splitlines():
+            if line.startswith("# stop"):
+                say(f"{name}: where its last job is still there, end it first: {line.partition(': ')[2]}")
+
+
+def submit(
+    index: Index,
+    jobs: Mapping[str, Job],
+    names: Sequence[str],
+    launch: Launch,
+    *,
+    at_once: int | None,
+    say: Say,
+) -> bool:
+    """Submits those of `names` that wait; with `at_once`, so many at a time, while it watches their workdirs.
 
     Whether all were submitted: False if it was asked to stop before. What was submitted goes on by itself.
     """
     with _stop() as asked:
         while True:
             for entry in index:
-                finished = outcomes.finished_step(index.workdir(entry.name))
-                if entry.state != DONE and finished is not None and finished >= entry.steps:
+                if entry.state != DONE and _is_done(index, entry):
                     index.change(entry.name, state=DONE)
                     say(f"{entry.name} is done ({_counts(index)})")
-            waiting = [entry for entry in index if entry.state not in (SUBMITTED, DONE)]
+            waiting = [index[name] for name in names if index[name].state not in (SUBMITTED, DONE)]
             active = sum(entry.state == SUBMITTED for entry in index)
             room = len(waiting) if at_once is None else max(0, at_once - active)
             for entry in waiting[:room]:
@@ -69,6 +88,14 @@ def submit(index: Index, jobs: Mapping[str, Job], launch: Launch, *, at_once: in
             _sleep(_POLL_SECONDS, asked)
             if asked():
                 return False
+
+
+def _is_done(index: Index, entry: Entry) -> bool:
+    """A workdir that cannot be read is none that is done: --results says more, and the others wait for their turn."""
+    with contextlib.suppress(UserError):
+        finished = outcomes.finished_step(index.workdir(entry.name))
+        return finished is not None and finished >= entry.steps
+    return False
 
 
 def _counts(index: Index) -> str:

@@ -5,6 +5,7 @@ neither the order of runs nor how many run at once, and a member that was stoppe
 """
 
 import math
+import re
 from collections.abc import Mapping
 
 from launch.sweeps.index import Decision
@@ -18,12 +19,13 @@ def parse(text: str) -> tuple[int, int]:
     >>> parse("2:100")
     (2, 100)
     """
-    share, _, steps = text.partition(":")
-    if not (share.isdigit() and steps.isdigit() and int(share) >= 2 and int(steps) >= 1):
+    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    share, steps = map(int, found.groups()) if found else (0, 0)
+    if share < 2 or steps < 1:
         raise UsageError(
             f"--halving={text} should be SHARE:STEPS, such as 2:100: half go on after 100 steps, and so on"
         )
-    return int(share), int(steps)
+    return share, steps
 
 
 def rungs(halving: tuple[int, int], members: int, steps: int) -> list[int]:

@@ -6,7 +6,7 @@ better. The format is for ever: what is added gets a new number here, and older 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.sweeps.members import Member
@@ -55,6 +55,8 @@ class Settings:
     """What a sweep was started with. config: the `--config...` arguments of all members. launch: flags about where.
 
     metric and goal: "" for the usual. halving: (the share that goes on is 1 in this many, steps of the first rung).
+    max_parallel and gpus_each: as the flags; None and 0 for the usual. A field that is added later has a default, which
+    an index without it means.
     """
 
     config: tuple[str, ...]
@@ -63,6 +65,8 @@ class Settings:
     metric: str = ""
     goal: str = ""
     halving: tuple[int, int] | None = None
+    max_parallel: int | None = None
+    gpus_each: int = 0
 
 
 class Index:
@@ -101,8 +105,11 @@ class Index:
         self.write()
         return self._entries[name]
 
-    def decide(self, decision: Decision) -> None:
+    def decide(self, decision: Decision, stopped: Sequence[str]) -> None:
+        """Notes a decision and whom it stops, in one write: no kill comes between the two."""
         self.decisions.append(decision)
+        for name in stopped:
+            self._entries[name] = dataclasses.replace(self._entries[name], state=STOPPED)
         self.write()
 
     def write(self) -> None:
@@ -115,6 +122,11 @@ def path_of(folder: str) -> str:
 
 def exists(folder: str) -> bool:
     return paths.exists(path_of(folder))
+
+
+def stamp(folder: str) -> bytes:
+    """Tells whether an index has changed: all of it, b"" where there is none."""
+    return paths.read_bytes(path_of(folder)) if exists(folder) else b""
 
 
 def read(folder: str) -> Index:
@@ -164,7 +176,8 @@ def _from_json(folder: str, content: Mapping[str, Any]) -> Index:
         ranking = tuple((name, value) for name, value in given["ranking"])
         return Decision(given["steps"], given["metric"], ranking, tuple(given["promoted"]))
 
-    settings = {field.name: content[field.name] for field in dataclasses.fields(Settings)}
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = {name: content[name] for name in names if name in content}
     settings["config"] = tuple(settings["config"])
     settings["halving"] = None if settings["halving"] is None else tuple(settings["halving"])
     entries = [entry(each) for each in content["members"]]

@@ -7,6 +7,7 @@ of a-z, 0-9 and -, begins with a letter, and so can be part of a Kubernetes name
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,8 +109,9 @@ def _name(point: Mapping[str, Any], taken: set[str]) -> str:
         words = f"m-{words}"
     if len(words) <= NAME_LENGTH and words not in taken:
         return words
-    digest = hashlib.sha256(combining.key(point).encode()).hexdigest()[:_DIGEST]
-    return f"{words[: NAME_LENGTH - _DIGEST - 1].rstrip('-')}-{digest}"
+    kept, key = words[: NAME_LENGTH - _DIGEST - 1].rstrip("-"), combining.key(point)
+    digests = (hashlib.sha256(f"{key}{'+' * turn}".encode()).hexdigest()[:_DIGEST] for turn in itertools.count())
+    return next(name for name in (f"{kept}-{digest}" for digest in digests) if name not in taken)
 
 
 def _initials(key: str) -> str:

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 
+from t5x_like.core.errors import UserError
 from t5x_like.core.metrics import read_rows
 from t5x_like.storage import manifest, paths
 
@@ -16,11 +17,15 @@ Curve = tuple[list[int], list[float]]  # steps and values
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """finished: the steps of a run that ended with all of them done, else None. step: that of its last row, or 0."""
+    """finished: the steps of a run that ended with all of them done, else None. step: that of its last row, or 0.
+
+    problem: why its files cannot be read, in one line, or "".
+    """
 
     finished: int | None
     step: int
     curves: Mapping[str, Curve]
+    problem: str = ""
 
     def last(self, metric: str) -> float | None:
         """The newest value of a metric, None where there is none."""
@@ -41,8 +46,17 @@ class Outcome:
 
 
 def read(workdir: str) -> Outcome:
-    """What there is; a workdir that is not there yet has nothing."""
+    """What there is; a workdir that is not there yet has nothing, and a damaged one nothing but a problem."""
     root = paths.normal(workdir)
+    try:
+        return _read(root)
+    except UserError as error:
+        return Outcome(None, 0, {}, str(error))
+    except (KeyError, TypeError, ValueError) as error:  # of a row that has no numbers
+        return Outcome(None, 0, {}, f"{root} is damaged: {type(error).__name__} {error}")
+
+
+def _read(root: str) -> Outcome:
     curves: dict[str, Curve] = {}
     step = 0
     path = paths.join(root, METRICS)
@@ -63,6 +77,12 @@ def read(workdir: str) -> Outcome:
 
 
 def finished_step(workdir: str) -> int | None:
-    """The steps of a run that ended with all of them done, else None."""
-    finished = manifest.read(paths.normal(workdir)).get("finished")
-    return finished["step"] if finished else None
+    """The steps of a run that ended with all of them done, else None. Raises UserError for a damaged manifest."""
+    root = paths.normal(workdir)
+    finished = manifest.read(root).get("finished")
+    if not finished:
+        return None
+    try:
+        return int(finished["step"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{root}: its manifest says finished: {finished!r}, without a step") from None

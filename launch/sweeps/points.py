@@ -61,7 +61,7 @@ def chain(*sweeps: Sequence[Point]) -> list[Point]:
 
 def uniform(low: float, high: float) -> Distribution:
     _check_range("uniform", low, high)
-    return lambda part: _rounded(low + part * (high - low))
+    return lambda part: _rounded(low + part * (high - low), low, high)
 
 
 def log_uniform(low: float, high: float) -> Distribution:
@@ -69,7 +69,7 @@ def log_uniform(low: float, high: float) -> Distribution:
     _check_range("log_uniform", low, high)
     if low <= 0:
         raise UsageError(f"sweep: log_uniform({low:g}, {high:g}) needs a lower end above 0")
-    return lambda part: _rounded(math.exp(math.log(low) + part * (math.log(high) - math.log(low))))
+    return lambda part: _rounded(math.exp(math.log(low) + part * (math.log(high) - math.log(low))), low, high)
 
 
 def integers(low: int, high: int) -> Distribution:
@@ -162,8 +162,8 @@ def _joined(parts: Iterable[Point]) -> Point:
     return point
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+def _rounded(value: float, low: float, high: float) -> float:
+    return float(min(max(float(f"{value:.{_DIGITS}g}"), low), high))
 
 
 def _check_range(name: str, low: float, high: float) -> None:

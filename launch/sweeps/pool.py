@@ -4,25 +4,25 @@ Linux ends the runs when a sweep is killed, also by SIGKILL; a sweep that is ask
 runs to save, waits for them, and starts no more.
 """
 
-import ctypes
 import dataclasses
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
-from t5x_like.core.errors import UsageError
+from launch.local import die_with_parent
+from t5x_like.core.errors import UsageError, UserError
 from t5x_like.storage import paths
 
 OUTPUT = "log.output.txt"  # in the workdir of a run: what it would show on a terminal, of all its starts
 PREEMPTED = 75
 _POLL_SECONDS = 0.05
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_WARNINGS = (signal.SIGHUP, signal.SIGUSR1)  # of a closed terminal, and of Slurm, which sends SIGTERM later
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *_WARNINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +51,28 @@ class Pool:
     """
 
     def __init__(self, at_once: int, gpus_each: int = 0):
-        self._places: list[Mapping[str, str]] = [_gpus(place, gpus_each) for place in reversed(range(at_once))]
+        self._places: list[Mapping[str, str]] = [gpus(place, gpus_each) for place in reversed(range(at_once))]
         self._running: list[_Run] = []
-        self._signals = 0
+        self._asked = False
+        self._orders = 0  # SIGTERM and SIGINT, of which the second ends the runs at once
 
     def __enter__(self) -> "Pool":
         self._before = {number: signal.getsignal(number) for number in _SIGNALS}
         for number, handler in self._before.items():
             if not (number == signal.SIGHUP and handler == signal.SIG_IGN):  # set so by nohup
-                signal.signal(number, self._pass_on)
+                signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
         for run in self._running:
-            run.child.kill()
+            run.ask(end_now=True)
             run.child.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     @property
     def asked(self) -> bool:
-        return self._signals > 0
+        return self._asked
 
     @property
     def running(self) -> int:
@@ -85,8 +86,15 @@ class Pool:
         while self._running or (waiting and not self.asked):
             while waiting and self._places and not self.asked:
                 task = waiting.pop()
-                self._running.append(_Run(task, self._places.pop()))
+                try:
+                    run = _Run(task, self._places[-1])
+                except (UserError, OSError) as error:  # of its workdir; the others run on
+                    ends(task, Ended(1, 0.0, f"it cannot be started: {error}"))
+                    continue
+                self._places.pop()
+                self._running.append(run)
                 begins(task)
+                self._pass()  # to a run that was not in the list when a signal came
             for run in [each for each in self._running if each.child.poll() is not None]:
                 self._running.remove(run)
                 self._places.append(run.place)
@@ -94,13 +102,16 @@ class Pool:
                     waiting.append(run.task)
             time.sleep(_POLL_SECONDS)
 
-    def _pass_on(self, number: int, _frame: object) -> None:
-        if self._signals and number in (signal.SIGHUP, signal.SIGUSR1):
-            return  # a warning that was heard
-        self._signals += 1
-        for run in self._running:
-            if run.child.poll() is None:
-                run.child.send_signal(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+    def _hear(self, number: int, _frame: object) -> None:
+        self._asked = True
+        self._orders += number not in _WARNINGS
+        self._pass()
+
+    def _pass(self) -> None:
+        """Asks all runs for what we were asked for; a run that heard it before is not asked again."""
+        if self._asked:
+            for run in self._running:
+                run.ask(end_now=self._orders > 1)
 
 
 class _Run:
@@ -109,6 +120,7 @@ class _Run:
     def __init__(self, task: Task, place: Mapping[str, str]):
         self.task, self.place = task, place
         self._started = time.monotonic()
+        self._told = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._target = paths.join(task.workdir, OUTPUT)
         if paths.is_remote(task.workdir):
@@ -130,24 +142,34 @@ class _Run:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C reaches us alone, and we pass it on
-                preexec_fn=_die_with_parent(os.getpid()),  # no threads run here
+                preexec_fn=die_with_parent(),
             )
+
+    def ask(self, *, end_now: bool) -> None:
+        """Asks the child to save and end, once: a second SIGTERM would end it unsaved. Or ends it."""
+        if self.child.poll() is not None or (self._told and not end_now):
+            return
+        self._told = True
+        self.child.send_signal(signal.SIGKILL if end_now else signal.SIGTERM)
 
     def end(self) -> Ended:
         seconds = time.monotonic() - self._started
         with open(self._path, "rb") as output:
             output.seek(self._begin)
             said = _last_line(output)
-        if self._folder is not None:
-            paths.copy_file(self._path, self._target)
-            self._folder.cleanup()
         status = self.child.returncode
         if status < 0:
             said = f"ended by {signal.Signals(-status).name}{f'; before that: {said}' if said else ''}"
+        if self._folder is not None:
+            try:
+                paths.copy_file(self._path, self._target)
+            except UserError as error:  # how it ended is told all the same
+                said = f"{said} (its output is lost: {error})"
+            self._folder.cleanup()
         return Ended(status, seconds, said)
 
 
-def _gpus(place: int, each: int) -> dict[str, str]:
+def gpus(place: int, each: int) -> dict[str, str]:
     """The variable that shows a run the GPUs of its place, of those that this process sees."""
     if not each:
         return {}
@@ -175,16 +197,3 @@ def _last_line(output: IO[bytes]) -> str:
     for text in lines():
         last = text
     return last[:500]
-
-
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
-    """Linux: a child ends when this process does, however that happens."""
-    if sys.platform != "linux":
-        return None
-
-    def prepare() -> None:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before this was set
-            os._exit(1)
-
-    return prepare

@@ -48,6 +48,7 @@ class _Flags:
     points: int = 0
     seed: int = 0
     seeds: int = 0
+    given: dict[str, str] = dataclasses.field(default_factory=dict)  # {path: argument}
 
 
 def read(config_arguments: Sequence[str], sweep_arguments: Sequence[str]) -> list[Point]:
@@ -98,10 +99,13 @@ def _parsed(arguments: Sequence[str]) -> _Flags:
         path, equals, text = argument.removeprefix(_PREFIX).partition("=")
         if not equals or not text.strip():
             raise UsageError(f"{argument} needs a value: {_PREFIX}{path}=A,B")
+        if path in flags.given:
+            raise UsageError(f"{argument}: {path} is given twice; separate the values of a field by commas")
+        flags.given[path] = argument
         if path.startswith("config."):
             _field(flags, path, text, argument)
         elif path in ("points", "seed", "seeds"):
-            if not text.isdigit() or (path != "seed" and int(text) < 1):
+            if not re.fullmatch("[0-9]{1,9}", text) or (path != "seed" and int(text) < 1):
                 raise UsageError(f"{argument} should be a whole number of at least {int(path != 'seed')}")
             setattr(flags, path, int(text))
         elif path in ("combine", "draw"):
@@ -112,12 +116,23 @@ def _parsed(arguments: Sequence[str]) -> _Flags:
         else:
             options = [f"{_PREFIX}{name}" for name in ("points", "seed", "seeds", "combine", "draw")]
             raise UsageError(f"{argument}: {nearest(_PREFIX + path, [*options, f'{_PREFIX}config.{path}'])}")
+    _check_effect(flags)
     return flags
 
 
+def _check_effect(flags: _Flags) -> None:
+    """A flag that changes nothing is a mistake: of its writer, or of its reader."""
+    for name in ("points", "draw", "seed"):
+        if name in flags.given and not flags.distributions:
+            raise UsageError(
+                f"{flags.given[name]} has no effect: no field is drawn; say what is, by "
+                f"'{_PREFIX}config.FIELD=log_uniform(1e-4, 1e-2)', or leave it out"
+            )
+    if "combine" in flags.given and len(flags.lists) < 2:
+        raise UsageError(f"{flags.given['combine']} has no effect: it joins lists of several fields; leave it out")
+
+
 def _field(flags: _Flags, path: str, text: str, argument: str) -> None:
-    if path in flags.lists or path in flags.distributions:
-        raise UsageError(f"{argument}: {path} is given twice; separate its values by commas")
     call = re.fullmatch(r"\s*([a-z_]+)\s*\((.*)\)\s*", text)
     if call and call.group(1) in _DISTRIBUTIONS:
         try:
@@ -131,13 +146,19 @@ def _field(flags: _Flags, path: str, text: str, argument: str) -> None:
 
 
 def _items(text: str) -> list[Any]:
-    """The values between commas, those inside of brackets left alone."""
-    found, depth, start = [], 0, 0
+    """The values between commas; those inside of brackets and of quotes are left alone."""
+    found, depth, start, quote, before = [], 0, 0, "", ","
     for place, letter in enumerate(text):
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
-            found.append(text[start:place])
-            start = place + 1
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and before in ",([" and letter in text[place + 1 :]:  # elsewhere it is an apostrophe
+            quote = letter
+        else:
+            depth += (letter in "([") - (letter in ")]")
+            if letter == "," and depth == 0:
+                found.append(text[start:place])
+                start = place + 1
+        before = before if letter.isspace() else letter
     return [_literal(each.strip()) for each in [*found, text[start:]] if each.strip()]
 
 

@@ -10,15 +10,24 @@ from typing import Any
 
 from launch.sweeps import outcomes
 from launch.sweeps import points as combining
-from launch.sweeps.index import DONE, Decision, Entry, Index
+from launch.sweeps.index import DONE, FAILED, Decision, Entry, Index
 from launch.sweeps.outcomes import Outcome
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.storage import paths
 
 # What is judged where nothing is said: the first that a run reports.
-_USUAL = ("eval/validation/loss", "eval/validation/reward", "train/loss")
-_HIGH = ("accuracy", "reward", "tokens_per_second", "model_flops_per_second", "mfu")
+_HELD_OUT = ("eval/validation/loss", "eval/validation/reward")
+_OF_TRAINING = ("train/reward", "train/loss")  # a loss of answers that a policy drew itself says nothing of it
+_HIGH = (
+    "accuracy",
+    "margin",
+    "mfu",
+    "model_flops_per_second",
+    "reward",
+    "teacher_agreement",
+    "tokens_per_second",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Result:
     best: float | None
     best_step: int | None
     state: str
+    problem: str = ""  # why its files cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +74,8 @@ def metric_of(index: Index, found: Mapping[str, Outcome], asked: str) -> str:
             raise UsageError(f"--metric={asked} is reported by no run; of the member {first}: {known}")
         return asked
     held_out = sorted(name for name in reported if name.startswith("eval/") and name.endswith("/loss"))
-    return next((name for name in (*_USUAL[:2], *held_out, _USUAL[2]) if name in reported), _USUAL[0])
+    usual = (*_HELD_OUT, *held_out, *_OF_TRAINING)
+    return next((name for name in usual if name in reported), usual[0])
 
 
 def table(index: Index, found: Mapping[str, Outcome], *, metric: str = "", goal: str = "") -> Table:
@@ -78,7 +89,9 @@ def table(index: Index, found: Mapping[str, Outcome], *, metric: str = "", goal:
         best = outcome.best(metric, goal)
         ended = outcome.finished is not None and outcome.finished >= entry.steps > 0
         state = DONE if ended else entry.state
-        results.append(Result(entry, outcome.step, outcome.last(metric), *(best or (None, None)), state))
+        results.append(
+            Result(entry, outcome.step, outcome.last(metric), *(best or (None, None)), state, outcome.problem)
+        )
     results.sort(key=lambda result: rank(result.last, goal))
     return Table(metric, goal, fields, tuple(results), tuple(index.decisions))
 
@@ -108,8 +121,9 @@ def markdown(found: Table, title: str) -> str:
     lines += _grid(head, rows)
     lines += ["", *_over_seeds(found, short)] if combining.SEED in found.fields and len(found.fields) > 1 else []
     lines += ["", *_decided(found.decisions)] if found.decisions else []
-    failed = [result.entry for result in found.results if result.entry.state == "failed"]
-    lines += ["", "## Failed", "", *(f"- {entry.name}: {entry.said}" for entry in failed)] if failed else []
+    failed = [result for result in found.results if result.problem or result.entry.state == FAILED]
+    said = [f"- {result.entry.name}: {result.problem or result.entry.said}" for result in failed]
+    lines += ["", "## Failed", "", *said] if said else []
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +152,7 @@ def write(found: Table, folder: str) -> None:
     """results.md, results.json and results.csv of a sweep's folder."""
     paths.write_text_atomic(paths.join(folder, "results.md"), markdown(found, paths.base_name(folder)))
     rows = records(found)
-    paths.write_json_atomic(paths.join(folder, "results.json"), {"metric": found.metric, "members": rows})
+    paths.write_json_atomic(paths.join(folder, "results.json"), {"format": 1, "metric": found.metric, "members": rows})
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -99,6 +99,9 @@ class Checker:
                 layout = program.layout
                 program.step.trace(layout.state, layout.frozen, program.batch)
                 sums = jax.eval_shape(program.evaluate, layout.state["params"], layout.frozen, program.batch)
+                if isinstance(experiment, RlExperiment) and (self._there or not experiment.roles):
+                    # All programs beside the step are built, which fails for models that do not go together.
+                    rl_program.stages(experiment, program)
                 self._traced[mark] = tuple(sums)
         return self._traced[mark]
 

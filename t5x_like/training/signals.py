@@ -94,9 +94,16 @@ def _take_handler(number: int) -> Any:
     library = ctypes.CDLL(None)
     library.signal.restype = ctypes.c_void_p
     library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    # Python's own, of which all its signals have the same: that of __main__.py stands here until jax's does.
+    before = signal.signal(signal.SIGUSR1, _noted)
+    python = library.signal(int(signal.SIGUSR1), None)
+    library.signal(int(signal.SIGUSR1), python)
+    signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
+    mine = library.signal(int(number), None)
+    library.signal(int(number), mine)
     for _ in range(40):
-        address = library.signal(int(number), None)
-        if address and address not in (1, ctypes.c_void_p(-1).value):
+        address = library.signal(int(number), python if mine == python else None)
+        if address and address not in (1, python, ctypes.c_void_p(-1).value):
             return ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
         time.sleep(0.05)
     return None

@@ -217,7 +217,11 @@ def test_half_of_the_members_stop_at_each_rung_and_can_go_on(run, tmp_path):
     assert found.decisions[0].ranking[-1] == ("lr-3e-2-seed-0", None), "what is no number ranks last"
     assert found.decisions[-1].promoted == ("lr-1e-2-seed-0",)
     assert sum(entry.state == STOPPED for entry in found) == 7
-    assert told.count(" go on; ") == 3 and "After 20 steps" in (folder / "results.md").read_text()
+    assert (
+        told.count(" steps, by eval/validation/loss: ") == 3
+        and " goes on; " in told
+        and "After 20 steps" in (folder / "results.md").read_text()
+    )
     # The members ended by themselves, evaluated and saved, with the schedule of the whole run.
     command = (folder / "lr-1e-3-seed-0" / "log.output.txt").read_text().splitlines()[0]
     assert "--config.loop.steps=5 --config.optim.schedule.steps=40" in command

@@ -63,7 +63,7 @@ def test_every_member_is_checked_before_the_first_starts(capsys, tmp_path):
 def test_what_the_check_finds_is_one_line_with_the_member(monkeypatch, capsys, tmp_path, arguments, problems, message):
     config = {"data": {"validation": "0.1"}}
     verdicts = [check.Verdict(problem, 40, ("accuracy", "loss"), config) for problem in problems]
-    monkeypatch.setattr(check, "check", lambda runs, place: verdicts)
+    monkeypatch.setattr(check, "check", lambda runs, place, environment: verdicts)
     assert sweep.main([TEST, f"--workdir={tmp_path / 'sweep'}", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not (tmp_path / "sweep").exists()
@@ -75,6 +75,14 @@ def test_a_config_is_checked_for_devices_that_are_not_here():
     wrong, right = check.check([run, check.Run((*run.arguments, "--config.mesh.slice=2"))], place)
     assert wrong.problem.startswith("config.mesh.slice=1, but the devices are 2 slices")
     assert right.problem == "" and right.steps > 0 and "loss" in right.metrics
+
+
+def test_the_programs_of_an_rl_member_are_checked_too():
+    right = check.Run(("--config=configs/rl/test.py",))
+    base = ("--config.objective.grpo.reference=base", "--config.objective.grpo.kl_coefficient=0.1")
+    wrong = check.Run((*right.arguments, *base))
+    good, bad = check.check([right, wrong], check.HERE)
+    assert good.problem == "" and "without its adapters" in bad.problem
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
