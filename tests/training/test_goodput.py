@@ -11,7 +11,7 @@ import pytest
 
 from t5x_like.__main__ import main
 from t5x_like.storage import manifest
-from t5x_like.training import goodput
+from t5x_like.training import goodput, starts
 from t5x_like.training.ledger import Ledger
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -53,8 +53,9 @@ class Run:
             self.clock.now += before
         self.ledger.goes_on("steps")
 
-    def steps(self, count, *, seconds=1.0, waits=0.25, row=True):
-        for _ in range(count):
+    def steps(self, count, *, seconds=1.0, waits=0.25, row=True, noted=True):
+        """Takes steps, and writes the line that the thread writes every second; not `noted`, none for the last one."""
+        for index in range(count):
             with self.ledger.part("input"):
                 self.clock.now += waits
             self.clock.now += seconds - waits
@@ -63,6 +64,8 @@ class Run:
             if row:
                 with open(self.rows, "a") as file:
                     file.write(json.dumps({"step": self.step, "time": self.clock.now}) + "\n")
+            if noted or index < count - 1:
+                self.ledger.note()
 
     def save(self, seconds=0.5):
         self.ledger.save(self.step)
@@ -84,7 +87,7 @@ class Run:
         return [json.loads(line) for line in self.rows.read_text().splitlines()] if self.rows.exists() else []
 
     def account(self):
-        return goodput.account(goodput.read(str(self.folder)))
+        return goodput.account(starts.read(str(self.folder)))
 
 
 @pytest.fixture
@@ -130,12 +133,12 @@ def test_a_run_killed_twice_loses_the_steps_that_were_done_again_where_they_were
     run.start(0)
     run.steps(20)
     run.save()
-    run.steps(5)
+    run.steps(5, noted=False)
     run.kill()
     run.start(20, idle=30)
     run.steps(10)
     run.save()
-    run.steps(7)
+    run.steps(7, noted=False)
     run.clock.now += 0.75  # of a step that never ended, which no line tells
     run.kill()
     run.start(30, idle=60)
@@ -200,13 +203,13 @@ def test_starts_that_fail_before_their_first_step_are_starting_and_no_loss(run):
 
 def test_a_torn_line_and_a_disk_that_is_full_cost_a_line(run):
     run.start(0)
-    run.steps(3)
+    run.steps(1, noted=False)
     run.save()
     run.kill()
-    path = run.folder / goodput.NAME
+    path = run.folder / starts.NAME
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"start": 1, "sec')
-    run.start(3)
+    run.start(1)
     run.steps(1)
     run.ledger._file._file.close()  # nothing can be written any more
     run.ledger.note()
@@ -218,15 +221,13 @@ def test_a_torn_line_and_a_disk_that_is_full_cost_a_line(run):
 
 def test_a_later_start_keeps_what_is_needed_of_earlier_ones(run):
     run.start(0)
-    for _ in range(50):
-        run.steps(1)
-        run.ledger.note()
+    run.steps(50)
     run.save()
     run.steps(3)
     run.kill()
     run.start(50)
     run.kill()
-    lines = (run.folder / goodput.NAME).read_text().splitlines()
+    lines = (run.folder / starts.NAME).read_text().splitlines()
     assert sum(json.loads(line)["start"] == 1 for line in lines) == 4, "begin, restored, save, the last"
     assert run.account().rows[0]["productive"] == pytest.approx(50 * 0.75)
     assert run.account().rows[0]["lost_steps"] == 3
@@ -239,13 +240,14 @@ def test_the_rows_of_a_run_show_the_shares_over_all_starts(run):
     run.steps(4)
     run.kill()
     run.start(10, idle=20)
-    before = goodput.earlier(goodput.read(str(run.folder)))
+    before = goodput.earlier(starts.read(str(run.folder)), entry=1)
     run.steps(6)
     run.end()
     shown, found = goodput.shares(before, run.ledger.totals()), run.account()
     assert shown["goodput/productive"] == pytest.approx(found.goodput) and shown["goodput/starts"] == 2
     assert shown["goodput/lost"] == pytest.approx(found.seconds["lost"] / found.wall)
-    assert shown["goodput/idle"] == pytest.approx(found.seconds["idle"] / found.wall)
+    for name in ("idle", "input", "checkpoint", "restore", "compile"):
+        assert shown[f"goodput/{name}"] == pytest.approx(found.seconds[name] / found.wall)
 
 
 def test_a_clock_that_went_back_between_two_starts_makes_no_negative_time(run):
@@ -256,8 +258,134 @@ def test_a_clock_that_went_back_between_two_starts_makes_no_negative_time(run):
     run.start(5, idle=-7)
     run.steps(5)
     run.end()
+    parts = dict.fromkeys(("startup", "prepare", "restore", "compile"), 4.0)
+    assert dict(run.account().seconds) == pytest.approx({"steps": 7.5, "input": 2.5, "checkpoint": 0.5} | parts)
+
+
+def test_a_machine_that_slept_or_whose_clock_was_set_did_no_step_meanwhile(run):
+    """The row of the last step has the time of the wall clock, the lines that of a steady one."""
+    run.start(0)
+    run.steps(100)
+    run.save()
+    run.steps(10)
+    run.kill()
+    with open(run.rows, "a") as file:
+        file.write(json.dumps({"step": 111, "time": run.clock.now + 3600}) + "\n")
+    run.start(100, idle=3700)
+    run.end()
     found = run.account()
-    assert all(value >= 0 for value in found.seconds.values()) and math.isclose(sum(found.seconds.values()), found.wall)
+    assert found.rows[0]["last_step"] == 111 and found.rows[0]["lost"] == pytest.approx(10 * 0.75 + 2)
+    assert found.seconds["steps"] == pytest.approx(75) and found.seconds["idle"] == pytest.approx(3700 - 2)
+
+
+def test_a_start_of_which_there_is_no_line_stands_where_the_manifest_has_it(run):
+    """As in a bucket, killed before its first upload."""
+    run.start(0)
+    run.steps(10)
+    run.save()
+    run.steps(4)
+    run.kill()
+    begun, run.entries = run.clock.now + 50, 2
+    run.start(10, idle=100)
+    run.steps(5)
+    run.end()
+    shown = [1000 + 6, begun, run.clock.now - 5]
+    entries = [
+        {"time": time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(when)), "resumed_from": first}
+        for when, first in zip(shown, (None, 10, 10), strict=True)
+    ]
+    manifest.write(str(run.folder), {"format": 3, "starts": entries, "finished": {"step": 15, "time": run.clock.now}})
+    found = run.account()
+    assert found.began == 1000 and [row["recorded"] for row in found.rows] == [True, False, True]
+    assert [row["ended"] for row in found.rows] == ["killed", "not recorded", "finished"]
+    assert [row["began"] for row in found.rows] == sorted(row["began"] for row in found.rows)
+    assert found.lost_steps == 4 and found.seconds["lost"] == pytest.approx(3)
+    assert found.seconds["idle"] + found.seconds["unknown"] == pytest.approx(100)
+    assert found.wall == pytest.approx(run.clock.now - 1000)
+
+
+def test_the_record_goes_to_a_bucket_when_the_manifest_names_the_start(run):
+    ledger = Ledger(run.clock.now, clock=run.clock)
+    ledger.record(str(run.folder))
+    assert ledger._file is not None and not ledger._file.due
+    ledger.restored(0, 0)
+    assert ledger._file.due
+    ledger.end("finished")
+    ledger.close()
+
+
+def _lines_of(run):
+    return [json.loads(line) for line in (run.folder / starts.NAME).read_text().splitlines()]
+
+
+def _write_lines(run, lines):
+    (run.folder / starts.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_lines_say_their_format_and_those_that_say_none_are_of_the_first(run):
+    run.start(0)
+    run.steps(3)
+    run.end()
+    lines, found = _lines_of(run), run.account()
+    assert [line.pop("format") for line in lines if line.get("event") == "begin"] == [1]
+    _write_lines(run, lines)
+    assert run.account() == found and found.goodput > 0
+
+
+def test_a_start_of_a_later_format_is_left_alone_and_not_read(run):
+    run.start(0)
+    run.steps(3)
+    run.end("stopped")
+    later = [
+        {"start": 2, "event": "begin", "format": 2, "found": "no longer a row"},
+        {"start": 2, "at": [1, 2, 3]},
+        {"start": 2, "at": [4, 5, 6]},
+    ]
+    _write_lines(run, [*_lines_of(run), *later])
+    run.clock.now += 20
+    run.entries = 2
+    run.start(3)
+    run.steps(2)
+    run.end()
+    assert [line for line in _lines_of(run) if line["start"] == 2] == later
+    found = run.account()
+    assert [row["last_step"] for row in found.rows] == [3, 5] and found.seconds["idle"] == pytest.approx(20)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"seconds": None}, {"seconds": {"steps": "a"}}, {"time": None}, {"step": "x"}, {"seconds": {"steps": math.nan}}],
+)
+def test_a_start_whose_lines_are_damaged_costs_that_start(run, damage):
+    run.start(0)
+    run.steps(3)
+    run.end("stopped")
+    lines = _lines_of(run)
+    _write_lines(run, [*lines[:-1], lines[-1] | damage])
+    run.start(3)
+    run.steps(2)
+    run.end()
+    assert [row["last_step"] for row in run.account().rows] == [5]
+
+
+def test_seconds_of_a_part_that_is_not_known_here_stay_in_the_sum(run):
+    run.start(0)
+    run.steps(3)
+    run.end()
+    lines = _lines_of(run)
+    lines[-1]["seconds"] = {"siesta" if name == "input" else name: s for name, s in lines[-1]["seconds"].items()}
+    _write_lines(run, lines)
+    found = run.account()
+    assert found.seconds["unknown"] == pytest.approx(0.75) and found.wall == pytest.approx(run.clock.now - 1000)
+
+
+def test_a_start_that_could_not_be_written_down_has_shares_all_the_same(run):
+    assert goodput.earlier([], entry=0) | {"starts": 0.0} == dict.fromkeys(goodput.earlier([], entry=0), 0.0)
+    run.start(0)
+    run.steps(4)
+    run.end("stopped")
+    before = goodput.earlier(starts.read(str(run.folder)), entry=1)  # a full disk: no line of this start
+    assert before["starts"] == 2 and before["productive"] == pytest.approx(3)
 
 
 def test_the_thread_writes_a_line_a_second_and_never_syncs(tmp_path, monkeypatch):
@@ -266,28 +394,28 @@ def test_the_thread_writes_a_line_a_second_and_never_syncs(tmp_path, monkeypatch
     ledger = Ledger(time.time())
     ledger.record(str(tmp_path))
     deadline = time.monotonic() + 5
-    while len((tmp_path / goodput.NAME).read_bytes().splitlines()) < 3 and time.monotonic() < deadline:
+    while len((tmp_path / starts.NAME).read_bytes().splitlines()) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     ledger.end("finished")
     ledger.close()
-    lines = [json.loads(line) for line in (tmp_path / goodput.NAME).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / starts.NAME).read_text().splitlines()]
     assert 3 <= len(lines) <= 6 and max(len(json.dumps(line)) for line in lines) < 250
     for line in lines:
         assert sum(line["seconds"].values()) == pytest.approx(line["time"] - lines[0]["began"], abs=0.01)
     assert threading.active_count() == before
 
 
-def test_a_part_costs_less_than_20_microseconds():
-    ledger = Ledger(time.time())
-    timings = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        for step in range(1000):
-            with ledger.part("input"):
-                pass
-            ledger.step_done(step)
-        timings.append((time.perf_counter() - begun) / 1000)
-    assert min(timings) < 20e-6
+def test_a_step_reads_the_clock_three_times_and_writes_nothing(run):
+    """Some 5 microseconds: a run is not slowed by being counted."""
+    run.start(0)
+    looks, size = [], (run.folder / starts.NAME).stat().st_size
+    run.ledger.now = lambda: looks.append(None) or run.clock.now
+    for step in range(100):
+        with run.ledger.part("input"):
+            pass
+        run.ledger.step_done(step)
+    assert len(looks) == 300 and (run.folder / starts.NAME).stat().st_size == size
+    run.kill()
 
 
 # Workdirs from before the record.
@@ -309,7 +437,7 @@ def _old(folder, *, shares=True):
 
 def test_an_older_workdir_says_what_its_rows_tell_and_what_they_cannot(tmp_path, capsys):
     _old(tmp_path)
-    found = goodput.account(goodput.read(str(tmp_path)))
+    found = goodput.account(starts.read(str(tmp_path)))
     assert dict(found.seconds) == pytest.approx({"compile": 3, "input": 1.5, "steps": 7.5, "unknown": 102.5})
     assert found.wall == pytest.approx(114.5) and found.lost_steps == 0
     assert main(["inspect", str(tmp_path), "--goodput"]) == 0
@@ -323,14 +451,14 @@ def test_an_older_workdir_says_what_its_rows_tell_and_what_they_cannot(tmp_path,
 
 @pytest.mark.parametrize("name", ["format1", "format3"])
 def test_runs_of_earlier_formats_have_an_account(name):
-    found = goodput.account(goodput.read(str(ROOT / "tests" / "specimens" / name / "run")))
+    found = goodput.account(starts.read(str(ROOT / "tests" / "specimens" / name / "run")))
     assert found.seconds["compile"] > 0.9 * found.wall > 0 and 0 < found.goodput < 0.1
     assert [row["last_step"] for row in found.rows] == [6]
 
 
 def test_an_older_workdir_without_shares_has_unknown_time_alone(tmp_path):
     _old(tmp_path, shares=False)
-    assert dict(goodput.account(goodput.read(str(tmp_path))).seconds) == pytest.approx({"unknown": 114.5})
+    assert dict(goodput.account(starts.read(str(tmp_path))).seconds) == pytest.approx({"unknown": 114.5})
 
 
 def test_a_run_that_began_before_the_record_goes_on_with_it(tmp_path):
