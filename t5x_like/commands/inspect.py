@@ -20,6 +20,7 @@ from t5x_like.core.terminal import format_bytes, format_count, format_duration
 from t5x_like.runs.arguments import Parser
 from t5x_like.storage import model_directory, paths, patterns
 from t5x_like.training import goodput
+from t5x_like.training.starts import read as read_starts
 
 _MODELS = ("params", "ema")
 _LEFT = ("path", "shape", "axes", "dtype", "kind")
@@ -124,7 +125,7 @@ def documents(directory: str, step: int) -> Iterator[str]:
 
 def spent(directory: str, *, as_json: bool = False) -> Iterator[str]:
     """The lines about where the wall clock went: parts in seconds and shares, then every start."""
-    starts = goodput.read(directory)
+    starts = read_starts(directory)
     if not starts:
         raise UserError(f"{directory} holds no start of a run; give the workdir of one")
     found = goodput.account(starts)
@@ -148,7 +149,7 @@ def spent(directory: str, *, as_json: bool = False) -> Iterator[str]:
         yield f"{found.lost_steps} steps were lost: done, and done again by a later start from a checkpoint before them"
     if not all(row["recorded"] for row in found.rows):
         yield ""
-        yield "of starts from before goodput.jsonl there are the rows that were kept: what came before them is"
+        yield "of starts that are not in goodput.jsonl there are the rows that were kept: what came before them is"
         yield "partly missing, and lost steps, idle time and starting again cannot be told apart (unknown)"
 
 

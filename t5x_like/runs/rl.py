@@ -27,7 +27,7 @@ from t5x_like.rl.rewards import Rewards
 from t5x_like.rl.rollout import end_ids
 from t5x_like.rl.rows import RowShape
 from t5x_like.rl.verifiers import Named
-from t5x_like.runs import branch, rl_program, rl_resume, sections, summary, training_run
+from t5x_like.runs import branch, elastic, rl_program, rl_resume, sections, summary, training_run
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
@@ -97,7 +97,7 @@ def run(
         mesh = meshes.make(experiment.mesh)
         session.hold(jax.set_mesh(mesh))
         program = programs.step_program(experiment, mesh)
-        training_run.note_devices(session, program, rows=experiment.rows)
+        training_run.note_devices(session, program, rows=experiment.rows, stays=elastic.DRAWN)
         saver = _saver(experiment, program, Checkpoints(session.workdir.checkpoints, read_only=True), {})
         if not request.check and training_run.is_finished(session, experiment.loop.steps, saver):
             return 0

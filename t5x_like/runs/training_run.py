@@ -79,7 +79,7 @@ def run(
         return _train(experiment, session, program, data, cached)
 
 
-def note_devices(session: Session, program: Program, *, rows: int) -> None:
+def note_devices(session: Session, program: Program, *, rows: int, stays: str = elastic.READ) -> None:
     """Has the start screen say what is other than at the last start of this workdir: the mesh, or what it lies on."""
     starts = session.workdir.manifest()["starts"] if session.processes.primary else []
     now = {
@@ -88,7 +88,8 @@ def note_devices(session: Session, program: Program, *, rows: int) -> None:
         "processes": session.processes.count,
         "platform": program.mesh.devices.flat[0].platform,
     }
-    line = elastic.changed(starts[-1], now, rules=program.model.rules, rows=rows) if starts else None
+    rules = program.model.rules
+    line = elastic.changed(starts[-1], now, rules=rules, rows=rows, stays=stays) if starts else None
     if line:
         session.note(line)
 

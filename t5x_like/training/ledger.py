@@ -8,9 +8,10 @@ workdir in a bucket gets the file at every checkpoint and once a minute, from th
 written costs the record, never the run.
 
 Each line: {"start", "time", "part", "step", "seconds": {part: seconds so far}, "done": the same of the productive parts
-when `step` was done, "event": ...}. Events: "begin" (with "began", and "found": the last row of metrics.jsonl before
-rows of lost steps are cut), "restored" (with "from", the updates done, and "entry", the index in the manifest),
-"save" (a checkpoint of `step` begins), "end" (with "how"). What is made of them stands in training/goodput.py.
+when `step` was done, "event": ...}. Events: "begin" (with "format", "began", and "found": the last row of metrics.jsonl
+before rows of lost steps are cut), "restored" (with "from", the updates done, and "entry", the index in the manifest),
+"save" (a checkpoint of `step` begins), "end" (with "how"). training/starts.py reads them. A later layout counts its
+`FORMAT` up, and keeps "start" in each line and "format" in the begin: older programs leave its lines as they are.
 """
 
 import contextlib
@@ -26,11 +27,10 @@ from typing import IO, Any
 from t5x_like.core.errors import UserError
 from t5x_like.core.metrics import last_row
 from t5x_like.storage import paths
-from t5x_like.training.goodput import NAME, PARTS, PRODUCTIVE, compacted, read_lines
+from t5x_like.training.goodput import PARTS, productive
+from t5x_like.training.starts import FORMAT, NAME, compacted, quiet, read_lines
 
-_LEAST = 1.0  # s between two lines of the thread
-_SHARE = 1e-3  # of the age of a start: what its last line may miss
-_UPLOAD = 60.0  # s between two uploads to a bucket
+_UPLOAD = 60.0  # s between two uploads to a bucket, or as long as ten lines take
 
 
 class Ledger:
@@ -72,7 +72,7 @@ class Ledger:
         with self._lock:
             self._count()
             self._step = step
-            self._done = self._productive()
+            self._done = productive(self._seconds)
 
     def totals(self) -> dict[str, float]:
         """Seconds of every part so far; their sum is the age of this start."""
@@ -95,9 +95,6 @@ class Ledger:
         self._seconds[self._open[-1]] += now - self._since
         self._since = now
 
-    def _productive(self) -> dict[str, float]:
-        return {name: self._seconds[name] for name in PRODUCTIVE if name in self._seconds}
-
     # The record.
 
     @property
@@ -112,7 +109,7 @@ class Ledger:
         if self._file is None:
             return
         found = self._file.last_row()
-        self.note("begin", began=round(self.began, 3), **({"found": found} if found else {}))
+        self.note("begin", format=FORMAT, began=round(self.began, 3), **({"found": found} if found else {}))
         self._thread = threading.Thread(target=self._beat, name="ledger", daemon=True)
         self._thread.start()
 
@@ -137,8 +134,10 @@ class Ledger:
         """This start goes on from `step` updates; `entry` is its index in the manifest."""
         with self._lock:
             self._count()
-            self._step, self._done = step, self._productive()
+            self._step, self._done = step, productive(self._seconds)
         self.note("restored", **{"from": step, "entry": entry})
+        if self._file is not None:
+            self._file.due = True  # the manifest is about to name this start
 
     def save(self, step: int) -> None:
         """A checkpoint of `step` begins: whoever goes on from it finds what was spent until here."""
@@ -161,10 +160,10 @@ class Ledger:
             self._file.close()
 
     def _beat(self) -> None:
-        while not self._closed.wait(max(_LEAST, _SHARE * (self.now() - self.began))):
+        while not self._closed.wait(every := quiet(self.now() - self.began)):
             self.note()
             if self._file is not None:
-                self._file.upload(every=max(_UPLOAD, 10 * _SHARE * (self.now() - self.began)))
+                self._file.upload(every=max(_UPLOAD, 10 * every))
 
 
 class _File:

@@ -1,11 +1,12 @@
 """Notices of a Google Cloud machine that it will be taken: they come before any signal does.
 
-The metadata server of a machine (TPU VMs and GKE nodes among them) says `maintenance-event`, which is
-TERMINATE_ON_HOST_MAINTENANCE some time before the machine is stopped (a live migration needs nothing of us), and
-`preempted`, which is TRUE once a spot machine is taken back. A thread asks for both every few seconds, each request
-bounded; a server that never answered is given up. What stands already when the watch begins is said and not acted on:
-it was acted on by the start before, and a machine may be announced an hour ahead, which a run that ends at once each
-time would spend on starting. https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice
+The metadata server of a machine (a TPU VM's among them; in a pod of GKE that of its node, but under Workload Identity
+one that lacks these keys) says `maintenance-event`, which is TERMINATE_ON_HOST_MAINTENANCE some time before the machine
+is stopped (a live migration needs nothing of us), and `preempted`, which is TRUE once a spot machine is taken back. A
+thread asks for both every few seconds, each request bounded; a server that never answered, or has neither key, is given
+up: there SIGTERM is the first warning. What stands already when the watch begins is said and not acted on: it was acted
+on by the start before, and a machine may be announced an hour ahead, which a run that ends at once each time would
+spend on starting. https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice
 
 A server is asked only where there is one: GCE_METADATA_HOST or GCE_METADATA_IP name it, or the machine says that it is
 Google's; never with NO_GCE_CHECK, by which Google's own libraries are kept from asking too. (TPU_SKIP_MDS_QUERY says

@@ -27,7 +27,7 @@ from t5x_like.parallel import multihost
 from t5x_like.storage import manifest, paths
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.workdir import Workdir
-from t5x_like.training import goodput
+from t5x_like.training import goodput, starts
 from t5x_like.training.faults import PREEMPTED, Faults
 from t5x_like.training.goodput import Account
 from t5x_like.training.keep import CheckpointConfig, steps_to_keep
@@ -85,7 +85,8 @@ class Session:
         self._branched_from: str | None = None
         self._noted: list[str] = []
         self.ledger = Ledger(request.began)
-        self._earlier: dict[str, float] = {"wall": 0.0, "productive": 0.0, "lost": 0.0, "idle": 0.0, "starts": 1.0}
+        self._earlier = goodput.earlier([], entry=0)
+        self._telemetry: Telemetry | None = None
         self._how, self._recorded = "", False
 
     def __enter__(self) -> "Session":
@@ -97,6 +98,7 @@ class Session:
         )
         # Before anything that may fail: an exception on one process must reach the others, not wait for them.
         self.faults = self.hold(Faults(self._runtime, log_path=None, processes=self.processes))
+        self.faults.before_exit(self._part)
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
@@ -129,7 +131,6 @@ class Session:
         """What comes before the loop and may take long. From the first one on this start is written down."""
         if self.processes.primary and not self.request.check and self.ledger.path is None:
             self.ledger.record(self.workdir.root)
-            self.faults.before_exit(self._last_line)
             self._stack.push(self._close_ledger)
         with self.faults.phase("prepare"), self.ledger.part("prepare"):
             yield
@@ -154,17 +155,30 @@ class Session:
 
     def account(self) -> Account:
         """What all starts of the workdir have spent, up to the last line of the record."""
-        return goodput.account(goodput.read(self.workdir.root, record=self.ledger.path))
+        return goodput.account(self._starts())
 
-    def _last_line(self, line: str, status: int) -> None:
+    def _starts(self) -> list[goodput.Start]:
+        """None where they cannot be read: that costs their account, never the run."""
+        try:
+            return starts.read(self.workdir.root, record=self.ledger.path)
+        except (UserError, OSError) as error:
+            warn(f"no account of where the time went: {error}")
+            return []
+
+    def _part(self, line: str, status: int) -> None:
+        """The last acts of a process that ends itself within seconds: what may take longest comes last."""
         self.ledger.end("stopped" if status == PREEMPTED else line)
-        self.ledger.close()
+        try:
+            if self._telemetry is not None:
+                self._telemetry.publish_log()
+        finally:
+            self.ledger.close()
 
     def _close_ledger(self, kind: Any, error: BaseException | None, _traceback: Any) -> None:
         self.ledger.end(self._how if error is None else f"{kind.__name__}: {' '.join(str(error).split())[:200]}")
         with contextlib.suppress(UserError, OSError):  # a full disk has ended this start, or will end the next
-            if self._recorded:
-                self.workdir.record_goodput(self.account().as_json())
+            if self._recorded and (known := self._starts()):
+                self.workdir.record_goodput(goodput.account(known).as_json())
         self.ledger.close()
 
     def telemetry(
@@ -178,7 +192,7 @@ class Session:
         start_step: int,
     ) -> Telemetry:
         """The telemetry of the loop, closed when it ends."""
-        telemetry = Telemetry(
+        self._telemetry = telemetry = Telemetry(
             config,
             self.workdir.root,
             flops_per_token=flops_per_token,
@@ -193,7 +207,6 @@ class Session:
         )
         self._loop.enter_context(telemetry)
         self.faults.log_to(telemetry.log_path)
-        self.faults.before_exit(lambda _line, _status: telemetry.publish_log())
         return telemetry
 
     def closing(self, close: Callable[[], object]) -> None:
@@ -221,11 +234,11 @@ class Session:
             branched_from=self._branched_from,
             changes=self.changes,
         )
-        self.ledger.restored(resumed_from or 0, entry=len(self.workdir.manifest()["starts"]))
-        starts = goodput.read(self.workdir.root, record=self.ledger.path)
-        if self.ledger.path:
-            self._earlier = goodput.earlier(starts)
-        spent = goodput.account(starts).as_json()
+        index = len(self.workdir.manifest()["starts"])
+        self.ledger.restored(resumed_from or 0, entry=index)
+        known = self._starts()
+        self._earlier = goodput.earlier(known, entry=index)
+        spent = goodput.account(known).as_json() if known else None
         self.workdir.record_start(config=self._config, overrides=self._overrides, entry=entry, goodput=spent)
         self._recorded = True
 

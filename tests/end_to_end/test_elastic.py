@@ -63,21 +63,29 @@ def test_a_step_that_hangs_on_one_of_two_processes_ends_both_with_stacks(tmp_pat
     assert "in stuck_in_the_step" in (workdir / "log.1.txt").read_text()
 
 
-def test_a_run_goes_on_with_half_of_its_devices_and_says_so(finished, tmp_path):
-    workdir = unfinished(finished, tmp_path)
-    before = {row["step"]: row["train/loss"] for row in rows(workdir) if "train/loss" in row}
+def test_a_run_goes_on_in_slices_and_with_half_of_its_devices_and_says_so(finished, tmp_path, capsys):
+    two_slices = unfinished(finished, tmp_path)
+    before = {row["step"]: row["train/loss"] for row in rows(two_slices) if "train/loss" in row}
+    assert train(two_slices, "--config.mesh.slice=-1", "--config.mesh.fsdp=4", config=None) == 0
+    assert (
+        "another mesh than at the last start: fsdp=8 (8 cpu devices) -> fsdp=4 x slice=2 (8 cpu devices); 1 -> 1 of "
+        "the 8 rows of a batch on a device"
+    ) in " ".join(capsys.readouterr().out.split())
+    workdir = unfinished(two_slices, tmp_path / "again")
     done = _child("t5x_like", "train", f"--workdir={workdir}", JAX_NUM_CPU_DEVICES="4")
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stdout.split())
     assert (
-        "another mesh than at the last start: fsdp=8 (8 cpu devices) -> fsdp=4 (4 cpu devices); 1 -> 2 of the 8 rows "
-        "of a batch on a device; batches and updates stay the same, losses up to rounding"
+        "another mesh than at the last start: fsdp=4 x slice=2 (8 cpu devices) -> fsdp=4 (4 cpu devices); 1 -> 2 of "
+        "the 8 rows of a batch on a device; batches and updates stay the same, losses up to rounding"
     ) in shown
-    after = {row["step"]: row["train/loss"] for row in rows(workdir) if "train/loss" in row}
-    assert after.keys() == before.keys() and max(after) == 12
-    assert [after[step] for step in (11, 12)] == pytest.approx([before[step] for step in (11, 12)], rel=1e-5)
+    for each in (two_slices, workdir):
+        after = {row["step"]: row["train/loss"] for row in rows(each) if "train/loss" in row}
+        assert after.keys() == before.keys() and max(after) == 12
+        assert [after[step] for step in (11, 12)] == pytest.approx([before[step] for step in (11, 12)], rel=1e-5)
     starts = json.loads((workdir / "manifest.json").read_text())["starts"]
-    assert [(start["devices"], start["mesh"]["fsdp"]) for start in starts] == [(8, 8), (4, 4)]
+    meshes = [(start["devices"], start["mesh"]["slice"], start["mesh"]["fsdp"]) for start in starts]
+    assert meshes == [(8, 1, 8), (8, 2, 4), (4, 1, 4)]
 
 
 def test_a_mesh_of_fixed_numbers_does_not_shrink_by_itself(finished, tmp_path, capsys):

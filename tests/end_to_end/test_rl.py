@@ -15,6 +15,7 @@ from configs.rl import test
 from t5x_like.__main__ import main
 from t5x_like.core.metrics import is_measurement
 from t5x_like.inference.heads import read_last
+from t5x_like.training.session import Session
 from tests.end_to_end.commands import ROOT, rows, train
 from tools import crash_test
 
@@ -121,6 +122,18 @@ def test_a_resume_needs_the_functions_of_the_config_file(trained, capsys):
     assert rl(trained[0], "--config.loop.steps=9", config=None) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "is a function of a config file, and a stored config holds no code" in line
+
+
+def test_a_start_on_another_mesh_promises_the_same_prompts_and_not_the_same_answers(trained, monkeypatch):
+    """Told before anything is read or compiled: the run is finished, and nothing is drawn."""
+    said = []
+    monkeypatch.setattr(Session, "note", lambda _, line: said.append(line))
+    same = ["--config.loop.steps=8", "--config.rl.epochs=2", "--config.checkpoint.every_steps=3"]
+    other = ["--config.mesh.slice=2", "--config.mesh.fsdp=4"]
+    assert rl(trained[0], *same, *other, config=trained[1]) == 0
+    (line,) = said
+    assert line.startswith("another mesh than at the last start: fsdp=8 (8 cpu devices) -> fsdp=4 x slice=2 ")
+    assert "prompts stay the same, answers drawn from here on may differ" in line and "losses" not in line
 
 
 def test_a_policy_is_a_model_like_any_other(trained, capsys):

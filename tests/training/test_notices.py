@@ -63,11 +63,17 @@ def test_what_stood_before_is_told_apart_and_a_later_one_counts(metadata):
     watch.close()
 
 
-def test_a_server_that_never_answers_or_is_another_is_given_up():
+def test_a_server_that_never_answers_or_is_another_or_has_no_such_keys_is_given_up():
     with contextlib.closing(Metadata(flavor="nginx")) as other:
         other.values["preempted"] = "TRUE"
         address = other.address
         watch = Notices(address, every=0.01)
+        assert watch.thread is not None
+        watch.thread.join(10)
+        assert not watch.thread.is_alive() and watch.take() == []
+    with contextlib.closing(Metadata()) as keyless:  # as in a pod under Workload Identity
+        keyless.values.clear()
+        watch = Notices(keyless.address, every=0.01)
         assert watch.thread is not None
         watch.thread.join(10)
         assert not watch.thread.is_alive() and watch.take() == []

@@ -7,11 +7,14 @@ import pytest
 
 from t5x_like.core.environment import READING, Environment
 from t5x_like.core.errors import UserError
+from t5x_like.data.tokenizers import vocabularies
 from t5x_like.parallel import multihost
+from t5x_like.storage import manifest
 from t5x_like.storage.checkpoint import Checkpoints
 from t5x_like.storage.workdir import Workdir
 from t5x_like.training.keep import CheckpointConfig
-from t5x_like.training.session import Request, Session
+from t5x_like.training.ledger import Ledger
+from t5x_like.training.session import Inputs, Request, Session
 from t5x_like.training.telemetry import ProfileConfig, Telemetry, TelemetryConfig
 from t5x_like.training.trackers import MlflowConfig, WandbConfig
 
@@ -102,3 +105,35 @@ def test_what_cannot_be_closed_fails_the_run_which_is_then_not_finished(tmp_path
     with pytest.raises(UserError, match="cannot be reached"), opened(tmp_path) as session:
         session.run(loop(session, order), checkpoint=CHECKPOINT, steps=4)
     assert "Workdir.record_finished" not in order and "Checkpoints.close" in order
+
+
+def test_a_process_that_ends_itself_sends_its_log_before_it_waits_for_the_record(tmp_path, order, monkeypatch):
+    """It has a few seconds, of which an upload of the record may take all."""
+    for cls, name in ((Ledger, "end"), (Telemetry, "publish_log"), (Ledger, "close")):
+        monkeypatch.setattr(cls, name, _noted(order, cls, name))
+    with opened(tmp_path) as session:
+        with session.preparing():
+            pass
+
+        def ends_itself(checkpoints):
+            outcome = loop(session, order)(checkpoints)
+            session.faults._part("no progress", 1)
+            return outcome
+
+        session.run(ends_itself, checkpoint=CHECKPOINT, steps=4)
+    assert order[:3] == ["Ledger.end", "Telemetry.publish_log", "Ledger.close"]
+
+
+def test_rows_that_cannot_be_read_cost_the_account_and_not_the_start(tmp_path, order, capsys):
+    with opened(tmp_path) as session:
+        entry = {"time": "2026-01-01T00:00:00+0000", "resumed_from": None}
+        manifest.write(str(tmp_path), {"format": 1, "starts": [entry], "goodput": {"kept": True}})
+        (tmp_path / "metrics.jsonl").write_text("no row\n")
+        with session.preparing():
+            pass
+        session.record_start(Inputs("data", vocabularies.load("bytes"), {"fsdp": 1}), resumed_from=None)
+        said = capsys.readouterr().err
+        assert said.startswith("t5x_like: no account of where the time went: ") and "no row" in said
+        assert session.account().rows == []
+    kept = manifest.read(str(tmp_path))
+    assert len(kept["starts"]) == 2 and kept["goodput"] == {"kept": True}
