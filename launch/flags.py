@@ -7,6 +7,7 @@ The flags of a target are the fields of Job and of that target's own section, so
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from t5x_like.core.errors import UsageError, UserError
 from t5x_like.runs.arguments import ConfigParser, call_function, load_config, split_config
 
 _DERIVED = ("command", "config")
+_BROKEN_PIPE = 141  # as a shell says it of a program that SIGPIPE ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,15 @@ def main(launch: Callable[[Asked], int], arguments: Sequence[str] | None, *, tar
     """The exit status of `launch` for a command line; errors of the user become one line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return launch(read(given, target=target, about=about))
+        status = launch(read(given, target=target, about=about))
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"launch: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit
+        return _BROKEN_PIPE
 
 
 def read(arguments: Sequence[str], *, target: str, about: str | None = None) -> Asked:
@@ -80,7 +87,7 @@ def describe(config_arguments: Sequence[str], options: Mapping[str, Any], *, tar
     given = given if found else {}
     if not isinstance(given, Mapping):
         raise UsageError(f"get_launch() should return a dict, not {type(given).__name__}")
-    values = _merged(usual(), given)
+    values = _merged(usual(), given, "get_launch()")
     for name, value in options.items():
         section = "" if name in values else section_of(target)
         place = values[section] if section else values
@@ -158,9 +165,16 @@ def _usual(cls: type) -> dict[str, Any]:
     return found
 
 
-def _merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(values: Mapping[str, Any], given: Mapping[Any, Any], path: str) -> dict[str, Any]:
+    """`given` over `values`, and in their dicts alike. UsageError for a key or a dict that is none; bridge.build looks
+    at all the rest."""
     merged = dict(values)
     for name, value in given.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merged(merged[name], value) if both else value
+        if not isinstance(name, str):
+            raise UsageError(f"{path} has the key {name!r}, which should be the name of a field")
+        if isinstance(merged.get(name), Mapping):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{path}.{name}={value!r} should be a section: a dict")
+            value = _merged(merged[name], value, f"{path}.{name}")
+        merged[name] = value
     return merged

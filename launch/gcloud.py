@@ -1,7 +1,8 @@
 """Runs on Cloud TPU VMs without a cluster: a queued resource, whose machines start the run at every boot.
 
     python -m launch.gcloud --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4 --spot --zone=us-east5-a \\
-        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b [--dry_run]
+        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b \\
+        --config.data.source=jsonl:gs://BUCKET/text/*.jsonl --config.data.tokenizer=gs://BUCKET/tokenizer [--dry_run]
 
 Every machine gets one startup script, which runs the container, starts it again after a preemption or a fault, and
 deletes the TPUs when the run has ended (--keep: leaves them, and their price). With --follow this command stays, and
@@ -16,14 +17,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from launch import container, flags
-from launch.job import Job, check_bucket, check_image, check_in_image
+from launch.job import Job, check_bucket, check_image, check_in_image, check_reservation
 from launch.submission import Step, Submission, need, submit
 from t5x_like.core import accelerators
 from t5x_like.core.errors import UsageError, UserError
 
 _SECONDS = 60  # between two looks of --follow
+_MOST_FAILURES = 60  # of gcloud in a row: an hour without network, say
 # States of a queued resource from which it never comes back, and of a TPU VM.
-_LOST = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED")
+_LOST = ("SUSPENDED", "PREEMPTED", "TERMINATED")
+_FAILED = "FAILED"  # a request that expired or cannot be granted; the next one would not be either
+_DELETING = "DELETING"
 _GONE = "gone"
 
 # Reads $keep and the array delete. All machines do this at about the same time; the first one deletes all.
@@ -34,8 +38,12 @@ sleep 120
 metadata() {
   curl --silent --fail --header 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/$1"
 }
-zone=$(metadata instance/zone)
-gcloud "${delete[@]}" --zone="${zone##*/}" --project="$(metadata project/project-id)" --quiet
+# TPUs cost until they are deleted, so one failure of the network must not be the end of it.
+until zone=$(metadata instance/zone) && project=$(metadata project/project-id) &&
+  gcloud "${delete[@]}" --zone="${zone##*/}" --project="$project" --quiet; do
+  echo 'launch: the TPUs are not deleted and cost on; tries again in 60 s'
+  sleep 60
+done
 """
 
 
@@ -45,10 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(asked: flags.Asked) -> int:
     submission = plan(asked.job)
-    status = flags.carry_out(asked, submission)
-    if asked.job.gcloud.follow and not asked.dry_run:
-        follow(asked.job, submission, state_of, time.sleep)
-    return status
+    if asked.dry_run or not asked.job.gcloud.follow:
+        return flags.carry_out(asked, submission)
+    flags.check_run(asked)
+    follow(asked.job, submission, state_of, time.sleep)
+    return 0
 
 
 def plan(job: Job) -> Submission:
@@ -61,6 +70,8 @@ def plan(job: Job) -> Submission:
     )
     if job.spot and not job.gcloud.follow:
         about.append("spot TPUs that are taken away stay away: --follow asks for new ones")
+    if job.gcloud.follow:
+        about.append("this command stays until the run has ended, and asks for new TPUs when they are taken away")
     return Submission(
         about=tuple(about),
         steps=(Step(create(job), startup_script(job)),),
@@ -82,7 +93,7 @@ def check(job: Job) -> None:
         raise UsageError(f"--reservation={job.reservation} needs a queued resource; leave out --no-queued")
     if not job.zone:
         raise UsageError("--zone is missing; give the zone of the TPUs, such as --zone=us-east5-a")
-    if job.zone.count("-") != 2:
+    if job.zone.count("-") == 1:
         raise UsageError(f"--zone={job.zone} should be a zone, not a region: {job.zone}-a")
     longest = len(job.name) + (len(f"-{job.slices - 1}") if job.slices > 1 else 0)
     if longest > 63:
@@ -100,6 +111,7 @@ def check_container(job: Job) -> None:
     check_image(job.image)
     check_bucket(job)
     check_in_image(job)
+    check_reservation(job)
 
 
 def create(job: Job) -> tuple[str, ...]:
@@ -153,19 +165,41 @@ def startup_script(job: Job, *, folder: str = "/var/log") -> str:
 
 
 def follow(job: Job, submission: Submission, state: Callable[[Job], str], wait: Callable[[float], None]) -> None:
-    """Asks for TPUs anew whenever they were taken away, until the run has deleted them or they are ACTIVE no more.
+    """Asks for TPUs, unless they are there already, and anew whenever they were taken away, until the run has deleted
+    them. What gcloud cannot do once it is asked for again; UserError where it could not for an hour, where the request
+    has failed, or where the first answer is an error.
 
     state: the state of the job's TPUs; wait: for so many seconds.
     """
-    last = ""
-    while (found := state(job)) != _GONE:
-        if found != last:
-            print(f"# {time.strftime('%F %T')} {job.name} is {found}", flush=True)
-        last = found
-        if found in _LOST:
-            submit(Submission((), (Step(delete(job)), *submission.steps), {}), dry_run=False)
+    last, failures, wanted = "", 0, True  # wanted: what is gone is asked for, and not the end of the run
+    while True:
+        try:
+            found = state(job)
+            if found != last:
+                print(f"# {time.strftime('%F %T')} {job.name} is {found}", flush=True)
+            if found == _GONE and not wanted:
+                print(f"# {job.name} has ended: its TPUs are deleted")
+                return
+            if found == _GONE:
+                submit(submission, dry_run=False)
+                found, wanted = "asked for", False
+            elif found in _LOST:
+                wanted = True
+                submit(Submission((), (Step(delete(job)),), {}), dry_run=False)
+            elif found != _DELETING:
+                wanted = False
+            last, failures = found, 0
+        except UserError as error:
+            failures += 1
+            if not last or failures == _MOST_FAILURES:
+                raise
+            print(f"# {error}; tries again in {_SECONDS} s", flush=True)
+        if last == _FAILED:
+            raise UserError(
+                f"{job.name} is {_FAILED}, and a new request would be too: {shlex.join(submission.afterwards['state'])}"
+                f" says why, and {shlex.join(delete(job))} makes room for another"
+            )
         wait(_SECONDS)
-    print(f"# {job.name} has ended: its TPUs are deleted")
 
 
 def state_of(job: Job) -> str:
@@ -178,7 +212,7 @@ def state_of(job: Job) -> str:
         return done.stdout.strip()
     if "NOT_FOUND" in done.stderr or "was not found" in done.stderr:
         return _GONE
-    raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}; {job.name} goes on, only --follow ends")
+    raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}; {job.name} itself goes on")
 
 
 @functools.cache

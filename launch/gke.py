@@ -2,11 +2,13 @@
 
     python -m launch.gke --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4 --slices=2 \\
         --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b \\
+        --config.data.source=jsonl:gs://BUCKET/text/*.jsonl --config.data.tokenizer=gs://BUCKET/tokenizer \\
         --config.mesh.slice=2 [--dry_run]
 
 A restart runs the same command, which finds its checkpoint in the workdir. What a pod's exit status does: 0 done; 75
-(preempted and saved), or a machine that is taken away: the set starts again, not counted; 2 (wrong use): the set ends;
-anything else: it starts again, at most --max_restarts times. Needs kubectl, and JobSet 0.10 or newer on the cluster.
+(preempted and saved): the set starts again, not counted; 2 (wrong use): the set ends; anything else: it starts again,
+at most --max_restarts times. That is so for a machine that vanishes too, as long as others are left, which end with 1.
+Needs kubectl, and JobSet 0.10 or newer on the cluster.
 """
 
 import sys
@@ -16,7 +18,7 @@ from typing import Any
 import yaml
 
 from launch import flags, validate
-from launch.job import PREEMPTED, WRONG_USE, Job, check_bucket, check_image, check_in_image
+from launch.job import PREEMPTED, WRONG_USE, Job, check_bucket, check_image, check_in_image, check_reservation
 from launch.submission import Step, Submission
 from t5x_like.core.errors import UsageError
 
@@ -43,6 +45,7 @@ def check(job: Job) -> None:
     check_image(job.image)
     check_bucket(job)
     check_in_image(job)
+    check_reservation(job)
     if job.slices > 1 and job.slice.vms == 1:
         raise UsageError(
             f"--slices={job.slices} of {job.topology}: slices that work together have several machines each, and "
@@ -163,7 +166,8 @@ def _container(job: Job) -> dict[str, Any]:
     return {
         "name": CONTAINER,
         "image": job.image,
-        "command": ["python", *job.arguments],  # no shell between, which would keep SIGTERM to itself
+        # No shell between, which would keep SIGTERM to itself.
+        "command": ["python", *map(literal, job.arguments)],
         "env": _environment(job),
         "resources": {"limits": {"google.com/tpu": job.slice.vm_chips}},
         "securityContext": {"privileged": True},  # the device files of the chips belong to root
@@ -174,15 +178,21 @@ def _container(job: Job) -> dict[str, Any]:
 def _environment(job: Job) -> list[dict[str, Any]]:
     """Of every process. The cluster tells a slice's pods of each other (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES); where
     there are several slices this tells which is which, and where the first process listens."""
-    found: list[dict[str, Any]] = [{"name": "PYTHONUNBUFFERED", "value": "1"}]
+    given = {"PYTHONUNBUFFERED": "1"} | job.environment
+    found: list[dict[str, Any]] = [{"name": name, "value": literal(value)} for name, value in given.items()]
     if job.slices > 1:
         index = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}
-        found += [
+        found[1:1] = [
             {"name": "MEGASCALE_NUM_SLICES", "value": str(job.slices)},
             {"name": "MEGASCALE_SLICE_ID", "valueFrom": index},
             {"name": "MEGASCALE_COORDINATOR_ADDRESS", "value": f"{job.name}-{SLICE_JOB}-0-0.{job.name}"},
         ]
-    return found + [{"name": name, "value": value} for name, value in job.environment.items()]
+    return found
+
+
+def literal(text: str) -> str:
+    """For commands and values of variables, in which Kubernetes replaces $$ by $ and $(NAME) by what NAME holds."""
+    return text.replace("$", "$$")
 
 
 def submission(job: Job, document: dict[str, Any], notes: Sequence[str]) -> Submission:
@@ -196,13 +206,16 @@ def submission(job: Job, document: dict[str, Any], notes: Sequence[str]) -> Subm
         "batch.kubernetes.io/job-completion-index=0"
     )
     text = yaml.safe_dump(document, sort_keys=False, width=10000)
-    about = (
+    about = [
         f"JobSet {job.name}: {job.slices} x {job.slice.spelled} ({job.slice.name}), {job.slices * job.slice.vms} pods "
         f"of {job.slice.vm_chips} chips on {job.slice.machine}, {job.slices * job.slice.chips} chips in all",
         *notes,
-    )
+    ]
+    if not job.gke.cluster:
+        ignored = [f"--{name}={getattr(job, name)}" for name in ("project", "zone") if getattr(job, name)]
+        about += [f"{' '.join(ignored)} not used: without --cluster kubectl's own is asked"] if ignored else []
     return Submission(
-        about=about,
+        about=tuple(about),
         steps=(Step((*kubectl, "create", "--filename=-"), document=text),),
         afterwards={
             "state": (*kubectl, "get", "jobset", job.name),

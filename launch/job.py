@@ -24,6 +24,18 @@ WRONG_USE = 2
 # What tells the processes of a run about each other is ours, or the cluster's, to set.
 _OURS = re.compile(r"JAX_(COORDINATOR_ADDRESS|PROCESS_ID|NUM_PROCESSES)|MEGASCALE_.*|TPU_(WORKER|PROCESS|SKIP)_.*")
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # DNS-1035: what Kubernetes makes host names of
+_LONGEST_NAME = 63
+_MOST = 2**31 - 1  # what Kubernetes and Slurm count up to
+_MOST_SLICES = 1024
+_ZONE = re.compile(r"[a-z]+-[a-z]+[0-9]+(-[a-z][a-z0-9]*)?")
+_HOST = r"(?:[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+(?::[0-9]+)?|[A-Za-z0-9-]+:[0-9]+|localhost)"
+_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*", re.ASCII)
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_RESERVATION = re.compile(r"(projects/[a-z][-a-z0-9:.]*/reservations/)?[a-z]([-a-z0-9]*[a-z0-9])?")
+_LINES = ("setup",)  # fields of several lines
+_NOT_IN_IMAGES = ("runs", "tests", "build", ".venv", ".git")  # folders that .dockerignore leaves out
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[^/]+)+/?")
 
 
@@ -47,10 +59,12 @@ class Gke:
     def check(self, _path: str) -> None:
         for name in ("namespace", "queue", "priority", "service_account", "cluster", "placement_policy"):
             value = getattr(self, name)
-            if value and not _NAME.fullmatch(value):
-                raise UsageError(f"--{name}={value} should be of a-z, 0-9 and -, and begin with a letter")
-        if self.keep_seconds < 0:
-            raise UsageError(f"--keep_seconds={self.keep_seconds} should not be negative")
+            if value and not (_NAME.fullmatch(value) and len(value) <= _LONGEST_NAME):
+                raise UsageError(
+                    f"--{name}={value} should be of a-z, 0-9 and -, begin with a letter and end with none of -, in at "
+                    f"most {_LONGEST_NAME} characters"
+                )
+        _check_count("keep_seconds", self.keep_seconds, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +85,7 @@ class Slurm:
 
     def check(self, _path: str) -> None:
         for name, least in (("nodes", 1), ("processes_per_node", 1), ("gpus_per_node", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name}={getattr(self, name)} should be at least {least}")
+            _check_count(name, getattr(self, name), least=least)
         if self.gpus_per_node % self.processes_per_node:
             raise UsageError(
                 f"--gpus_per_node={self.gpus_per_node} cannot be shared by --processes_per_node="
@@ -82,6 +95,7 @@ class Slurm:
             raise UsageError(f"--time={self.time} should be like 4:00:00, 2-00:00:00, or 90 for minutes")
         for name in ("batch_options", "step_options"):
             _check_options(name, getattr(self, name))
+        _check_lines(self)
 
     @property
     def seconds(self) -> int | None:
@@ -111,10 +125,30 @@ class Gcloud:
     service_account: str = option("", "e-mail of the service account; '': Compute Engine's default")
 
     def check(self, _path: str) -> None:
-        if self.valid_until and not re.fullmatch(r"(\d+[smhd])+", self.valid_until):
+        if self.valid_until and not re.fullmatch(r"([1-9][0-9]{0,8}[smhd])+", self.valid_until):
             raise UsageError(f"--valid_until={self.valid_until} should be like 90m, 6h or 2d")
         if self.valid_until and not self.queued:
             raise UsageError(f"--valid_until={self.valid_until} needs a queued resource; leave out --no-queued")
+        if self.keep and self.follow:
+            raise UsageError("--keep and --follow exclude each other: TPUs that are gone tell that the run has ended")
+        if self.service_account and not re.fullmatch(r"[^@\s]+@[^@\s]+\.[a-z]+", self.service_account):
+            raise UsageError(f"--service_account={self.service_account} should be the e-mail of a service account")
+        _check_lines(self)
+
+
+def _check_count(name: str, value: int, *, least: int, most: int = _MOST) -> None:
+    if value < least:
+        raise UsageError(f"--{name}={value} should " + (f"be at least {least}" if least else "not be negative"))
+    if value > most:
+        raise UsageError(f"--{name}={value} should be at most {most}")
+
+
+def _check_lines(section: Any) -> None:
+    """No text of one line has several: scripts and commands are made of them, and errors are one line."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if isinstance(value, str) and not value.isprintable() and field.name not in _LINES:
+            raise UsageError(f"--{field.name}={value!r} has characters that cannot be printed; leave them out")
 
 
 def _check_options(name: str, text: str) -> None:
@@ -155,32 +189,34 @@ class Job:
     gcloud: Gcloud = Gcloud()
 
     def check(self, _path: str) -> None:
+        _check_lines(self)
         if not self.workdir:
             raise UsageError("--workdir is missing; give the folder of the run")
-        if not _NAME.fullmatch(self.name) or len(self.name) > 63:
+        if not self.name:
+            raise UsageError(f"--workdir={self.workdir} gives no name for the job; give --name")
+        if not _NAME.fullmatch(self.name) or len(self.name) > _LONGEST_NAME:
             raise UsageError(
                 f"--name={self.name} should be of a-z, 0-9 and -, begin with a letter and end with none of -, in at "
-                "most 63 characters"
+                f"most {_LONGEST_NAME} characters"
             )
         if self.topology:
             accelerators.parse(self.topology)
-        if self.slices < 1:
-            raise UsageError(f"--slices={self.slices} should be at least 1")
+        _check_count("slices", self.slices, least=1, most=_MOST_SLICES)
         if self.slices > 1 and not self.topology:
             raise UsageError(f"--slices={self.slices} needs --topology, such as v5p:4x4x4")
         if self.spot and self.reservation:
             raise UsageError(f"--spot and --reservation={self.reservation} exclude each other; give one of them")
         if self.image:
             check_image(self.image)
+        if self.zone and not _ZONE.fullmatch(self.zone):
+            raise UsageError(f"--zone={self.zone} should be a zone such as us-east5-a, or a region such as us-east5")
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise UsageError(f"--environment={name}=... is no name of a variable; use letters, digits and _")
             if _OURS.fullmatch(name):
                 raise UsageError(f"--environment={name}=... is set by the launcher; leave it out")
-        if self.max_restarts < 0:
-            raise UsageError(f"--max_restarts={self.max_restarts} should not be negative")
-        if self.grace_seconds < 1:
-            raise UsageError(f"--grace_seconds={self.grace_seconds} should be at least 1")
+        _check_count("max_restarts", self.max_restarts, least=0)
+        _check_count("grace_seconds", self.grace_seconds, least=1)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -196,17 +232,35 @@ class Job:
 
 
 def check_image(image: str) -> None:
-    """UsageError unless the image is one for good: a restart must not find another program."""
-    name = image.rpartition("/")[2]
-    if "@sha256:" in name:
-        return
-    _, colon, tag = name.partition(":")
-    if not colon or not tag:
+    """UsageError unless the image is one for good: a restart must not find another program.
+
+    [HOST/]NAME:TAG, [HOST/]NAME@sha256:DIGEST or both, by the grammar of container registries.
+    """
+    named, at, digest = image.partition("@")
+    folders, slash, last = named.rpartition("/")
+    last, colon, tag = last.partition(":")
+    if not at and not tag:
         raise UsageError(f"--image={image} has no tag; give IMAGE:TAG, so that every restart runs the same program")
-    if tag == "latest":
+    if not at and tag == "latest":
         raise UsageError(f"--image={image}: what `latest` means changes between restarts; give a tag of your own")
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", tag):
+    if colon and not _TAG.fullmatch(tag):
         raise UsageError(f"--image={image}: {tag!r} is no tag; use letters, digits and _.-")
+    if at and not _DIGEST.fullmatch(digest):
+        raise UsageError(f"--image={image}: {digest!r} is no digest; give sha256: and its 64 characters of 0-9 and a-f")
+    if not _REPOSITORY.fullmatch(folders + slash + last):
+        raise UsageError(
+            f"--image={image}: {folders + slash + last!r} names no image; give [HOST/]NAME:TAG, NAME of a-z, 0-9, ._- "
+            "and /"
+        )
+
+
+def check_reservation(job: Job) -> None:
+    """UsageError unless a reservation is named as Google Cloud names them."""
+    if job.reservation and not _RESERVATION.fullmatch(job.reservation):
+        raise UsageError(
+            f"--reservation={job.reservation} should be NAME or projects/PROJECT/reservations/NAME, NAME of a-z, 0-9 "
+            "and -"
+        )
 
 
 def check_bucket(job: Job) -> None:
@@ -235,22 +289,32 @@ def check_writable(job: Job) -> None:
 
 
 def check_in_image(job: Job) -> None:
-    """UsageError where the config file lies outside of the checkout, which is all that an image holds."""
+    """UsageError where the config file is not in an image, which is the checkout without what .dockerignore names."""
     for argument in job.config:
         path = argument.removeprefix("--config=").partition(":")[0]
-        outside = os.path.isabs(path) or path.startswith("~") or os.path.normpath(path).startswith("..")
-        if argument.startswith("--config=") and outside:
-            raise UsageError(
-                f"{argument} is outside of the checkout, and so not in the image; put it under configs/, build the "
-                "image and name it by its relative path"
-            )
+        if not argument.startswith("--config="):
+            continue
+        normal = os.path.normpath(path)
+        first, inside, _ = normal.partition("/")
+        if os.path.isabs(path) or path.startswith("~") or first == "..":
+            reason = "is outside of the checkout, and so not in the image"
+        elif inside and first in _NOT_IN_IMAGES:
+            reason = f"is not in the image, which has no {first}/ (.dockerignore)"
+        else:
+            continue
+        raise UsageError(
+            f"{argument} {reason}; put it under configs/, build the image and name it by its relative path"
+        )
 
 
 def name_of(workdir: str) -> str:
-    """A name for a job from its workdir.
+    """A name for a job from its workdir; "" where that holds neither letters nor digits.
 
-    >>> name_of("gs://bucket/runs/Llama3_8B/")
-    'llama3-8b'
+    >>> name_of("gs://bucket/runs/Llama3_8B/"), name_of("runs/8b")
+    ('llama3-8b', 'run-8b')
     """
     last = workdir.rstrip("/").rpartition("/")[2].lower()
-    return re.sub(r"[^a-z0-9]+", "-", last).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", last).strip("-")
+    if name[:1].isdigit():
+        name = f"run-{name}"
+    return name[:_LONGEST_NAME].rstrip("-")

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
+from t5x_like.core.errors import UsageError
+from t5x_like.runs.arguments import Parser
+
 _NOISE = re.compile(r"\[Gloo\] Rank \d+ is connected to ")
 _PREEMPTED = 75
 # Bound here: a child that is being forked may load nothing, since threads of ours may have held locks.
@@ -27,7 +31,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, command = _parse(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        options, command = _parse(list(sys.argv[1:] if arguments is None else arguments))
+    except UsageError as error:
+        _say(str(error))
+        return error.exit_status
+    if options.dry_run:
+        return _show(command, options)
     address = f"127.0.0.1:{free_port()}"
     children = [_start(command, index, options, address) for index in range(options.processes)]
     _say(f"coordinator {address}, process ids {' '.join(str(child.pid) for child in children)}")
@@ -51,21 +61,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m launch.local", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m launch.local", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--processes", type=int, default=2, help="how many (2)")
     parser.add_argument("--devices", type=int, default=0, help="fake CPU devices of each; 0: as the config says")
     parser.add_argument("--module", default="t5x_like", help="what each runs: python -m MODULE COMMAND ... (t5x_like)")
     parser.add_argument("--grace", type=float, default=10.0, help="seconds the others get when one fails (10)")
-    if "--" not in arguments:
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and their environment, start none")
+    if "--" not in arguments and not {"-h", "--help"} & set(arguments):
         parser.error("give the command after --, for example: -- train --config=FILE --workdir=DIR")
-    split = arguments.index("--")
+    split = arguments.index("--") if "--" in arguments else len(arguments)
     options, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     if options.processes < 1 or not command:
         parser.error("give at least one process and a command after --")
     return options, command
 
 
+def _show(command: list[str], options: argparse.Namespace) -> int:
+    for index in range(options.processes):
+        words = [f"{name}={value}" for name, value in _environment(index, options, "127.0.0.1:PORT").items()]
+        print(shlex.join(["env", *words, *_line(command, options)]))
+    print("# --dry_run: nothing was started")
+    return 0
+
+
+def _line(command: list[str], options: argparse.Namespace) -> list[str]:
+    return [sys.executable, "-m", options.module, *command]
+
+
 def _start(command: list[str], index: int, options: argparse.Namespace, address: str) -> subprocess.Popen[str]:
+    return start(_line(command, options), _environment(index, options, address))
+
+
+def _environment(index: int, options: argparse.Namespace, address: str) -> dict[str, str]:
+    """What tells a process of the others."""
     environment = {
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_PROCESS_ID": str(index),
@@ -73,7 +101,7 @@ def _start(command: list[str], index: int, options: argparse.Namespace, address:
     }
     if options.devices:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
-    return start([sys.executable, "-m", options.module, *command], environment)
+    return environment
 
 
 def start(line: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:

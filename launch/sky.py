@@ -1,7 +1,8 @@
 """A run as a managed job of SkyPilot, which looks for spot TPUs in all zones and gets new ones after a preemption.
 
     python -m launch.sky --config=configs/pretrain/llama3_8b.py --topology=v6e:4x4 --spot [--zone=us-east5] \\
-        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b [--dry_run]
+        --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b \\
+        --config.data.source=jsonl:gs://BUCKET/text/*.jsonl --config.data.tokenizer=gs://BUCKET/tokenizer [--dry_run]
 
 Every machine of the slice runs the container, and starts it again after a fault. Needs the command `sky`, best in an
 environment of its own (`pipx install "skypilot[gcp]"`), since SkyPilot wants older packages than this project has.
@@ -15,7 +16,7 @@ import yaml
 
 from launch import container, flags
 from launch.gcloud import check_container, several_shapes
-from launch.job import PREEMPTED, Job
+from launch.job import Job
 from launch.submission import Step, Submission
 from launch.validate import sky_task
 from t5x_like.core.errors import UsageError
@@ -52,8 +53,8 @@ def task(job: Job) -> dict[str, Any]:
     """The task. What it costs to be preempted is SkyPilot's to mend, all else the shell's on the machines."""
     recovery = {
         "strategy": "FAILOVER" if job.zone else "EAGER_NEXT_REGION",
-        "max_restarts_on_errors": 0,  # faults are counted where they happen: a restart here is new machines
-        "recover_on_exit_codes": [PREEMPTED],
+        # Faults are counted, and 75 is started again, where they happen: a restart here is new machines.
+        "max_restarts_on_errors": 0,
     }
     resources = {
         "infra": infra(job),

@@ -1,7 +1,8 @@
 """Hands a run to a Slurm cluster: a batch script with one srun step, which starts it again where it was.
 
     python -m launch.slurm --config=configs/pretrain/llama3_8b.py --workdir=runs/8b --nodes=4 --gpus_per_node=8 \\
-        --time=24:00:00 [--config.optim.learning_rate=1e-4] [--dry_run]
+        --config.data.source=jsonl:/data/text/*.jsonl --config.data.tokenizer=/data/tokenizer --time=24:00:00 \\
+        [--config.optim.learning_rate=1e-4] [--dry_run]
 
 Slurm warns the run by SIGUSR1 before its time limit and by SIGTERM before it takes the nodes; the run saves and ends
 with 75, and is requeued. All nodes must see the checkout, the interpreter and the workdir at the same paths.
@@ -20,6 +21,23 @@ from t5x_like.core.errors import UsageError
 
 # Slurm looks at time limits once a minute, and may warn that much earlier.
 _EARLIER = 60
+
+# Options of sbatch that a job has already, and what to do instead.
+_OF_WHOLE_NODES = ("--exclusive", "--mem")
+_SET_HERE = {
+    **{name: "add --no-whole_nodes" for name in _OF_WHOLE_NODES},
+    **{name: "give it beside this one" for name in ("--nodes", "--time", "--partition", "--account", "--reservation")},
+    **{name: "leave it out" for name in ("--output", "--error", "--open-mode", "--chdir", "--array", "--wrap")},
+    **{name: "a run starts again by it" for name in ("--requeue", "--no-requeue")},
+    "--job-name": "use --name",
+    "--ntasks": "use --nodes and --processes_per_node",
+    "--ntasks-per-node": "use --processes_per_node",
+    "--gpus-per-node": "use --gpus_per_node",
+    "--gpus-per-task": "use --gpus_per_node",
+    "--gpus": "use --nodes and --gpus_per_node",
+    "--comment": "faults are counted there",
+    "--signal": "use --grace_seconds",
+}
 
 # Reads $status of the run, $stopped of the shell and $max_restarts. `scontrol requeue` ends the script.
 _AFTERWARDS = f"""
@@ -115,6 +133,7 @@ def batch_options(job: Job, folder: str) -> list[str]:
     slurm = job.slurm
     found = [
         f"--job-name={job.name}",
+        "--dependency=singleton",  # a second job of this name would write to the same workdir: it waits for the first
         f"--nodes={slurm.nodes}",
         f"--ntasks-per-node={slurm.processes_per_node}",
     ]
@@ -158,6 +177,11 @@ def log_of(job: Job, folder: str) -> str:
 
 
 def _check(job: Job) -> None:
+    for option in shlex.split(job.slurm.batch_options):
+        name = option.partition("=")[0]
+        allowed = not job.slurm.whole_nodes and name in _OF_WHOLE_NODES
+        if name in _SET_HERE and not allowed:
+            raise UsageError(f"--batch_options={option}: the launcher sets {name} itself; {_SET_HERE[name]}")
     limit = job.slurm.seconds
     if job.slurm.time and limit is not None and limit < job.grace_seconds + 2 * _EARLIER:
         raise UsageError(
@@ -168,7 +192,7 @@ def _check(job: Job) -> None:
 
 def _quoted(option: str) -> str:
     if "\\" in option or "\n" in option:
-        raise UsageError(f"{option!r}: Slurm takes no path with a backslash or a line break; rename it")
+        raise UsageError(f"{option!r}: Slurm takes no option with a backslash or a line break; rename it")
     return shlex.quote(option)
 
 

@@ -2,7 +2,8 @@
 
     python -m launch.xpk --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4 --slices=2 --cluster=CLUSTER \\
         --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/t5x_like:TAG --workdir=gs://BUCKET/llama3_8b \\
-        --config.mesh.slice=2 [--dry_run]
+        --config.data.source=jsonl:gs://BUCKET/text/*.jsonl --config.data.tokenizer=gs://BUCKET/tokenizer \\
+        --project=PROJECT --zone=ZONE --config.mesh.slice=2 [--dry_run]
 
 For clusters that xpk made. It counts every restart, those after preemptions too, so give --max_restarts with room for
 them. launch/gke.py does not count those, and needs no xpk.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from launch import flags, validate
 from launch.gke import check as check_pods
-from launch.gke import manifest
+from launch.gke import literal, manifest
 from launch.job import PREEMPTED, Job
 from launch.submission import Step, Submission
 from t5x_like.core.errors import UsageError
@@ -47,6 +48,16 @@ def check(job: Job) -> None:
     for name in _ONLY_GKE:
         if getattr(job.gke, name):
             raise UsageError(f"--{name}={getattr(job.gke, name)}: xpk chooses it; leave it out, or use launch.gke")
+    # xpk writes both as they are into YAML: values between double quotes, the command as one line of a shell script.
+    for name, value in job.environment.items():
+        if '"' in value or "\\" in value or not value.isprintable():
+            raise UsageError(
+                f"--environment={name}={value!r}: xpk takes no value with quotation marks, backslashes or line breaks; "
+                "use launch.gke"
+            )
+    for argument in job.arguments:
+        if not argument.isprintable():
+            raise UsageError(f"{argument!r}: xpk takes no argument with a line break; use launch.gke")
 
 
 def create(job: Job) -> tuple[str, ...]:
@@ -74,9 +85,9 @@ def create(job: Job) -> tuple[str, ...]:
         command.append("--spot")
     if job.reservation:
         command.append(f"--reservation={job.reservation}")
-    command += [f"--env={name}={value}" for name, value in environment(job).items()]
+    command += [f"--env={name}={literal(value)}" for name, value in environment(job).items()]
     # xpk runs this in a shell: exec leaves none of it between SIGTERM and the run.
-    return (*command, f"--command=exec {shlex.join(['python', *job.arguments])}")
+    return (*command, f"--command=exec {literal(shlex.join(['python', *job.arguments]))}")
 
 
 def environment(job: Job) -> dict[str, str]:

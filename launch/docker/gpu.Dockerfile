@@ -18,11 +18,12 @@ WORKDIR /app
 # Everything that the code stands on, in a layer that only new versions rebuild.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY launch/docker/cuda.txt launch/docker/cuda.txt
-RUN mkdir t5x_like && pip install --constraint constraints.txt --constraint launch/docker/cuda.txt \
+RUN mkdir t5x_like && pip install setuptools==84.2.1 \
+    && pip install --constraint constraints.txt --constraint launch/docker/cuda.txt \
     --editable ".[cuda,gcs,trackers]"
 
 COPY . .
-RUN pip install --no-deps --editable . \
+RUN pip install --no-deps --no-build-isolation --editable . \
     && useradd --create-home --uid 1000 trainer \
     && mkdir --parents runs \
     && chown trainer:trainer runs

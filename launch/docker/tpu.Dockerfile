@@ -14,10 +14,11 @@ WORKDIR /app
 
 # Everything that the code stands on, in a layer that only new versions rebuild.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir t5x_like && pip install --constraint constraints.txt --editable ".[tpu,gcs,trackers]"
+RUN mkdir t5x_like && pip install setuptools==84.2.1 \
+    && pip install --constraint constraints.txt --editable ".[tpu,gcs,trackers]"
 
 COPY . .
-RUN pip install --no-deps --editable .
+RUN pip install --no-deps --no-build-isolation --editable .
 
 # No shell around it, which would keep SIGTERM to itself: the run saves and ends with status 75.
 ENTRYPOINT ["python", "-m", "t5x_like"]

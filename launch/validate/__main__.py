@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
             wrong += 1
             continue
+        if not documents:
+            print(f"{name}: there is no document in it", file=sys.stderr)
+            wrong += 1
         for document in documents:
             found = validate.problems(document) if isinstance(document, dict) else ["the document is no mapping"]
             for line in found:

@@ -7,7 +7,7 @@ person writes is allowed.
 from typing import Any
 
 _TEXT = {"type": "string", "minLength": 1}
-_COUNT = {"type": "integer", "minimum": 0}
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _TEXTS = {"type": "array", "items": _TEXT, "uniqueItems": True}
 _LABELS = {"type": "object", "additionalProperties": {"type": "string"}}
 _ACTIONS = (

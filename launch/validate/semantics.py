@@ -24,6 +24,18 @@ _TOPOLOGY = "cloud.google.com/gke-tpu-topology"
 _SPOT = "cloud.google.com/gke-spot"
 _RESERVATION = "cloud.google.com/reservation-name"
 _MACHINE = "node.kubernetes.io/instance-type"
+_TAINTS = {_TPU: "present", _SPOT: "true"}  # with the effect NoSchedule
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # DNS-1123
+_LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
+_EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+_QUEUE = "kueue.x-k8s.io/queue-name"
+_MOST = 2**31 - 1
+_MEGASCALE = ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+_JOB_INDEX = "jobset.sigs.k8s.io/job-index"
+_COUNTS = ("parallelism", "completions", "backoffLimit", "backoffLimitPerIndex", "ttlSecondsAfterFinished")
+# What Python's regular expressions know and RE2 does not, where no escape and no class of characters hides it.
+_NOT_RE2 = re.compile(r"\(\?(?:[=!>(#]|<[=!]|P=)|[*+?}]\+")
+_BACK_REFERENCE = re.compile(r"\\[1-9]")
 
 Lines = Iterator[str]
 
@@ -53,7 +65,9 @@ def problems(document: Mapping[str, Any]) -> list[str]:
     jobs = [_Job(document, index) for index in range(len(document["spec"]["replicatedJobs"]))]
     of_job: Sequence[Callable[[_Job], Lines]] = (_slice, _chips, _capacity, _failures, _containers)
     found = [line for job in jobs for check in of_job for line in check(job)]
-    of_set: Sequence[Callable[[Mapping[str, Any], Sequence[_Job]], Lines]] = (_names, _rules, _order, _slices_together)
+    of_set: Sequence[Callable[[Mapping[str, Any], Sequence[_Job]], Lines]] = (
+        *(_names, _labels, _rules, _in_place, _order, _apart, _slices_together),
+    )
     return [*found, *(line for check in of_set for line in check(document, jobs))]
 
 
@@ -105,6 +119,12 @@ def _chips(job: _Job) -> Lines:
                 f"{job.pod_path}.containers[{container['name']}].resources: {_TPU}={_quantity(container)!r} should be "
                 "a whole number of chips"
             )
+        limits, requests = (_resources(container, name).get(_TPU) for name in ("limits", "requests"))
+        if limits is not None and requests is not None and str(limits) != str(requests):
+            yield (
+                f"{job.pod_path}.containers[{container['name']}].resources: {_TPU} has the limit {limits} and the "
+                f"request {requests}, which must be equal; leave out the request"
+            )
     if asked and _ACCELERATOR not in job.selector:
         yield f"{job.pod_path}: {_TPU} is asked for without nodeSelector {_ACCELERATOR} and {_TOPOLOGY}; give them"
     if _ACCELERATOR in job.selector and not asked:
@@ -121,6 +141,12 @@ def _capacity(job: _Job) -> Lines:
         yield f"{job.pod_path}.nodeSelector asks for spot machines and tolerations has none for {_SPOT}; add it"
     if _SPOT in job.selector and _RESERVATION in job.selector:
         yield f"{job.pod_path}.nodeSelector asks for spot machines and a reservation; take one of them out"
+    for name, value in job.selector.items():
+        if not _LABEL.fullmatch(str(value)) or len(str(value)) > _LONGEST_NAME:
+            yield (
+                f"{job.pod_path}.nodeSelector.{name}={value} is no value of a label; use letters, digits and -_. , at "
+                f"most {_LONGEST_NAME}"
+            )
 
 
 def _failures(job: _Job) -> Lines:
@@ -131,10 +157,13 @@ def _failures(job: _Job) -> Lines:
         given = f"restartPolicy={restart}" if restart else "restartPolicy is missing, and JobSet makes it OnFailure"
         yield f"{job.pod_path}: {given}, with which podFailurePolicy is refused; set restartPolicy: Never"
     names = {container["name"] for container in job.containers}
+    for name in _COUNTS:
+        if isinstance(job.spec.get(name), int) and not 0 <= job.spec[name] <= _MOST:
+            yield f"{job.path}.template.spec.{name}={job.spec[name]} should be between 0 and {_MOST}"
     for index, rule in enumerate((policy or {}).get("rules") or []):
         path = f"{job.path}.template.spec.podFailurePolicy.rules[{index}]"
         statuses = rule.get("onExitCodes") or {}
-        if statuses.get("containerName", next(iter(names))) not in names:
+        if "containerName" in statuses and statuses["containerName"] not in names:
             yield f"{path}: there is no container {statuses['containerName']}; there are {', '.join(sorted(names))}"
         if statuses.get("operator") == "In" and 0 in statuses.get("values", ()):
             yield f"{path}: exit status 0 is no failure; take it out"
@@ -144,6 +173,8 @@ def _failures(job: _Job) -> Lines:
 
 def _containers(job: _Job) -> Lines:
     """Images for good, and nothing that a template has left behind."""
+    if not job.containers:
+        yield f"{job.pod_path}.containers is empty; give the one that runs the program"
     for container in job.containers:
         try:
             check_image(str(container.get("image", "")))
@@ -181,6 +212,16 @@ def _names(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
         yield f"spec.network.subdomain={subdomain} should be a name of at most {_LONGEST_NAME} characters"
 
 
+def _labels(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
+    """Namespace and queue are names, where they are given."""
+    metadata = document["metadata"]
+    namespace, queue = metadata.get("namespace"), (metadata.get("labels") or {}).get(_QUEUE)
+    if namespace is not None and (not _NAMESPACE.fullmatch(namespace) or len(namespace) > _LONGEST_NAME):
+        yield f"metadata.namespace={namespace} should be of a-z, 0-9 and -, in at most {_LONGEST_NAME} characters"
+    if queue is not None and (not _NAMESPACE.fullmatch(queue) or len(queue) > _LONGEST_NAME):
+        yield f"metadata.labels[{_QUEUE}]={queue!r} names no queue; give its name or leave the label out"
+
+
 def _rules(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
     """The rules of the set's failure policy, as JobSet's webhook has them."""
     names = [job.name for job in jobs]
@@ -197,10 +238,8 @@ def _rules(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
             if reason not in _REASONS:
                 yield f"{path}.onJobFailureReasons: {reason} is none; there are {', '.join(_REASONS)}"
         for pattern in rule.get("onJobFailureMessagePatterns") or []:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                yield f"{path}.onJobFailureMessagePatterns: {pattern!r} is no regular expression: {error}"
+            if reason := _not_re2(pattern):
+                yield f"{path}.onJobFailureMessagePatterns: {pattern!r} is no regular expression: {reason}"
         for target in rule.get("targetReplicatedJobs") or []:
             if target not in names:
                 yield f"{path}.targetReplicatedJobs: there is no {target}; there are {', '.join(names)}"
@@ -210,6 +249,32 @@ def _rules(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
     for target in (document["spec"].get("successPolicy") or {}).get("targetReplicatedJobs") or []:
         if target not in names:
             yield f"spec.successPolicy.targetReplicatedJobs: there is no {target}; there are {', '.join(names)}"
+
+
+def _not_re2(pattern: str) -> str:
+    """Why JobSet, which uses RE2, cannot take a pattern; "" where it can."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    bare = re.sub(r"\\[^1-9]", "x", pattern)
+    bare = re.sub(r"\[\^?\]?[^]]*\]", "x", bare)
+    found = _NOT_RE2.search(bare) or _BACK_REFERENCE.search(bare)
+    return f"RE2 has no {found[0]}" if found else ""
+
+
+def _in_place(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
+    """InPlaceRestart starts containers again, which a Job must neither count nor replace."""
+    if (document["spec"].get("failurePolicy") or {}).get("restartStrategy") != "InPlaceRestart":
+        return
+    for job in jobs:
+        path, spec = f"{job.path}.template.spec", job.spec
+        if spec.get("backoffLimit") != _MOST:
+            yield f"{path}.backoffLimit={spec.get('backoffLimit')}: InPlaceRestart needs {_MOST}"
+        if spec.get("podReplacementPolicy") != "Failed":
+            yield f"{path}.podReplacementPolicy={spec.get('podReplacementPolicy')}: InPlaceRestart needs Failed"
+        if spec.get("completions") != spec.get("parallelism"):
+            yield f"{path}.completions={spec.get('completions')}: InPlaceRestart needs as many as parallelism"
 
 
 def _order(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
@@ -227,28 +292,63 @@ def _order(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
             yield "spec.coordinator is beyond the last job or pod"
 
 
+def _apart(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
+    """Several slices lie in node pools of their own: one exclusive to each, or a topology that Kueue keeps to."""
+    for job in jobs:
+        template = job.entry["template"].get("metadata") or {}
+        pods = (job.spec["template"].get("metadata") or {}).get("annotations") or {}
+        annotations = (document["metadata"].get("annotations") or {}) | (template.get("annotations") or {})
+        by_kueue = any(name.startswith("kueue.x-k8s.io/podset-") for name in pods)
+        if job.replicas > 1 and _ACCELERATOR in job.selector and _EXCLUSIVE not in annotations and not by_kueue:
+            yield (
+                f"metadata.annotations has no {_EXCLUSIVE}, so pods of {job.replicas} slices may mix in a node pool; "
+                "set it to cloud.google.com/gke-nodepool"
+            )
+
+
 def _slices_together(document: Mapping[str, Any], jobs: Sequence[_Job]) -> Lines:
     """What processes are told of the other slices is true."""
     for job in jobs:
         for container in job.containers:
             given = {each["name"]: each.get("value") for each in container.get("env") or []}
+            named = [name for name in _MEGASCALE if name in given]
             path = f"{job.pod_path}.containers[{container['name']}].env"
+            # None of them is sound: then Google Kubernetes Engine says them, as xpk has it.
+            if named and len(named) < len(_MEGASCALE):
+                missing = [name for name in _MEGASCALE if name not in given]
+                yield f"{path} has {named[0]} without {' and '.join(missing)}; give all of them or none"
+            index = given.get("MEGASCALE_SLICE_ID")
+            if index is not None and job.replicas > 1:
+                yield f"{path}: MEGASCALE_SLICE_ID={index} on all slices; take it from the label {_JOB_INDEX}"
             count = given.get("MEGASCALE_NUM_SLICES")
             if count is not None and count != str(job.replicas):
                 yield f"{path}: MEGASCALE_NUM_SLICES={count}, but there are {job.replicas}; set replicas' number"
             address = given.get("MEGASCALE_COORDINATOR_ADDRESS")
             subdomain = (document["spec"].get("network") or {}).get("subdomain") or document["metadata"]["name"]
             first = f"{document['metadata']['name']}-{job.name}-0-0.{subdomain}"
+            hidden = (document["spec"].get("network") or {}).get("enableDNSHostnames") is False
+            if address is not None and hidden and "-" in address.partition(".")[0]:
+                yield f"spec.network.enableDNSHostnames=False, but {address} is to be found; leave it out"
             if address is not None and address.partition(":")[0] != first:
                 yield f"{path}: MEGASCALE_COORDINATOR_ADDRESS={address} is not the first pod's; set {first}"
 
 
 def _quantity(container: Mapping[str, Any]) -> Any:
     """The chips that a container asks for: an int, None where it asks for none, else what it says."""
-    resources = container.get("resources") or {}
-    given = (resources.get("limits") or {}).get(_TPU, (resources.get("requests") or {}).get(_TPU))
-    return int(given) if isinstance(given, str) and given.isdigit() else given
+    given = _resources(container, "limits").get(_TPU, _resources(container, "requests").get(_TPU))
+    return int(given) if isinstance(given, str) and re.fullmatch(r"[0-9]{1,9}", given) else given
+
+
+def _resources(container: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    return (container.get("resources") or {}).get(kind) or {}
 
 
 def _tolerated(job: _Job, key: str) -> bool:
-    return any(each.get("key", key) == key for each in job.tolerations)
+    """Whether one toleration matches the taint as Kubernetes does; without a key it is for all, and says Exists."""
+    for each in job.tolerations:
+        exists = each.get("operator") == "Exists"
+        named = each.get("key") == key or (exists and not each.get("key"))
+        right = exists or each.get("value", "") == _TAINTS[key]
+        if named and right and each.get("effect") in (None, "", "NoSchedule"):
+            return True
+    return False

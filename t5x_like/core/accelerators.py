@@ -208,7 +208,7 @@ def parse(name: str) -> Slice:
     if generation not in GENERATIONS:
         raise UsageError(f"--topology={name}: {generation!r} is unknown; {_meant(name)}")
     row = GENERATIONS[generation]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    if not re.fullmatch(r"[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){0,3}", shape):
         example = "4x4x4" if row.dims == 3 else "4x4"
         raise UsageError(f"--topology={name}: give the chips along each dimension, such as {generation}:{example}")
     dims = tuple(int(part) for part in shape.split("x"))

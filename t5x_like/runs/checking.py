@@ -68,6 +68,7 @@ class Checker:
         if isinstance(experiment, RlExperiment):
             rl_program.check_rows(experiment, sizes)
         resolved = experiments.to_dict(experiment)
+        _check_filled_in(resolved, "config")
         if stored is not None:
             Workdir(workdir, process=0, write=False).check_config(resolved, may_change=may_change(type(experiment)))
         experiments.check_schedule(experiment)
@@ -104,6 +105,15 @@ class Checker:
                     rl_program.stages(experiment, program)
                 self._traced[mark] = tuple(sums)
         return self._traced[mark]
+
+
+def _check_filled_in(value: Any, path: str) -> None:
+    """UsageError for the first text that still holds the REPLACE/ of a shared config; no run could read it."""
+    if isinstance(value, str) and "REPLACE/" in value:
+        raise UsageError(f"{path}={value} is to be filled in; give --{path}=... with a path of yours")
+    inner = enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, each in value.items() if isinstance(value, Mapping) else inner:
+        _check_filled_in(each, f"{path}.{name}")
 
 
 def _mark(resolved: Mapping[str, Any], devices: int) -> str:

@@ -38,6 +38,8 @@ def test_the_base_and_all_packages_are_pinned(path):
     assert len(installs) == 2 and all(
         "--constraint constraints.txt" in each or "--no-deps" in each for each in installs
     )
+    # What installs the checkout itself is pinned too, and not fetched anew whenever the code changes.
+    assert re.search(r"pip install setuptools==[0-9.]+ ", installs[0]) and "--no-build-isolation" in installs[1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

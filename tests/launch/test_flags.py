@@ -1,6 +1,7 @@
 """One description of a run: usual values, then the config file's get_launch(), then flags; every fault is one line."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -70,13 +71,17 @@ def test_a_config_of_reinforcement_learning_runs_by_its_own_command():
         ({"gke": {"que": "a"}}, "get_launch().gke.que is unknown; did you mean 'queue'?"),
         ({"slices": "2"}, "get_launch().slices='2' should be a whole number, not str"),
         ({"gke": 3}, "get_launch().gke=3 should be a section"),
+        ({"gke": None}, "get_launch().gke=None should be a section"),
+        ({"environment": None}, "get_launch().environment=None should be a section"),
+        ({1: 2}, "get_launch() has the key 1"),
+        ({"gke": {1: 2}}, "get_launch().gke has the key 1"),
         ([], "get_launch() should return a dict, not list"),
         ({"topology": "v5p:3x3x3"}, "--topology=v5p:3x3x3 is no slice of v5p"),
     ],
 )
 def test_a_wrong_get_launch_is_one_line(config, launch, says):
     with pytest.raises(UsageError) as error:
-        read(config(launch), "--workdir=w")
+        read(config(launch), "--workdir=w", "--queue=q", "--environment=A=1")
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -92,6 +97,15 @@ def test_an_error_inside_get_launch_names_file_and_line(config):
         ("--partition=debug", "there is no flag --partition"),
         ("--slices=two", "argument --slices: invalid int value: 'two'"),
         ("--slices=0", "--slices=0 should be at least 1"),
+        ("--slices=1025", "--slices=1025 should be at most 1024"),
+        ("--max_restarts=2147483648", "should be at most 2147483647"),
+        ("--topology=v5p:" + "9" * 5000, "give the chips along each dimension"),
+        ("--topology=v5p:\u0664x4x4", "give the chips along each dimension"),
+        ("--zone=Mars", "--zone=Mars should be a zone such as us-east5-a"),
+        ("--workdir=gs://b/a\nb", "--workdir='gs://b/a\\nb' has characters that cannot be printed"),
+        ("--workdir=gs://b/---", "--workdir=gs://b/--- gives no name for the job; give --name"),
+        ("--workdir=gs://b/\u0416", "gives no name for the job; give --name"),
+        ("--queue=" + "a" * 64, "in at most 63 characters"),
         ("--slices=2", "--slices=2 needs --topology"),
         ("--topology=v5p-512", "v5p-512 is written v5p:4x4x16 or v5p:4x8x8"),
         ("--topology=h100:8", "'h100' is unknown"),
@@ -126,9 +140,58 @@ def test_a_missing_workdir_is_named():
         read(jobs.CONFIG)
 
 
-def test_a_digest_is_as_good_as_a_tag():
-    jobs_of.check_image("host:5000/a/b@sha256:" + "0" * 64)
-    jobs_of.check_image("host:5000/a/b:v1.2_3")
+@pytest.mark.parametrize(
+    ("workdir", "name"),
+    [
+        ("runs/8b", "run-8b"),
+        ("gs://b/2026-11-27/", "run-2026-11-27"),
+        ("runs/\u00fc1", "run-1"),
+        ("runs/" + "a" * 70, "a" * 63),
+        ("runs/" + "1" * 58 + "_b", "run-" + "1" * 58),
+        ("gs://b/..", ""),
+    ],
+)
+def test_a_workdir_gives_a_name_that_every_target_takes(workdir, name):
+    assert jobs_of.name_of(workdir) == name
+    if name:
+        assert read(jobs.CONFIG, f"--workdir={workdir}").job.name == name
+
+
+DIGEST = "@sha256:" + "0" * 64
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["host:5000/a/b" + DIGEST, "host:5000/a/b:v1.2_3", "a/b:1" + DIGEST, "localhost/a:1", "python:3.11", "A.b/c__d:1"],
+)
+def test_an_image_with_a_tag_or_a_digest_is_one_for_good(image):
+    jobs_of.check_image(image)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        *((image, "names no image") for image in (":1", "a/:1", "A/B:1", "A B:1", "a b/c:1", "-v/x:1", "http://a/b:1")),
+        *((f"a/b{digest}", "is no digest") for digest in ("@sha256:", ":1@sha256:zz", "@", DIGEST + "0")),
+        (DIGEST, "names no image"),
+        ("a/b:1\n", "is no tag"),
+    ],
+)
+def test_what_no_registry_takes_for_an_image_is_refused(image, says):
+    with pytest.raises(UsageError, match=says):
+        jobs_of.check_image(image)
+
+
+def test_a_reader_that_leaves_ends_the_command():
+    """As `launch.gke ... | true` does."""
+    code = "import sys; from launch import gke; sys.exit(gke.main())"
+    values = [f"--{name}={value}" for name, value in jobs.USUAL.items()]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-c", code, jobs.CONFIG, *values, "--dry_run", "--no_check"]
+    done = subprocess.run(command, cwd=jobs.ROOT, stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("target", ["gke", "xpk", "slurm", "gcloud", "sky"])

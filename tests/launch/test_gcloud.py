@@ -90,7 +90,11 @@ TOOLS = {
         echo "docker $*" >> calls
         [ "$1" = run ] || exit 0
         read -r status rest < statuses; echo "$rest" > statuses; exit "$status" """,
-    "gcloud": 'echo "gcloud $*" >> calls',
+    # Fails once for each line of the file failures.
+    "gcloud": """
+        echo "gcloud $*" >> calls
+        [ -s failures ] || exit 0
+        sed -i 1d failures; exit 1 """,
     "sleep": 'echo "sleep $*" >> calls',
     "curl": """
         case "${@: -1}" in
@@ -129,6 +133,13 @@ def test_a_machine_starts_the_run_until_it_is_done_and_deletes_the_tpus(tmp_path
     assert "launch: done" in log and "after 1 faults since the boot" in log
 
 
+def test_tpus_are_deleted_once_the_network_is_back(tmp_path):
+    (tmp_path / "failures").write_text("docker's credentials\nno network\nno network\n")
+    calls, log = boot(tmp_path, job(), "0")
+    assert [call for call in calls if "delete" in call] == [DELETED] * 3 and calls[-2:] == ["sleep 60", DELETED]
+    assert log.count("the TPUs are not deleted and cost on; tries again in 60 s") == 2
+
+
 @pytest.mark.parametrize(
     ("statuses", "starts", "end"),
     [("2 0", 1, "wrong use"), ("1 75 137 125 0", 4, "status 125, fault 3; no restart is left of 2")],
@@ -141,20 +152,66 @@ def test_what_no_restart_helps_ends(tmp_path, statuses, starts, end):
     assert not [call for call in kept if "delete" in call]
 
 
-def test_tpus_that_were_taken_away_are_asked_for_again(monkeypatch, capsys):
-    states = iter(["PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE", "gone"])
-    done, waited = [], []
+HICCUP = gcloud.UserError("503")
+
+
+def followed(monkeypatch, states: Sequence[Any], failures: Sequence[int] = ()) -> list[str]:
+    """The verbs of --follow while TPUs are in these states in turn; which of its commands fail."""
+    answers, verbs = iter(states), []
+    of = JOBS["one slice"]
+
+    def state(_: Job) -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def submit(submission: Submission, *, dry_run: bool) -> int:
-        done.extend(step.command for step in submission.steps)
+        assert not dry_run
+        for step in submission.steps:
+            verbs.append("create" if step.command == gcloud.create(of) else "delete")
+            assert step.command == (gcloud.create(of) if verbs[-1] == "create" else gcloud.delete(of))
+            if len(verbs) - 1 in failures:
+                raise HICCUP
         return 0
 
     monkeypatch.setattr(gcloud, "submit", submit)
-    of = JOBS["one slice"]
-    gcloud.follow(of, gcloud.plan(of), lambda _: next(states), waited.append)
-    assert done == [gcloud.delete(of), gcloud.create(of)], "once"
-    assert len(waited) == 6
-    assert capsys.readouterr().out.count(" is ACTIVE") == 2
+    gcloud.follow(of, gcloud.plan(of), state, lambda seconds: None)
+    return verbs
+
+
+@pytest.mark.parametrize(
+    ("states", "failures", "verbs"),
+    [
+        (["gone", "PROVISIONING", "ACTIVE", "gone"], (), ["create"]),
+        (["ACTIVE", "DELETING", "gone"], (), []),  # started again: it is there already
+        (["DELETING", "gone", "ACTIVE", "gone"], (), ["create"]),  # of the run before
+        (["gone", "ACTIVE", "SUSPENDED", "gone", "ACTIVE", "gone"], (), ["create", "delete", "create"]),
+        (["SUSPENDED", "DELETING", "gone", "ACTIVE", "gone"], (), ["delete", "create"]),
+        (["ACTIVE", *[HICCUP] * 59, "ACTIVE", *[HICCUP] * 59, "gone"], (), []),
+        (
+            ["ACTIVE", "SUSPENDED", "SUSPENDED", "gone", "gone", "ACTIVE", "gone"],
+            (0, 2),
+            ["delete"] * 2 + ["create"] * 2,
+        ),
+    ],
+)
+def test_tpus_are_asked_for_when_they_are_not_there_or_were_taken_away(monkeypatch, states, failures, verbs):
+    assert followed(monkeypatch, states, failures) == verbs
+
+
+@pytest.mark.parametrize(
+    ("states", "failures", "says"),
+    [
+        ([HICCUP], (), "503"),
+        (["gone"], (0,), "503"),
+        (["ACTIVE", *[HICCUP] * 60], (), "503"),
+        (["gone", "WAITING_FOR_RESOURCES", "FAILED"], (), "llama is FAILED, .* describe llama .* delete llama"),
+    ],
+)
+def test_what_no_waiting_helps_ends_the_following(monkeypatch, states, failures, says):
+    with pytest.raises(gcloud.UserError, match=says):
+        followed(monkeypatch, states, failures)
 
 
 def test_the_state_is_what_gcloud_says(tmp_path, monkeypatch):
@@ -165,7 +222,7 @@ def test_the_state_is_what_gcloud_says(tmp_path, monkeypatch):
         (tmp_path / "gcloud").chmod(0o755)
         assert gcloud.state_of(JOBS["one slice"]) == state
     (tmp_path / "gcloud").write_text("#!/bin/bash\necho 'no network' >&2; exit 1\n")
-    with pytest.raises(gcloud.UserError, match="no network; llama goes on, only --follow ends"):
+    with pytest.raises(gcloud.UserError, match="no network; llama itself goes on"):
         gcloud.state_of(JOBS["one slice"])
 
 
@@ -174,6 +231,8 @@ def test_a_dry_run_prints_all_and_runs_nothing(capsys):
     assert main([CONFIG, *flags, "--spot", "--dry_run", "--no_check"]) == 0
     text = capsys.readouterr().out
     assert "docker run --name=llama" in text and "nothing was submitted" in text
+    assert main([CONFIG, *flags, "--spot", "--follow", "--dry_run", "--no_check"]) == 0
+    assert "this command stays until the run has ended" in capsys.readouterr().out
     assert "--follow asks for new ones" in text and "$ gcloud compute tpus queued-resources create llama" in text
 
 
@@ -190,7 +249,12 @@ def test_a_dry_run_prints_all_and_runs_nothing(capsys):
         ("--no-queued --slices=2", "--slices=2 needs a queued resource"),
         ("--no-queued --reservation=r", "--reservation=r needs a queued resource"),
         ("--spot --reservation=r", "exclude each other"),
+        ("--zone=a-b-c-d", "--zone=a-b-c-d should be a zone such as us-east5-a"),
+        ("--reservation=-a", "--reservation=-a should be NAME or projects/PROJECT/reservations/NAME"),
+        ("--keep --follow", "--keep and --follow exclude each other"),
+        ("--service_account=trainer", "should be the e-mail of a service account"),
         ("--valid_until=soon", "should be like 90m, 6h or 2d"),
+        ("--valid_until=0s", "should be like 90m, 6h or 2d"),
         (f"--slices=12 --name={'a' * 61}", "has 64 characters with the number of a slice"),
     ],
 )

@@ -124,6 +124,25 @@ def test_the_environment_of_several_slices_says_which_is_which():
     assert "MEGASCALE_NUM_SLICES" not in {each["name"] for each in facts(gke.manifest(jobs.job()))["container.env"]}
 
 
+def test_kubernetes_replaces_nothing_in_commands_and_values():
+    job = jobs.job("--config.data.source=jsonl:a$(HOME)/$$", environment={"A": "$(B)$"})
+    container = facts(gke.manifest(job))
+    assert "--config.data.source=jsonl:a$$(HOME)/$$$$" in container["container.command"]
+    assert {"name": "A", "value": "$$(B)$$"} in container["container.env"]
+
+
+def test_a_variable_is_named_once():
+    for slices in (1, 2):
+        document = gke.manifest(jobs.job(slices=slices, environment={"PYTHONUNBUFFERED": "0"}))
+        assert facts(document)["container.env"][0] == {"name": "PYTHONUNBUFFERED", "value": "0"}
+        assert validate.problems(document) == []
+
+
+def test_a_place_without_a_cluster_is_said_to_be_of_no_use():
+    job = jobs.job(zone="us-east5-a")
+    assert "--zone=us-east5-a not used: without --cluster" in gke.submission(job, gke.manifest(job), ()).about[-1]
+
+
 def test_a_service_account_and_the_network_of_the_host_exclude_each_other():
     own = facts(gke.manifest(jobs.job(service_account="trainer")))
     assert own["pod.serviceAccountName"] == "trainer" and "pod.hostNetwork" not in own and "pod.dnsPolicy" not in own
@@ -144,6 +163,7 @@ def test_a_service_account_and_the_network_of_the_host_exclude_each_other():
         ({"topology": "v5p:1x1x1"}, "the smallest slice to be had is v5p:2x2x1"),
         ({"topology": "v6e:2x2", "slices": 2}, "slices that work together have several machines each"),
         ({"cluster": "c"}, "--cluster=c needs --project and --zone"),
+        ({"reservation": "A_b"}, "--reservation=A_b should be NAME or projects/PROJECT/reservations/NAME"),
     ],
 )
 def test_a_job_that_cannot_run_there_is_one_line(values, says):
@@ -159,7 +179,11 @@ def test_a_config_outside_of_the_checkout_is_not_in_the_image(tmp_path):
     for path in (str(tmp_path / "mine.py"), "../mine.py", "~/mine.py"):
         with pytest.raises(UsageError, match="outside of the checkout, and so not in the image"):
             gke.check(dataclasses.replace(job, config=(f"--config={path}",)))
+    for path in ("runs/mine.py", "./tests/mine.py", "configs/../runs/mine.py"):
+        with pytest.raises(UsageError, match="is not in the image, which has no (runs|tests)/"):
+            gke.check(dataclasses.replace(job, config=(f"--config={path}",)))
     gke.check(dataclasses.replace(job, config=("--config=tiny",)))
+    gke.check(dataclasses.replace(job, config=("--config=tests",)))
 
 
 def test_a_name_that_is_too_long_with_its_suffixes_says_by_how_much():

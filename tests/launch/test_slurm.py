@@ -13,13 +13,14 @@ import pytest
 
 from launch import slurm
 from launch.flags import read
-from launch.job import Job, Slurm
+from launch.job import Job, Slurm, name_of
 from launch.slurm import main
 from t5x_like.core.errors import UsageError
 from tests.launch.jobs import GOLDEN, UPDATE
 from tests.launch.slurm_cluster import Cluster, cluster, missing
 
 CONFIG = "--config=configs/pretrain/tiny.py"
+DRY = ("--dry_run", "--no_check")
 
 
 def job(**slurm_fields) -> Job:
@@ -50,6 +51,7 @@ def test_nodes_are_shared_where_the_user_says_so():
     whole, shared = job(), job(whole_nodes=False, batch_options="--cpus-per-task=4")
     assert {"--exclusive", "--mem=0"} <= set(slurm.batch_options(whole, "/d"))
     assert not {"--exclusive", "--mem=0"} & set(slurm.batch_options(shared, "/d"))
+    assert main([CONFIG, "--workdir=runs/8b", "--no-whole_nodes", "--batch_options=--mem=4G", *DRY]) == 0
     assert "--cpus-per-task=4" in slurm.batch_options(shared, "/d")
 
 
@@ -75,8 +77,12 @@ def test_a_dry_run_prints_the_script_and_how_to_watch_and_stop(capsys):
         ("--time=3", "--time=3 leaves no time to train"),
         ("--batch_options=-p", "'-p' should begin with --"),
         ("--step_options='a", "no closing quotation"),
+        ("--batch_options=--no-requeue", "the launcher sets --no-requeue itself; a run starts again by it"),
+        ("--batch_options=--nodes=3", "the launcher sets --nodes itself; give it beside this one"),
+        ("--batch_options=--mem=4G", "the launcher sets --mem itself; add --no-whole_nodes"),
         ("--setup=a --name=A", "--name=A should be of a-z"),
-        ("--workdir=run\\s", "takes no path with a backslash"),
+        ("--workdir=run\\s", "takes no option with a backslash"),
+        ("--partition=a\nb", "--partition='a\\nb' has characters that cannot be printed"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags, line):
@@ -123,7 +129,8 @@ class Submitted:
         program.chmod(0o755)
         restarts = fields.pop("max_restarts", 10)
         each = Slurm(**{"whole_nodes": False, "python": str(program), **fields})
-        of = Job("train", (), str(folder / "run"), "fake", max_restarts=restarts, slurm=each)
+        # A name of its own: a second job of one name waits for the first.
+        of = Job("train", (), str(folder / "run"), name_of(str(folder)), max_restarts=restarts, slurm=each)
         text = slurm.script(of, python="", folder=str(folder))
         self.number = on.submit(text)
 
@@ -224,6 +231,17 @@ def test_a_submission_prints_the_job_and_its_name_cancels_it(slurm_cluster, tmp_
     assert slurm_cluster.job(number[1])["JobState"] == "CANCELLED"
 
 
+def test_a_second_job_of_one_name_waits_for_the_first(slurm_cluster, tmp_path):
+    on = slurm_cluster
+    run = "echo begun >> begun; while [ ! -e end ]; do sleep 0.1; done\n"
+    first, second = (Submitted(on, tmp_path / "twice", run) for _ in range(2))
+    on.until(lambda: lines(first.folder / "begun") == ["begun"])
+    assert on.job(second.number)["JobState"] == "PENDING" and on.job(second.number)["Dependency"] != "(null)"
+    (first.folder / "end").touch()
+    assert [on.finish(each.number)["JobState"] for each in (first, second)] == ["COMPLETED"] * 2
+    assert lines(first.folder / "begun") == ["begun"] * 2
+
+
 def test_an_option_that_no_script_can_hold_is_refused():
-    with pytest.raises(UsageError, match="no path with a backslash"):
+    with pytest.raises(UsageError, match="no option with a backslash"):
         slurm.script(job(), python="python3", folder="/data\\x")

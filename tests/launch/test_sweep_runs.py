@@ -70,9 +70,12 @@ def test_what_the_check_finds_is_one_line_with_the_member(monkeypatch, capsys, t
 
 
 def test_a_config_is_checked_for_devices_that_are_not_here():
-    run = check.Run(("--config=configs/pretrain/llama3_8b.py",))
+    file = "--config=configs/pretrain/llama3_8b.py"
+    data = ("--config.data.source=jsonl:gs://bucket/*.jsonl", "--config.data.tokenizer=gs://bucket/tokenizer")
     place = check.Place(devices=64, slices=2, there=False)
-    wrong, right = check.check([run, check.Run((*run.arguments, "--config.mesh.slice=2"))], place)
+    runs = [(file, *data), (file, *data, "--config.mesh.slice=2"), (file, "--config.mesh.slice=2")]
+    wrong, right, as_shared = check.check([check.Run(arguments) for arguments in runs], place)
+    assert as_shared.problem.startswith("config.data.source=jsonl:REPLACE/*.jsonl is to be filled in")
     assert wrong.problem.startswith("config.mesh.slice=1, but the devices are 2 slices")
     assert right.problem == "" and right.steps > 0 and "loss" in right.metrics
 

@@ -76,6 +76,30 @@ SEMANTIC = [
     ("spec.replicatedJobs.0.dependsOn", [{"name": "data", "status": "Ready"}], "data does not stand before slice-job"),
     ("spec.coordinator", {"replicatedJob": "x"}, "coordinator.replicatedJob=x is none of the replicated jobs"),
     ("spec.coordinator", {"replicatedJob": "slice-job", "podIndex": 16}, "beyond the last job or pod"),
+    ("spec.replicatedJobs.0.replicas", 2**40, "MEGASCALE_NUM_SLICES=2, but"),
+    (f"{JOB}.backoffLimit", 2**40, "backoffLimit=1099511627776 should be between 0 and 2147483647"),
+    (f"{CONTAINER}.resources.limits[google.com/tpu]", "\u00b2", "'\u00b2' should be a whole number of chips"),
+    (f"{CONTAINER}.resources.limits[google.com/tpu]", "9" * 5000, "should be a whole number of chips"),
+    (
+        f"{CONTAINER}.resources.requests",
+        {"google.com/tpu": 2},
+        "has the limit 4 and the request 2, which must be equal",
+    ),
+    (f"{POD}.containers", [], "containers is empty; give the one that runs the program"),
+    (f"{CONTAINER}.image", "A B:1", "'A B' names no image"),
+    (f"{POD}.tolerations.0", {"key": "google.com/tpu", "value": "absent"}, "tolerations has none for google.com/tpu"),
+    (f"{POD}.tolerations.0", {"key": "google.com/tpu", "effect": "NoExecute", "operator": "Exists"}, "has none for"),
+    (f"{POD}.tolerations.0", {"operator": "Equal", "value": "present"}, "tolerations has none for google.com/tpu"),
+    (f"{SELECTOR}[cloud.google.com/reservation-name]", "a b", "reservation-name=a b is no value of a label"),
+    (f"{CONTAINER}.env.2", {"name": "MEGASCALE_SLICE_ID", "value": "0"}, "MEGASCALE_SLICE_ID=0 on all slices"),
+    (f"{CONTAINER}.env.2", {"name": "A", "value": "0"}, "has MEGASCALE_NUM_SLICES without MEGASCALE_SLICE_ID; give"),
+    (f"{RULE}.onJobFailureMessagePatterns", ["(?=x)y"], "'(?=x)y' is no regular expression: RE2 has no (?="),
+    (f"{RULE}.onJobFailureMessagePatterns", [r"(a)\1"], r"RE2 has no \1"),
+    ("spec.failurePolicy.restartStrategy", "InPlaceRestart", "backoffLimit=0: InPlaceRestart needs 2147483647"),
+    ("spec.network", {"enableDNSHostnames": False}, "enableDNSHostnames=False, but llama-slice-job-0-0.llama is to be"),
+    ("metadata.namespace", "Bad Ns", "metadata.namespace=Bad Ns should be of a-z, 0-9 and -"),
+    ("metadata.labels", {"kueue.x-k8s.io/queue-name": ""}, "names no queue; give its name or leave the label out"),
+    ("metadata.annotations", {}, "no alpha.jobset.sigs.k8s.io/exclusive-topology, so pods of 2 slices may mix"),
     ("spec.network", {"subdomain": "A"}, "spec.network.subdomain=A should be a name"),
 ]
 
@@ -88,7 +112,21 @@ def test_what_no_schema_says_is_one_line(path, value, says):
     assert all("\n" not in line for line in found)
 
 
+def test_what_is_sound_is_let_pass():
+    for path, value in (
+        (f"{POD}.tolerations.0", {"key": "google.com/tpu", "value": "present", "effect": "NoSchedule"}),
+        (f"{POD}.tolerations.0", {"operator": "Exists"}),
+        (f"{CONTAINER}.resources.requests", {"google.com/tpu": "4"}),
+        (f"{CONTAINER}.env", []),  # as xpk leaves it: the cluster says them
+        (f"{RULE}.onJobFailureMessagePatterns", [r"[(?=]\(?=a\\d+ (?i:b)", "a+?"]),
+        ("spec.replicatedJobs.0.template.metadata", {"annotations": {"a": "b"}}),
+        ("metadata.namespace", "1-team"),
+    ):
+        assert semantics.problems(changed(path, value)) == [], path
+
+
 SCHEMA = [
+    ("spec.replicatedJobs.0.replicas", 2**40, "1099511627776 is greater than the maximum of 2147483647"),
     ("spec.failurePolicy.maxRestart", 3, "'maxRestart' was unexpected"),
     ("spec.replicatedJobs.0.replica", 3, "'replica' was unexpected"),
     ("spec.failurePolicy.maxRestarts", "3", "'3' is not of type 'integer'"),
@@ -141,6 +179,10 @@ def test_the_command_names_files_and_ends_with_2(tmp_path, capsys):
     good.write_text(yaml.safe_dump(gke.manifest(jobs.job())))
     bad.write_text(yaml.safe_dump(changed(f"{JOB}.parallelism", 8)))
     broken.write_text("a: [")
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("---\n")
+    assert command.main([str(empty)]) == 2
+    assert capsys.readouterr().err == f"{empty}: there is no document in it\n"
     assert command.main([str(good)]) == 0
     assert "JobSet llama is sound" in capsys.readouterr().out
     assert command.main([str(good), str(bad), str(broken), str(tmp_path / "none.yaml")]) == 2

@@ -59,12 +59,23 @@ def test_all_that_our_checks_find_in_a_manifest_of_xpk_is_the_secret_it_leaves_b
         ({"name": "a" * 41}, "has 41 characters, and xpk takes at most 40"),
         ({"priority": "urgent"}, "--priority=urgent is none of xpk's"),
         ({"queue": "mine"}, "--queue=mine: xpk chooses it"),
+        ({"environment": {"A": 'say "x"'}}, "xpk takes no value with quotation marks"),
+        ({"environment": {"A": "a\\b"}}, "xpk takes no value with quotation marks, backslashes"),
+        ({"environment": {"A": "a\nb"}}, "--environment=A='a\\nb': xpk takes no value"),
     ],
 )
 def test_what_xpk_cannot_do_is_one_line(values, says):
     with pytest.raises(UsageError) as error:
         xpk.check(jobs.job(target="xpk", **(jobs.CLUSTER | values)))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_kubernetes_replaces_nothing_and_yaml_is_left_whole():
+    job = jobs.job("--config.data.source=jsonl:$(A)", target="xpk", environment={"A": "$$"}, **jobs.CLUSTER)
+    command = xpk.create(job)
+    assert "--env=A=$$$$" in command and "'--config.data.source=jsonl:$$(A)'" in command[-1]
+    with pytest.raises(UsageError, match="xpk takes no argument with a line break"):
+        xpk.check(jobs.job("--config.data.source=jsonl:a\nb", target="xpk", **jobs.CLUSTER))
 
 
 def test_a_name_that_xpk_takes_may_be_too_long_for_a_pod(capsys):

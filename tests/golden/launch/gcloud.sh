@@ -55,5 +55,9 @@ sleep 120
 metadata() {
   curl --silent --fail --header 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/$1"
 }
-zone=$(metadata instance/zone)
-gcloud "${delete[@]}" --zone="${zone##*/}" --project="$(metadata project/project-id)" --quiet
+# TPUs cost until they are deleted, so one failure of the network must not be the end of it.
+until zone=$(metadata instance/zone) && project=$(metadata project/project-id) &&
+  gcloud "${delete[@]}" --zone="${zone##*/}" --project="$project" --quiet; do
+  echo 'launch: the TPUs are not deleted and cost on; tries again in 60 s'
+  sleep 60
+done

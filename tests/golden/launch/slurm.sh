@@ -1,5 +1,6 @@
 #!/bin/bash
 #SBATCH --job-name=tiny
+#SBATCH --dependency=singleton
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
