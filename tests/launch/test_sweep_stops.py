@@ -335,7 +335,20 @@ def test_drawn_numbers_stay_in_their_range_and_names_differ(monkeypatch):
     assert members._name(point, {name}) not in (name, "")
 
 
-def test_a_folder_that_cannot_begin_a_name_is_told_as_such(capsys, tmp_path):
+@pytest.mark.parametrize(
+    "folder,others,message",
+    [
+        ("---", [], "the folder name --- cannot begin the names of jobs; give --name"),
+        ("rates", ["--name=8b"], "--name=8b cannot begin the names of jobs; give --name"),
+    ],
+)
+def test_what_cannot_begin_a_name_is_told_as_such(capsys, tmp_path, folder, others, message):
+    arguments = ["--target=slurm", f"--workdir={tmp_path / folder}", TEST, "--sweep.seeds=2", "--dry_run", "--no_check"]
+    assert sweep.main([*arguments, *others]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_begins_with_a_digit_gives_names_all_the_same(capsys, tmp_path):
     arguments = ["--target=slurm", f"--workdir={tmp_path / '8b'}", TEST, "--sweep.seeds=2", "--dry_run", "--no_check"]
-    assert sweep.main(arguments) == 2
-    assert "the folder name 8b cannot begin the names of jobs; give --name" in capsys.readouterr().err
+    assert sweep.main(arguments) == 0
+    assert "--job-name=run-8b-seed-0" in capsys.readouterr().out
