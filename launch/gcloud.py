@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from launch import container, flags
-from launch.job import Job, check_bucket, check_image, check_in_image, check_reservation
+from launch.job import Job, check_container
 from launch.submission import Step, Submission, need, submit
 from t5x_like.core import accelerators
 from t5x_like.core.errors import UsageError, UserError
@@ -86,7 +86,7 @@ def plan(job: Job) -> Submission:
 
 def check(job: Job) -> None:
     """UsageError, in one line, for what a TPU VM cannot do."""
-    check_container(job)
+    check_vm(job)
     if job.slices > 1 and not job.gcloud.queued:
         raise UsageError(f"--slices={job.slices} needs a queued resource; leave out --no-queued")
     if job.reservation and not job.gcloud.queued:
@@ -100,18 +100,13 @@ def check(job: Job) -> None:
         raise UsageError(f"--name={job.name} has {longest} characters with the number of a slice; the limit is 63")
 
 
-def check_container(job: Job) -> None:
-    """UsageError unless a TPU VM can run the job's container, and every later one finds its workdir."""
+def check_vm(job: Job) -> None:
+    """UsageError unless a TPU VM can run the job's container."""
     if not job.slice.row.runtime:
         raise UsageError(
             f"--topology={job.topology}: {job.slice.generation} is on GKE alone; use launch.gke or launch.xpk"
         )
-    if not job.image:
-        raise UsageError("--image is missing; give the container image with its tag (launch/docker builds one)")
-    check_image(job.image)
-    check_bucket(job)
-    check_in_image(job)
-    check_reservation(job)
+    check_container(job)
 
 
 def create(job: Job) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from launch import flags, validate
-from launch.job import PREEMPTED, WRONG_USE, Job, check_bucket, check_image, check_in_image, check_reservation
+from launch.job import PREEMPTED, WRONG_USE, Job, check_container
 from launch.submission import Step, Submission
 from t5x_like.core.errors import UsageError
 
@@ -40,12 +40,7 @@ def launch(asked: flags.Asked) -> int:
 
 def check(job: Job) -> None:
     """UsageError, in one line, for what a pod on Google Kubernetes Engine cannot do."""
-    if not job.image:
-        raise UsageError("--image is missing; give the container image with its tag (launch/docker builds one)")
-    check_image(job.image)
-    check_bucket(job)
-    check_in_image(job)
-    check_reservation(job)
+    check_container(job)
     if job.slices > 1 and job.slice.vms == 1:
         raise UsageError(
             f"--slices={job.slices} of {job.topology}: slices that work together have several machines each, and "

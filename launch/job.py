@@ -231,6 +231,16 @@ class Job:
         return accelerators.parse(self.topology)
 
 
+def check_container(job: Job) -> None:
+    """UsageError unless a container on a machine of Google can run the job, and every later one finds its workdir."""
+    if not job.image:
+        raise UsageError("--image is missing; give the container image with its tag (launch/docker builds one)")
+    check_image(job.image)
+    check_bucket(job)
+    check_in_image(job)
+    check_reservation(job)
+
+
 def check_image(image: str) -> None:
     """UsageError unless the image is one for good: a restart must not find another program.
 

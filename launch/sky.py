@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from launch import container, flags
-from launch.gcloud import check_container, several_shapes
+from launch.gcloud import check_vm, several_shapes
 from launch.job import Job
 from launch.submission import Step, Submission
 from launch.validate import sky_task
@@ -35,7 +35,7 @@ def launch(asked: flags.Asked) -> int:
 
 def check(job: Job) -> None:
     """UsageError, in one line, for what SkyPilot cannot do."""
-    check_container(job)
+    check_vm(job)
     if job.slices > 1:
         raise UsageError(
             f"--slices={job.slices}: SkyPilot connects no slices; use launch.gke, launch.xpk or launch.gcloud"

@@ -17,7 +17,7 @@ A row of a batch is an answer behind its prompt or, where the batch has `branche
 belongs to answers then has a dim for them (`by_answer`).
 
 Names: B batch (answers), T query length or, of answers that share a prompt, tokens of an answer, R rows, J answers of a
-row, P tokens of the prompt's room, D model.
+row, D model.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from t5x_like.inference.decode import encoder_batch
 
@@ -72,6 +72,10 @@ class SeveralARow:
     room: int
     most: int
 
+    @property
+    def _inside(self) -> Bool[np.ndarray, "A N"]:
+        return np.arange(self.most) < self.lengths[:, None]
+
     def arrays(self, answers: Int[np.ndarray, "A N"]) -> dict[str, np.ndarray]:
         """{inputs [R, room], branches [R, J, N - 1]} as models/model.py says, {segment_ids, positions} of both, and
         {targets, loss_weights} [R, J, N]. Prompts stand at the end of their room; the last token of an answer is read
@@ -81,7 +85,7 @@ class SeveralARow:
         inputs, held = np.zeros((rows, self.room), np.int32), np.array([len(ids) for ids in prompts])
         for row, ids in enumerate(prompts):
             inputs[row, self.room - len(ids) :] = ids
-        inside = np.arange(self.most) < self.one_each(self.lengths)[:, :, None]
+        inside = self.one_each(self._inside)
         read = inside[:, :, 1:]
         index = np.arange(self.room) - (self.room - held)[:, None]
         behind = np.broadcast_to(held[:, None, None] + np.arange(self.most - 1), read.shape)
@@ -95,12 +99,10 @@ class SeveralARow:
         }
 
     def placed(self, values: Float[np.ndarray, "A N"]) -> Float[np.ndarray, "R J N"]:
-        inside = np.arange(self.most) < self.lengths[:, None]
-        return self.one_each(np.where(inside, values, 0.0).astype(np.float32))
+        return self.one_each(np.where(self._inside, values, 0.0).astype(np.float32))
 
     def taken(self, values: Float[np.ndarray, "R JN"]) -> Float[np.ndarray, "A N"]:
-        inside = np.arange(self.most) < self.lengths[:, None]
-        return np.where(inside, values.reshape(-1, self.most), 0.0).astype(np.float32)
+        return np.where(self._inside, values.reshape(-1, self.most), 0.0).astype(np.float32)
 
     def one_each(self, values: np.ndarray) -> np.ndarray:
         """[A, ...] -> [R, J, ...]."""
