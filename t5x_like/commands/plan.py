@@ -60,6 +60,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--rows", type=int, help="decode: texts at once, over all devices")
     parser.add_argument("--length", type=int, help="decode: tokens of each text that the cache has room for")
     parser.add_argument("--json", metavar="PATH", help="also write the plan as JSON")
+    parser.add_argument("--cache", metavar="DIR", help="of compiled programs; `off` for none; default: ~/.cache")
     parser.add_argument("--details", action="store_true", help="list every collective instruction by itself")
     options = parser.parse_args(arguments)
     sizes = (options.rows, options.length)
@@ -110,10 +111,20 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
         for name, source in assumed.items():
             print(f"config.roles.{name}.source={source} is not there: taken to be like config.model", file=sys.stderr)
         if program == "rl":
-            return _iteration(experiment, built, place, assumed)
+            return _iteration(experiment, built, place, assumed, kept=_kept(options))
         step, step_arguments = built.step, (built.layout.state, built.layout.frozen, built.batch)
-    compiled = compile_program(step, step_arguments, mesh=mesh)
+    options_of = experiment.runtime.compiler_options.of("tpu")
+    compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options))
     return Plan(program, place, compiled, cost(compiled.text, place.mesh))
+
+
+def _kept(options: Any) -> pathlib.Path | None:
+    """Where compiled programs lie, None for nowhere."""
+    from t5x_like.planner import cache
+
+    if options.cache == "off":
+        return None
+    return pathlib.Path(paths.normal(options.cache)) if options.cache else cache.folder()
 
 
 def _experiment(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
@@ -127,7 +138,9 @@ def _experiment(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
     return train.built(RlExperiment, named_functions(config)[0], overrides=overrides)
 
 
-def _iteration(experiment: Any, built: Any, place: Any, assumed: Mapping[str, str]) -> Any:
+def _iteration(
+    experiment: Any, built: Any, place: Any, assumed: Mapping[str, str], *, kept: pathlib.Path | None
+) -> Any:
     """All programs of an iteration, compiled one after the other; one that does not fit does not hide the others."""
     from t5x_like.parallel.sharding import device_bytes
     from t5x_like.planner.compile import DoesNotFit, compile_program
@@ -142,7 +155,13 @@ def _iteration(experiment: Any, built: Any, place: Any, assumed: Mapping[str, st
         print(f"compiling {stage.name}, {number} of {len(stages)}", file=sys.stderr)
         found, problem, beside = None, "", held - device_bytes(stage.reads)
         try:
-            compiled = compile_program(stage.step, stage.arguments, mesh=built.mesh)
+            compiled = compile_program(
+                stage.step,
+                stage.arguments,
+                mesh=built.mesh,
+                options=experiment.runtime.compiler_options.of("tpu"),
+                kept=kept,
+            )
         except DoesNotFit as error:
             problem = str(error)
         else:

@@ -6,9 +6,10 @@ Nothing is allocated and nothing runs.
 
 import contextlib
 import dataclasses
+import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from t5x_like.core.errors import UserError
+from t5x_like.planner import cache
 
 _CACHE = "jax_enable_compilation_cache"
 
@@ -51,18 +53,46 @@ class Compiled:
     compile_seconds: float
 
 
-def compile_program(step: Any, arguments: Sequence[Any], *, mesh: Mesh) -> Compiled:
+def compile_program(
+    step: Any,
+    arguments: Sequence[Any],
+    *,
+    mesh: Mesh,
+    options: Mapping[str, Any] | None = None,
+    kept: pathlib.Path | None = None,
+) -> Compiled:
     """Compiles `step(*arguments)` over `mesh`. DoesNotFit when the devices' memory is too small for it.
 
-    step: what `jax.jit` returned, with its own shardings, donation and compiler options. arguments: trees of
-    `jax.ShapeDtypeStruct` with shardings on `mesh`.
+    step: what `jax.jit` returned, with its own shardings and donation. arguments: trees of `jax.ShapeDtypeStruct` with
+    shardings on `mesh`. kept: a folder where programs that were compiled before are found, and new ones left; then
+    options are those of the compiler that `step` was jitted with, which tell its programs apart.
     """
     with _without_compilation_cache(), jax.set_mesh(mesh):
         lowered, lower_seconds = _timed(lambda: step.trace(*arguments).lower())
-        try:
-            compiled, compile_seconds = _timed(lowered.compile)
-        except jax.errors.JaxRuntimeError as error:
-            raise _explained(str(error)) from None
+        name = (
+            cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
+            if kept
+            else ""
+        )
+        known = cache.read(kept, name) if kept else None
+        if known is None:
+            known = _asked(lowered)
+            if kept:
+                cache.write(kept, name, known)
+    if known["error"]:
+        raise _explained(known["error"])
+    return Compiled(known["text"], Memory(**known["memory"]), lower_seconds, known["seconds"])
+
+
+def _asked(lowered: Any) -> dict[str, Any]:
+    """What the compiler says of a lowered program: its text and memory, or that it is too large."""
+    try:
+        compiled, seconds = _timed(lowered.compile)
+    except jax.errors.JaxRuntimeError as error:
+        explained = _explained(str(error))
+        if not isinstance(explained, DoesNotFit):
+            raise explained from None
+        return {"error": str(error), "text": "", "memory": {}, "seconds": 0.0}
     stats = compiled.memory_analysis()
     memory = Memory(
         arguments_bytes=stats.argument_size_in_bytes,
@@ -70,7 +100,7 @@ def compile_program(step: Any, arguments: Sequence[Any], *, mesh: Mesh) -> Compi
         outputs_bytes=stats.output_size_in_bytes,
         aliased_bytes=stats.alias_size_in_bytes,
     )
-    return Compiled(compiled.as_text(), memory, lower_seconds, compile_seconds)
+    return {"error": "", "text": compiled.as_text(), "memory": dataclasses.asdict(memory), "seconds": seconds}
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
