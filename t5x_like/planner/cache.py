@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -19,9 +18,6 @@ from typing import Any
 # More than this is thrown away, the longest unread first.
 BYTES = 4 * 2**30
 _FORM = 1  # of the files; part of every key
-# `loc("NAME"(...))` is the name of an operation; `loc("FILE":LINE:COLUMN)` where it was written, which decides nothing.
-_LOCATION = re.compile(r"^#loc.*$|\bloc\(.*\)$", re.MULTILINE)
-_NAME = re.compile(r'loc\("([^"]*)"\(')
 
 
 def folder() -> pathlib.Path:
@@ -32,14 +28,14 @@ def folder() -> pathlib.Path:
 def key(program: str, *, devices: Iterable[Any], options: Mapping[str, Any]) -> str:
     """The name of a program: of what it computes and where, in which compiler.
 
-    program: the lowered module with its locations (`lowered.as_text(debug_info=True)`). options: of the compiler.
+    program: the lowered module with the names of its operations, but not the places in files that these come from.
+    options: of the compiler.
     """
     devices = list(devices)
     places = [(d.device_kind, getattr(d, "slice_index", 0), tuple(d.coords), d.core_on_chip) for d in devices]
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
     versions.append(os.environ.get("LIBTPU_INIT_ARGS", ""))  # more options
-    names = _NAME.findall(program)
-    parts = (_FORM, versions, sorted(options.items()), places, names, _LOCATION.sub("", program))
+    parts = (_FORM, versions, sorted(options.items()), places, program)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

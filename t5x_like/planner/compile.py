@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from t5x_like.core.errors import UserError
 from t5x_like.planner import cache
 
+_LINES = "jax_traceback_in_locations_limit"
 _CACHE = "jax_enable_compilation_cache"
 
 
@@ -67,13 +68,11 @@ def compile_program(
     shardings on `mesh`. kept: a folder where programs that were compiled before are found, and new ones left; then
     options are those of the compiler that `step` was jitted with, which tell its programs apart.
     """
-    with _without_compilation_cache(), jax.set_mesh(mesh):
+    with _without_compilation_cache(), _without_lines(), jax.set_mesh(mesh):
         lowered, lower_seconds = _timed(lambda: step.trace(*arguments).lower())
-        name = (
-            cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
-            if kept
-            else ""
-        )
+        name = ""
+        if kept:
+            name = cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
         known = cache.read(kept, name) if kept else None
         if known is None:
             known = _asked(lowered)
@@ -119,6 +118,18 @@ def _without_compilation_cache() -> Iterator[None]:
     finally:
         jax.config.update(_CACHE, before)
         compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _without_lines() -> Iterator[None]:
+    """Lowered programs name operations, but no lines of files: kernels hold these too, and moving a line would make
+    another program."""
+    before = getattr(jax.config, _LINES)
+    jax.config.update(_LINES, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(_LINES, before)
 
 
 def _explained(message: str) -> UserError:
