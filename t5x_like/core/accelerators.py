@@ -179,6 +179,16 @@ GENERATIONS = {
     ),
 }
 
+
+def of_kind(device_kind: str) -> Generation:
+    """The generation of a jax device.
+
+    >>> of_kind("TPU v5").prefix, of_kind("TPU v6 lite").prefix
+    ('v5p', 'v6e')
+    """
+    return next(row for row in GENERATIONS.values() if re.fullmatch(row.kind, device_kind))
+
+
 # A VM of several chips holds 2x2 of them. Slices below a cube of 4x4x4 have one of these shapes; above, whole cubes.
 _SMALL_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
