@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from t5x_like.planner import hlo
-from t5x_like.planner.collectives import Collective, kind_of, read
+from t5x_like.planner.collectives import Collective, kind_of, read, transfers
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 # The compiler writes the largest number there is where it has no estimate (gathers that the sparse core does).
@@ -110,6 +110,7 @@ class _Walk:
     def computation(self, computation: hlo.Computation, *, arguments: Sequence, times: int) -> _Tally:
         """The tally of `times` executions; `arguments` are the scalars known of its parameters."""
         tally = _Tally()
+        tally.collectives += [item.collective for item in transfers(computation, self.mesh_shape, count=times)]
         chains: set[tuple[str, str]] = set()
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
