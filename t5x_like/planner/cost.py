@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_like.planner import hlo
-from t5x_like.planner.collectives import Collective, kind_of, read
-from t5x_like.planner.schedule import Block, KernelCall, Op, Transfer
+from t5x_like.planner.collectives import Collective, Transfer, kind_of, read, transfers
+from t5x_like.planner.schedule import Begun, Block, KernelCall, Op
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 # The compiler writes the largest number there is where it has no estimate (gathers that the sparse core does).
@@ -107,7 +107,11 @@ class _Walk:
         """What one execution does; `arguments` are the scalars known of its parameters."""
         items: list[Op | Block] = []
         advanced: dict[str, int] = {}  # the last item that advances a chain
-        for instruction in computation.instructions.values():
+        exchanges = transfers(computation, self.mesh_shape, count=1)
+        for place, instruction in enumerate(computation.instructions.values()):
+            items += [_exchanged(e, at_start=place == e.start) for e in exchanges if place in (e.start, e.done)]
+            if instruction.opcode in ("send", "recv", "send-done", "recv-done"):
+                continue
             if instruction.opcode == "while":
                 items.append(self.loop(computation, instruction, arguments))
             elif instruction.opcode == "conditional":
@@ -144,7 +148,7 @@ class _Walk:
         """A computation that runs beside what follows; what another core computes costs this one nothing."""
         blocks = [self.called(name) for name in start.called("calls", "to_apply")]
         begins = [
-            Transfer(start.name, dataclasses.replace(t.collective, count=t.collective.count * times))
+            Begun(start.name, dataclasses.replace(t.collective, count=t.collective.count * times))
             for block in blocks
             for op, times in block.each()
             for t in op.begins
@@ -158,7 +162,7 @@ class _Walk:
         """One instruction that calls nothing or is a fusion, item `number` of its block; None where it is free."""
         name, opcode, source = instruction.name, instruction.opcode, _source(instruction)
         if kind_of(opcode):
-            transfer = Transfer(name, self.collective(computation, instruction))
+            transfer = Begun(name, self.collective(computation, instruction))
             return Op(name, source, begins=(transfer,), ends=() if opcode.endswith("-start") else (name,))
         if opcode.endswith("-done"):
             return Op(name, source, ends=(_begun_by(computation, instruction),))
@@ -174,7 +178,7 @@ class _Walk:
             if not chain:
                 ends.append(key)
             if not chain or chain not in advanced:
-                begins.append(Transfer(key, collective))
+                begins.append(Begun(key, collective))
             if chain:
                 advanced[chain] = number
         estimate = _CYCLES.search(instruction.attributes)
@@ -209,6 +213,12 @@ class _Walk:
     def collective(self, computation: hlo.Computation, instruction: hlo.Instruction) -> Collective:
         shapes = [computation.instructions[name].shape for name in instruction.operands]
         return read(instruction, shapes, self.mesh_shape, count=1)
+
+
+def _exchanged(exchange: Transfer, *, at_start: bool) -> Op:
+    """The first or the last instruction of an exchange between slices."""
+    begins = (Begun(exchange.send, exchange.collective),) if at_start else ()
+    return Op(exchange.send, exchange.collective.source, begins=begins, ends=() if at_start else (exchange.send,))
 
 
 def _dearness(block: Block) -> tuple[int, int]:

@@ -90,7 +90,9 @@ class Estimate:
         return None if self.chip_hours is None or self.price is None else self.chip_hours * self.price.amount
 
 
-def estimate(cost: Cost, fabric: Fabric, *, chips: int, work: Work | None = None, price: Price | None = None) -> Estimate:
+def estimate(
+    cost: Cost, fabric: Fabric, *, chips: int, work: Work | None = None, price: Price | None = None
+) -> Estimate:
     """Of a program that was walked through (cost.py), on devices that stand in `fabric`."""
     row = fabric.row
 

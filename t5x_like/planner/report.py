@@ -16,9 +16,11 @@ from t5x_like.planner.cost import Cost
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where programs are planned for. mesh: {axis: size} in mesh order; hbm_bytes: what a device has for programs."""
+    """Where programs are planned for. topology: of one slice; chips: of all; mesh: {axis: size} in mesh order;
+    hbm_bytes: what a device has for programs."""
 
     topology: str
+    slices: int
     chips: int
     mesh: dict[str, int]
     hbm_bytes: int
@@ -77,7 +79,8 @@ def to_text(plan: Plan, *, details: bool = False) -> str:
 
 def where(place: Place) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in place.mesh.items() if size > 1) or "one device"
-    return f"{place.topology}: {place.chips} chips, mesh {mesh}"
+    slices = f"{place.slices} x " if place.slices > 1 else ""
+    return f"{slices}{place.topology}: {place.chips} chips, mesh {mesh}"
 
 
 def labelled(seconds: float) -> str:
@@ -136,7 +139,8 @@ def _caveats(cost: Cost) -> list[str]:
 def collective_lines(items: Sequence[collectives.Collective], *, details: bool) -> list[str]:
     if not items:
         return ["collectives    none"]
-    header = {"kind": "collectives", "axes": "axes", "group": "devices", "count": "count", "bytes": "bytes"}
+    header = {"kind": "collectives", "axes": "axes", "network": "over"}
+    header |= {"group": "devices", "count": "count", "bytes": "bytes"}
     rows = [header, *(_row(total, total.bytes) for total in collectives.totals(items))]
     lines = table(rows)
     if details:
@@ -151,6 +155,7 @@ def _row(item: collectives.Total | collectives.Collective, size: int) -> dict[st
     return {
         "kind": f"  {item.kind}",
         "axes": " x ".join(item.axes) or "none",
+        "network": item.network.upper(),
         "group": str(item.group_size),
         "count": str(item.count),
         "bytes": f"{format_bytes(size)} {size:,}",

@@ -21,7 +21,7 @@ class KernelCall:
 
 
 @dataclasses.dataclass(frozen=True)
-class Transfer:
+class Begun:
     """Collectives that begin with an instruction, under a name by which an instruction ends them. The count of
     `collective` is that of one execution of the instruction, nearly always 1."""
 
@@ -43,7 +43,7 @@ class Op:
     cycles: int = 0
     lacks_estimate: bool = False
     kernel: KernelCall | None = None
-    begins: tuple[Transfer, ...] = ()
+    begins: tuple[Begun, ...] = ()
     ends: tuple[str, ...] = ()
 
 
