@@ -1,6 +1,6 @@
 """Which part of a model an operation belongs to, and in which pass it runs, from the name that jax gave it.
 
-Names are paths of scopes: `jit(step)/transpose(jvp(layers))/while/body/checkpoint/rematted_computation/mlp/dot_general`.
+Names are paths of scopes, such as `jit(step)/transpose(jvp(layers))/while/body/rematted_computation/mlp/dot_general`.
 Regions are named scopes of the model and the step (`jax.named_scope`); passes follow from what jax's transformations
 write around them. Not here: what operations cost (cost.py).
 """
