@@ -112,10 +112,8 @@ def _within(collective: Collective, fabric: Fabric, places: np.ndarray) -> float
     if collective.kind in ("collective-permute", "collective-broadcast"):
         return moved / link * max(span.stride for span in found) + HOP_SECONDS
     if collective.kind in ("all-to-all", "ragged-all-to-all"):
-        # Half of all data crosses the middle of each dim; the longest one takes longest.
-        return (
-            max(span.size * moved * cores / (4 if span.ring else 2) / (span.links * link) / 2 for span in found) + hops
-        )
+        # A quarter of all data crosses the middle of each dim one way; the longest dim takes longest.
+        return max(span.size * moved * cores / 4 / (span.links * link) for span in found) + hops
     both_ways = 2 if collective.kind == "all-reduce" else 1
     share = (size - 1) / size
     return both_ways * (moved * share / (link * sum(span.links for span in found)) + hops)
