@@ -95,7 +95,10 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import compile_program
     from t5x_like.planner.cost import cost
+    from t5x_like.planner.estimate import estimate
+    from t5x_like.planner.network import fabric
     from t5x_like.planner.report import Place, Plan
+    from t5x_like.runs import planned
     from t5x_like.runs import program as programs
     from t5x_like.runs.roles import open_or_assume
 
@@ -106,6 +109,7 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
     if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
+        work = None
     else:
         programs.check_mesh(experiment, mesh.shape)
         assumed: dict[str, str] = {}
@@ -115,9 +119,12 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
         if program == "rl":
             return _iteration(experiment, built, place, assumed, kept=_kept(options))
         step, step_arguments = built.step, (built.layout.state, built.layout.frozen, built.batch)
+        work = planned.train_work(experiment, built)
     options_of = experiment.runtime.compiler_options.of("tpu")
     compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options))
-    return Plan(program, place, compiled, cost(compiled.text, place.mesh))
+    found = cost(compiled.text, place.mesh)
+    where = fabric(list(mesh.devices.flat), place.mesh)
+    return Plan(program, place, compiled, found, estimate(found, where, chips=place.chips, work=work))
 
 
 def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:

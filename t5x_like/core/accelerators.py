@@ -3,8 +3,12 @@
 A slice is written `v5p:4x4x4`: the generation, and the chips along each dimension of its network. Everything else is
 derived. `parse` also takes the other names that people have for a slice, such as v5p-128 and tpu-v5p-slice:4x4x4. Not here: devices that programs compile for (planner/topology.py) and meshes over them (parallel/mesh.py).
 
-Sources: Google Cloud's TPU documentation for sizes, memory and peaks; xpk 1.16 for labels, machine types and runtimes
-(tests/launch compares every slice with it); libtpu for chip arrangements and for what it leaves to programs.
+Sources: Google Cloud's TPU documentation for sizes, memory, peaks and speeds of memory and networks (its ICI bandwidth
+of a chip is that of all links, both ways: v5p 1200 GB/s = 6 links x 2 x 100); for v4's links and network, and the
+network of v5e, v6e and tpu7x, also the "How To Scale Your Model" book, chapter 2, and the documentation's figures of a
+pod divided by its chips; `cycle_flops` from what libtpu estimates for large products (docs/planner.md); xpk 1.16 for
+labels, machine types and runtimes (tests/launch compares every slice with it); libtpu for chip arrangements and for
+what it leaves to programs.
 """
 
 import bisect
@@ -36,6 +40,11 @@ class Generation:
     hbm: GiB of a device that the compiler gives to programs, as it says when one is too large
     kind: regular expression of jax's device_kind
     peak: dense bf16 FLOP/s of a chip
+    cycle_flops: dense bf16 FLOPs of a device in one cycle of the compiler's estimates
+    mxu: rows and columns of a matrix unit (MXU): products with smaller dims leave a part of it idle
+    hbm_speed: bytes a second between a chip and its memory
+    ici: bytes a second of one link between neighbouring chips (interchip interconnect), one way
+    dcn: bytes a second between a chip and other slices (data center network)
     """
 
     prefix: str
@@ -53,6 +62,16 @@ class Generation:
     hbm: float
     kind: str
     peak: float
+    cycle_flops: int
+    mxu: int
+    hbm_speed: float
+    ici: float
+    dcn: float
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second. Estimates of products that fill the matrix units then give the peak."""
+        return self.peak / self.devices / self.cycle_flops
 
 
 GENERATIONS = {
@@ -72,6 +91,11 @@ GENERATIONS = {
         hbm=30.75,
         kind=r"TPU v4",
         peak=275e12,
+        cycle_flops=262_144,
+        mxu=128,
+        hbm_speed=1228e9,
+        ici=50e9,
+        dcn=6.25e9,
     ),
     "v5e": Generation(
         prefix="v5litepod",
@@ -89,6 +113,11 @@ GENERATIONS = {
         hbm=15.75,
         kind=r"TPU v5 lite|TPU v5e",
         peak=197e12,
+        cycle_flops=131_072,
+        mxu=128,
+        hbm_speed=819e9,
+        ici=50e9,
+        dcn=3.125e9,
     ),
     "v5p": Generation(
         prefix="v5p",
@@ -106,6 +135,11 @@ GENERATIONS = {
         hbm=95.73,
         kind=r"TPU v5p?",
         peak=459e12,
+        cycle_flops=262_144,
+        mxu=128,
+        hbm_speed=2765e9,
+        ici=100e9,
+        dcn=6.25e9,
     ),
     "v6e": Generation(
         prefix="v6e",
@@ -123,6 +157,11 @@ GENERATIONS = {
         hbm=31.24,
         kind=r"TPU v6 lite|TPU v6e",
         peak=918e12,
+        cycle_flops=524_288,
+        mxu=256,
+        hbm_speed=1638e9,
+        ici=100e9,
+        dcn=12.5e9,
     ),
     "tpu7x": Generation(
         prefix="tpu7x",
@@ -140,8 +179,23 @@ GENERATIONS = {
         hbm=94.74,
         kind=r"TPU7x",
         peak=2307e12,
+        cycle_flops=524_288,
+        mxu=256,
+        hbm_speed=7380e9,
+        ici=100e9,
+        dcn=12.5e9,
     ),
 }
+
+
+def of_kind(device_kind: str) -> Generation:
+    """The generation of a jax device.
+
+    >>> of_kind("TPU v5").prefix, of_kind("TPU v6 lite").prefix
+    ('v5p', 'v6e')
+    """
+    return next(row for row in GENERATIONS.values() if re.fullmatch(row.kind, device_kind))
+
 
 # A VM of several chips holds 2x2 of them. Slices below a cube of 4x4x4 have one of these shapes; above, whole cubes.
 _SMALL_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
