@@ -42,12 +42,12 @@ class Fabric:
     wraps: tuple[bool, ...]
 
     def group(self, axes: Sequence[str], size: int) -> np.ndarray:
-        """Places of the devices of one group along `axes`; of fewer devices than these hold, the nearest."""
+        """Places of the devices of one group along `axes`; of fewer devices than these hold, the first."""
         names = list(self.mesh)
         numbers = np.arange(len(self.places)).reshape(tuple(self.mesh.values()))
         chosen = [names.index(axis) for axis in axes]
         rest = [dim for dim in range(len(names)) if dim not in chosen]
-        return self.places[numbers.transpose(rest + chosen).reshape(-1, max(size, 1))[0]]
+        return self.places[numbers.transpose(rest + chosen).reshape(-1)[: max(size, 1)]]
 
 
 def fabric(devices: Sequence[Any], mesh: Mapping[str, int]) -> Fabric:
