@@ -2,7 +2,7 @@
 
 Under a causal mask late queries see more keys: of n shards with a contiguous part of the queries each, the last does
 (2n - 1) / n times the mean work, and all wait for it. So each shard computes the first half of its own queries and the
-second half of those of its mirror shard, n - 1 - i for shard i. Of 2n chunks it then has chunk 2i and chunk 2n - 1 - 2i,
+second half of those of its mirror shard, n - 1 - i for shard i. Of 2n chunks of queries it then has 2i and 2n - 1 - 2i,
 and any two such chunks see equally many keys together. Queries go out and outputs come back by one permutation each,
 inside of attention: data, positions and losses know nothing of it. Keys and values are NOT handled here; each shard has
 them of whole rows.

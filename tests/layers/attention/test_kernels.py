@@ -41,6 +41,7 @@ SPLASH = {
     "tensor4_replicated_kv_heads": ({"tensor": 4}, {}, 2),
     "sequence2_tensor2_segments": ({"sequence": 2, "tensor": 2}, {"segments": True, "window": 150}, 2),
 }
+TWO_AXES = "length=sequence+tensor,act_heads=,act_kv_heads="
 # Causal rows long enough that shards exchange halves of their queries.
 EXCHANGED = {
     "softcap": ({"sequence": 2}, {"length": 512, "softcap": 2.0}, 2),
