@@ -15,12 +15,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
+from t5x_like.parallel.pipeline import NEUTRAL, PipelineConfig
 from t5x_like.parallel.rules import MESH_AXES, PRESETS, idle, rules
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Axis sizes: None takes the preset's, -1 (once) the devices that are left over. `rules` changes the table."""
+    """Axis sizes: None takes the preset's, -1 (once) the devices that are left over. `rules` changes the table.
+
+    pipeline: how batches go through the stages of a mesh that has some.
+    """
 
     preset: str
     rules: str
@@ -31,6 +35,7 @@ class MeshConfig:
     expert: int | None
     sequence: int | None
     tensor: int | None
+    pipeline: PipelineConfig = NEUTRAL
 
     def check(self, path: str) -> None:
         if self.preset not in PRESETS:

@@ -52,14 +52,15 @@ def step_program(experiment: Experiment, mesh: Mesh | AbstractMesh, *, opened: O
     """The train and the evaluation step on a mesh, which may be one of devices that are not there. opened: what opens
     the models of config.roles."""
     platform = meshes.platform(mesh)
-    model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
+    pipeline = experiment.mesh.pipeline
+    model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform, pipeline=pipeline)
     rules = model.rules
     own, trainable, frozen = _policy(experiment, model)
     _check_rules(rules, tree.join(trainable, frozen), where="config.mesh.rules")
     data = experiment.data
     held = {name: role for name, role in experiment.roles.items() if name not in experiment.cached_roles}
     longest = max(data.length, data.encoder_length)
-    others = frozen_models(held, length=longest, platform=platform, opened=opened)
+    others = frozen_models(held, length=longest, platform=platform, pipeline=pipeline, opened=opened)
     for name, other in others.items():
         _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
     roles = own | {name: frozen_role(other.model, name) for name, other in others.items()}
