@@ -33,9 +33,10 @@ def test_a_step_is_what_it_computes_its_kernels_and_what_of_collectives_is_expos
     found, time = of_text(
         f"  %w = f32[8,128] copy(%p), {cycles(V5P_CYCLES)}",
         "  %t = s8[1,4,4] constant({...})",
+        "  %n = s32[4096,128] iota(), iota_dimension=0",
         f"  %q = {shapes[0]} bitcast(%p)",
         f"  %k = {shapes[1]} bitcast(%p)",
-        f"  %splash_mha_fwd.1 = {shapes[0]} custom-call(%t, %t, %q, %k, %k), {attributes}",
+        f"  %splash_mha_fwd.1 = {shapes[0]} custom-call(%t, %t, %q, %k, %k, %n), {attributes}",
         "  %s = bf16[2700000000] all-gather(%p), replica_groups=[1,64]<=[64], dimensions={0}",
     )
     flops = 4 * 32 * 10 * 2 * 2 * 1024 * 1024 * 128
