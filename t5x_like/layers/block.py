@@ -27,8 +27,6 @@ from t5x_like.layers.attention.kv_cache import Cache, Cross
 from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.mlp import ACTIVATIONS, Mlp, add_bias
-from t5x_like.layers.normed import Normed, normed
-from t5x_like.layers.normed import applies as normed_applies
 from t5x_like.layers.norms import NORMS, RmsNorm
 from t5x_like.layers.param import ZEROS, fold, param
 from t5x_like.layers.platform import in_order
@@ -187,27 +185,20 @@ class Projections(nnx.Module):
             self.k_norm = RmsNorm(c.head_size, epsilon=c.norm_epsilon)
         self.config = c
 
-    def queries(self, x_BTD: jax.Array | Normed, rope: Any) -> jax.Array:
-        """With what a norm gives undivided, they are already scaled (`scale` of attention)."""
+    def queries(self, x_BTD: jax.Array, rope: Any) -> jax.Array:
         c = self.config
-        if isinstance(x_BTD, Normed):
-            return x_BTD.times("BTD,DNH->BTNH", self.q, "q", "act_heads", "head", rope=rope, factor=c.scale)
         q_BTNH = _project(x_BTD, self.q, self.q_bias if c.qkv_bias else None)
         q_BTNH = self.q_norm(q_BTNH) if c.qk_norm else q_BTNH
-        return _placed(q_BTNH if rope is None else rotate(q_BTNH, rope), "q")
+        return _placed(q_BTNH if rope is None else rotate(q_BTNH, rope), "act_heads")
 
-    def keys(self, x_BTD: jax.Array | Normed, rope: Any) -> jax.Array:
+    def keys(self, x_BTD: jax.Array, rope: Any) -> jax.Array:
         c = self.config
-        if isinstance(x_BTD, Normed):
-            return x_BTD.times("BTD,DNH->BTNH", self.k, "k", "act_kv_heads", "head", rope=rope)
         k_BTKH = _project(x_BTD, self.k, self.k_bias if c.qkv_bias else None)
         k_BTKH = self.k_norm(k_BTKH) if c.qk_norm else k_BTKH
-        return _placed(k_BTKH if rope is None else rotate(k_BTKH, rope), "k")
+        return _placed(k_BTKH if rope is None else rotate(k_BTKH, rope), "act_kv_heads")
 
-    def values(self, x_BTD: jax.Array | Normed) -> jax.Array:
-        if isinstance(x_BTD, Normed):
-            return x_BTD.times("BTD,DNH->BTNH", self.v, "v", "act_kv_heads", "head")
-        return _placed(_project(x_BTD, self.v, self.v_bias if self.config.qkv_bias else None), "v")
+    def values(self, x_BTD: jax.Array) -> jax.Array:
+        return _placed(_project(x_BTD, self.v, self.v_bias if self.config.qkv_bias else None), "act_kv_heads")
 
     def output(self, context_BTNH: jax.Array) -> jax.Array:
         context_BTNH = constrain(context_BTNH, "batch", "length", "act_heads", "head")
@@ -220,9 +211,8 @@ def _project(x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax
     return y_BTNH if bias is None else add_bias(y_BTNH, bias)
 
 
-def _placed(x_BTNH: jax.Array, name: str) -> jax.Array:
-    heads = "act_heads" if name == "q" else "act_kv_heads"
-    return checkpoint_name(constrain(x_BTNH, "batch", "length", heads, "head"), name)
+def _placed(x_BTNH: jax.Array, heads: str) -> jax.Array:
+    return constrain(x_BTNH, "batch", "length", heads, "head")
 
 
 class Attention(Projections):
@@ -234,7 +224,7 @@ class Attention(Projections):
 
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"] | Normed,
+        x_BTD: Float[Array, "B T D"],
         rows: Rows,
         bias: Bias | None,
         *,
@@ -246,7 +236,6 @@ class Attention(Projections):
         rope = rows.ropes[kind.rope_theta] if kind.rope_theta else None
         q_BTNH, k_BTKH, v_BTKH = self.queries(x_BTD, rope), self.keys(x_BTD, rope), self.values(x_BTD)
         scale, softcap, mask = self.config.scale, self.config.attention_softcap or None, self._mask(rows, kind)
-        scale = 1.0 if isinstance(x_BTD, Normed) else scale
         if cache is None:
             attend = attention if rows.branches is None else rows.branches.attend
             context_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap, bias=bias)
@@ -255,11 +244,6 @@ class Attention(Projections):
                 q_BTNH, k_BTKH, v_BTKH, mask, layer=index, scale=scale, softcap=softcap, bias=bias
             )
         return self.output(context_BTNH), None if cache is None else (k_BTKH, v_BTKH)
-
-    def reads_normed(self, norm: nnx.Module) -> bool:
-        """Whether what this norm gives may come undivided (layers/normed.py)."""
-        plain = not (self.config.qkv_bias or self.config.qk_norm)
-        return plain and normed_applies(norm, self.q, self.k, self.v)
 
     def _mask(self, rows: Rows, kind: LayerKind) -> MaskSpec:
         """Among the tokens of this call: by position where a cache is read, else by index, as kernels want it."""
@@ -342,7 +326,7 @@ class Block(nnx.Module):
         first_BTD = x_BTD
         placed = in_order if cache is None else lambda x_BTD: x_BTD
         with jax.named_scope("attention"):
-            entered_BTD = self._enter("attention", x_BTD, undivided=cache is None)
+            entered_BTD = self._enter("attention", x_BTD)
             branch_BTD, new = self.attention(entered_BTD, rows, shared.bias, kind=kind, index=index, cache=own)
             x_BTD = checkpoint_name(placed(self._leave("attention", x_BTD, branch_BTD, key)), "attention_out")
         if self.crosses:
@@ -350,8 +334,7 @@ class Block(nnx.Module):
                 branch_BTD = self.cross(self._enter("cross", x_BTD), rows, index=index, cache=other)
                 x_BTD = checkpoint_name(placed(self._leave("cross", x_BTD, branch_BTD, key)), "attention_out")
         with jax.named_scope("mlp"):
-            read_BTD = first_BTD if self.parallel else x_BTD
-            branch_BTD = self.mlp(self._enter("mlp", read_BTD, undivided=cache is None))
+            branch_BTD = self.mlp(self._enter("mlp", first_BTD if self.parallel else x_BTD))
             x_BTD = placed(self._leave("mlp", x_BTD, branch_BTD, key))
         return x_BTD, {"cache": new, "sums": {}}
 
@@ -359,14 +342,9 @@ class Block(nnx.Module):
     def _norm(config: BlockConfig, place: BlockPlace) -> nnx.Module:
         return NORMS[config.norm](place.width, epsilon=config.norm_epsilon)
 
-    def _enter(self, branch: str, x_BTD: jax.Array, *, undivided: bool = False) -> Any:
-        """What a branch reads. undivided: as `Normed` where it can."""
-        if self.order not in ("pre", "sandwich"):
-            return x_BTD
-        norm = getattr(self, f"{branch}_norm")
-        if undivided and getattr(self, branch).reads_normed(norm):
-            return normed(norm, x_BTD)
-        return norm(x_BTD)
+    def _enter(self, branch: str, x_BTD: jax.Array) -> jax.Array:
+        """What a branch reads."""
+        return getattr(self, f"{branch}_norm")(x_BTD) if self.order in ("pre", "sandwich") else x_BTD
 
     def _leave(self, branch: str, x_BTD: jax.Array, out_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         """What goes on behind a branch: x and its output, with the norm that NORM_ORDERS has there."""
