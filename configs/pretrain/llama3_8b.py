@@ -3,9 +3,9 @@
     t5x_like plan --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4
     t5x_like train --config=configs/pretrain/llama3_8b.py --workdir=gs://BUCKET/llama3_8b \\
         --config.data.source=jsonl:gs://BUCKET/text/*.jsonl --config.data.tokenizer=TOKENIZER
-Hardware: v5p-128 (64 chips). Global batch 256 x 4096 tokens, fp32 master weights, bf16 compute. Of its layers all is
-saved that a matrix product gives: 60 of a chip's 95 GB, and 19% fewer cycles than with full remat, which takes 17 GB and
-is right for longer rows or fewer chips: --config.model.remat=full.
+Hardware: v5p-128 (64 chips). Global batch 256 x 4096 tokens, fp32 master weights, bf16 compute. All that a matrix
+product of a layer gives is saved: 60 of a chip's 103 GB, and 19% fewer cycles than with full remat, which takes 17 GB
+and is right for longer rows or fewer chips: --config.model.remat=full.
 """
 
 from ml_collections import ConfigDict
