@@ -39,17 +39,17 @@ def run(arguments: Sequence[str]) -> int:
     from t5x_like.planner import iteration, report
 
     plan: report.Plan | iteration.Iteration = _planned(program, config, overrides, options)
-    details, problems = options.details, []
+    details = options.details
     if isinstance(plan, iteration.Iteration):
-        content, text, problems = iteration.to_json(plan), iteration.to_text(plan, details=details), plan.problems
+        content, text = iteration.to_json(plan), iteration.to_text(plan, details=details)
     else:
         content, text = report.to_json(plan), report.to_text(plan, details=details)
     if json_path:
         json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
         os.replace(json_path.with_name(f"{json_path.name}.tmp"), json_path)
     print(text)
-    if problems:
-        raise UserError(f"{plan.place.topology} is too small for this iteration: {'; '.join(problems)}")
+    if plan.problems:
+        raise UserError(f"{plan.place.topology} is too small: {'; '.join(plan.problems)}")
     return 0
 
 
@@ -93,7 +93,7 @@ def _writable(path: str) -> pathlib.Path:
 def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any) -> Any:
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
-    from t5x_like.planner.compile import compile_program
+    from t5x_like.planner.compile import DoesNotFit, compile_program
     from t5x_like.planner.cost import cost
     from t5x_like.planner.report import Place, Plan
     from t5x_like.runs import planned
@@ -119,9 +119,15 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
         step, step_arguments = built.step, (built.layout.state, built.layout.frozen, built.batch)
         work = planned.train_work(experiment, built)
     options_of = experiment.runtime.compiler_options.of("tpu")
-    compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options))
+    problem = ""
+    try:
+        compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options), anyway=True)
+    except DoesNotFit as error:
+        if error.compiled is None:
+            raise
+        compiled, problem = error.compiled, str(error)
     found = cost(compiled.text, place.mesh)
-    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work))
+    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work), problem)
 
 
 def _estimate(found: Any, mesh: Any, place: Any, work: Any) -> Any:
