@@ -27,6 +27,14 @@ PROGRAMS = ("train", "decode", "rl")
 
 
 def run(arguments: Sequence[str]) -> int:
+    if "--budget" in arguments:
+        from t5x_like.commands import plan_budget
+
+        return plan_budget.run(arguments)
+    if "--check" in arguments:
+        from t5x_like.commands import plan_check
+
+        return plan_check.run(arguments)
     config_arguments, others = split_config(arguments)
     options = _parse(others)
     config, overrides = load_config(config_arguments)
@@ -100,7 +108,7 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     from t5x_like.runs import program as programs
     from t5x_like.runs.roles import open_or_assume
 
-    experiment = _experiment(config, overrides)
+    experiment = planned.experiment_of(config, overrides)
     slices, mesh_config = _slices(options.slices, experiment.mesh)
     topology = topologies.topology(options.topology, slices=slices)
     mesh = meshes.make(mesh_config, topology.devices)
@@ -155,17 +163,6 @@ def _kept(options: Any) -> pathlib.Path | None:
     if options.cache == "off":
         return None
     return pathlib.Path(paths.normal(options.cache)) if options.cache else cache.folder()
-
-
-def _experiment(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
-    """A training run, or one of reinforcement learning, whose functions are not called."""
-    from t5x_like.runs import train
-    from t5x_like.runs.functions import named_functions
-    from t5x_like.runs.rl_program import RlExperiment
-
-    if "rl" not in config:
-        return train.from_config(config, overrides=overrides)
-    return train.built(RlExperiment, named_functions(config)[0], overrides=overrides)
 
 
 def _iteration(

@@ -94,7 +94,7 @@ def compile_program(
     options are those of the compiler that `step` was jitted with, which tell its programs apart. anyway: of a program
     that does not fit, DoesNotFit has what it would be, which takes as long as compiling one that fits.
     """
-    with _without_compilation_cache(), _without_lines(), jax.set_mesh(mesh):
+    with _without_compilation_cache(), without_lines(), jax.set_mesh(mesh):
         lowered, lower_seconds = _timed(lambda: step.trace(*arguments).lower())
         name = ""
         if kept:
@@ -162,7 +162,7 @@ def _without_compilation_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_lines() -> Iterator[None]:
+def without_lines() -> Iterator[None]:
     """Lowered programs name operations, but no lines of files: kernels hold these too, and moving a line would make
     another program."""
     before = getattr(jax.config, _LINES)

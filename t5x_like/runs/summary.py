@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from t5x_like.core import tree
 from t5x_like.core.terminal import format_bytes, format_count, format_duration
 from t5x_like.models.attention_paths import Path, attention_paths
+from t5x_like.parallel import mesh as meshes
 from t5x_like.peft.attach import is_adapter
 from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment
@@ -67,12 +69,12 @@ def attention(experiment: Experiment, program: Program) -> list[Path]:
         name: jax.ShapeDtypeStruct((array.shape[0] // parts, *array.shape[1:]), array.dtype)
         for name, array in program.batch.items()
     }
-    device = program.mesh.devices.flat[0]
-    capability = getattr(device, "compute_capability", None)
+    absent = isinstance(program.mesh, AbstractMesh)
+    capability = None if absent else getattr(program.mesh.devices.flat[0], "compute_capability", None)
     return attention_paths(
         program.model,
         batch,
-        platform=device.platform,
+        platform=meshes.platform(program.mesh),
         compute_capability=None if capability is None else float(capability),
     )
 
