@@ -158,10 +158,11 @@ class HeadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DtypeConfig:
-    """Number formats by name (core/dtypes.py). compute "auto": by platform."""
+    """Number formats by name (core/dtypes.py). compute "auto": by platform. products: a name in dtypes.PRODUCTS."""
 
     params: str
     compute: str
+    products: str
 
 
 @dataclasses.dataclass(frozen=True)

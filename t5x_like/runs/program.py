@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from t5x_like.core import tree
+from t5x_like.core.dtypes import INT8
 from t5x_like.core.errors import UsageError
 from t5x_like.data import reference_logp
 from t5x_like.inference.decode import decode_step
@@ -181,7 +182,9 @@ def _step_config(experiment: Experiment) -> StepConfig:
         spike_deviations=None if loop.on_spike == "off" else loop.spike_deviations,
         spike_memory=loop.spike_memory,
         spike_warmup=loop.spike_warmup,
-        dropout=experiment.model.dropout > 0 or (lora is not None and lora.dropout > 0),
+        dropout=experiment.model.dropout > 0
+        or (lora is not None and lora.dropout > 0)
+        or experiment.model.dtype.products == INT8,
         seed=experiment.seed,
     )
 
