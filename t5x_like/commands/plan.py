@@ -102,6 +102,8 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     topology = topologies.topology(options.topology)
     mesh = meshes.make(experiment.mesh, topology.devices)
     place = Place(topology.name, topology.chips, dict(mesh.shape), topology.hbm_bytes)
+    if program != "decode":
+        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
     if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
     else:

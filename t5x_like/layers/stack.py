@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
 from t5x_like.parallel import pipeline as pipelines
-from t5x_like.parallel.pipeline import Schedule
+from t5x_like.parallel.pipeline import Schedule, on_all_stages
 
 _policies = jax.checkpoint_policies
 
@@ -165,6 +165,7 @@ def run(
     """
     if pipeline is not None and cache is None:
         return _in_stages(blocks, weights, x, rows, kinds=kinds, scan=scan, remat=remat, schedule=pipeline)
+    weights = jax.tree.map(lambda a: a if _is_apart(a) else on_all_stages(a), weights, is_leaf=_is_apart)
     plan = segments(kinds) if scan else (Segment(0, len(kinds), 1),)
     if cache is None:
         parts = _cut(weights, kinds, plan)
