@@ -113,6 +113,8 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     topology = topologies.topology(options.topology, slices=slices)
     mesh = meshes.make(mesh_config, topology.devices)
     place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
+    if program != "decode":
+        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
     if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
         work = planned.decode_work(experiment, rows=options.rows, length=options.length)
@@ -150,7 +152,7 @@ def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:
     """(slices, section mesh): either says how many where the other is silent. A run needs config.mesh.slice itself."""
     if given is None:
         return max(mesh.slice or 1, 1), mesh
-    if mesh.slice is None and given > 1:
+    if mesh.slice is None and given > 1 and (mesh.stage or 1) == 1:
         print(f"planned with config.mesh.slice={given}, which train needs too", file=sys.stderr)
         mesh = dataclasses.replace(mesh, slice=given)
     return given, mesh

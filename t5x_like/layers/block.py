@@ -349,9 +349,7 @@ class Block(nnx.Module):
         """What a branch reads."""
         return getattr(self, f"{branch}_norm")(x_BTD) if self.order in ("pre", "sandwich") else x_BTD
 
-    def _leave(
-        self, branch: str, x_BTD: jax.Array, out_BTD: jax.Array, rows: Rows, key: jax.Array | None
-    ) -> jax.Array:
+    def _leave(self, branch: str, x_BTD: jax.Array, out_BTD: jax.Array, rows: Rows, key: jax.Array | None) -> jax.Array:
         """What goes on behind a branch: x and its output, with the norm that NORM_ORDERS has there."""
         if self.order == "branch":
             out_BTD = getattr(self, f"{branch}_norm")(out_BTD)

@@ -20,7 +20,7 @@ from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
 from t5x_like.layers import remat as remats
 from t5x_like.parallel import pipeline as pipelines
-from t5x_like.parallel.pipeline import Schedule
+from t5x_like.parallel.pipeline import Schedule, on_all_stages
 
 # What a layer reads, which is kept of a turn of a pipeline whatever is computed again.
 _LAYER_INPUT = "layer_input"
@@ -151,6 +151,7 @@ def run(
     """
     if pipeline is not None and cache is None:
         return _in_stages(blocks, weights, x, rows, kinds=kinds, scan=scan, remat=remat, schedule=pipeline)
+    weights = jax.tree.map(lambda a: a if _is_apart(a) else on_all_stages(a), weights, is_leaf=_is_apart)
     saved = ("none",) * len(kinds) if cache is not None else remats.by_layer(remat, kinds)
     plan = segments(list(zip(kinds, saved, strict=True))) if scan else (Segment(0, len(kinds), 1),)
     if cache is None:
