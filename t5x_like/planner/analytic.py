@@ -2,8 +2,8 @@
 
 Memory is a sum of parts that are counted: state exactly, saved activations by what the remat policy keeps, and for the
 moment of the peak one layer and the LM head at work. Time is that of matrix products at the chip's peak, of attention,
-of what else moves through HBM, and of collectives by mesh axis, of which those of FSDP hide behind the work. A handful of
-shares stand in FITTED, each with its meaning; docs/planner.md says how far all of it is from the compiler.
+of what else moves through HBM, and of collectives by mesh axis, of which those of FSDP hide behind the work. A handful
+of shares stand in FITTED, each with its meaning; docs/planner.md says how far all of it is from the compiler.
 
 Legend: M tokens of one device and one micro-batch, D model, F mlp, L layers, V vocab (padded).
 """

@@ -67,7 +67,7 @@ class Judges:
         self._children = []
 
     def run(self, following: Callable[[], Task | None], ended: Callable[[Task, Outcome], None]) -> None:
-        """Asks `following` for a task whenever there is room, until it has none and none runs; `ended` is told of each."""
+        """Asks `following` for a task whenever there is room, until none is left or runs; tells `ended` of each."""
         while True:
             while len(self._children) < self._jobs and self._room():
                 task = self._put_back.pop() if self._put_back else following()

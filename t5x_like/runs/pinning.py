@@ -19,7 +19,7 @@ _SHIPPED = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 
 def pinned_path(arguments: Sequence[str], given: str, *, topology: str) -> pathlib.Path:
-    """Where the config will lie: the path `given`, or beside the base, llama3_8b_v5p_128.py. UserError if one is there."""
+    """Where the config will lie: at `given`, or beside the base, llama3_8b_v5p_128.py. UserError if one is there."""
     base, _ = config_file(arguments)
     asked = accelerators.parse(topology)
     alone = len(accelerators.slices_named(asked.name)) == 1

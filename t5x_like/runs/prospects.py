@@ -76,7 +76,7 @@ class Prospects:
             return str(error), None
 
     def _experiment(self, overrides: Mapping[str, Any]) -> Experiment:
-        """Built as `train` builds it; values that the search made are set, texts of flags go through the command line."""
+        """Built as `train` builds it: values that the search made are set, texts of flags are overrides."""
         texts = tuple(f"--{path}={value}" for path, value in overrides.items() if not _is_made(path))
         if texts not in self._configs:
             self._configs[texts] = load_config([*self._arguments, *texts])
