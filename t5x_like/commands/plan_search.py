@@ -70,15 +70,16 @@ def run(arguments: Sequence[str], dimensions: Sequence[str], options: argparse.N
     from t5x_like.planner import search_report
     from t5x_like.planner.topology import topology
 
-    place = topology(options.topology)
+    # Opened once for the number of devices; --slices, or config.mesh.slice, says of how many slices.
+    place = topology(options.topology, slices=_slices(arguments, options))
     folder = _folder(arguments, options)
     pinned = _pin_path(arguments, options) if options.pin is not None else None
     with lock.locked(folder):
-        search, prospects, device = _prepared(arguments, dimensions, options, place, folder)
+        search = _prepared(arguments, dimensions, options, place, folder)
         limits = _judging(options)
         search.reopen(limits)
         _say(f"{len(search.index):,} points, judged in {folder}, {_jobs(options)} at once")
-        _judge(search, prospects, device, arguments, options, limits)
+        _judge(search, arguments, options, limits)
         text = search_report.to_text(search.index, place.hbm_bytes)
         paths.write_text_atomic(paths.join(folder, RESULTS), search_report.to_markdown(search.index, place.hbm_bytes))
         print(text)
@@ -101,8 +102,8 @@ def run(arguments: Sequence[str], dimensions: Sequence[str], options: argparse.N
 
 def _prepared(
     arguments: Sequence[str], dimensions: Sequence[str], options: argparse.Namespace, place: Any, folder: str
-) -> tuple[Any, Any, Any]:
-    """(the search with all that is known before a compile, its prospects, the device of the analytic model)."""
+) -> Any:
+    """The search with all that is known before a compile."""
     from t5x_like.parallel import rules as sharding_rules
     from t5x_like.planner import analytic, search, search_index, space
     from t5x_like.runs.prospects import Prospects
@@ -116,9 +117,8 @@ def _prepared(
     # Exploring with the compiler's default options takes a quarter of the time; the best are then judged as they run.
     explores = bool(trial.base.runtime.compiler_options.of("tpu")) and not searched.sets_compiler_options
     prospects = Prospects(arguments, place.devices, own_options=not explores)
-    slices = len({getattr(each, "slice_index", 0) for each in place.devices})
     entries = []
-    for point in space.points(searched, prospects.around, len(place.devices), slices=slices):
+    for point in space.points(searched, prospects.around, len(place.devices), slices=place.slices):
         problem, found = prospects.look(point, device)
         known = {} if found is None else _figures(found)
         state, said = search.first_state(problem, known, place.hbm_bytes)
@@ -130,7 +130,8 @@ def _prepared(
         raise UsageError(f"--search: no point can run, such as {entries[0].name}: {entries[0].said}")
     settings = {
         "config": list(arguments),
-        "topology": options.topology,
+        "topology": place.name,
+        "slices": place.slices,
         "default_options": explores,
         "content": json.loads(json.dumps(to_dict(trial.base), default=str)),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
@@ -139,7 +140,13 @@ def _prepared(
     paths.make_directory(paths.join(folder, search_index.POINTS))
     index.write()
     limits = search.Limits(options.points or 12, _CONFIRM if explores else 0, place.hbm_bytes)
-    return search.Search(index, limits), prospects, device
+    return search.Search(index, limits)
+
+
+def _slices(arguments: Sequence[str], options: argparse.Namespace) -> int:
+    from t5x_like.runs.arguments import load_config, section
+
+    return options.slices or max(section(load_config(arguments)[0], "mesh").get("slice") or 1, 1)
 
 
 def _figures(found: Any) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def _figures(found: Any) -> dict[str, Any]:
 # Judging.
 
 
-def _judge(search: Any, prospects: Any, device: Any, arguments: Sequence[str], options: Any, limits: Any) -> None:
+def _judge(search: Any, arguments: Sequence[str], options: Any, limits: Any) -> None:
     """Explores, then confirms the best; returns when nothing is left to be judged."""
     from t5x_like.planner.judges import Judges
 
@@ -163,7 +170,7 @@ def _judge(search: Any, prospects: Any, device: Any, arguments: Sequence[str], o
         _jobs(options), memory=int(limits[0]), seconds=limits[1], environment={"JAX_PLATFORMS": "cpu"}
     ) as judges:
         for confirms in (False, True):
-            round_ = _Round(search, prospects, device, arguments, options, limits, confirms=confirms)
+            round_ = _Round(search, arguments, options, limits, confirms=confirms)
             judges.run(round_.following, round_.ended)
 
 
@@ -172,8 +179,6 @@ class _Round:
     """Turns names into commands, and what their processes leave behind into what the search is told."""
 
     search: Any
-    prospects: Any
-    device: Any
     arguments: Sequence[str]
     options: argparse.Namespace
     limits: tuple[float, float]
@@ -209,7 +214,8 @@ class _Round:
     def _command(self, name: str, path: str) -> tuple[str, ...]:
         point, settings = self.search.index[name].point, self.search.index.settings
         words = [sys.executable, "-m", "t5x_like", "plan", *self.arguments, *point.flags]
-        words += [f"--topology={self.options.topology}", "--program=train", f"--json={path}"]
+        words += [f"--topology={settings['topology']}", f"--slices={settings['slices']}"]
+        words += ["--program=train", f"--json={path}"]
         if settings["default_options"] and not self.confirms:
             words.append("--default_options")
         return tuple(words + ([f"--cache={self.options.cache}"] if self.options.cache else []))
@@ -220,20 +226,13 @@ class _Round:
 
         try:
             plan = json.loads(pathlib.Path(path).read_text())
-            found = search.verdict(plan, lambda cycles: self._from_cycles(name, cycles))
+            found = search.verdict(plan)
         except (OSError, ValueError, KeyError, TypeError):
             return False
         took = "kept from before" if seconds is None else f"{seconds:.0f} s, {format_bytes(peak)} of memory"
         _say(f"{name}: {found.seconds:.4g} s a step, {format_bytes(found.bytes)} ({took})")
         (self.search.confirmed if self.confirms else self.search.judged)(name, found)
         return True
-
-    def _from_cycles(self, name: str, cycles: int) -> float:
-        """Seconds of a step from the compiler's cycles, and from the analytic model what has none."""
-        from t5x_like.planner import analytic
-
-        parts = self.search.index[name].analytic["parts"]
-        return analytic.clocked(self.device, cycles) + parts["attention"] + parts["exposed"]
 
 
 def _judging(options: argparse.Namespace) -> tuple[float, float]:

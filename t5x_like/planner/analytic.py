@@ -37,43 +37,28 @@ FITTED = {
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What a device can do in a second. peak: FLOP; memory: bytes of HBM; link: bytes one way over one link of the
-    chip's network; dims: of that network, in chips, with rings where `wraps`; clock: cycles."""
+    chip's network; dims: of that network, in chips, with rings where `wraps`; between: bytes to other slices."""
 
     peak: float
     memory: float
     link: float
     dims: tuple[int, ...]
     wraps: tuple[bool, ...]
-    clock: float
-
-
-# (bytes/s of HBM a chip, bytes/s one way a link): Google Cloud's TPU documentation.
-_SPEEDS = {
-    "v4": (1228e9, 50e9),
-    "v5e": (819e9, 50e9),
-    "v5p": (2765e9, 100e9),
-    "v6e": (1640e9, 112e9),
-    "tpu7x": (7380e9, 200e9),
-}
-_DCN = 12.5e9 / 4  # bytes/s of a chip over the data-centre network: 100 Gbit/s a machine of four
+    between: float
 
 
 def device(topology: accelerators.Slice) -> Device:
     """A device of a topology; two of them share a chip of tpu7x."""
-    memory, link = _SPEEDS[topology.generation]
-    share = topology.row.devices
+    row = topology.row
     wraps = accelerators.wraps(topology.dims)[: len(topology.dims)]
-    peak = topology.row.peak / share
-    return Device(peak, memory / share, link / share, topology.dims, wraps, peak / _CYCLE[topology.generation])
-
-
-def clocked(device: Device, cycles: int) -> float:
-    """Seconds of so many cycles of the compiler's estimate."""
-    return cycles / device.clock
-
-
-# FLOPs of a cycle, both cores of a device together: a generation's peak divided by its clock.
-_CYCLE = {"v4": 262144, "v5e": 131072, "v5p": 262144, "v6e": 524288, "tpu7x": 524288}
+    return Device(
+        row.peak / row.devices,
+        row.hbm_speed / row.devices,
+        row.ici / row.devices,
+        topology.dims,
+        wraps,
+        row.dcn / row.devices,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +353,7 @@ def bandwidth(sizes: Mapping[str, int], axis: str, device: Device) -> float:
     has a whole ring, one way where it has a part of a dim. An axis of several dims uses all of their links.
     """
     if axis == "slice":
-        return _DCN
+        return device.between
     left = sorted(each for each in zip(device.dims, device.wraps, strict=True) if each[0] > 1)
     for name in reversed([name for name in sizes if sizes[name] > 1 and name != "slice"]):
         size, lanes = sizes[name], 0.0

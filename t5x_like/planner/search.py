@@ -9,7 +9,7 @@ Not here: the space (space.py), processes (judges.py), what is kept (search_inde
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes
@@ -137,19 +137,13 @@ def first_state(problem: str, analytic: Mapping[str, Any], hbm_bytes: int) -> tu
     return search_index.OPEN, ""
 
 
-def verdict(plan: Mapping[str, Any], seconds_of: Callable[[int], float]) -> Verdict:
-    """What a plan's JSON says. seconds_of: of a step from its cycles, where the plan has no estimate of its own."""
-    estimate = plan.get("estimate") or {}
-    given = estimate.get("step_seconds")
+def verdict(plan: Mapping[str, Any]) -> Verdict:
+    """What a plan's JSON says."""
+    estimate = plan["estimate"]
     return Verdict(
-        seconds=float(given) if given else seconds_of(plan["cycles"]),
-        by="estimate" if given else "cycles",
+        seconds=float(estimate["step_seconds"]),
         bytes=int(plan["memory"]["total_bytes"]),
-        bound_by=str(estimate.get("bound_by", "")),
+        bound_by=str(estimate["bound_by"]),
+        mfu=float(estimate["mfu"]),
         cycles=int(plan["cycles"]),
     )
-
-
-def same_kind(verdicts: Sequence[Verdict]) -> bool:
-    """Whether all were made alike, so that their times compare."""
-    return len({verdict.by for verdict in verdicts}) <= 1

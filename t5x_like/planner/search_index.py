@@ -26,13 +26,12 @@ _STATES = (ILLEGAL, LARGE, OPEN, JUDGED, REFUSED, FAILED)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the compiler says of a point that fits. seconds: of a step; by: "estimate", or "cycles" where a plan has no
-    estimate of its own; bytes: HBM of a device."""
+    """What a plan says of a point that fits. seconds: of a step; bytes: HBM of a device; the rest as in its JSON."""
 
     seconds: float
-    by: str
     bytes: int
     bound_by: str
+    mfu: float
     cycles: int
 
 

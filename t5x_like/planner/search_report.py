@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from t5x_like.core.terminal import format_bytes
 from t5x_like.planner import report, search_index
 from t5x_like.planner.search import ranking
-from t5x_like.planner.search_index import Entry, Index, Verdict
+from t5x_like.planner.search_index import Entry, Index
 
 SHOWN = 10
 _KINDS = {
@@ -63,7 +63,8 @@ def table(entries: Sequence[Entry], hbm_bytes: int) -> list[str]:
         return ["no point fits"]
     best = entries[0].best
     assert best is not None
-    rows = [{"point": "point", "step": "step", "to the best": "slower", "memory": "memory", "bound": "bound by"}]
+    rows = [{"point": "point", "step": "step", "to the best": "slower", "mfu": "MFU", "memory": "memory"}]
+    rows[0]["bound"] = "bound by"
     for entry in entries:
         each = entry.best
         assert each is not None
@@ -71,21 +72,17 @@ def table(entries: Sequence[Entry], hbm_bytes: int) -> list[str]:
         rows.append(
             {
                 "point": f"  {entry.name}{' *' if entry.confirmed else ''}",
-                "step": seconds_text(each),
+                "step": f"{each.seconds:.4g} s",
                 "to the best": f"{each.seconds / best.seconds - 1:+.1%}" if alike and each is not best else "",
+                "mfu": f"{each.mfu:.1%}",
                 "memory": f"{format_bytes(each.bytes)} ({each.bytes / hbm_bytes:.0%})",
-                "bound": each.bound_by or entry.analytic.get("bound_by", ""),
+                "bound": each.bound_by,
             }
         )
-    lines = report.table(rows, right=("step", "to the best", "memory"))
+    lines = report.table(rows, right=("step", "to the best", "mfu", "memory"))
     if any(entry.confirmed for entry in entries):
         lines.append("  * judged with the config's own compiler options")
     return lines
-
-
-def seconds_text(verdict: Verdict) -> str:
-    """`~` where the time is made of cycles and the analytic model, for want of an estimate in the plan."""
-    return f"{'~' if verdict.by == 'cycles' else ''}{verdict.seconds:.4g} s"
 
 
 def _dropped(index: Index, state: str) -> list[Entry]:

@@ -58,13 +58,12 @@ def _text(
 ) -> str:
     verdict = best.best
     assert verdict is not None
-    by = "" if verdict.by == "estimate" else ", by cycles and an analytic model"
     launch = f"base.get_launch() | {{{topology_item(topology)}}}" if launches else f"{{{topology_item(topology)}}}"
     called = f"base.get_config({', '.join(map(repr, given))})"
     return f'''"""{base.name} for {topology}, as `t5x_like plan --search` chose it on {datetime.date.today()}.
 
     t5x_like plan --config={_shown(target)} --topology={topology}
-Hardware: {topology}. Estimated, not measured: {verdict.seconds:.3g} s a step{by}, {format_bytes(verdict.bytes)} of a
+Hardware: {topology}. Estimated, not measured: {verdict.seconds:.3g} s a step, {format_bytes(verdict.bytes)} of a
 device (libtpu {importlib.metadata.version("libtpu")}).
 """
 

@@ -32,7 +32,7 @@ def entries(world=WORLD):
 
 
 def judged(seconds, size=50):
-    return Verdict(seconds, "estimate", size, "products", 7)
+    return Verdict(seconds, size, "products", 0.5, 7)
 
 
 def run(folder, *, points=9, confirm=0, world=WORLD, stop=None, confirmed=None):
@@ -138,8 +138,7 @@ def test_an_index_is_read_as_it_was_written(tmp_path):
     }
 
 
-def test_a_plan_is_judged_by_its_estimate_and_without_one_by_its_cycles():
-    plan = {"cycles": 100, "memory": {"total_bytes": 5}}
-    assert verdict(plan, lambda cycles: cycles / 50) == Verdict(2.0, "cycles", 5, "", 100)
-    plan["estimate"] = {"step_seconds": 3.0, "bound_by": "attention"}
-    assert verdict(json.loads(json.dumps(plan)), lambda cycles: 0.0) == Verdict(3.0, "estimate", 5, "attention", 100)
+def test_a_plan_is_judged_by_its_estimate():
+    estimate = {"step_seconds": 3.0, "bound_by": "attention", "mfu": 0.4}
+    plan = {"cycles": 100, "memory": {"total_bytes": 5}, "estimate": estimate}
+    assert verdict(json.loads(json.dumps(plan))) == Verdict(3.0, 5, "attention", 0.4, 100)
