@@ -23,6 +23,7 @@ from t5x_like.core.errors import UsageError
 from t5x_like.layers.attention.biases import Bias
 from t5x_like.layers.attention.branches import Branches
 from t5x_like.layers.attention.choice import attention
+from t5x_like.layers.attention.kernels import CONTEXT
 from t5x_like.layers.attention.kv_cache import Cache, Cross
 from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.layers.initialization import Initialization
@@ -35,7 +36,7 @@ from t5x_like.layers.weights import einsum
 from t5x_like.parallel.sharding import constrain
 
 # The activations of a layer that have a name, by which remat can save them (stack.SAVED).
-NAMES = ("q", "k", "v", "context", *MLP_NAMES)
+NAMES = ("q", "k", "v", CONTEXT, *MLP_NAMES)
 # Where the norms of a branch stand: f is the branch, x what passes from layer to layer.
 NORM_ORDERS = {
     "pre": "x + f(norm(x))",
@@ -203,7 +204,7 @@ class Projections(nnx.Module):
         return _placed(_project(x_BTD, self.v, self.v_bias if self.config.qkv_bias else None), "v")
 
     def output(self, context_BTNH: jax.Array) -> jax.Array:
-        context_BTNH = checkpoint_name(constrain(context_BTNH, "batch", "length", "act_heads", "head"), "context")
+        context_BTNH = constrain(context_BTNH, "batch", "length", "act_heads", "head")
         out_BTD = einsum("BTNH,NHD->BTD", context_BTNH, self.o)
         return add_bias(out_BTD, self.o_bias) if self.config.out_bias else out_BTD
 

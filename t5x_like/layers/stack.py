@@ -16,20 +16,32 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.core.types import Tree
+from t5x_like.layers.attention.kernels import CONTEXT, CUDNN_FORWARD
 
 _policies = jax.checkpoint_policies
 
 # Names that blocks give to activations with `checkpoint_name` (block.NAMES) and that a policy saves.
 SAVED: dict[str, tuple[str, ...]] = {
     "minimal": ("q", "k", "v", "context", "mlp_gate", "mlp_up"),  # computes norms, activations and attention again
-    "context": ("context",),  # saves attention's output: its kernel runs once
+    "context": ("context",),  # saves attention's output, and on accelerators what else its backward pass reads
 }
+
+
+def _saving(names: tuple[str, ...], also: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The policy that saves what has these names. cuDNN's kernel gives its results no name: with "context" they are
+    saved by their primitive, so that it runs once."""
+    policy = _policies.save_only_these_names(*names)
+    if CONTEXT in names:
+        policy = _policies.save_from_both_policies(policy, lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD)
+    return policy if also is None else _policies.save_from_both_policies(policy, also)
+
+
 # What the backward pass finds saved; everything else inside a layer is computed again. Least memory last.
-REMAT: dict[str, Callable[..., bool]] = {
+REMAT: dict[str, Callable[..., Any]] = {
     "none": _policies.everything_saveable,  # but for what a layer itself leaves out (mlp.py: its activation)
-    "dots": _policies.dots_saveable,
-    "minimal": _policies.save_only_these_names(*SAVED["minimal"]),
-    "context": _policies.save_only_these_names(*SAVED["context"]),
+    "dots": _saving(SAVED["context"], _policies.dots_saveable),
+    "minimal": _saving(SAVED["minimal"]),
+    "context": _saving(SAVED["context"]),
     "full": _policies.nothing_saveable,  # one [B, T, D] a layer
 }
 

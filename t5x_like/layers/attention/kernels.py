@@ -29,12 +29,14 @@ from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_na
 BLOCK = 1024
 BLOCK_COMPUTE = 512
 LANES = 128
+# By this name remat can save what attention gives, and with it what a kernel's backward pass reads.
+CONTEXT = "context"
 # cuDNN's largest head: on every generation, and from Hopper on.
 CUDNN_HEAD, CUDNN_HEAD_HOPPER, HOPPER = 128, 256, 9.0
 # cuDNN knows no segments: it takes a mask as a 16-bit matrix [rows, T, S] (and returns one as its gradient). A device
 # makes it whole up to this size, else in blocks of queries, one kernel call each; more blocks take longer to compile.
 MASK_BYTES, CUDNN_BLOCK, MAX_CUDNN_BLOCKS = 64 * 2**20, 128, 32
-_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive; under another name it would run twice
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive; under another name it would run twice
 
 
 # TPU.
@@ -77,6 +79,9 @@ def splash(
         q_seq_shards=place.shards(1),
         block_sizes=_block_sizes(q_BTNH.shape[1] // place.shards(1)),
         attn_logits_soft_cap=softcap,
+        # Names what its backward pass reads, the output and the log sums: from outside only the output has a name, and
+        # then a backward pass that finds it saved still runs the forward kernel again for the sums.
+        residual_checkpoint_name=CONTEXT,
         interpret=interpret,
     )
 
@@ -228,7 +233,7 @@ def _cudnn_in_blocks(
     # Gradients of the keys are the sum over blocks: in float32, the type of what is cut here.
     k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (k_BSKH, v_BSKH))
 
-    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name == _CUDNN_FORWARD)
+    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD)
     def one(q_BTNH, k_BSKH, v_BSKH, mask, q_start, k_start):
         matrix_BTS = allowed(mask, q_length=q_BTNH.shape[1], k_length=k_BSKH.shape[1], q_start=q_start, k_start=k_start)
         out_BTNH = jax.nn.dot_product_attention(
