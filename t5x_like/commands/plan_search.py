@@ -202,14 +202,13 @@ class _Round:
         if outcome.status == 0 and self._read(task.name, path, seconds=outcome.seconds, peak=outcome.peak):
             return
         said = outcome.said.removeprefix("t5x_like: ").removeprefix("error: ")
-        fits = "does not fit" not in said
-        _say(f"{task.name}: {said}")
         if self.confirms:
             self.search.not_confirmed(task.name, said)
-        elif fits:
-            self.search.failed(task.name, said, self.limits)
-        else:
+        elif "does not fit" in said:
             self.search.refused(task.name, said)
+        else:
+            self.search.failed(task.name, said, self.limits)
+        _say(f"{task.name}: {said}")
 
     def _command(self, name: str, path: str) -> tuple[str, ...]:
         point, settings = self.search.index[name].point, self.search.index.settings
@@ -230,8 +229,8 @@ class _Round:
         except (OSError, ValueError, KeyError, TypeError):
             return False
         took = "kept from before" if seconds is None else f"{seconds:.0f} s, {format_bytes(peak)} of memory"
-        _say(f"{name}: {found.seconds:.4g} s a step, {format_bytes(found.bytes)} ({took})")
         (self.search.confirmed if self.confirms else self.search.judged)(name, found)
+        _say(f"{name}: {found.seconds:.4g} s a step, {format_bytes(found.bytes)} ({took})")
         return True
 
 

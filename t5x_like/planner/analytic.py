@@ -147,7 +147,7 @@ def widths(step: Step, stack: StackConfig) -> dict[str, float]:
 def saved_names(remat: str) -> tuple[str, ...]:
     """The activations of a layer, beside its input x, that a policy keeps; those of "none" are all and more."""
     if remat == "dots":
-        return ("q", "k", "v", "out", "mlp_gate", "mlp_up")
+        return ("q", "k", "v", "context", "out", "mlp_gate", "mlp_up")
     return SAVED.get(remat, ())
 
 

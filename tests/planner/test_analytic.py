@@ -48,7 +48,7 @@ TOKENS = 8 * 32 // 4  # of a device
         ("full", 64),
         ("context", 64 + 64),
         ("minimal", 64 + 64 + 32 + 32 + 64 + 128 + 128),
-        ("dots", 64 + 64 + 32 + 32 + 64 + 128 + 128),
+        ("dots", 64 + 64 + 32 + 32 + 64 + 64 + 128 + 128),
     ],
 )
 def test_saved_activations_are_those_that_the_policy_names(remat, numbers):
