@@ -23,6 +23,8 @@ SINGLE = 4  # of float32
 LOGITS = 2**30  # bytes of a chunk of float32 logits (layers/scoring/head_layout.py)
 KEPT_LOGITS = 256 * 2**20  # up to here all logits are kept and none is computed again
 
+BESIDE = ("fsdp", "data", "slice")  # axes whose collectives can run beside the work
+
 # Shares that were fitted to compiled programs (docs/planner.md).
 FITTED = {
     "products": 0.80,  # of the peak that matrix products reach with the compiler's default options
@@ -113,10 +115,13 @@ def estimate(step: Step, device: Device) -> Estimate:
         "attention": attention / (device.peak * FITTED["attention"]),
         "memory": _moved(step) / device.memory,
     }
-    # Weights are gathered, and gradients reduced, beside the work of other layers; what divides a layer itself waits.
-    beside = sum(exchanged[axis] for axis in exchanged if axis in ("fsdp", "data", "slice"))
-    waiting = sum(exchanged[axis] for axis in exchanged if axis not in ("fsdp", "data", "slice"))
-    seconds["exposed"] = waiting + max(0.0, beside - FITTED["hidden"] * sum(seconds.values()))
+    # Weights are gathered, and gradients reduced, beside the work of other layers; those of the first have none to hide
+    # behind. What divides a layer itself waits.
+    beside = sum(exchanged[axis] for axis in exchanged if axis in BESIDE)
+    waiting = sum(exchanged[axis] for axis in exchanged if axis not in BESIDE)
+    depth = sum(stack.layers for stack in step.model.stacks.values())
+    hidden = FITTED["hidden"] * sum(seconds.values())
+    seconds["exposed"] = waiting + max(beside / depth, beside - hidden)
     return Estimate(memory(step), seconds, exchanged, products + attention + head)
 
 
@@ -276,12 +281,17 @@ def _repeated(step: Step) -> int:
 
 
 def _moved(step: Step) -> float:
-    """Bytes through HBM besides matrix products: the layers' activations, and the update of every parameter."""
-    layers = sum(
-        stack.layers * count * step.micro_batches * HALF * sum(widths(step, stack).values())
-        for stack, count, _ in _stacks(step)
-    )
-    return FITTED["passes"] * layers + 2.0 * sum(step.state.values()) + 2.0 * step.gradients
+    """Bytes through HBM besides matrix products: the layers' activations, what is saved of them beside those that have
+    a name, the update of every parameter, and the weights again for every further micro-batch."""
+    activations = saved = weights = 0.0
+    for stack, count, crossed in _stacks(step):
+        named = HALF * count * sum(widths(step, stack).values())
+        activations += stack.layers * step.micro_batches * named
+        beyond = max(0.0, saved_bytes(step, stack, count, crossed) - named)
+        saved += 2 * stack.layers * step.micro_batches * beyond
+        weights += stack.layers * sum(layer_weights(step, stack, crossed=crossed).values())
+    again = (step.micro_batches - 1) * 2 * (HALF * (weights + head_weights(step)) + step.gradients)
+    return FITTED["passes"] * activations + saved + again + 2.0 * (sum(step.state.values()) + step.gradients)
 
 
 # The network.

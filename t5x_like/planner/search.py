@@ -7,9 +7,10 @@ default options, which compile several times faster, the best are judged again a
 Not here: the space (space.py), processes (judges.py), what is kept (search_index.py), the table (search_report.py).
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes
@@ -20,6 +21,8 @@ from t5x_like.planner.search_index import Entry, Index, Verdict
 DOUBT = 1.15
 # A point that the compiler refuses drops those for which the model expects at least so much more memory.
 MORE = 1.05
+# Points whose times differ by less are equal to the analytic model.
+EQUAL = 1.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Search:
         self._running: set[str] = set()
         self._order = sorted(
             (entry.name for entry in index if entry.state not in (search_index.ILLEGAL, search_index.LARGE)),
-            key=lambda name: (index[name].analytic.get("seconds", math.inf), name),
+            key=lambda name: (index[name].analytic["seconds"], len(index[name].point.overrides), name),
         )
 
     def following(self) -> str | None:
@@ -51,9 +54,16 @@ class Search:
             return None
         # Late and nothing fits: rather one that does than the fastest.
         desperate = 2 * judged >= self.limits.points and not any(entry.verdict for entry in self.index)
-        chosen = min(open_names, key=self._bytes) if desperate else open_names[0]
+        chosen = min(open_names, key=self._bytes) if desperate else self._promising(open_names)
         self._running.add(chosen)
         return chosen
+
+    def _promising(self, names: Sequence[str]) -> str:
+        """The fastest, by the analytic model; of those that it holds equal, one on a mesh that was tried least."""
+        equal = [name for name in names if self._seconds(name) <= EQUAL * self._seconds(names[0])]
+        tried = collections.Counter(entry.point.mesh for entry in self._asked())
+        tried.update(self.index[name].point.mesh for name in self._running)
+        return min(equal, key=lambda name: tried[self.index[name].point.mesh])
 
     def following_to_confirm(self) -> str | None:
         """The next of the best that is to be judged with the config's own compiler options."""
@@ -116,6 +126,9 @@ class Search:
     def _asked(self) -> list[Entry]:
         states = (search_index.JUDGED, search_index.REFUSED, search_index.FAILED)
         return [entry for entry in self.index if entry.state in states]
+
+    def _seconds(self, name: str) -> float:
+        return self.index[name].analytic["seconds"]
 
     def _bytes(self, name: str) -> int:
         return self.index[name].analytic.get("bytes", 0)

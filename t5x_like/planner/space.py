@@ -52,6 +52,11 @@ class Point:
         """The arguments that stand for the point; none holds a blank, so that `$(cat best.flags)` gives them back."""
         return [f"--{path}={_text(value)}" for path, value in self.overrides.items()]
 
+    @property
+    def mesh(self) -> tuple[tuple[str, Any], ...]:
+        """What it says of the mesh and its rules: equal for points on one mesh."""
+        return tuple(item for item in self.overrides.items() if item[0].startswith("config.mesh."))
+
 
 @dataclasses.dataclass(frozen=True)
 class Base:
