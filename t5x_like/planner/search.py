@@ -46,6 +46,10 @@ class Search:
             key=lambda name: (index[name].analytic["seconds"], len(index[name].point.overrides), name),
         )
 
+        for entry in list(index):
+            if entry.state == search_index.REFUSED:
+                self._drop_larger(entry.name)
+
     def following(self) -> str | None:
         """The next point to be judged, None where there is none (now)."""
         open_names = [name for name in self._order if name not in self._running and self._is_open(name)]
@@ -89,11 +93,7 @@ class Search:
         """The compiler refused a point for want of memory; so it would those that are clearly larger."""
         self._running.discard(name)
         self.index.change(name, state=search_index.REFUSED, said=said)
-        least = MORE * self._bytes(name)
-        for other in self._order:
-            if other not in self._running and self._is_open(other) and self._bytes(other) >= least:
-                said = f"needs more than {name}, which the compiler refuses, by the analytic model"
-                self.index.change(other, state=search_index.LARGE, said=said)
+        self._drop_larger(name)
 
     def confirmed(self, name: str, verdict: Verdict) -> None:
         self._running.discard(name)
@@ -119,6 +119,15 @@ class Search:
     def best(self) -> Entry | None:
         found = ranking(self.index)
         return found[0] if found else None
+
+    def _drop_larger(self, name: str) -> None:
+        """Drops what needs clearly more memory than a point that the compiler refuses."""
+        least = MORE * self._bytes(name)
+        said = f"needs more than {name}, which the compiler refuses, by the analytic model"
+        for other in self._order:
+            if other not in self._running and self._is_open(other) and self._bytes(other) >= least:
+                self.index.change(other, state=search_index.LARGE, said=said, write=False)
+        self.index.write()
 
     def _is_open(self, name: str) -> bool:
         return self.index[name].state == search_index.OPEN

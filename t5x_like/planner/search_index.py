@@ -76,10 +76,11 @@ class Index:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def change(self, name: str, **changes: Any) -> Entry:
+    def change(self, name: str, *, write: bool = True, **changes: Any) -> None:
+        """write: False where more changes follow at once."""
         self._entries[name] = dataclasses.replace(self._entries[name], **changes)
-        self.write()
-        return self._entries[name]
+        if write:
+            self.write()
 
     def write(self) -> None:
         content = {"format": FORMAT, "settings": self.settings, "points": [_to_json(entry) for entry in self]}
