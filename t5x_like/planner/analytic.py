@@ -21,6 +21,7 @@ from t5x_like.parallel.rules import MAY_REPLICATE, Rules
 HALF = 2  # bytes of a number in the compute type of a TPU, bfloat16
 SINGLE = 4  # of float32
 LOGITS = 2**30  # bytes of a chunk of float32 logits (layers/scoring/head_layout.py)
+BLOCK = 1024  # queries and keys of a block of the splash kernel (layers/attention/kernels.py)
 KEPT_LOGITS = 256 * 2**20  # up to here all logits are kept and none is computed again
 
 BESIDE = ("fsdp", "data", "slice")  # axes whose collectives can run beside the work
@@ -255,7 +256,10 @@ def products_flops(step: Step) -> tuple[float, float, float]:
     products += counted.weights * _again(step)
     attention += 0.0 if step.model.remat == "none" or "context" in saved_names(step.model.remat) else counted.attention
     # The kernel's backward pass makes the logits again, in each of its two parts: 7 products for the forward pass' 2.
+    # Blocks that a causal mask cuts are computed whole.
     attention += 1.5 * counted.attention
+    if step.model.decoder is not None:
+        attention *= 1 + min(BLOCK, step.length) / step.length
     times = 3 if _all_logits(step) <= KEPT_LOGITS else 4
     return products * all_tokens, attention * all_tokens, times * counted.head * all_tokens
 
