@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_like.commands import plan_search
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
@@ -36,13 +37,19 @@ def run(arguments: Sequence[str]) -> int:
 
         return plan_check.run(arguments)
     config_arguments, others = split_config(arguments)
+    dimensions, others = plan_search.split(others)
     options = _parse(others)
+    plan_search.check(options, dimensions)
     config, overrides = load_config(config_arguments)
     program = _program(config, options.program)
     json_path = _writable(options.json) if options.json else None
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
+    if options.search:
+        if program != "train":
+            raise UsageError("--search is of train steps; a config of `t5x_like rl` takes it with --program=train")
+        return plan_search.run(config_arguments, dimensions, options)
 
     from t5x_like.planner import iteration, report
 
@@ -70,6 +77,10 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--length", type=int, help="decode: tokens of each text that the cache has room for")
     parser.add_argument("--json", metavar="PATH", help="also write the plan as JSON")
     parser.add_argument("--cache", metavar="DIR", help="of compiled programs; `off` for none; default: ~/.cache")
+    parser.add_argument(
+        "--default_options", action="store_true", help="with the compiler's own options, not the config's: often faster"
+    )
+    plan_search.add_flags(parser)
     parser.add_argument("--details", action="store_true", help="list every collective instruction by itself")
     options = parser.parse_args(arguments)
     sizes = (options.rows, options.length)
@@ -109,6 +120,8 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     from t5x_like.runs.roles import open_or_assume
 
     experiment = planned.experiment_of(config, overrides)
+    if options.default_options:
+        experiment = _with_default_options(experiment)
     slices, mesh_config = _slices(options.slices, experiment.mesh)
     topology = topologies.topology(options.topology, slices=slices)
     mesh = meshes.make(mesh_config, topology.devices)
@@ -156,6 +169,11 @@ def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:
         print(f"planned with config.mesh.slice={given}, which train needs too", file=sys.stderr)
         mesh = dataclasses.replace(mesh, slice=given)
     return given, mesh
+
+
+def _with_default_options(experiment: Any) -> Any:
+    plain = dataclasses.replace(experiment.runtime.compiler_options, tpu={})
+    return dataclasses.replace(experiment, runtime=dataclasses.replace(experiment.runtime, compiler_options=plain))
 
 
 def _kept(options: Any) -> pathlib.Path | None:
