@@ -144,7 +144,9 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     options_of = experiment.runtime.compiler_options.of("tpu")
     problem = ""
     try:
-        compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options), anyway=True)
+        compiled = compile_program(
+            step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options), anyway=True
+        )
     except DoesNotFit as error:
         if error.compiled is None:
             raise
