@@ -1,7 +1,7 @@
 """FLOPs of the matrix products in a compiled program, where a TPU's compiler writes each as a convolution.
 
 Two for a multiply-add, padding not counted; one where both are numbers of 8 bits, which the matrix units multiply twice
-as fast, so that FLOPs over the bf16 peak stay a time. Not here: kernels (kernels.py), how often a product runs (cost.py).
+as fast, so that FLOPs over the bf16 peak stay a time. Not here: kernels (kernels.py), how often each runs (cost.py).
 """
 
 import math
