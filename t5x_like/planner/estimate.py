@@ -171,7 +171,7 @@ def estimate(
     def seconds(op: Op) -> float:
         return computing_seconds(op, row) + kernel_seconds(op)
 
-    flights = overlap.play(cost.schedule, work=seconds, transfer=lambda c: network.seconds(c, fabric))
+    flights = overlap.play(cost.schedule, work=seconds, transfer=lambda what: network.trip(what, fabric))
     in_kernels = sum(kernel_seconds(op) * times for op, times in cost.schedule.each())
     computing = sum(computing_seconds(op, row) * times for op, times in cost.schedule.each())
     parts = {"compute": computing, "kernels": in_kernels}
