@@ -1,5 +1,7 @@
 """The time of a step and what follows from it: by hand, and of a small program of the real compiler."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -113,7 +115,7 @@ def _step(w_LDD, x_BTD):
         with jax.named_scope("attention"):
             q_BNTH = x_BTD.reshape(-1, LENGTH, HEADS, SIZE).transpose(0, 2, 1, 3)
             spec = P("fsdp")
-            out = jax.shard_map(_attention, in_specs=spec, out_specs=spec, check_vma=False)(q_BNTH)
+            out: Any = jax.shard_map(_attention, in_specs=spec, out_specs=spec, check_vma=False)(q_BNTH)
             x_BTD = out.transpose(0, 2, 1, 3).reshape(x_BTD.shape)
         with jax.named_scope("mlp"):
             w_DD = jax.lax.with_sharding_constraint(w_DD, P(None, None))

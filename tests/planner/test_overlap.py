@@ -129,8 +129,10 @@ def test_an_exchange_between_slices_is_in_flight_beside_collectives_within_them(
         "  %y = (f32[8,128], token[]) recv-done(%rv), channel_id=1, is_host_transfer=true",
     ]
     schedule = cost(module("\n".join([P, *main]), F), {"slice": 2, "data": 1, "fsdp": 2}).schedule
-    flights = play(
-        schedule, work=lambda op: float(op.cycles), transfer=lambda what: Trip(what.network, 100.0, (what.network,))
-    )
+
+    def transfer(what):
+        return Trip(what.network, 100.0, (what.network,))
+
+    flights = play(schedule, work=lambda op: float(op.cycles), transfer=transfer)
     found = {(flight.network, flight.exposed) for flight in flights}
     assert found == {("ici", 100.0), ("dcn", 0.0)}
