@@ -14,24 +14,42 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
+from t5x_like.layers.attention.kernels import CONTEXT, CUDNN_FORWARD
+from t5x_like.parallel import pipeline as pipelines
+from t5x_like.parallel.pipeline import Schedule
 
 _policies = jax.checkpoint_policies
 
 # Names that blocks give to activations with `checkpoint_name` (block.NAMES) and that a policy saves.
 SAVED: dict[str, tuple[str, ...]] = {
     "minimal": ("q", "k", "v", "context", "mlp_gate", "mlp_up"),  # computes norms, activations and attention again
-    "context": ("context",),  # saves attention's output: its kernel runs once
+    "context": ("context",),  # saves attention's output, and on accelerators what else its backward pass reads
 }
+
+
+def _saving(names: tuple[str, ...], also: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The policy that saves what has these names. cuDNN's kernel gives its results no name: with "context" they are
+    saved by their primitive, so that it runs once."""
+    policy = _policies.save_only_these_names(*names)
+    if CONTEXT in names:
+        policy = _policies.save_from_both_policies(policy, lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD)
+    return policy if also is None else _policies.save_from_both_policies(policy, also)
+
+
 # What the backward pass finds saved; everything else inside a layer is computed again. Least memory last.
-REMAT: dict[str, Callable[..., bool]] = {
+REMAT: dict[str, Callable[..., Any]] = {
     "none": _policies.everything_saveable,  # but for what a layer itself leaves out (mlp.py: its activation)
-    "dots": _policies.dots_saveable,
-    "minimal": _policies.save_only_these_names(*SAVED["minimal"]),
-    "context": _policies.save_only_these_names(*SAVED["context"]),
+    "dots": _saving(SAVED["context"], _policies.dots_saveable),
+    "minimal": _saving(SAVED["minimal"]),
+    "context": _saving(SAVED["context"]),
     "full": _policies.nothing_saveable,  # one [B, T, D] a layer
 }
+# What a layer reads, which is kept of a turn of a pipeline whatever is computed again.
+_LAYER_INPUT = "layer_input"
 
 
 class Kind(Protocol):
@@ -146,14 +164,19 @@ def run(
     cache: Any = None,
     scan: bool,
     remat: str,
+    pipeline: Schedule | None = None,
+    first: int | jax.Array = 0,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """x after all layers, and {"cache", "sums"} of the blocks, each stacked in the order of the layers that give it.
 
     blocks, weights: by group; arrays [layers of the group, ...]. rows: a tree of per-row values handed to every block
     beside x. scan=False gives the same result from a longer program, which saves the copies in and out of stacked
     arrays. With a cache no gradient is taken, and neither weights nor cache are cut into segments, which would copy
-    them: each layer is picked by its number out of the whole.
+    them: each layer is picked by its number out of the whole, and pipeline stages are not used. first: the number of
+    the first of these layers.
     """
+    if pipeline is not None and cache is None:
+        return _in_stages(blocks, weights, x, rows, kinds=kinds, scan=scan, remat=remat, schedule=pipeline)
     plan = segments(kinds) if scan else (Segment(0, len(kinds), 1),)
     if cache is None:
         parts = _cut(weights, kinds, plan)
@@ -164,7 +187,7 @@ def run(
             pick, xs = _given(kinds, segment), parts[number]
         else:
             pick, xs = _picked(weights, kinds, segment), None
-        body = functools.partial(_body, steps, pick, rows, segment)
+        body = functools.partial(_body, steps, pick, rows, segment, first)
         if segment.repeats == 1:
             x, output = body(x, (0, xs))
         else:
@@ -172,6 +195,48 @@ def run(
             output = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
         outputs.append(output)
     return x, outputs[0] if len(outputs) == 1 else _joined(outputs, jnp.concatenate)
+
+
+def stretch(kinds: Sequence[Kind], schedule: Schedule) -> Sequence[Kind]:
+    """The kinds of the layers of one stretch of a pipeline; all stretches have the same, since all stages run one
+    program. Raises UsageError for layers that cannot be cut so."""
+    count, parts = len(kinds), schedule.stages * schedule.repeats
+    said = f"config.mesh.stage={schedule.stages} x config.mesh.pipeline.repeats={schedule.repeats}"
+    if count % parts:
+        raise UsageError(f"{count} layers do not divide into the {parts} stretches of {said}; change one of them")
+    length = count // parts
+    if any(kind != kinds[number % length] for number, kind in enumerate(kinds)):
+        raise UsageError(
+            f"stretches of {length} layers, which {said} makes of {count}, are not alike: windows, RoPE or groups of "
+            "layers have another period; use fewer stages or repeats"
+        )
+    return kinds[:length]
+
+
+def _in_stages(
+    blocks: Mapping[str, BlockFunction],
+    weights: Mapping[str, Tree],
+    x: jax.Array,
+    rows: Any,
+    *,
+    kinds: Sequence[Kind],
+    scan: bool,
+    remat: str,
+    schedule: Schedule,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """As `run`, with the layers on the stages of a pipeline. Sums add over its micro-batches."""
+    alike = stretch(kinds, schedule)
+
+    def stage(weights: Tree, x: jax.Array, rows: Any, number: jax.Array) -> tuple[jax.Array, Any]:
+        first = number * len(alike)
+        return run(blocks, weights, x, rows, kinds=alike, scan=scan, remat=remat, first=first)
+
+    policy = None
+    if remat != "none":
+        # The weights of a stretch are picked again, not kept of every turn. What a layer reads is kept, so that the
+        # backward pass computes each layer again by itself, once.
+        policy = _policies.save_from_both_policies(REMAT[remat], _policies.save_only_these_names(_LAYER_INPUT))
+    return pipelines.run(stage, weights, x, rows, schedule=schedule, policy=policy)
 
 
 def _steps(
@@ -188,13 +253,16 @@ def _steps(
     return [jax.checkpoint(step, policy=REMAT[remat], prevent_cse=not plain_scan) for step in steps]
 
 
-def _body(steps, pick, rows: Any, segment: Segment, x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+def _body(
+    steps, pick, rows: Any, segment: Segment, first: int | jax.Array, x: jax.Array, slices: Any
+) -> tuple[jax.Array, Any]:
     """One period of layers; its outputs have a leading dim over its layers."""
     repeat, given = slices
     layers = pick(repeat, given)
     outputs = []
     for place, (step, layer) in enumerate(zip(steps, layers, strict=True)):
-        x, output = step(layer, x, rows, index=segment.start + repeat * segment.period + place)
+        x = checkpoint_name(x, _LAYER_INPUT)
+        x, output = step(layer, x, rows, index=first + segment.start + repeat * segment.period + place)
         outputs.append(jax.tree.map(lambda a: a[None], output))
     return x, outputs[0] if len(outputs) == 1 else _joined(outputs, jnp.concatenate)
 

@@ -23,6 +23,7 @@ from t5x_like.models.architecture import Output
 from t5x_like.models.config import ModelConfig
 from t5x_like.models.ends import Ends
 from t5x_like.models.tower import Tokens, Tower
+from t5x_like.parallel.pipeline import PipelineConfig
 from t5x_like.parallel.rules import Rules
 
 
@@ -31,6 +32,7 @@ class EncoderDecoder:
     config: ModelConfig
     rules: Rules
     dtypes: DtypePolicy
+    pipeline: PipelineConfig | None
 
     inputs = (
         *("inputs", "positions", "segment_ids"),
@@ -43,11 +45,11 @@ class EncoderDecoder:
 
     @functools.cached_property
     def _encoder(self) -> Tower:
-        return Tower(self.config, self.config.stack("encoder"), self.dtypes, causal=False, cross=False)
+        return Tower(self.config, self.config.stack("encoder"), self.dtypes, self.pipeline, causal=False, cross=False)
 
     @functools.cached_property
     def _decoder(self) -> Tower:
-        return Tower(self.config, self.config.stack("decoder"), self.dtypes, causal=True, cross=True)
+        return Tower(self.config, self.config.stack("decoder"), self.dtypes, self.pipeline, causal=True, cross=True)
 
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), "encoder": self._encoder.specs(), "decoder": self._decoder.specs()}

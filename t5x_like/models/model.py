@@ -28,6 +28,7 @@ from t5x_like.models.architecture import Architecture, Output
 from t5x_like.models.config import ModelConfig
 from t5x_like.models.encoder_decoder import EncoderDecoder
 from t5x_like.models.one_stack import OneStack
+from t5x_like.parallel.pipeline import PipelineConfig
 from t5x_like.parallel.rules import Rules
 from t5x_like.parallel.sharding import use_rules
 
@@ -43,10 +44,11 @@ class Model:
     config: ModelConfig
     rules: Rules
     dtypes: DtypePolicy
+    pipeline: PipelineConfig | None = None  # how it runs in stages, where the mesh has them; None for without
 
     @functools.cached_property
     def _architecture(self) -> Architecture:
-        return ARCHITECTURES[self.config.architecture](self.config, self.rules, self.dtypes)
+        return ARCHITECTURES[self.config.architecture](self.config, self.rules, self.dtypes, self.pipeline)
 
     @functools.cached_property
     def _specs(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from t5x_like.core import tree
 from t5x_like.core.errors import UsageError
@@ -21,6 +21,7 @@ from t5x_like.objectives import table as objectives
 from t5x_like.objectives.interface import Objective, Role, frozen_role, policy
 from t5x_like.optim import optimizers
 from t5x_like.optim import rules as path_rules
+from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, named
 from t5x_like.peft import attach as adapters
@@ -34,7 +35,7 @@ from t5x_like.training.step import StepConfig, make_step
 class Program:
     """The jitted train step of a run with all that it is called with, in the abstract: nothing is allocated."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     model: Model
     policy: Role  # the model as it is trained, with its adapters
     roles: Mapping[str, FrozenModel]  # the models that are read beside it
@@ -47,18 +48,19 @@ class Program:
     evaluate: Any  # jitted (params, frozen, batch) -> sums
 
 
-def step_program(experiment: Experiment, mesh: Mesh, *, opened: Opener = open_role) -> Program:
+def step_program(experiment: Experiment, mesh: Mesh | AbstractMesh, *, opened: Opener = open_role) -> Program:
     """The train and the evaluation step on a mesh, which may be one of devices that are not there. opened: what opens
     the models of config.roles."""
-    platform = mesh.devices.flat[0].platform
-    model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
+    platform = meshes.platform(mesh)
+    pipeline = experiment.mesh.pipeline
+    model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform, pipeline=pipeline)
     rules = model.rules
     own, trainable, frozen = _policy(experiment, model)
     _check_rules(rules, tree.join(trainable, frozen), where="config.mesh.rules")
     data = experiment.data
     held = {name: role for name, role in experiment.roles.items() if name not in experiment.cached_roles}
     longest = max(data.length, data.encoder_length)
-    others = frozen_models(held, length=longest, platform=platform, opened=opened)
+    others = frozen_models(held, length=longest, platform=platform, pipeline=pipeline, opened=opened)
     for name, other in others.items():
         _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
     roles = own | {name: frozen_role(other.model, name) for name, other in others.items()}
@@ -110,7 +112,7 @@ def _policy(experiment: Experiment, model: Model) -> tuple[dict[str, Role], dict
 
 def decode_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: int) -> tuple[Any, tuple[Any, ...]]:
     """The jitted step that adds one token to each row, and its abstract arguments. The cache is donated."""
-    platform = mesh.devices.flat[0].platform
+    platform = meshes.platform(mesh)
     model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
     source_length = experiment.data.encoder_length
 
