@@ -1,7 +1,7 @@
-"""One HTML page of a plan: memory over the program, time by region, tables. It reads the content of `plan --json` alone.
+"""One HTML page of a plan: memory over the program, time by region, tables. It reads the JSON of a plan alone.
 
-A page stands by itself: styles and drawings (SVG) are in it, no script, nothing is fetched. Every text of a plan, such as
-names of operations, is escaped. What a plan has no figures for is left out.
+A page stands by itself: styles and drawings (SVG) are in it, no script, nothing is fetched. Every text of a plan, such
+as names of operations, is escaped. What a plan has no figures for is left out.
 """
 
 import html
@@ -13,24 +13,18 @@ from t5x_like.core.terminal import format_bytes, format_count, format_duration
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1080px; padding: 0 1em; color: #1d2430; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } p.note { color: #5a6472; }
-table { border-collapse: collapse; margin: .6em 0; } td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
-th { border-bottom: 1px solid #c5ccd6; font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
-td.code { font: 12px/1.4 ui-monospace, monospace; word-break: break-all; } svg { max-width: 100%; height: auto; }
-.key { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; } .bad { color: #b3261e; font-weight: 600; }
+table { border-collapse: collapse; margin: .6em 0; } svg { max-width: 100%; height: auto; }
+td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
+th { border-bottom: 1px solid #c5ccd6; font-weight: 600; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+td.code { font: 12px/1.4 ui-monospace, monospace; word-break: break-all; }
+.key { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; }
+.bad { color: #b3261e; font-weight: 600; }
 """
-# Told apart by people who do not see all colours: Okabe and Ito's eight, then greys.
+# Told apart by people who do not see all colours: Okabe and Ito's, then greys.
 _COLOURS = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#d55e00",
-    "#f0e442",
-    "#8c6bb1",
-    "#767676",
-    "#b0b0b0",
-    "#4d4d4d",
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8c6bb1"),
+    *("#767676", "#b0b0b0", "#4d4d4d"),
 )
 _WIDTH, _HEIGHT = 1000, 300
 _LEFT, _BOTTOM = 70, 30  # of a drawing, for its axes
@@ -46,8 +40,8 @@ def page(plan: Mapping[str, Any]) -> str:
     parts = [
         f"<h1>{_text(title)}</h1>",
         f"<p>{plan['chips']} chips, mesh {_text(mesh)}</p>",
-        f'<p class="note">Estimates of the TPU compiler ({_text(versions)}) and of what is derived from it; nothing was run. '
-        "Figures are of one device and one step.</p>",
+        f'<p class="note">Estimates of the TPU compiler ({_text(versions)}) and of what is derived from it; nothing was '
+        "run. Figures are of one device and one step.</p>",
         *(f"<p>{_text(fact)}</p>" for fact in plan.get("facts", ())),
     ]
     if plan.get("problem"):
@@ -187,14 +181,14 @@ def _timeline(moments: Sequence[Mapping[str, Any]], hbm_bytes: int) -> list[str]
     for moment, begin in zip(moments, [0.0, *(moment["at"] for moment in moments)], strict=False):
         left, right = _LEFT + begin * (_WIDTH - _LEFT), _LEFT + moment["at"] * (_WIDTH - _LEFT)
         below = 0
-        said = ", ".join(f"{name} {format_bytes(size)}" for name, size in moment["parts"].items())
-        where = f"{moment['region']} {moment['pass']}".strip()
+        made_of = ", ".join(f"{name} {format_bytes(size)}" for name, size in moment["parts"].items())
+        said = f"{moment['region']} {moment['pass']}".strip() + f": {format_bytes(moment['bytes'])}; {made_of}"
         for name, size in moment["parts"].items():
             height = _height(size, top)
             y = _HEIGHT - _height(below + size, top)
             drawn.append(
                 f'<rect x="{left:.1f}" y="{y:.1f}" width="{right - left + 0.3:.1f}" height="{height:.1f}" '
-                f'fill="{_colour(names.index(name))}"><title>{_text(where)}: {format_bytes(moment["bytes"])}; {_text(said)}</title></rect>'
+                f'fill="{_colour(names.index(name))}"><title>{_text(said)}</title></rect>'
             )
             below += size
     if limit:
@@ -202,12 +196,10 @@ def _timeline(moments: Sequence[Mapping[str, Any]], hbm_bytes: int) -> list[str]
         drawn.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#b3261e" stroke-dasharray="6 4"/>'
         )
-        drawn.append(
-            f'<text x="{_WIDTH}" y="{y - 4:.1f}" text-anchor="end" font-size="12" fill="#b3261e">HBM of a device</text>'
-        )
+        drawn.append(f'<text x="{_WIDTH}" y="{y - 4:.1f}" text-anchor="end" font-size="12">HBM of a device</text>')
     note = (
-        '<p class="note">From the begin of the program to its end, by the compiler\'s estimated cycles; a loop is as wide as all its '
-        "turns, at its worst moment.</p>"
+        '<p class="note">From the begin of the program to its end, by the estimated cycles of the compiler; a loop is as '
+        "wide as all its turns, at its worst moment.</p>"
     )
     return [_svg(_WIDTH, _HEIGHT + _BOTTOM, drawn), _legend(names), note]
 
@@ -283,7 +275,8 @@ def _legend(names: Sequence[str]) -> str:
 
 def _svg(width: int, height: int, drawn: Sequence[str]) -> str:
     inside = "\n".join(drawn)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">{inside}</svg>'
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{inside}</svg>'
 
 
 def _colour(number: int) -> str:

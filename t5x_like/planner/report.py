@@ -107,9 +107,7 @@ def program_lines(
 ) -> list[str]:
     """Memory, time, cycles and collectives of one program. beside_bytes: what a device holds meanwhile besides."""
     return [
-        *report_memory.lines(
-            compiled.memory, compiled.held, hbm_bytes=place.hbm_bytes, beside_bytes=beside_bytes
-        ),
+        *report_memory.lines(compiled.memory, compiled.held, hbm_bytes=place.hbm_bytes, beside_bytes=beside_bytes),
         "",
         *([] if estimate is None else [*report_time.lines(estimate), ""]),
         f"cycles         {cost.cycles:.4g}, without collectives and the kernels below",

@@ -54,7 +54,9 @@ def lines(memory: Memory, held: Held, *, hbm_bytes: int, beside_bytes: int | Non
     if held.host_bytes:
         found.append(f"  on the host  {_bytes(held.host_bytes)}")
     found.append("  of which")
-    found += [f"    {name:<27}{format_bytes(size):>10}" for name, size in sorted(held.parts.items(), key=lambda p: -p[1])]
+    found += [
+        f"    {name:<27}{format_bytes(size):>10}" for name, size in sorted(held.parts.items(), key=lambda p: -p[1])
+    ]
     return [*found, *buffer_lines(held.largest)]
 
 
