@@ -40,8 +40,8 @@ def page(plan: Mapping[str, Any]) -> str:
     parts = [
         f"<h1>{_text(title)}</h1>",
         f"<p>{plan['chips']} chips, mesh {_text(mesh)}</p>",
-        f'<p class="note">Estimates of the TPU compiler ({_text(versions)}) and of what is derived from it; nothing was '
-        "run. Figures are of one device and one step.</p>",
+        f'<p class="note">Estimates of the TPU compiler ({_text(versions)}) and of what is derived from it; nothing '
+        "was run. Figures are of one device and one step.</p>",
         *(f"<p>{_text(fact)}</p>" for fact in plan.get("facts", ())),
     ]
     if plan.get("problem"):
@@ -198,8 +198,8 @@ def _timeline(moments: Sequence[Mapping[str, Any]], hbm_bytes: int) -> list[str]
         )
         drawn.append(f'<text x="{_WIDTH}" y="{y - 4:.1f}" text-anchor="end" font-size="12">HBM of a device</text>')
     note = (
-        '<p class="note">From the begin of the program to its end, by the estimated cycles of the compiler; a loop is as '
-        "wide as all its turns, at its worst moment.</p>"
+        '<p class="note">From the begin of the program to its end, by the estimated cycles of the compiler; a loop is '
+        "as wide as all its turns, at its worst moment.</p>"
     )
     return [_svg(_WIDTH, _HEIGHT + _BOTTOM, drawn), _legend(names), note]
 
@@ -209,9 +209,8 @@ def _grid(top: float) -> list[str]:
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = _HEIGHT - share * _HEIGHT
         drawn.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e7ec"/>')
-        drawn.append(
-            f'<text x="{_LEFT - 6}" y="{max(y + 4, 11):.1f}" text-anchor="end" font-size="12">{format_bytes(share * top)}</text>'
-        )
+        said = format_bytes(share * top)
+        drawn.append(f'<text x="{_LEFT - 6}" y="{max(y + 4, 11):.1f}" text-anchor="end" font-size="12">{said}</text>')
     drawn.append(f'<text x="{_LEFT}" y="{_HEIGHT + 20}" font-size="12">begin</text>')
     drawn.append(f'<text x="{_WIDTH}" y="{_HEIGHT + 20}" text-anchor="end" font-size="12">end of the step</text>')
     return drawn
