@@ -10,13 +10,12 @@ says its shapes; a role that is not there is taken to be like the policy. Needs 
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_like.commands import plan_file
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
@@ -39,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parse(others)
     config, overrides = load_config(config_arguments)
     program = _program(config, options.program)
-    json_path = _writable(options.json) if options.json else None
+    json_path = plan_file.writable(options.json) if options.json else None
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
@@ -53,8 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         content, text = report.to_json(plan), report.to_text(plan, details=details)
     if json_path:
-        json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(json_path.with_name(f"{json_path.name}.tmp"), json_path)
+        plan_file.write(json_path, content)
     print(text)
     if problems:
         raise UserError(f"{plan.place.topology} is too small for this iteration: {'; '.join(problems)}")
@@ -85,16 +83,6 @@ def _program(config: Mapping[str, Any], given: str | None) -> str:
     if given == "rl" and not of_rl:
         raise UsageError("--program=rl plans a config of `t5x_like rl`, and this one has no section rl; leave it out")
     return given or ("rl" if of_rl else "train")
-
-
-def _writable(path: str) -> pathlib.Path:
-    """The path, if its folder is there: better said before minutes of compiling than after."""
-    if paths.is_remote(path):
-        raise UserError(f"--json={path}: a plan is written to a disk; copy it to its bucket afterwards")
-    target = pathlib.Path(paths.normal(path))
-    if not target.parent.is_dir():
-        raise UserError(f"--json={path}: {target.parent} is no folder")
-    return target
 
 
 def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any) -> Any:
