@@ -10,12 +10,14 @@ says its shapes; a role that is not there is taken to be like the policy. Needs 
 """
 
 import dataclasses
+import json
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_like.commands import plan_file
+from t5x_like.commands import plan_search
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
@@ -35,38 +37,50 @@ def run(arguments: Sequence[str]) -> int:
 
         return plan_check.run(arguments)
     config_arguments, others = split_config(arguments)
+    dimensions, others = plan_search.split(others)
     options = _parse(others)
+    plan_search.check(options, dimensions)
     config, overrides = load_config(config_arguments)
     program = _program(config, options.program)
-    json_path = plan_file.writable(options.json) if options.json else None
+    json_path = _writable(options.json) if options.json else None
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
+    if options.search:
+        if program != "train":
+            raise UsageError("--search is of train steps; a config of `t5x_like rl` takes it with --program=train")
+        return plan_search.run(config_arguments, dimensions, options)
 
     from t5x_like.planner import iteration, report
 
     plan: report.Plan | iteration.Iteration = _planned(program, config, overrides, options)
-    details, problems = options.details, []
+    details = options.details
     if isinstance(plan, iteration.Iteration):
-        content, text, problems = iteration.to_json(plan), iteration.to_text(plan, details=details), plan.problems
+        content, text = iteration.to_json(plan), iteration.to_text(plan, details=details)
     else:
         content, text = report.to_json(plan), report.to_text(plan, details=details)
     if json_path:
-        plan_file.write(json_path, content)
+        json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(json_path.with_name(f"{json_path.name}.tmp"), json_path)
     print(text)
-    if problems:
-        raise UserError(f"{plan.place.topology} is too small for this iteration: {'; '.join(problems)}")
+    if plan.problems:
+        raise UserError(f"{plan.place.topology} is too small: {'; '.join(plan.problems)}")
     return 0
 
 
 def _parse(arguments: Sequence[str]) -> Any:
     parser = ConfigParser(prog="t5x_like plan", description=__doc__)
-    parser.add_argument("--topology", required=True, help="such as v5p:4x4x4, v5e:2x4, v6e:8x8, v4:2x2x4, tpu7x:2x2x2")
+    parser.add_argument("--topology", required=True, help="a slice: v5p:4x4x4, v5p-128, v5litepod-16, ...")
+    parser.add_argument("--slices", type=int, help="of this topology; default: config.mesh.slice, or 1")
     parser.add_argument("--program", choices=PROGRAMS, help="default: rl for a config of `t5x_like rl`, else train")
     parser.add_argument("--rows", type=int, help="decode: texts at once, over all devices")
     parser.add_argument("--length", type=int, help="decode: tokens of each text that the cache has room for")
     parser.add_argument("--json", metavar="PATH", help="also write the plan as JSON")
     parser.add_argument("--cache", metavar="DIR", help="of compiled programs; `off` for none; default: ~/.cache")
+    parser.add_argument(
+        "--default_options", action="store_true", help="with the compiler's own options, not the config's: often faster"
+    )
+    plan_search.add_flags(parser)
     parser.add_argument("--details", action="store_true", help="list every collective instruction by itself")
     options = parser.parse_args(arguments)
     sizes = (options.rows, options.length)
@@ -85,22 +99,38 @@ def _program(config: Mapping[str, Any], given: str | None) -> str:
     return given or ("rl" if of_rl else "train")
 
 
+def _writable(path: str) -> pathlib.Path:
+    """The path, if its folder is there: better said before minutes of compiling than after."""
+    if paths.is_remote(path):
+        raise UserError(f"--json={path}: a plan is written to a disk; copy it to its bucket afterwards")
+    target = pathlib.Path(paths.normal(path))
+    if not target.parent.is_dir():
+        raise UserError(f"--json={path}: {target.parent} is no folder")
+    return target
+
+
 def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any) -> Any:
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
-    from t5x_like.planner.compile import compile_program
+    from t5x_like.planner.compile import DoesNotFit, compile_program
     from t5x_like.planner.cost import cost
     from t5x_like.planner.report import Place, Plan
+    from t5x_like.runs import planned
     from t5x_like.runs import program as programs
-    from t5x_like.runs.planned import experiment_of
     from t5x_like.runs.roles import open_or_assume
 
-    experiment = experiment_of(config, overrides)
-    topology = topologies.topology(options.topology)
-    mesh = meshes.make(experiment.mesh, topology.devices)
-    place = Place(topology.name, topology.chips, dict(mesh.shape), topology.hbm_bytes)
+    experiment = planned.experiment_of(config, overrides)
+    if options.default_options:
+        experiment = _with_default_options(experiment)
+    slices, mesh_config = _slices(options.slices, experiment.mesh)
+    topology = topologies.topology(options.topology, slices=slices)
+    mesh = meshes.make(mesh_config, topology.devices)
+    place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
+    if program != "decode":
+        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
     if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
+        work = planned.decode_work(experiment, rows=options.rows, length=options.length)
     else:
         programs.check_mesh(experiment, mesh.shape)
         assumed: dict[str, str] = {}
@@ -110,9 +140,42 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
         if program == "rl":
             return _iteration(experiment, built, place, assumed, kept=_kept(options))
         step, step_arguments = built.step, (built.layout.state, built.layout.frozen, built.batch)
+        work = planned.train_work(experiment, built)
     options_of = experiment.runtime.compiler_options.of("tpu")
-    compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options))
-    return Plan(program, place, compiled, cost(compiled.text, place.mesh))
+    problem = ""
+    try:
+        compiled = compile_program(
+            step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options), anyway=True
+        )
+    except DoesNotFit as error:
+        if error.compiled is None:
+            raise
+        compiled, problem = error.compiled, str(error)
+    found = cost(compiled.text, place.mesh)
+    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work), problem)
+
+
+def _estimate(found: Any, mesh: Any, place: Any, work: Any) -> Any:
+    """The time of a program of this cost."""
+    from t5x_like.planner.estimate import estimate
+    from t5x_like.planner.network import fabric
+
+    return estimate(found, fabric(list(mesh.devices.flat), place.mesh), chips=place.chips, work=work)
+
+
+def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:
+    """(slices, section mesh): either says how many where the other is silent. A run needs config.mesh.slice itself."""
+    if given is None:
+        return max(mesh.slice or 1, 1), mesh
+    if mesh.slice is None and given > 1 and (mesh.stage or 1) == 1:
+        print(f"planned with config.mesh.slice={given}, which train needs too", file=sys.stderr)
+        mesh = dataclasses.replace(mesh, slice=given)
+    return given, mesh
+
+
+def _with_default_options(experiment: Any) -> Any:
+    plain = dataclasses.replace(experiment.runtime.compiler_options, tpu={})
+    return dataclasses.replace(experiment, runtime=dataclasses.replace(experiment.runtime, compiler_options=plain))
 
 
 def _kept(options: Any) -> pathlib.Path | None:
@@ -132,14 +195,14 @@ def _iteration(
     from t5x_like.planner.compile import DoesNotFit, compile_program
     from t5x_like.planner.cost import cost
     from t5x_like.planner.iteration import Iteration, Part
-    from t5x_like.runs import rl_program
+    from t5x_like.runs import planned, rl_program
 
     rl_program.check_rows(experiment, place.mesh)
     held = device_bytes((built.layout.state, built.layout.frozen))
     stages, parts = rl_program.stages(experiment, built), []
     for number, stage in enumerate(stages, start=1):
         print(f"compiling {stage.name}, {number} of {len(stages)}", file=sys.stderr)
-        found, problem, beside = None, "", held - device_bytes(stage.reads)
+        found, time, problem, beside = None, None, "", held - device_bytes(stage.reads)
         try:
             compiled = compile_program(
                 stage.step,
@@ -152,7 +215,8 @@ def _iteration(
             problem = str(error)
         else:
             found = (compiled, cost(compiled.text, place.mesh))
-        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem))
+            time = _estimate(found[1], built.mesh, place, planned.stage_work(experiment, built, stage))
+        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem, time))
     facts = [f"{name}: {fact}" for name, fact in rl_program.facts(experiment).items()]
     facts += [f"role {name}: {source} is not there, planned like config.model" for name, source in assumed.items()]
-    return Iteration("rl", place, facts, parts)
+    return Iteration("rl", place, facts, parts, planned.iterations(experiment))

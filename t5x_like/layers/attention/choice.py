@@ -8,6 +8,7 @@ Legend: B batch, T query length, S key length, N heads, K kv heads, H head size.
 
 from typing import Any
 
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from t5x_like.layers.attention import biases, blockwise, kernels
@@ -31,8 +32,10 @@ def attention(
     """Scaled dot-product attention with grouped kv heads; the softmax is in float32, the output in q's dtype.
 
     scale multiplies the logits (usually H ** -0.5); softcap c makes them c * tanh(logits / c); then the bias is added,
-    then masked. Without positions in the mask, those of the bias are indices.
+    then masked. Without positions in the mask, those of the bias are indices. The output has the name kernels.CONTEXT
+    for remat; where a kernel has one forward and one backward pass, so has what the latter reads besides.
     """
+    k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "k"), checkpoint_name(v_BSKH, "v")
     target, capability = platform(), compute_capability()
     name, _ = attention_path(
         q_BTNH,
@@ -45,14 +48,17 @@ def attention(
     )
     if name == "splash":
         return kernels.splash(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+    q_BTNH = checkpoint_name(q_BTNH, "q")
     if name == "cudnn":
-        return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, bias=bias)
-    if name == "blockwise":
+        out_BTNH = kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, bias=bias)
+    elif name == "blockwise":
         bias_1NTS = None if bias is None else biases.by_index(bias, q_BTNH.shape[1], k_BSKH.shape[1])
-        return blockwise.blockwise(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, bias_bNTS=bias_1NTS)
-    # Where the sequence is split every device needs the keys of whole rows.
-    k_BSKH, v_BSKH = (constrain(x, "batch", "kv_length", "act_kv_heads", "head") for x in (k_BSKH, v_BSKH))
-    return attention_over_parts(q_BTNH, [(k_BSKH, v_BSKH, mask)], scale=scale, softcap=softcap, bias=bias)
+        out_BTNH = blockwise.blockwise(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, bias_bNTS=bias_1NTS)
+    else:
+        # Where the sequence is split every device needs the keys of whole rows.
+        k_BSKH, v_BSKH = (constrain(x, "batch", "kv_length", "act_kv_heads", "head") for x in (k_BSKH, v_BSKH))
+        out_BTNH = attention_over_parts(q_BTNH, [(k_BSKH, v_BSKH, mask)], scale=scale, softcap=softcap, bias=bias)
+    return checkpoint_name(out_BTNH, kernels.CONTEXT)
 
 
 def attention_path(

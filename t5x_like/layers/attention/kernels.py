@@ -1,8 +1,9 @@
 """Flash attention kernels of accelerators: splash (Pallas) on TPU, cuDNN on GPU, each inside ONE shard_map.
 
 Both are libraries' kernels; this file says when one can run, hands it the mask in its own words, and places the work:
-rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered. It
-is NOT the choice between paths (choice.py) and holds no mathematics of its own.
+rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered;
+which queries a shard has of a causal row is in splash_mask.py. It is NOT the choice between paths (choice.py) and holds
+no mathematics of its own.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, H head size.
 """
@@ -15,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_library
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core.errors import UsageError
-from t5x_like.layers.attention import biases, blockwise
+from t5x_like.layers.attention import biases, blockwise, splash_mask
 from t5x_like.layers.attention.biases import Bias
 from t5x_like.layers.attention.masks import MaskSpec, allowed
 from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_names
@@ -29,12 +31,14 @@ from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_na
 BLOCK = 1024
 BLOCK_COMPUTE = 512
 LANES = 128
+# By this name remat can save what attention gives, and with it what a kernel's backward pass reads.
+CONTEXT = "context"
 # cuDNN's largest head: on every generation, and from Hopper on.
 CUDNN_HEAD, CUDNN_HEAD_HOPPER, HOPPER = 128, 256, 9.0
 # cuDNN knows no segments: it takes a mask as a 16-bit matrix [rows, T, S] (and returns one as its gradient). A device
 # makes it whole up to this size, else in blocks of queries, one kernel call each; more blocks take longer to compile.
 MASK_BYTES, CUDNN_BLOCK, MAX_CUDNN_BLOCKS = 64 * 2**20, 128, 32
-_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive; under another name it would run twice
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive; under another name it would run twice
 
 
 # TPU.
@@ -70,24 +74,33 @@ def splash(
     """Splash attention. interpret: runs on any platform, slowly, for tests."""
     place = _place(q_BTNH, k_BSKH)
     alike = mask.q_segments_BT is mask.k_segments_BS
-    one_head = _splash_mask(mask, q_BTNH.shape[1])
+    shards, length = place.shards(1), q_BTNH.shape[1]
+    exchanged = splash_mask.exchanges(mask, length, shards=shards, multiple=LANES)
+    one_head = splash_mask.block_mask(mask, length, shards=shards, exchanged=exchanged)
     kernel = splash_library.make_splash_mha(
         splash_library.MultiHeadMask([one_head] * q_BTNH.shape[2]),
         head_shards=place.shards(2),
-        q_seq_shards=place.shards(1),
-        block_sizes=_block_sizes(q_BTNH.shape[1] // place.shards(1)),
+        q_seq_shards=shards,
+        block_sizes=_block_sizes(length // shards // (2 if exchanged else 1)),
         attn_logits_soft_cap=softcap,
+        # Names what its backward pass reads, the output and the log sums: from outside only the output has a name, and
+        # then a backward pass that finds it saved still runs the forward kernel again for the sums.
+        residual_checkpoint_name=CONTEXT,
         interpret=interpret,
     )
 
+    def exchange(x_BT):
+        return splash_mask.exchange(x_BT, place.axes(1), shards) if exchanged else x_BT
+
     def local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, q_start):
         del q_start  # each shard's kernel knows which queries it has
-        q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
+        q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (exchange(q_BTNH * scale), k_BSKH, v_BSKH))
+        q_BNTH = checkpoint_name(q_BNTH, "q")  # as the kernel wants it
         segments = None
         if mask.q_segments_BT is not None:
-            segments = splash_library.SegmentIds(q=mask.q_segments_BT, kv=mask.k_segments_BS)
+            segments = splash_library.SegmentIds(q=exchange(mask.q_segments_BT), kv=mask.k_segments_BS)
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
-        return _without_blind(out_BNTH.transpose(0, 2, 1, 3), mask, alike=alike)
+        return _without_blind(exchange(out_BNTH.transpose(0, 2, 1, 3)), mask, alike=alike)
 
     kernel_spec = None
     if place.mapped:
@@ -95,14 +108,6 @@ def splash(
         sharding = NamedSharding(place.mesh, PartitionSpec(place.q_spec[2], place.q_spec[1]))
         kernel_spec = kernel.manual_sharding_spec(sharding)
     return place.run(local, q_BTNH, k_BSKH, v_BSKH, mask, kernel, kernel_spec)
-
-
-def _splash_mask(mask: MaskSpec, length: int):
-    """What is static of the mask: blocks that it empties are left out. Segments are compared in the kernel."""
-    if mask.window is not None:
-        reach = mask.window - 1
-        return splash_library.LocalMask((length, length), (reach, 0 if mask.causal else reach), 0)
-    return splash_library.CausalMask((length, length)) if mask.causal else splash_library.FullMask((length, length))
 
 
 def _block_sizes(length: int) -> splash_library.BlockSizes:
@@ -228,7 +233,7 @@ def _cudnn_in_blocks(
     # Gradients of the keys are the sum over blocks: in float32, the type of what is cut here.
     k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (k_BSKH, v_BSKH))
 
-    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name == _CUDNN_FORWARD)
+    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD)
     def one(q_BTNH, k_BSKH, v_BSKH, mask, q_start, k_start):
         matrix_BTS = allowed(mask, q_length=q_BTNH.shape[1], k_length=k_BSKH.shape[1], q_start=q_start, k_start=k_start)
         out_BTNH = jax.nn.dot_product_attention(

@@ -1,0 +1,52 @@
+"""How often attention kernels run under each remat policy, counted in programs of the real TPU compiler."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from t5x_like.core.dtypes import DtypePolicy
+from t5x_like.layers.remat import POLICIES
+from t5x_like.models.model import Model
+from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel.rules import rules
+from t5x_like.parallel.sharding import named
+from t5x_like.planner.compile import compile_program
+from t5x_like.planner.cost import cost
+from t5x_like.planner.topology import topology
+from tests.models import cases
+
+LAYERS = 3
+# Of the forward kernel: once where its results are saved, again where they are computed again.
+FORWARD = {"none": 1, "dots": 1, "products": 1, "minimal": 1, "context": 1, "full": 2, "q+context@host": 1}
+
+
+def test_every_policy_is_counted():
+    assert set(POLICIES) < set(FORWARD)
+
+
+@pytest.mark.parametrize("remat", FORWARD)
+def test_the_attention_kernel_runs_once_a_layer_where_its_results_are_saved(compiler, remat):
+    sizes = meshes.MeshConfig("fsdp", "", None, None, None, None, None, None, None)
+    mesh = meshes.make(sizes, topology("v5e:2x2").devices)
+    sizes = {"layers": LAYERS, "width": 128, "heads": 2, "kv_heads": 1, "head_size": 128, "max_length": 128}
+    config = dataclasses.replace(cases.config("llama", **sizes), remat=remat)
+    model = Model(config, rules(), DtypePolicy("float32", "bfloat16"))
+
+    def abstract(shape, dtype, axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, model.rules, axes, shape))
+
+    is_spec = lambda leaf: hasattr(leaf, "init")  # noqa: E731
+    params = jax.tree.map(lambda s: abstract(s.shape, s.dtype, s.axes), model.specs(), is_leaf=is_spec)
+    batch = {"inputs": abstract((4, 128), jnp.int32, ("batch", "length"))}
+
+    def loss(params, batch):
+        return jnp.square(model.apply(params, batch).hidden_BTD.astype(jnp.float32)).sum()
+
+    text = compile_program(jax.jit(jax.grad(loss)), (params, batch), mesh=mesh).text
+    counts = {kernel.name: kernel.count for kernel in cost(text, dict(mesh.shape)).kernels}
+    (forward,) = (count for name, count in counts.items() if "_fwd" in name)
+    backward = {name: count for name, count in counts.items() if "_fwd" not in name}
+    assert forward == FORWARD[remat] * LAYERS
+    assert len(backward) == 2 and set(backward.values()) == {LAYERS}
