@@ -28,7 +28,7 @@ BESIDE = ("fsdp", "data", "slice")  # axes whose collectives can run beside the 
 
 # Shares that were fitted to compiled programs (docs/planner.md).
 FITTED = {
-    "products": 0.80,  # of the peak that matrix products reach with the compiler's default options
+    "products": 0.76,  # of the peak that matrix products reach with the compiler's default options
     "products_with_vmem": 0.98,  # with 64 MiB of vector memory for a fusion
     "attention": 0.5,  # of the peak that the splash kernel reaches
     "passes": 7.0,  # how often each activation of a layer goes through HBM besides (norms, rotary, copies, stacking)
