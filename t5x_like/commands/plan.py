@@ -28,6 +28,14 @@ PROGRAMS = ("train", "decode", "rl")
 
 
 def run(arguments: Sequence[str]) -> int:
+    if "--budget" in arguments:
+        from t5x_like.commands import plan_budget
+
+        return plan_budget.run(arguments)
+    if "--check" in arguments:
+        from t5x_like.commands import plan_check
+
+        return plan_check.run(arguments)
     config_arguments, others = split_config(arguments)
     dimensions, others = plan_search.split(others)
     options = _parse(others)
@@ -46,17 +54,17 @@ def run(arguments: Sequence[str]) -> int:
     from t5x_like.planner import iteration, report
 
     plan: report.Plan | iteration.Iteration = _planned(program, config, overrides, options)
-    details, problems = options.details, []
+    details = options.details
     if isinstance(plan, iteration.Iteration):
-        content, text, problems = iteration.to_json(plan), iteration.to_text(plan, details=details), plan.problems
+        content, text = iteration.to_json(plan), iteration.to_text(plan, details=details)
     else:
         content, text = report.to_json(plan), report.to_text(plan, details=details)
     if json_path:
         json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
         os.replace(json_path.with_name(f"{json_path.name}.tmp"), json_path)
     print(text)
-    if problems:
-        raise UserError(f"{plan.place.topology} is too small for this iteration: {'; '.join(problems)}")
+    if plan.problems:
+        raise UserError(f"{plan.place.topology} is too small: {'; '.join(plan.problems)}")
     return 0
 
 
@@ -104,25 +112,25 @@ def _writable(path: str) -> pathlib.Path:
 def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any) -> Any:
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
-    from t5x_like.planner.compile import compile_program
+    from t5x_like.planner.compile import DoesNotFit, compile_program
     from t5x_like.planner.cost import cost
-    from t5x_like.planner.estimate import estimate
-    from t5x_like.planner.network import fabric
     from t5x_like.planner.report import Place, Plan
     from t5x_like.runs import planned
     from t5x_like.runs import program as programs
     from t5x_like.runs.roles import open_or_assume
 
-    experiment = _experiment(config, overrides)
+    experiment = planned.experiment_of(config, overrides)
     if options.default_options:
         experiment = _with_default_options(experiment)
     slices, mesh_config = _slices(options.slices, experiment.mesh)
     topology = topologies.topology(options.topology, slices=slices)
     mesh = meshes.make(mesh_config, topology.devices)
     place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
+    if program != "decode":
+        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
     if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
-        work = None
+        work = planned.decode_work(experiment, rows=options.rows, length=options.length)
     else:
         programs.check_mesh(experiment, mesh.shape)
         assumed: dict[str, str] = {}
@@ -134,17 +142,32 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
         step, step_arguments = built.step, (built.layout.state, built.layout.frozen, built.batch)
         work = planned.train_work(experiment, built)
     options_of = experiment.runtime.compiler_options.of("tpu")
-    compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options))
+    problem = ""
+    try:
+        compiled = compile_program(
+            step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options), anyway=True
+        )
+    except DoesNotFit as error:
+        if error.compiled is None:
+            raise
+        compiled, problem = error.compiled, str(error)
     found = cost(compiled.text, place.mesh)
-    where = fabric(list(mesh.devices.flat), place.mesh)
-    return Plan(program, place, compiled, found, estimate(found, where, chips=place.chips, work=work))
+    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work), problem)
+
+
+def _estimate(found: Any, mesh: Any, place: Any, work: Any) -> Any:
+    """The time of a program of this cost."""
+    from t5x_like.planner.estimate import estimate
+    from t5x_like.planner.network import fabric
+
+    return estimate(found, fabric(list(mesh.devices.flat), place.mesh), chips=place.chips, work=work)
 
 
 def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:
     """(slices, section mesh): either says how many where the other is silent. A run needs config.mesh.slice itself."""
     if given is None:
         return max(mesh.slice or 1, 1), mesh
-    if mesh.slice is None and given > 1:
+    if mesh.slice is None and given > 1 and (mesh.stage or 1) == 1:
         print(f"planned with config.mesh.slice={given}, which train needs too", file=sys.stderr)
         mesh = dataclasses.replace(mesh, slice=given)
     return given, mesh
@@ -164,17 +187,6 @@ def _kept(options: Any) -> pathlib.Path | None:
     return pathlib.Path(paths.normal(options.cache)) if options.cache else cache.folder()
 
 
-def _experiment(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
-    """A training run, or one of reinforcement learning, whose functions are not called."""
-    from t5x_like.runs import train
-    from t5x_like.runs.functions import named_functions
-    from t5x_like.runs.rl_program import RlExperiment
-
-    if "rl" not in config:
-        return train.from_config(config, overrides=overrides)
-    return train.built(RlExperiment, named_functions(config)[0], overrides=overrides)
-
-
 def _iteration(
     experiment: Any, built: Any, place: Any, assumed: Mapping[str, str], *, kept: pathlib.Path | None
 ) -> Any:
@@ -183,14 +195,14 @@ def _iteration(
     from t5x_like.planner.compile import DoesNotFit, compile_program
     from t5x_like.planner.cost import cost
     from t5x_like.planner.iteration import Iteration, Part
-    from t5x_like.runs import rl_program
+    from t5x_like.runs import planned, rl_program
 
     rl_program.check_rows(experiment, place.mesh)
     held = device_bytes((built.layout.state, built.layout.frozen))
     stages, parts = rl_program.stages(experiment, built), []
     for number, stage in enumerate(stages, start=1):
         print(f"compiling {stage.name}, {number} of {len(stages)}", file=sys.stderr)
-        found, problem, beside = None, "", held - device_bytes(stage.reads)
+        found, time, problem, beside = None, None, "", held - device_bytes(stage.reads)
         try:
             compiled = compile_program(
                 stage.step,
@@ -203,7 +215,8 @@ def _iteration(
             problem = str(error)
         else:
             found = (compiled, cost(compiled.text, place.mesh))
-        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem))
+            time = _estimate(found[1], built.mesh, place, planned.stage_work(experiment, built, stage))
+        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem, time))
     facts = [f"{name}: {fact}" for name, fact in rl_program.facts(experiment).items()]
     facts += [f"role {name}: {source} is not there, planned like config.model" for name, source in assumed.items()]
-    return Iteration("rl", place, facts, parts)
+    return Iteration("rl", place, facts, parts, planned.iterations(experiment))
