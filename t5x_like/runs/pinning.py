@@ -62,13 +62,13 @@ def _text(
     topology, slices = place.name, f" --slices={place.slices}" if place.slices > 1 else ""
     items = f'{{"topology": "{topology}"{f", {chr(34)}slices{chr(34)}: {place.slices}" if slices else ""}}}'
     launch = f"base.get_launch() | {items}" if launches else items
-    memory = format_bytes(verdict.bytes)
+    memory, version = format_bytes(verdict.bytes), importlib.metadata.version("libtpu")
     called = f"base.get_config({', '.join(map(repr, given))})"
     return f'''"""{base.name} for {topology}, as `t5x_like plan --search` chose it on {datetime.date.today()}.
 
     t5x_like plan --config={_shown(target)} --topology={topology}{slices}
 Hardware: {place.slices} x {topology}.
-Estimated by libtpu {importlib.metadata.version("libtpu")}, not measured: {verdict.seconds:.3g} s a step, {memory} a device.
+Estimated, not measured (libtpu {version}): {verdict.seconds:.3g} s a step, {memory} of a device.
 """
 
 {_imports(base, target)}

@@ -54,6 +54,7 @@ class Prospects:
         experiment = self._experiment(point.overrides)
         sizes, state, gradients = self._state(experiment)
         programs.check_mesh(experiment, sizes)
+        turns = programs.schedule(experiment, sizes)
         options = experiment.runtime.compiler_options.of("tpu") or {}
         return analytic.Step(
             model=experiment.model,
@@ -66,6 +67,7 @@ class Prospects:
             state=state,
             gradients=gradients,
             vmem_kib=int(options.get(_VMEM, 0)) if self._own_options else 0,
+            bubble=0.0 if turns is None else turns.bubble,
         )
 
     def look(self, point: space.Point, device: analytic.Device) -> tuple[str, analytic.Estimate | None]:

@@ -28,7 +28,7 @@ def get_config():
     config.data.update({"batch_size": 1024, "length": 512, "attend_across_documents": True})
     return config
 """
-SPACE = ["--search.mesh=fsdp,tensor", "--search.remat=none,full", "--search.micro_batches=1", "--search.rules="]
+SPACE = ["--search.mesh=fsdp,tensor", "--search.remat=none;full", "--search.micro_batches=1", "--search.rules="]
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,6 @@ SETTINGS = {
     "default_options": False,
     "versions": {"libtpu": "1"},
 }
-    "arguments": ["--config=a"],
-    "config": {"model": {"width": 8}},
-    "topology": "v5e:2x2",
-    "default_options": False,
-    "versions": {"libtpu": "1"},
-}
 # name: (analytic seconds, analytic bytes, the judge's seconds, the judge's bytes; None: refused)
 WORLD = {
     "fastest": (1.0, 108, None, None),
