@@ -39,8 +39,8 @@ FITTED = {
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What a device can do in a second. peak: FLOP; memory: bytes of HBM; link: bytes one way over one link of the
-    chip's network; dims: of that network, in chips, with rings where `wraps`; between: bytes to other slices; host: bytes
-    to its host."""
+    chip's network; dims: of that network, in chips, with rings where `wraps`; between: bytes to other slices; host:
+    bytes to its host."""
 
     peak: float
     memory: float
