@@ -72,7 +72,7 @@ def program_json(compiled: Compiled, cost: Cost, estimate: Estimate | None = Non
         "lower_seconds": round(compiled.lower_seconds, 1),
         "compile_seconds": round(compiled.compile_seconds, 1),
     }
-    return content if estimate is None else content | report_time.to_json(cost, estimate)
+    return content if estimate is None else content | report_time.to_json(estimate)
 
 
 def versions() -> dict[str, str]:
