@@ -23,6 +23,17 @@ CYCLE_SHARE = 1.0
 MATRIX_SHARE = 1.0
 
 
+# What the parts of a step are called where people read of them.
+PARTS = {
+    "compute": "computing",
+    "kernels": "kernels",
+    "exposed_ici": "waiting for ICI",
+    "exposed_dcn": "waiting for DCN",
+    "exposed_hbm": "waiting for copies",
+    "exposed_host": "waiting for the host",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What a program is for, over all devices. tokens: of one execution; model_flops: those that its mathematics needs
@@ -238,7 +249,8 @@ def _kernel_times(cost: Cost, fabric: Fabric) -> list[KernelTime]:
 
 
 def _bound_by(parts: Mapping[str, float], spent: Mapping[tuple[str, str], RegionTime]) -> str:
-    """The one thing that a step takes longest for."""
+    """The one thing that a step takes longest for, in words."""
     largest = max(parts, key=lambda name: parts[name])
     region = regions.sums((region, each.seconds) for (region, _), each in spent.items())
-    return f"compute: {next(iter(region))}" if largest == "compute" and region else largest
+    inside = f" in {next(iter(region))}" if largest == "compute" and region else ""
+    return PARTS[largest] + inside

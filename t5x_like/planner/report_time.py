@@ -6,17 +6,7 @@ from typing import Any
 
 from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.planner import regions
-from t5x_like.planner.estimate import Estimate, IterationTime
-
-# What the parts of a step are called in the table.
-PARTS = {
-    "compute": "computing",
-    "kernels": "kernels",
-    "exposed_ici": "waiting for ICI",
-    "exposed_dcn": "waiting for DCN",
-    "exposed_hbm": "waiting for copies",
-    "exposed_host": "waiting for the host",
-}
+from t5x_like.planner.estimate import PARTS, Estimate, IterationTime
 
 
 def to_json(estimate: Estimate) -> dict[str, Any]:
@@ -138,8 +128,18 @@ def iteration_lines(time: IterationTime) -> list[str]:
 def _run(found: Estimate | IterationTime) -> str:
     if found.run_seconds is None or found.chip_hours is None:
         return ""
-    cost = "" if found.price is None else f", {found.cost:,.2f} {found.price.currency}"
-    return f"; the run takes {_long(found.run_seconds)}, {found.chip_hours:,.1f} chip-hours{cost}"
+    cost = "" if found.cost is None or found.price is None else f", {_amount(found.cost)} {found.price.currency}"
+    return f"; the run takes {_long(found.run_seconds)}, {_amount(found.chip_hours)} chip-hours{cost}"
+
+
+def _amount(value: float) -> str:
+    """
+    >>> _amount(50400.4), _amount(12.345), _amount(0.000123)
+    ('50,400', '12.3', '0.00012')
+    """
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 1 else f"{value:.2g}"
 
 
 def _region_lines(estimate: Estimate) -> list[str]:

@@ -50,7 +50,7 @@ def test_flops_are_those_of_the_blocks_that_the_mask_leaves(name, table, masked,
 
 def test_causal_flops_come_near_the_masks_own_as_blocks_get_small():
     """At 32 blocks a row 528 of 1024 are computed, where the mask has half: 3% more."""
-    small = {"block_q": 128, "block_kv": 128}
+    small: dict[str, Any] = {"block_q": 128, "block_kv": 128}
     found = roofline(call("splash_mha_fwd", *LLAMA, (1, 32, 32), **small), V5P)
     assert found is not None
     exact = 2 * 2 * 4 * 32 * 4096 * 4096 / 2 * 128
