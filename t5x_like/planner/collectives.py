@@ -35,11 +35,11 @@ _OF_OUTPUT = ("all-gather", "collective-permute", "collective-broadcast")
 class Collective:
     """One collective instruction. `count` executions a step, `bytes_each` as the head of this file says.
 
-        `axes` are mesh axes in mesh order; `group_size` devices exchange with each other, fewer than the axes hold where
-        the compiler splits an axis. `source` is the name that jax gave the operation. `network`: "ici" within a slice,
-            "dcn" between slices. `shifts`: of a collective-permute, by how many places along its axes buffers move, each once,
-        counted the shorter way around: (1,) for each to its next neighbour.
-        """
+    `axes` are mesh axes in mesh order; `group_size` devices exchange with each other, fewer than the axes hold where
+    the compiler splits an axis. `source` is the name that jax gave the operation. `network`: "ici" within a slice,
+    "dcn" between slices. `shifts`: of a collective-permute, by how many places along its axes buffers move, each once,
+    counted the shorter way around: (1,) for each to its next neighbour.
+    """
 
     kind: str
     axes: tuple[str, ...]
