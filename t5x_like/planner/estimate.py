@@ -23,6 +23,8 @@ CYCLE_SHARE = 1.0
 MATRIX_SHARE = 1.0
 
 
+OPERATIONS = 20  # so many of the longest are listed
+
 # What the parts of a step are called where people read of them.
 PARTS = {
     "compute": "computing",
@@ -78,9 +80,19 @@ class KernelTime:
 
 
 @dataclasses.dataclass(frozen=True)
+class OpTime:
+    """All executions of an instruction on one device."""
+
+    op: Op
+    count: int
+    seconds: float
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """Of one execution. parts: {name: seconds}, which add up to step_seconds; regions: {(region, pass): its time};
-    hardware_flops: of all chips, with what is computed again."""
+    hardware_flops: of all chips, with what is computed again; operations: those that compute longest, so many."""
 
     step_seconds: float
     parts: Mapping[str, float]
@@ -89,6 +101,7 @@ class Estimate:
     hardware_flops: float
     kernels: tuple[KernelTime, ...]
     flights: tuple[Flight, ...]
+    operations: tuple[OpTime, ...]
     chips: int
     devices: int
     peak: float  # FLOP/s of all of them
@@ -188,7 +201,7 @@ def estimate(
     parts = {"compute": computing, "kernels": in_kernels}
     for name in (network.ICI, network.DCN, network.HBM, network.HOST):
         parts[f"exposed_{name}"] = sum((flight.exposed for flight in flights if flight.network == name), 0.0)
-    found = _region_times(cost, seconds, flights, fabric)
+    found = _region_times(cost, seconds, flights, row)
     return Estimate(
         step_seconds=sum(parts.values()),
         parts=parts,
@@ -197,6 +210,7 @@ def estimate(
         hardware_flops=float(sum(each.flops for each in found.values()) * len(fabric.places)),
         kernels=tuple(_kernel_times(cost, fabric)),
         flights=tuple(flights),
+        operations=_longest(cost, seconds, row),
         chips=chips,
         devices=len(fabric.places),
         peak=row.peak * chips,
@@ -205,25 +219,32 @@ def estimate(
     )
 
 
+def _longest(cost: Cost, seconds: Callable[[Op], float], row: Generation) -> tuple[OpTime, ...]:
+    each = (OpTime(op, times, seconds(op) * times, _flops(op, row) * times) for op, times in cost.schedule.each())
+    return tuple(sorted(each, key=lambda one: -one.seconds)[:OPERATIONS])
+
+
 def computing_seconds(op: Op, row: Generation) -> float:
     """Of one execution of an operation on one device, kernels apart."""
     return max(CYCLE_SHARE * op.cycles / row.clock, op.flops / (MATRIX_SHARE * row.peak / row.devices))
 
 
+def _flops(op: Op, row: Generation) -> int:
+    """Of an operation's products, or of a kernel's whole blocks."""
+    found = kernels.roofline(op.kernel, row) if op.kernel else None
+    return op.flops + (found.flops if found else 0)
+
+
 def _region_times(
-    cost: Cost, seconds: Callable[[Op], float], flights: Sequence[Flight], fabric: Fabric
+    cost: Cost, seconds: Callable[[Op], float], flights: Sequence[Flight], row: Generation
 ) -> dict[tuple[str, str], RegionTime]:
     """Longest first."""
     each = [(regions.classify(op.source), op, times) for op, times in cost.schedule.each()]
 
-    def flops(op: Op) -> int:
-        found = kernels.roofline(op.kernel, fabric.row) if op.kernel else None
-        return op.flops + (found.flops if found else 0)
-
     cycles = regions.sums((key, op.cycles * times) for key, op, times in each)
     spent = regions.sums((key, seconds(op) * times) for key, op, times in each)
     exposed = regions.sums((regions.classify(flight.op.source), flight.exposed) for flight in flights)
-    done = regions.sums((key, flops(op) * times) for key, op, times in each)
+    done = regions.sums((key, _flops(op, row) * times) for key, op, times in each)
     return {
         key: RegionTime(cycles.get(key, 0), spent.get(key, 0.0), exposed.get(key, 0.0), done.get(key, 0))
         for key in {**spent, **exposed}

@@ -54,6 +54,10 @@ def test_a_step_is_what_it_computes_its_kernels_and_what_of_collectives_is_expos
     (total,) = json["collectives"]
     assert (total["bytes"], total["exposed_seconds"]) == (5_400_000_000, pytest.approx(gathered))
     assert sum(item["cycles"] for item in json["regions"]) == V5P_CYCLES
+    assert [item["name"] for item in json["operations"]][:2] == ["w", "splash_mha_fwd.1"]
+    details = "\n".join(report_time.detail_lines(time))
+    assert "splash_mha_fwd.1" in details
+    assert "5.03 GiB 5,400,000,000" in details
 
 
 def test_what_follows_from_a_step_of_a_second():
