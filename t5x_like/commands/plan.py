@@ -55,7 +55,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> Any:
     parser = ConfigParser(prog="t5x_like plan", description=__doc__)
-    parser.add_argument("--topology", required=True, help="such as v5p:4x4x4, v5e:2x4, v6e:8x8, v4:2x2x4, tpu7x:2x2x2")
+    parser.add_argument("--topology", required=True, help="a slice: v5p:4x4x4, v5p-128, v5litepod-16, ...")
+    parser.add_argument("--slices", type=int, help="of this topology; default: config.mesh.slice, or 1")
     parser.add_argument("--program", choices=PROGRAMS, help="default: rl for a config of `t5x_like rl`, else train")
     parser.add_argument("--rows", type=int, help="decode: texts at once, over all devices")
     parser.add_argument("--length", type=int, help="decode: tokens of each text that the cache has room for")
@@ -94,16 +95,21 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import compile_program
     from t5x_like.planner.cost import cost
+    from t5x_like.planner.estimate import estimate
+    from t5x_like.planner.network import fabric
     from t5x_like.planner.report import Place, Plan
+    from t5x_like.runs import planned
     from t5x_like.runs import program as programs
     from t5x_like.runs.roles import open_or_assume
 
     experiment = _experiment(config, overrides)
-    topology = topologies.topology(options.topology)
-    mesh = meshes.make(experiment.mesh, topology.devices)
-    place = Place(topology.name, topology.chips, dict(mesh.shape), topology.hbm_bytes)
+    slices, mesh_config = _slices(options.slices, experiment.mesh)
+    topology = topologies.topology(options.topology, slices=slices)
+    mesh = meshes.make(mesh_config, topology.devices)
+    place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
     if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
+        work = None
     else:
         programs.check_mesh(experiment, mesh.shape)
         assumed: dict[str, str] = {}
@@ -113,9 +119,22 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
         if program == "rl":
             return _iteration(experiment, built, place, assumed, kept=_kept(options))
         step, step_arguments = built.step, (built.layout.state, built.layout.frozen, built.batch)
+        work = planned.train_work(experiment, built)
     options_of = experiment.runtime.compiler_options.of("tpu")
     compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options))
-    return Plan(program, place, compiled, cost(compiled.text, place.mesh))
+    found = cost(compiled.text, place.mesh)
+    where = fabric(list(mesh.devices.flat), place.mesh)
+    return Plan(program, place, compiled, found, estimate(found, where, chips=place.chips, work=work))
+
+
+def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:
+    """(slices, section mesh): either says how many where the other is silent. A run needs config.mesh.slice itself."""
+    if given is None:
+        return max(mesh.slice or 1, 1), mesh
+    if mesh.slice is None and given > 1:
+        print(f"planned with config.mesh.slice={given}, which train needs too", file=sys.stderr)
+        mesh = dataclasses.replace(mesh, slice=given)
+    return given, mesh
 
 
 def _kept(options: Any) -> pathlib.Path | None:

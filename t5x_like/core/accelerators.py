@@ -1,12 +1,17 @@
 """THE table of TPU generations, and what follows from it: names, shapes, virtual machines and labels of a slice.
 
 A slice is written `v5p:4x4x4`: the generation, and the chips along each dimension of its network. Everything else is
-derived. Not here: devices that programs compile for (planner/topology.py) and meshes over them (parallel/mesh.py).
+derived. `parse` also takes the other names that people have for a slice, such as v5p-128 and tpu-v5p-slice:4x4x4. Not here: devices that programs compile for (planner/topology.py) and meshes over them (parallel/mesh.py).
 
-Sources: Google Cloud's TPU documentation for sizes, memory and peaks; xpk 1.16 for labels, machine types and runtimes
-(tests/launch compares every slice with it); libtpu for chip arrangements and for what it leaves to programs.
+Sources: Google Cloud's TPU documentation for sizes, memory, peaks and speeds of memory and networks (its ICI bandwidth
+of a chip is that of all links, both ways: v5p 1200 GB/s = 6 links x 2 x 100); for v4's links and network, and the
+network of v5e, v6e and tpu7x, also the "How To Scale Your Model" book, chapter 2, and the documentation's figures of a
+pod divided by its chips; `cycle_flops` from what libtpu estimates for large products (docs/planner.md); xpk 1.16 for
+labels, machine types and runtimes (tests/launch compares every slice with it); libtpu for chip arrangements and for
+what it leaves to programs.
 """
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -21,6 +26,7 @@ class Generation:
     """One row of the table.
 
     prefix: of a slice's name, which counts TensorCores: v5litepod-16
+    also: other names of the generation
     gke: value of the node label cloud.google.com/gke-tpu-accelerator
     machine: machine type of a virtual machine (VM) with `chips` chips
     vm_chips: how many chips a VM may have, the smallest first; slices of more than one VM have VMs of 4
@@ -34,9 +40,15 @@ class Generation:
     hbm: GiB of a device that the compiler gives to programs, as it says when one is too large
     kind: regular expression of jax's device_kind
     peak: dense bf16 FLOP/s of a chip
+    cycle_flops: dense bf16 FLOPs of a device in one cycle of the compiler's estimates
+    mxu: rows and columns of a matrix unit (MXU): products with smaller dims leave a part of it idle
+    hbm_speed: bytes a second between a chip and its memory
+    ici: bytes a second of one link between neighbouring chips (interchip interconnect), one way
+    dcn: bytes a second between a chip and other slices (data center network)
     """
 
     prefix: str
+    also: tuple[str, ...]
     gke: str
     machine: str
     vm_chips: tuple[int, ...]
@@ -50,11 +62,22 @@ class Generation:
     hbm: float
     kind: str
     peak: float
+    cycle_flops: int
+    mxu: int
+    hbm_speed: float
+    ici: float
+    dcn: float
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second. Estimates of products that fill the matrix units then give the peak."""
+        return self.peak / self.devices / self.cycle_flops
 
 
 GENERATIONS = {
     "v4": Generation(
         prefix="v4",
+        also=(),
         gke="tpu-v4-podslice",
         machine="ct4p-hightpu-{chips}t",
         vm_chips=(4,),
@@ -68,9 +91,15 @@ GENERATIONS = {
         hbm=30.75,
         kind=r"TPU v4",
         peak=275e12,
+        cycle_flops=262_144,
+        mxu=128,
+        hbm_speed=1228e9,
+        ici=50e9,
+        dcn=6.25e9,
     ),
     "v5e": Generation(
         prefix="v5litepod",
+        also=("v5lite",),
         gke="tpu-v5-lite-podslice",
         machine="ct5lp-hightpu-{chips}t",
         vm_chips=(1, 4),
@@ -84,9 +113,15 @@ GENERATIONS = {
         hbm=15.75,
         kind=r"TPU v5 lite|TPU v5e",
         peak=197e12,
+        cycle_flops=131_072,
+        mxu=128,
+        hbm_speed=819e9,
+        ici=50e9,
+        dcn=3.125e9,
     ),
     "v5p": Generation(
         prefix="v5p",
+        also=(),
         gke="tpu-v5p-slice",
         machine="ct5p-hightpu-{chips}t",
         vm_chips=(4,),
@@ -100,9 +135,15 @@ GENERATIONS = {
         hbm=95.73,
         kind=r"TPU v5p?",
         peak=459e12,
+        cycle_flops=262_144,
+        mxu=128,
+        hbm_speed=2765e9,
+        ici=100e9,
+        dcn=6.25e9,
     ),
     "v6e": Generation(
         prefix="v6e",
+        also=("trillium",),
         gke="tpu-v6e-slice",
         machine="ct6e-standard-{chips}t",
         vm_chips=(1, 4),
@@ -116,9 +157,15 @@ GENERATIONS = {
         hbm=31.24,
         kind=r"TPU v6 lite|TPU v6e",
         peak=918e12,
+        cycle_flops=524_288,
+        mxu=256,
+        hbm_speed=1638e9,
+        ici=100e9,
+        dcn=12.5e9,
     ),
     "tpu7x": Generation(
         prefix="tpu7x",
+        also=("ironwood", "v7x"),
         gke="tpu7x",
         machine="tpu7x-standard-{chips}t",
         vm_chips=(1, 4),
@@ -132,8 +179,23 @@ GENERATIONS = {
         hbm=94.74,
         kind=r"TPU7x",
         peak=2307e12,
+        cycle_flops=524_288,
+        mxu=256,
+        hbm_speed=7380e9,
+        ici=100e9,
+        dcn=12.5e9,
     ),
 }
+
+
+def of_kind(device_kind: str) -> Generation:
+    """The generation of a jax device.
+
+    >>> of_kind("TPU v5").prefix, of_kind("TPU v6 lite").prefix
+    ('v5p', 'v6e')
+    """
+    return next(row for row in GENERATIONS.values() if re.fullmatch(row.kind, device_kind))
+
 
 # A VM of several chips holds 2x2 of them. Slices below a cube of 4x4x4 have one of these shapes; above, whole cubes.
 _SMALL_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
@@ -199,18 +261,37 @@ class Slice:
 
 
 def parse(name: str) -> Slice:
-    """The slice of a name such as `v5p:4x4x4`; UsageError for what is no slice of that generation.
+    """The slice of a name in any of these spellings; UsageError for what is none, or several.
+
+    A shape stands behind a generation (v5p:4x4x4), the prefix of its slices' names (v5litepod:4x4), GKE's label
+    (tpu-v5p-slice:4x4x4), a machine type (ct5p-hightpu-4t:4x4x4) or an accelerator type (v5p-512:4x8x8). An accelerator
+    type counts TensorCores and stands alone where one shape has so many: v5p-128, v5litepod-16, v5e-16.
 
     >>> parse("v5p:4x4x4").name, parse("v5p:4x4x4").vms, parse("v6e:4x4").machine
     ('v5p-128', 16, 'ct6e-standard-4t')
+    >>> parse("v5p-128").spelled, parse("v5e-16").spelled, parse("tpu-v6e-slice:8x8").spelled
+    ('v5p:4x4x4', 'v5e:4x4', 'v6e:8x8')
     """
-    generation, _, shape = name.partition(":")
-    if generation not in GENERATIONS:
-        raise UsageError(f"--topology={name}: {generation!r} is unknown; {_meant(name)}")
+    head, _, shape = name.strip().lower().partition(":")
+    typed = re.fullmatch(r"(.+)-(\d{1,6})", head)
+    generation = _generation(head)
+    if generation is None and typed:
+        generation = _generation(typed.group(1))
+        if generation and not shape:
+            return _of_type(name, generation, int(typed.group(2)))
+    if generation is None:
+        raise UsageError(f"--topology={name}: {head!r} is unknown; {nearest(head, GENERATIONS)}")
+    found = _of_shape(name, generation, head, shape)
+    if typed and _generation(head) is None and found.chips * found.row.cores != int(typed.group(2)):
+        raise UsageError(f"--topology={name}: {found.spelled} is {found.name}; write one of them alone")
+    return found
+
+
+def _of_shape(name: str, generation: str, head: str, shape: str) -> Slice:
     row = GENERATIONS[generation]
     if not re.fullmatch(r"[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){0,3}", shape):
         example = "4x4x4" if row.dims == 3 else "4x4"
-        raise UsageError(f"--topology={name}: give the chips along each dimension, such as {generation}:{example}")
+        raise UsageError(f"--topology={name}: give the chips along each dimension, such as {head}:{example}")
     dims = tuple(int(part) for part in shape.split("x"))
     found = Slice(generation, dims)
     if _exists(row, dims):
@@ -218,6 +299,31 @@ def parse(name: str) -> Slice:
     turned = Slice(generation, tuple(sorted(dims)))
     hint = f"write {turned.spelled}" if _exists(row, turned.dims) else f"there are {_shapes(row)}"
     raise UsageError(f"--topology={name} is no slice of {generation}; {hint}")
+
+
+def _of_type(name: str, generation: str, cores: int) -> Slice:
+    """The slice of so many TensorCores, where there is one such shape."""
+    row = GENERATIONS[generation]
+    found = [each for each in slices(generation) if each.chips * row.cores == cores]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"--topology={name} has several shapes; write {' or '.join(each.spelled for each in found)}")
+    counts = sorted({each.chips * row.cores for each in slices(generation)})
+    near = [*counts[: bisect.bisect(counts, cores)][-1:], *counts[bisect.bisect(counts, cores) :][:1]]
+    raise UsageError(
+        f"--topology={name}: no slice of {generation} has {cores} TensorCores ({row.cores} a chip); the nearest are "
+        f"{' and '.join(f'{row.prefix}-{count}' for count in near)}"
+    )
+
+
+def _generation(word: str) -> str | None:
+    """The generation that a name without its numbers means: its own, a prefix, a label of GKE, a machine type."""
+    for generation, row in GENERATIONS.items():
+        machines = [row.machine.format(chips=chips) for chips in (1, 4, 8)]
+        if word in (generation, row.prefix, row.gke, *row.also, *machines):
+            return generation
+    return None
 
 
 def slices_named(name: str) -> list[Slice]:
@@ -263,9 +369,3 @@ def _shapes(row: Generation) -> str:
     small = ", ".join("x".join(map(str, dims)) for dims in (_SQUARES if row.dims == 2 else _SMALL_CUBES))
     cubes = f", and AxBxC in multiples of 4 up to {row.largest} chips{', A <= B <= C' if row.sorted else ''}"
     return f"{small}{cubes}" if row.dims == 3 else small
-
-
-def _meant(name: str) -> str:
-    """A hint for a generation that is none; who gives an accelerator type learns its slices."""
-    spelled = [each.spelled for each in slices_named(name)]
-    return f"{name} is written {' or '.join(spelled)}" if spelled else nearest(name.partition(":")[0], GENERATIONS)

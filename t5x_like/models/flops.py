@@ -18,11 +18,15 @@ CONVENTION = (
 
 @dataclasses.dataclass(frozen=True)
 class FlopsPerToken:
-    """Of one token, averaged over a row. forward is the sum of the three; train is 3 x forward."""
+    """Of one token, averaged over a row. forward is the sum of the first three; train is 3 x forward.
+
+    full_attention: what attention would need if every token saw all of its row, as others count it.
+    """
 
     weights: float  # products with the layers' weights
     attention: float  # queries with keys, probabilities with values
     head: float  # logits
+    full_attention: float
 
     @property
     def forward(self) -> float:
@@ -32,6 +36,11 @@ class FlopsPerToken:
     def train(self) -> float:
         return 3 * self.forward
 
+    @property
+    def unmasked(self) -> "FlopsPerToken":
+        """The same in the convention that knows no masks."""
+        return dataclasses.replace(self, attention=self.full_attention)
+
 
 def per_token(config: ModelConfig, *, length: int, source_length: int = 0) -> FlopsPerToken:
     """Of rows of `length` tokens, for an encoder-decoder with sources of `source_length`."""
@@ -39,16 +48,19 @@ def per_token(config: ModelConfig, *, length: int, source_length: int = 0) -> Fl
     head = 2.0 * width * (config.vocab_size + (width if config.head.transform else 0))
     if decoder is None:
         assert encoder is not None, "every architecture has a stack"
-        return FlopsPerToken(_weights(encoder, width), _attention(encoder, length, causal=False), head)
+        full = _full_attention(encoder, length)
+        return FlopsPerToken(_weights(encoder, width), _attention(encoder, length, causal=False), head, full)
     weights, attention = _weights(decoder, width), _attention(decoder, length, causal=True)
+    full = _full_attention(decoder, length)
     if encoder is None:
-        return FlopsPerToken(weights, attention, head)
+        return FlopsPerToken(weights, attention, head, full)
     sources = source_length / length  # tokens of the encoder for each one of the decoder
     query, key_value = (2.0 * decoder.layers * size for size in _projections(decoder, width))
     weights += query + sources * (key_value + _weights(encoder, width))
-    attention += 4.0 * decoder.layers * decoder.heads * decoder.head_size * source_length
-    attention += sources * _attention(encoder, source_length, causal=False)
-    return FlopsPerToken(weights, attention, head)
+    cross = 4.0 * decoder.layers * decoder.heads * decoder.head_size * source_length
+    attention += cross + sources * _attention(encoder, source_length, causal=False)
+    full += cross + sources * _full_attention(encoder, source_length)
+    return FlopsPerToken(weights, attention, head, full)
 
 
 def _projections(stack: StackConfig, width: int) -> tuple[int, int]:
@@ -65,6 +77,10 @@ def _weights(stack: StackConfig, width: int) -> float:
 def _attention(stack: StackConfig, length: int, *, causal: bool) -> float:
     keys = sum(keys_seen(length, kind.window, causal=causal) for kind in stack.kinds)
     return 4.0 * stack.heads * stack.head_size * keys
+
+
+def _full_attention(stack: StackConfig, length: int) -> float:
+    return 4.0 * stack.layers * stack.heads * stack.head_size * length
 
 
 def keys_seen(length: int, window: int, *, causal: bool = True) -> float:

@@ -27,6 +27,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _OF_OUTPUT = ("all-gather", "collective-permute", "collective-broadcast")
 
 
@@ -35,7 +36,8 @@ class Collective:
     """One collective instruction. `count` executions a step, `bytes_each` as the head of this file says.
 
     `axes` are mesh axes in mesh order; `group_size` devices exchange with each other, fewer than the axes hold where
-    the compiler splits an axis. `source` is the name that jax gave the operation.
+    the compiler splits an axis. `source` is the name that jax gave the operation. `network`: "ici" within a slice, "dcn"
+    between slices.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Collective:
     count: int
     bytes_each: int
     source: str
+    network: str = "ici"
 
 
 def kind_of(opcode: str) -> str | None:
@@ -64,7 +67,7 @@ def read(
         # The shape of these is (inputs, outputs, context...).
         outputs = outputs[len(inputs) : 2 * len(inputs)]
     axes, size = axes_of(groups_of(instruction.attributes, math.prod(mesh_shape.values())), mesh_shape)
-    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    source = _OP_NAME.search(instruction.attributes)
     return Collective(
         kind=kind,
         axes=axes,
@@ -73,6 +76,108 @@ def read(
         bytes_each=sum(outputs if kind in _OF_OUTPUT else inputs),
         source=source.group(1) if source else "",
     )
+
+
+# Between slices. The compiler exchanges with other slices through the hosts: `send` hands a buffer to the runtime of
+# several slices (megascale), `recv` takes what comes of it, and attributes of both say what is to be done.
+
+_MEGASCALE = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+_TRANSFERS = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x')
+_TARGETS = re.compile(r"_xla_megascale_target=(\{.*?\}\})")
+_DEVICES_OF_A_SLICE = 100_000  # device 200003 is number 3 of slice 2; slices count from 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One exchange between slices, which lasts from `send` and `recv` to the last of their `-done` halves.
+
+    start, done: places of the first and the last of the four in the schedule of their computation.
+    """
+
+    collective: Collective
+    send: str
+    recv: str
+    start: int
+    done: int
+
+
+def transfers(computation: hlo.Computation, mesh_shape: Mapping[str, int], *, count: int) -> list[Transfer]:
+    """The exchanges between slices in a computation that runs `count` times a step, in schedule order."""
+    parts: dict[str, list[tuple[int, hlo.Instruction]]] = {}
+    dones: dict[str, int] = {}
+    for place, instruction in enumerate(computation.instructions.values()):
+        if instruction.opcode in ("send", "recv") and _MEGASCALE in instruction.attributes:
+            name = _RENDEZVOUS.search(instruction.attributes)
+            parts.setdefault(name.group(1) if name else instruction.name, []).append((place, instruction))
+        elif instruction.opcode in ("send-done", "recv-done"):
+            dones[instruction.operands[0]] = place
+    found = []
+    for halves in parts.values():
+        both = {item.opcode: item for _, item in halves}
+        if len(both) == 2:
+            collective = _exchange(computation, both["send"], both["recv"], mesh_shape, count=count)
+            start = min(place for place, _ in halves)
+            done = max(dones.get(item.name, place) for place, item in halves)
+            found.append(Transfer(collective, both["send"].name, both["recv"].name, start, done))
+    return found
+
+
+def _exchange(
+    computation: hlo.Computation,
+    send: hlo.Instruction,
+    recv: hlo.Instruction,
+    mesh_shape: Mapping[str, int],
+    *,
+    count: int,
+) -> Collective:
+    transfer = _TRANSFER.search(send.attributes)
+    kind = _TRANSFERS.get(transfer.group(1), transfer.group(1).lower()) if transfer else "send"
+    arrays = recv if kind in _OF_OUTPUT else send  # the shape of both is (buffer, context, token)
+    return Collective(
+        kind=kind,
+        axes=("slice",),
+        group_size=_slices_joined(send.attributes) or mesh_shape["slice"],
+        count=count,
+        bytes_each=hlo.array_bytes(arrays.shape)[0],
+        source=_source_of(computation, send.operands[0]),
+        network="dcn",
+    )
+
+
+def _slices_joined(attributes: str) -> int | None:
+    """How many slices exchange with each other: `{1,2}x{0:63}`, `{{100000,200000},...}` or `{{100000->200000},...}`."""
+    whole = _SLICES.search(attributes)
+    if whole:
+        ends = [[int(end) for end in part.split(":")] for part in whole.group(1).split(",")]
+        return sum(end[-1] - end[0] + 1 for end in ends)
+    listed = _TARGETS.search(attributes)
+    if not listed:
+        return None
+    groups = [
+        [int(device) for device in re.findall(r"\d+", group)] for group in re.findall(r"\{([\d,>-]+)\}", listed[1])
+    ]
+    joined = _components([pair for group in groups for pair in zip(group, group[1:], strict=False)])
+    return max(len({device // _DEVICES_OF_A_SLICE for device in group}) for group in joined)
+
+
+def _source_of(computation: hlo.Computation, name: str) -> str:
+    """The operation that made a value; what only renames it has none."""
+    while name:
+        instruction = computation.instructions[name]
+        source = _OP_NAME.search(instruction.attributes)
+        if source:
+            return source.group(1)
+        name = instruction.operands[0] if instruction.opcode != "parameter" and instruction.operands else ""
+    return ""
 
 
 # Groups of devices, in the four ways that HLO writes them.
@@ -166,24 +271,26 @@ def axes_of(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> tuple[tup
 
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """All collectives of a step that are of one kind, over the same axes and groups."""
+    """All collectives of a step that are of one kind, over the same axes, groups and network."""
 
     kind: str
     axes: tuple[str, ...]
     group_size: int
     count: int
     bytes: int
+    network: str = "ici"
 
 
 def totals(collectives: Sequence[Collective]) -> tuple[Total, ...]:
-    """Sums by kind, axes and group size, most bytes first."""
+    """Sums by kind, axes, group size and network, most bytes first."""
 
     def key(item: Collective):
-        return (item.kind, item.axes, item.group_size)
+        return (item.kind, item.axes, item.group_size, item.network)
 
     sums = []
-    for (kind, axes, size), items in itertools.groupby(sorted(collectives, key=key), key):
+    for (kind, axes, size, network), items in itertools.groupby(sorted(collectives, key=key), key):
         same = list(items)
         counted = sum(item.count for item in same)
-        sums.append(Total(kind, axes, size, counted, sum(item.count * item.bytes_each for item in same)))
+        moved = sum(item.count * item.bytes_each for item in same)
+        sums.append(Total(kind, axes, size, counted, moved, network))
     return tuple(sorted(sums, key=lambda total: -total.bytes))

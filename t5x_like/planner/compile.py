@@ -28,12 +28,14 @@ class Memory:
     """HBM of one device in bytes, as the compiler lays it out; the runtime's own overhead is not in it.
 
     Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both, and once in `total_bytes`.
+    `peak_bytes` is the compiler's own peak, arguments included; None where it gives none.
     """
 
     arguments_bytes: int
     temporaries_bytes: int
     outputs_bytes: int
     aliased_bytes: int
+    peak_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -98,6 +100,7 @@ def _asked(lowered: Any) -> dict[str, Any]:
         temporaries_bytes=stats.temp_size_in_bytes,
         outputs_bytes=stats.output_size_in_bytes,
         aliased_bytes=stats.alias_size_in_bytes,
+        peak_bytes=getattr(stats, "peak_memory_in_bytes", 0) or None,
     )
     return {"error": "", "text": compiled.as_text(), "memory": dataclasses.asdict(memory), "seconds": seconds}
 

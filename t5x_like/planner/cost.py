@@ -7,11 +7,14 @@ with them or not, and nothing of Pallas kernels, which are listed apart.
 
 import collections
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from t5x_like.planner import hlo
-from t5x_like.planner.collectives import Collective, kind_of, read
+from t5x_like.planner.collectives import Collective, Transfer, kind_of, read, transfers
+from t5x_like.planner.schedule import Begun, Block, KernelCall, Op
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 # The compiler writes the largest number there is where it has no estimate (gathers that the sparse core does).
@@ -21,6 +24,8 @@ _THREAD = re.compile(r'async_execution_thread="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _KERNEL = "tpu_custom_call"  # what Pallas lowers to
+_SETTINGS = re.compile(r'"xprof_metadata":"((?:[^"\\]|\\.)*)"')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Cost:
 
     `without_estimate`: {name: executions} of work that the compiler gave no estimate for (sorts, scatters), and
     `unknown_loops`: loops whose length depends on data alone, counted once. Where these are long, `cycles` is too low.
-    `limited_loops` are counted at their limit, so there it may be too high.
+    `limited_loops` are counted at their limit, so there it may be too high. `schedule` is what all this is the sum of.
     """
 
     cycles: int
@@ -56,44 +61,35 @@ class Cost:
     without_estimate: dict[str, int]
     unknown_loops: tuple[str, ...]
     limited_loops: tuple[Loop, ...]
+    schedule: Block = Block(1, ())
 
 
 def cost(text: str, mesh_shape: Mapping[str, int]) -> Cost:
     """The cost of the program in `text` (`compiled.as_text()`), jitted over a mesh of {axis: size}."""
     module = hlo.parse(text)
-    entry = module.computations[module.entry]
-    tally = _Walk(module, mesh_shape).computation(entry, arguments=[], times=1)
+    schedule = _Walk(module, mesh_shape).block(module.computations[module.entry], arguments=[])
+    kernels, without_estimate = collections.Counter(), collections.Counter()
+    found = []
+    for op, times in schedule.each():
+        if op.kernel:
+            kernels[op.kernel.name] += times
+        if op.lacks_estimate:
+            without_estimate[_plain(op.name)] += times
+        found += [dataclasses.replace(t.collective, count=t.collective.count * times) for t in op.begins]
+    loops = list(schedule.loops())
     return Cost(
-        cycles=tally.cycles,
-        kernels=tuple(Kernel(name, count) for name, count in tally.kernels.items()),
-        collectives=tuple(tally.collectives),
-        without_estimate=dict(tally.without_estimate),
-        unknown_loops=tuple(tally.unknown_loops),
-        limited_loops=tuple(tally.limited_loops),
+        cycles=schedule.cycles,
+        kernels=tuple(Kernel(name, count) for name, count in kernels.items()),
+        collectives=tuple(found),
+        without_estimate=dict(without_estimate),
+        unknown_loops=tuple(loop.loop for loop, _ in loops if loop.turns is None),
+        limited_loops=tuple(
+            Loop(loop.loop, loop.turns * times, loop.cycles * times)
+            for loop, times in loops
+            if loop.turns is not None and not loop.surely
+        ),
+        schedule=schedule,
     )
-
-
-@dataclasses.dataclass
-class _Tally:
-    """A sum under construction."""
-
-    cycles: int = 0
-    kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    collectives: list[Collective] = dataclasses.field(default_factory=list)
-    without_estimate: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    unknown_loops: list[str] = dataclasses.field(default_factory=list)
-    limited_loops: list[Loop] = dataclasses.field(default_factory=list)
-
-    def add(self, other: "_Tally") -> None:
-        self.cycles += other.cycles
-        self.kernels += other.kernels
-        self.collectives += other.collectives
-        self.without_estimate += other.without_estimate
-        self.unknown_loops += other.unknown_loops
-        self.limited_loops += other.limited_loops
-
-    def dearness(self) -> tuple[int, int]:
-        return self.cycles, sum(item.count * item.bytes_each for item in self.collectives)
 
 
 # Work worth naming when it has no estimate; the rest (get-tuple-element, bitcast, ...) is free.
@@ -101,101 +97,158 @@ _WORK = ("fusion", "convolution", "dot", "scatter", "gather", "sort", "reduce", 
 
 
 class _Walk:
-    """Adds up computations of one module."""
+    """Reads computations of one module."""
 
     def __init__(self, module: hlo.Module, mesh_shape: Mapping[str, int]) -> None:
         self.module = module
         self.mesh_shape = mesh_shape
 
-    def computation(self, computation: hlo.Computation, *, arguments: Sequence, times: int) -> _Tally:
-        """The tally of `times` executions; `arguments` are the scalars known of its parameters."""
-        tally = _Tally()
-        chains: set[tuple[str, str]] = set()
-        for instruction in computation.instructions.values():
+    def block(self, computation: hlo.Computation, *, arguments: Sequence) -> Block:
+        """What one execution does; `arguments` are the scalars known of its parameters."""
+        items: list[Op | Block] = []
+        advanced: dict[str, int] = {}  # the last item that advances a chain
+        exchanges = transfers(computation, self.mesh_shape, count=1)
+        for place, instruction in enumerate(computation.instructions.values()):
+            items += [_exchanged(e, at_start=place == e.start) for e in exchanges if place in (e.start, e.done)]
+            if instruction.opcode in ("send", "recv", "send-done", "recv-done"):
+                continue
             if instruction.opcode == "while":
-                tally.add(self.loop(computation, instruction, arguments, times))
+                items.append(self.loop(computation, instruction, arguments))
             elif instruction.opcode == "conditional":
                 branches = [self.module.computations[name] for name in instruction.branches()]
-                tallies = [self.computation(branch, arguments=[], times=times) for branch in branches]
-                tally.add(max(tallies, key=_Tally.dearness))
-            elif instruction.opcode in ("call", "call-start", "async-start"):
-                for name in instruction.called("calls", "to_apply"):
-                    called = self.computation(self.module.computations[name], arguments=[], times=times)
-                    if _THREAD.search(instruction.attributes):
-                        called.cycles = 0  # another core's
-                    tally.add(called)
+                items.append(max((self.block(branch, arguments=[]) for branch in branches), key=_dearness))
+            elif instruction.opcode == "call":
+                items += [self.called(name) for name in instruction.called("calls", "to_apply")]
+            elif instruction.opcode in ("call-start", "async-start"):
+                items.append(self.elsewhere(instruction))
             else:
-                self.instruction(tally, computation, instruction, chains, times)
-        return tally
+                op = self.op(computation, instruction, advanced, number=len(items))
+                items += [op] if op else []
+        for key, number in advanced.items():
+            last = items[number]
+            assert isinstance(last, Op), last
+            items[number] = dataclasses.replace(last, ends=(*last.ends, key))
+        return Block(1, tuple(items))
 
-    def loop(self, computation: hlo.Computation, loop: hlo.Instruction, arguments: Sequence, times: int) -> _Tally:
+    def called(self, name: str) -> Block:
+        return self.block(self.module.computations[name], arguments=[])
+
+    def loop(self, computation: hlo.Computation, loop: hlo.Instruction, arguments: Sequence) -> Block:
         trips = hlo.trips(self.module, computation, loop, arguments)
-        turns = times * (1 if trips is None else trips.count)
+        turns = 1 if trips is None else trips.count
         body, condition = (self.module.computations[loop.called(part)[0]] for part in ("body", "condition"))
         known = hlo.loop_arguments(self.module, computation, loop, arguments)
-        tally = self.computation(body, arguments=known, times=turns)
+        turn = dataclasses.replace(self.block(body, arguments=known), times=turns)
         # It may hold work: whether all rows have ended is asked of all devices.
-        tally.add(self.computation(condition, arguments=known, times=turns + times))
-        if trips is None:
-            tally.unknown_loops.append(loop.name)
-        elif not trips.exact:
-            tally.limited_loops.append(Loop(loop.name, turns, tally.cycles))
-        return tally
+        asked = dataclasses.replace(self.block(condition, arguments=known), times=turns + 1)
+        exact = trips is not None and trips.exact
+        return Block(1, (turn, asked), loop.name, None if trips is None else turns, surely=exact)
 
-    def instruction(
-        self,
-        tally: _Tally,
-        computation: hlo.Computation,
-        instruction: hlo.Instruction,
-        chains: set[tuple[str, str]],
-        times: int,
-    ) -> None:
-        """Adds one instruction that calls nothing or is a fusion."""
-        if kind_of(instruction.opcode):
-            tally.collectives.append(self.collective(computation, instruction, times))
-            return
-        target = _TARGET.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    def elsewhere(self, start: hlo.Instruction) -> Op:
+        """A computation that runs beside what follows; what another core computes costs this one nothing."""
+        blocks = [self.called(name) for name in start.called("calls", "to_apply")]
+        begins = [
+            Begun(start.name, dataclasses.replace(t.collective, count=t.collective.count * times))
+            for block in blocks
+            for op, times in block.each()
+            for t in op.begins
+        ]
+        here = 0 if _THREAD.search(start.attributes) else sum(block.cycles for block in blocks)
+        return Op(start.name, _source(start), here, begins=tuple(begins))
+
+    def op(
+        self, computation: hlo.Computation, instruction: hlo.Instruction, advanced: dict[str, int], *, number: int
+    ) -> Op | None:
+        """One instruction that calls nothing or is a fusion, item `number` of its block; None where it is free."""
+        name, opcode, source = instruction.name, instruction.opcode, _source(instruction)
+        if kind_of(opcode):
+            transfer = Begun(name, self.collective(computation, instruction))
+            return Op(name, source, begins=(transfer,), ends=() if opcode.endswith("-start") else (name,))
+        if opcode.endswith("-done"):
+            return Op(name, source, ends=(_begun_by(computation, instruction),))
+        target = _TARGET.search(instruction.attributes) if opcode == "custom-call" else None
         if target:
-            if target.group(1) == _KERNEL:
-                tally.kernels[_plain(instruction.name)] += times
-            return
-        communicates = instruction.opcode == "fusion" and self.fused_collectives(tally, instruction, chains, times)
+            shapes = tuple(computation.instructions[operand].shape for operand in instruction.operands)
+            kernel = KernelCall(_plain(name), shapes, _settings(instruction))
+            return Op(name, source, kernel=kernel) if target.group(1) == _KERNEL else None
+        fused = self.fused_collectives(instruction) if opcode == "fusion" else []
+        begins, ends = [], []
+        for chain, collective in fused:
+            key = chain or f"{name} {len(begins)}"
+            if not chain:
+                ends.append(key)
+            if not chain or chain not in advanced:
+                begins.append(Begun(key, collective))
+            if chain:
+                advanced[chain] = number
         estimate = _CYCLES.search(instruction.attributes)
-        if estimate and int(estimate.group(1)) < _NO_ESTIMATE:
-            tally.cycles += times * int(estimate.group(1))
-        elif instruction.opcode in _WORK and not communicates and _is_array(instruction.shape):
-            tally.without_estimate[_plain(instruction.name)] += times
+        cycles = int(estimate.group(1)) if estimate else _NO_ESTIMATE
+        known = cycles < _NO_ESTIMATE
+        lacks = not known and opcode in _WORK and not fused and _is_array(instruction.shape)
+        if not (known or lacks or fused):
+            return None
+        return Op(name, source, cycles if known else 0, lacks, begins=tuple(begins), ends=tuple(ends))
 
-    def fused_collectives(
-        self, tally: _Tally, fusion: hlo.Instruction, chains: set[tuple[str, str]], times: int
-    ) -> bool:
-        """Adds the collectives inside a fusion; whether there are any.
+    def fused_collectives(self, fusion: hlo.Instruction) -> list[tuple[str, Collective]]:
+        """(chain, collective) of each collective inside a fusion.
 
-        A collective that runs beside other work is written into each fusion that advances it: added once a chain.
+        A collective that runs beside other work is written into each fusion that advances it, under one chain; the
+        others run within their fusion, and their chain is "".
         """
         called = self.module.computations[fusion.called("calls")[0]]
-        any_found = False
+        all_found = []
         for inner in called.instructions.values():
             if inner.opcode == "fusion":
-                any_found |= self.fused_collectives(tally, inner, chains, times)
+                all_found += self.fused_collectives(inner)
             if not kind_of(inner.opcode):
                 continue
-            any_found = True
             chain, channel = _CHAIN.search(inner.attributes), _CHANNEL.search(inner.attributes)
-            if chain:
-                key = (chain.group(1), channel.group(1) if channel else "")
-                if key in chains:
-                    continue
-                chains.add(key)
-            found = self.collective(called, inner, times)
+            found = self.collective(called, inner)
             if found.kind == "all-reduce" and _keeps_a_shard(called, inner):
                 found = dataclasses.replace(found, kind="reduce-scatter")
-            tally.collectives.append(found)
-        return any_found
+            key = f"chain {chain.group(1)} {channel.group(1) if channel else ''}" if chain else ""
+            all_found.append((key, found))
+        return all_found
 
-    def collective(self, computation: hlo.Computation, instruction: hlo.Instruction, times: int) -> Collective:
+    def collective(self, computation: hlo.Computation, instruction: hlo.Instruction) -> Collective:
         shapes = [computation.instructions[name].shape for name in instruction.operands]
-        return read(instruction, shapes, self.mesh_shape, count=times)
+        return read(instruction, shapes, self.mesh_shape, count=1)
+
+
+def _exchanged(exchange: Transfer, *, at_start: bool) -> Op:
+    """The first or the last instruction of an exchange between slices."""
+    begins = (Begun(exchange.send, exchange.collective),) if at_start else ()
+    return Op(exchange.send, exchange.collective.source, begins=begins, ends=() if at_start else (exchange.send,))
+
+
+def _dearness(block: Block) -> tuple[int, int]:
+    moved = (t.collective.count * t.collective.bytes_each * times for op, times in block.each() for t in op.begins)
+    return block.cycles, sum(moved)
+
+
+def _begun_by(computation: hlo.Computation, done: hlo.Instruction) -> str:
+    """The name of the instruction that began what this one waits for."""
+    instruction = done
+    while instruction.operands and not instruction.opcode.endswith("-start"):
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction.name
+
+
+def _source(instruction: hlo.Instruction) -> str:
+    found = _SOURCE.search(instruction.attributes)
+    return found.group(1) if found else ""
+
+
+def _settings(instruction: hlo.Instruction) -> dict[str, Any]:
+    """What a kernel's metadata says: JSON inside of JSON."""
+    found = _SETTINGS.search(instruction.attributes)
+    if not found:
+        return {}
+    try:
+        settings = json.loads(json.loads(f'"{found.group(1)}"'))
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _plain(name: str) -> str:

@@ -9,16 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import collectives
+from t5x_like.planner import collectives, report_time
 from t5x_like.planner.compile import Compiled
 from t5x_like.planner.cost import Cost
+from t5x_like.planner.estimate import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where programs are planned for. mesh: {axis: size} in mesh order; hbm_bytes: what a device has for programs."""
+    """Where programs are planned for. topology: of one slice; chips: of all; mesh: {axis: size} in mesh order;
+    hbm_bytes: what a device has for programs."""
 
     topology: str
+    slices: int
     chips: int
     mesh: dict[str, int]
     hbm_bytes: int
@@ -32,21 +35,22 @@ class Plan:
     place: Place
     compiled: Compiled
     cost: Cost
+    estimate: Estimate | None = None
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The content of `plan --json`. Later versions add keys."""
     head = {"program": plan.program, **place_json(plan.place)}
-    return head | program_json(plan.compiled, plan.cost) | {"versions": versions()}
+    return head | program_json(plan.compiled, plan.cost, plan.estimate) | {"versions": versions()}
 
 
 def place_json(place: Place) -> dict[str, Any]:
     return dataclasses.asdict(place)
 
 
-def program_json(compiled: Compiled, cost: Cost) -> dict[str, Any]:
+def program_json(compiled: Compiled, cost: Cost, estimate: Estimate | None = None) -> dict[str, Any]:
     memory = compiled.memory
-    return {
+    content = {
         "memory": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
         "cycles": cost.cycles,
         "collectives": [dataclasses.asdict(total) for total in collectives.totals(cost.collectives)],
@@ -58,6 +62,7 @@ def program_json(compiled: Compiled, cost: Cost) -> dict[str, Any]:
         "lower_seconds": round(compiled.lower_seconds, 1),
         "compile_seconds": round(compiled.compile_seconds, 1),
     }
+    return content if estimate is None else content | report_time.to_json(cost, estimate)
 
 
 def versions() -> dict[str, str]:
@@ -70,14 +75,15 @@ def to_text(plan: Plan, *, details: bool = False) -> str:
         f"{plan.program} step on {where(plan.place)}",
         f"{labelled(plan.compiled.compile_seconds)}, for one device and one step; nothing was run.",
         "",
-        *program_lines(plan.compiled, plan.cost, plan.place, details=details),
+        *program_lines(plan.compiled, plan.cost, plan.place, details=details, estimate=plan.estimate),
     ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def where(place: Place) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in place.mesh.items() if size > 1) or "one device"
-    return f"{place.topology}: {place.chips} chips, mesh {mesh}"
+    slices = f"{place.slices} x " if place.slices > 1 else ""
+    return f"{slices}{place.topology}: {place.chips} chips, mesh {mesh}"
 
 
 def labelled(seconds: float) -> str:
@@ -86,9 +92,15 @@ def labelled(seconds: float) -> str:
 
 
 def program_lines(
-    compiled: Compiled, cost: Cost, place: Place, *, details: bool, beside_bytes: int | None = None
+    compiled: Compiled,
+    cost: Cost,
+    place: Place,
+    *,
+    details: bool,
+    beside_bytes: int | None = None,
+    estimate: Estimate | None = None,
 ) -> list[str]:
-    """Memory, cycles and collectives of one program. beside_bytes: what a device holds meanwhile besides."""
+    """Memory, time, cycles and collectives of one program. beside_bytes: what a device holds meanwhile besides."""
     memory = compiled.memory
     total = memory.total_bytes + (beside_bytes or 0)
     beside = "what the run holds and this program does not read"
@@ -100,6 +112,7 @@ def program_lines(
         *([] if beside_bytes is None else [f"  beside       {_bytes(beside_bytes)}   {beside}"]),
         f"  together     {_bytes(total)}   {fit(total, place.hbm_bytes)}",
         "",
+        *([] if estimate is None else [*report_time.lines(estimate), ""]),
         f"cycles         {cost.cycles:.4g}, without collectives and the kernels below",
         *(f"  kernel       {kernel.name} x {kernel.count}" for kernel in cost.kernels),
         *_caveats(cost),
@@ -136,7 +149,8 @@ def _caveats(cost: Cost) -> list[str]:
 def collective_lines(items: Sequence[collectives.Collective], *, details: bool) -> list[str]:
     if not items:
         return ["collectives    none"]
-    header = {"kind": "collectives", "axes": "axes", "group": "devices", "count": "count", "bytes": "bytes"}
+    header = {"kind": "collectives", "axes": "axes", "network": "over"}
+    header |= {"group": "devices", "count": "count", "bytes": "bytes"}
     rows = [header, *(_row(total, total.bytes) for total in collectives.totals(items))]
     lines = table(rows)
     if details:
@@ -151,6 +165,7 @@ def _row(item: collectives.Total | collectives.Collective, size: int) -> dict[st
     return {
         "kind": f"  {item.kind}",
         "axes": " x ".join(item.axes) or "none",
+        "network": item.network.upper(),
         "group": str(item.group_size),
         "count": str(item.count),
         "bytes": f"{format_bytes(size)} {size:,}",

@@ -14,23 +14,30 @@ import jax
 from jax.experimental import topologies
 
 from t5x_like.core import accelerators
-from t5x_like.core.errors import UserError
+from t5x_like.core.errors import UsageError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`devices` are abstract: programs compile for them and cannot run. tpu7x has two of them a chip. hbm_bytes: what
-    programs may use of a device's memory."""
+    """`devices` are abstract: programs compile for them and cannot run. tpu7x has two of them a chip. name: of one
+    slice, as core/accelerators.py spells it; chips: of all slices; hbm_bytes: what programs may use of a device's
+    memory."""
 
     name: str
+    slices: int
     chips: int
     devices: tuple[jax.Device, ...]
     hbm_bytes: int
 
 
-def topology(name: str) -> Topology:
-    """The devices of the topology `name`; UserError where the TPU compiler is missing or refuses."""
+def topology(name: str, *, slices: int = 1) -> Topology:
+    """The devices of `slices` slices `name`, which the data-centre network (DCN) joins.
+
+    UsageError for a name that means no slice, UserError where the TPU compiler is missing or refuses.
+    """
     asked = accelerators.parse(name)
+    if slices < 1:
+        raise UsageError(f"--slices={slices} should be a number of slices, at least 1")
     _find_compiler()
     # Without these libtpu looks for a TPU machine around it, for a minute, and says so at length.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -44,10 +51,12 @@ def topology(name: str) -> Topology:
             chip_config_name=asked.row.chip,
             chips_per_host_bounds=(1, 1, 1) if asked.chips == 1 else (2, 2, 1),
             wrap=accelerators.wraps(asked.dims),
+            num_slices=slices,
         )
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise UserError(f"--topology={name}: libtpu refuses it: {' '.join(str(error).split())[:300]}") from None
-    return Topology(name, asked.chips, tuple(description.devices), int(asked.row.hbm * 2**30))
+    hbm_bytes = int(asked.row.hbm * 2**30)
+    return Topology(asked.spelled, slices, slices * asked.chips, tuple(description.devices), hbm_bytes)
 
 
 def _find_compiler() -> None:

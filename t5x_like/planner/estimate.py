@@ -1,0 +1,150 @@
+"""The time of a step, with reasons: what is computed, what kernels take, and what of the networks is exposed.
+
+    step = cycles / clock + kernels (kernels.py) + exposed collectives (overlap.py)
+
+An estimate throughout. From it follow MFU in both usual conventions, tokens a second, and time, chip-hours and cost of
+a run. Not here: text and JSON of it (report_time.py).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from t5x_like.planner import kernels, network, overlap, regions
+from t5x_like.planner.cost import Cost
+from t5x_like.planner.network import Fabric
+from t5x_like.planner.overlap import Flight
+from t5x_like.planner.schedule import Op
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program is for, over all devices. tokens: of one execution; model_flops: those that its mathematics needs
+    (models/flops.py), full_flops: the same with causal attention counted as if all keys were seen; executions: of a
+    whole run, None where there is none."""
+
+    tokens: int
+    model_flops: float
+    full_flops: float
+    executions: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """Of a chip for an hour."""
+
+    amount: float
+    currency: str
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTime:
+    """All executions of a kernel on one device. flops and seconds are None where it is not known."""
+
+    name: str
+    region: str
+    which: str  # the pass
+    count: int
+    flops: int | None
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one execution. parts: {name: seconds}, which add up to step_seconds; regions: {(region, pass): seconds} of
+    what is computed, kernels included; hardware_flops: of one device."""
+
+    step_seconds: float
+    parts: Mapping[str, float]
+    bound_by: str
+    regions: Mapping[tuple[str, str], float]
+    kernels: tuple[KernelTime, ...]
+    flights: tuple[Flight, ...]
+    chips: int
+    peak: float  # FLOP/s of all chips
+    work: Work | None
+    price: Price | None = None
+
+    @property
+    def mfu(self) -> float | None:
+        return None if self.work is None else self.work.model_flops / self.step_seconds / self.peak
+
+    @property
+    def mfu_full_attention(self) -> float | None:
+        return None if self.work is None else self.work.full_flops / self.step_seconds / self.peak
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.work is None else self.work.tokens / self.step_seconds
+
+    @property
+    def run_seconds(self) -> float | None:
+        steps = None if self.work is None else self.work.executions
+        return None if steps is None else steps * self.step_seconds
+
+    @property
+    def chip_hours(self) -> float | None:
+        return None if self.run_seconds is None else self.run_seconds * self.chips / 3600
+
+    @property
+    def cost(self) -> float | None:
+        return None if self.chip_hours is None or self.price is None else self.chip_hours * self.price.amount
+
+
+def estimate(
+    cost: Cost, fabric: Fabric, *, chips: int, work: Work | None = None, price: Price | None = None
+) -> Estimate:
+    """Of a program that was walked through (cost.py), on devices that stand in `fabric`."""
+    row = fabric.row
+
+    def kernel_seconds(op: Op) -> float:
+        found = kernels.roofline(op.kernel, row) if op.kernel else None
+        return found.seconds if found else 0.0
+
+    def seconds(op: Op) -> float:
+        return op.cycles / row.clock + kernel_seconds(op)
+
+    flights = overlap.play(cost.schedule, work=seconds, transfer=lambda c: network.seconds(c, fabric))
+    in_kernels = sum(kernel_seconds(op) * times for op, times in cost.schedule.each())
+    exposed = {name: sum(f.exposed for f in flights if f.network == name) for name in (network.ICI, network.DCN)}
+    parts = {"compute": cost.cycles / row.clock, "kernels": in_kernels}
+    parts |= {f"exposed_{name}": spent for name, spent in exposed.items()}
+    spent = regions.sums((*regions.classify(op.source), seconds(op) * times) for op, times in cost.schedule.each())
+    return Estimate(
+        step_seconds=sum(parts.values()),
+        parts=parts,
+        bound_by=_bound_by(parts, spent),
+        regions=spent,
+        kernels=tuple(_kernel_times(cost, fabric)),
+        flights=tuple(flights),
+        chips=chips,
+        peak=row.peak * chips,
+        work=work,
+        price=price,
+    )
+
+
+def _kernel_times(cost: Cost, fabric: Fabric) -> list[KernelTime]:
+    found: dict[tuple, KernelTime] = {}
+    for op, times in cost.schedule.each():
+        if op.kernel is None:
+            continue
+        region, which = regions.classify(op.source)
+        each = kernels.roofline(op.kernel, fabric.row)
+        flops, seconds = (None, None) if each is None else (each.flops * times, each.seconds * times)
+        key = (op.kernel.name, region, which, each)
+        before = found.get(key)
+        if before is not None:
+            times += before.count
+            flops = None if flops is None or before.flops is None else flops + before.flops
+            seconds = None if seconds is None or before.seconds is None else seconds + before.seconds
+        found[key] = KernelTime(op.kernel.name, region, which, times, flops, seconds)
+    return list(found.values())
+
+
+def _bound_by(parts: Mapping[str, float], spent: Mapping[tuple[str, str], float]) -> str:
+    """The one thing that a step takes longest for."""
+    largest = max(parts, key=lambda name: parts[name])
+    if largest == "compute" and spent:
+        region = regions.sums((region, "", seconds) for (region, _), seconds in spent.items())
+        return f"compute: {next(iter(region))[0]}"
+    return largest

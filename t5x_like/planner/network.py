@@ -1,0 +1,123 @@
+"""How long a collective takes: bytes over the links that its group of devices has, between chips (ICI) or slices (DCN).
+
+Devices of a mesh stand at places of a torus; a group along mesh axes spans some of its dims, as rings or lines. Times
+are those of the algorithms that use all links of the group at once, at the links' full speed and over LINK_SHARE,
+with a latency for each hop. Not here: what runs meanwhile (overlap.py), bytes and groups (collectives.py).
+
+Sources: "How To Scale Your Model", chapter 3, for the costs of gathering, reducing and exchanging over rings; speeds
+of links in core/accelerators.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5x_like.core import accelerators
+from t5x_like.core.accelerators import Generation
+from t5x_like.planner.collectives import Collective
+
+# Share of a link's speed that collectives reach, an ASSUMPTION ("How To Scale Your Model" finds 4.5e10 of v5e's 5e10).
+LINK_SHARE = 0.9
+HOP_SECONDS = 1e-6  # latency of a hop between chips, from the same book
+DCN_SECONDS = 1e-4  # latency between slices, an ASSUMPTION
+
+ICI, DCN = "ici", "dcn"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fabric:
+    """The devices of a mesh in their networks. mesh: {axis: size} in order; places: [devices in mesh order, (slice,
+    x, y, z, core)]; dims: chips along each dim of a slice; wraps: which dims are rings."""
+
+    row: Generation
+    mesh: Mapping[str, int]
+    places: np.ndarray
+    dims: tuple[int, ...]
+    wraps: tuple[bool, ...]
+
+    def group(self, axes: Sequence[str], size: int) -> np.ndarray:
+        """Places of the devices of one group along `axes`; of fewer devices than these hold, the nearest."""
+        names = list(self.mesh)
+        numbers = np.arange(len(self.places)).reshape(tuple(self.mesh.values()))
+        chosen = [names.index(axis) for axis in axes]
+        rest = [dim for dim in range(len(names)) if dim not in chosen]
+        return self.places[numbers.transpose(rest + chosen).reshape(-1, max(size, 1))[0]]
+
+
+def fabric(devices: Sequence[Any], mesh: Mapping[str, int]) -> Fabric:
+    """Of TPU devices in mesh order, which may be those of a topology that is not there."""
+    row = accelerators.of_kind(devices[0].device_kind)
+    places = np.array([(getattr(d, "slice_index", 0) or 0, *d.coords, d.core_on_chip) for d in devices])
+    dims = tuple(int(size) for size in places[:, 1:4].max(axis=0) - places[:, 1:4].min(axis=0) + 1)[: row.dims]
+    return Fabric(row, dict(mesh), places, dims, accelerators.wraps(dims)[: row.dims])
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What a group has of one dim of the torus: `size` chips `stride` apart, around a ring or along a line."""
+
+    size: int
+    stride: int
+    ring: bool
+
+    @property
+    def links(self) -> float:
+        """Links, one way, by which data comes in; groups that lie between each other share theirs."""
+        return (2 if self.ring else 1) / self.stride
+
+    @property
+    def hops(self) -> int:
+        return self.stride * (self.size // 2 if self.ring else self.size - 1)
+
+
+def spans(fabric: Fabric, places: np.ndarray) -> list[Span]:
+    """One for each dim that a group within a slice extends over."""
+    found = []
+    for dim, length in enumerate(fabric.dims):
+        stands = sorted(set(places[:, 1 + dim].tolist()))
+        if len(stands) > 1:
+            stride = min(b - a for a, b in zip(stands, stands[1:], strict=False))
+            closed = fabric.wraps[dim] and length > 2 and len(stands) * stride == length
+            found.append(Span(len(stands), stride, closed))
+    return found
+
+
+def seconds(collective: Collective, fabric: Fabric) -> tuple[str, float]:
+    """(network, seconds of one execution)."""
+    places = fabric.group(collective.axes, collective.group_size)
+    slices = len(set(places[:, 0].tolist()))
+    if slices > 1:
+        return DCN, _between_slices(collective, fabric, slices, len(places) // slices)
+    return ICI, _within(collective, fabric, places)
+
+
+def _within(collective: Collective, fabric: Fabric, places: np.ndarray) -> float:
+    """Within a slice. A chip of two devices has its links for both of them; what passes between the two is free."""
+    found, size, moved = spans(fabric, places), len(places), collective.bytes_each
+    cores = len(set(places[:, 4].tolist()))
+    link = fabric.row.ici * LINK_SHARE * cores / fabric.row.devices
+    if not found or size < 2:
+        return 0.0
+    hops = sum(span.hops for span in found) * HOP_SECONDS
+    if collective.kind in ("collective-permute", "collective-broadcast"):
+        return moved / link * max(span.stride for span in found) + HOP_SECONDS
+    if collective.kind in ("all-to-all", "ragged-all-to-all"):
+        # Half of all data crosses the middle of each dim; the longest one takes longest.
+        return (
+            max(span.size * moved * cores / (4 if span.ring else 2) / (span.links * link) / 2 for span in found) + hops
+        )
+    both_ways = 2 if collective.kind == "all-reduce" else 1
+    share = (size - 1) / size
+    return both_ways * (moved * share / (link * sum(span.links for span in found)) + hops)
+
+
+def _between_slices(collective: Collective, fabric: Fabric, slices: int, inside: int) -> float:
+    """Each device sends its part, what is left when its slice has gathered or reduced among itself."""
+    both_ways = 2 if collective.kind == "all-reduce" else 1
+    part = collective.bytes_each / max(inside, 1)
+    share = (slices - 1) / slices
+    speed = fabric.row.dcn / fabric.row.devices
+    return both_ways * (part * share / speed + DCN_SECONDS * math.ceil(math.log2(slices)))

@@ -1,0 +1,84 @@
+"""What a program does in the order in which it does it: values that the walk over its text (cost.py) leaves behind.
+
+Not here: how long anything takes (kernels.py, network.py) and what runs beside what (overlap.py).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from t5x_like.planner.collectives import Collective
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """A call of a Pallas kernel. shapes: of its operands, as HLO writes them; settings: what the kernel says of itself
+    in its metadata, such as splash attention's block sizes; {} where it says nothing."""
+
+    name: str
+    shapes: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """Collectives that begin with an instruction, under a name by which an instruction ends them. The count of
+    `collective` is that of one execution of the instruction, nearly always 1."""
+
+    key: str
+    collective: Collective
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An instruction that takes time. source: the name that jax gave the operation.
+
+    cycles: the compiler's estimate, 0 where it has none, as for work that `lacks_estimate`. begins: collectives that
+    are in flight from its start on; ends: keys of those that are waited for when its own work is done. One that
+    nothing else overlaps stands in both.
+    """
+
+    name: str
+    source: str
+    cycles: int = 0
+    lacks_estimate: bool = False
+    kernel: KernelCall | None = None
+    begins: tuple[Begun, ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Instructions that run `times` times in a row: a loop's body, or, once, the whole program.
+
+    loop: the name of the loop that this is, "" for what is none; of a loop, times is 1, and its items are its body and
+    its condition. turns: how often it runs its body, and whether it `surely` does (data may end it before).
+    """
+
+    times: int
+    items: tuple["Op | Block", ...]
+    loop: str = ""
+    turns: int | None = None
+    surely: bool = True
+
+    def each(self) -> Iterator[tuple[Op, int]]:
+        """Every instruction with how often it runs."""
+        for item in self.items:
+            if isinstance(item, Block):
+                for op, times in item.each():
+                    yield op, times * self.times
+            else:
+                yield item, self.times
+
+    def loops(self) -> Iterator[tuple["Block", int]]:
+        """Every loop with how often it is entered."""
+        for item in self.items:
+            if isinstance(item, Block):
+                if item.loop:
+                    yield item, self.times
+                for loop, times in item.loops():
+                    yield loop, times * self.times
+
+    @property
+    def cycles(self) -> int:
+        return sum(op.cycles * times for op, times in self.each())

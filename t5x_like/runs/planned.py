@@ -1,0 +1,28 @@
+"""What the programs of a run are for, in numbers that a plan divides by: tokens and model FLOPs of one execution."""
+
+from t5x_like.models.flops import FlopsPerToken
+from t5x_like.planner.estimate import Work
+from t5x_like.runs.program import Program
+from t5x_like.runs.train import Experiment
+
+
+def train_work(experiment: Experiment, program: Program, *, executions: int | None = None) -> Work:
+    """Of a train step over all devices. executions: of the whole run; the steps of config.loop where nothing is said.
+
+    What is only read (a reference, a teacher) goes forward alone, as in the record of a run.
+    """
+    rows = experiment.data
+    inputs = {name: array.size for name, array in program.batch.items() if name.endswith("inputs")}
+    decoded = sum(size for name, size in inputs.items() if name.rpartition("/")[2] == "inputs")
+
+    def needed(each: FlopsPerToken, others: list[FlopsPerToken]) -> float:
+        return decoded * (each.train + sum(other.forward for other in others))
+
+    own = program.model.flops_per_token(rows.length, rows.encoder_length)
+    others = [role.model.flops_per_token(rows.length, rows.encoder_length) for role in program.roles.values()]
+    return Work(
+        tokens=sum(inputs.values()),
+        model_flops=needed(own, others),
+        full_flops=needed(own.unmasked, [other.unmasked for other in others]),
+        executions=experiment.loop.steps if executions is None else executions,
+    )
