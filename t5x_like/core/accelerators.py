@@ -4,11 +4,10 @@ A slice is written `v5p:4x4x4`: the generation, and the chips along each dimensi
 derived. `parse` also takes the other names that people have for a slice, such as v5p-128 and tpu-v5p-slice:4x4x4. Not here: devices that programs compile for (planner/topology.py) and meshes over them (parallel/mesh.py).
 
 Sources: Google Cloud's TPU documentation for sizes, memory, peaks and speeds of memory and networks (its ICI bandwidth
-of a chip is that of all links, both ways: v5p 1200 GB/s = 6 links x 2 x 100); for v4's links and network, and the
-network of v5e, v6e and tpu7x, also the "How To Scale Your Model" book, chapter 2, and the documentation's figures of a
-pod divided by its chips; `cycle_flops` from what libtpu estimates for large products (docs/planner.md); xpk 1.16 for
-labels, machine types and runtimes (tests/launch compares every slice with it); libtpu for chip arrangements and for
-what it leaves to programs.
+of a chip is that of all links, both ways: v5p 1200 GB/s = 6 links x 2 x 100); the "How To Scale Your Model" book,
+chapter 2, for v4's links, PCIe and what the documentation lacks of DCN; `cycle_flops` from what libtpu estimates for
+large products (docs/planner.md); xpk 1.16 for labels, machine types and runtimes (tests/launch compares every slice
+with it); libtpu for chip arrangements and for what it leaves to programs.
 """
 
 import bisect
@@ -45,6 +44,7 @@ class Generation:
     hbm_speed: bytes a second between a chip and its memory
     ici: bytes a second of one link between neighbouring chips (interchip interconnect), one way
     dcn: bytes a second between a chip and other slices (data center network)
+    host: bytes a second between a chip and its host (PCIe)
     """
 
     prefix: str
@@ -67,6 +67,7 @@ class Generation:
     hbm_speed: float
     ici: float
     dcn: float
+    host: float
 
     @property
     def clock(self) -> float:
@@ -96,6 +97,7 @@ GENERATIONS = {
         hbm_speed=1228e9,
         ici=50e9,
         dcn=6.25e9,
+        host=16e9,
     ),
     "v5e": Generation(
         prefix="v5litepod",
@@ -118,6 +120,7 @@ GENERATIONS = {
         hbm_speed=819e9,
         ici=50e9,
         dcn=3.125e9,
+        host=16e9,
     ),
     "v5p": Generation(
         prefix="v5p",
@@ -140,6 +143,7 @@ GENERATIONS = {
         hbm_speed=2765e9,
         ici=100e9,
         dcn=6.25e9,
+        host=16e9,
     ),
     "v6e": Generation(
         prefix="v6e",
@@ -162,6 +166,7 @@ GENERATIONS = {
         hbm_speed=1638e9,
         ici=100e9,
         dcn=12.5e9,
+        host=32e9,
     ),
     "tpu7x": Generation(
         prefix="tpu7x",
@@ -184,6 +189,7 @@ GENERATIONS = {
         hbm_speed=7380e9,
         ici=100e9,
         dcn=12.5e9,
+        host=32e9,
     ),
 }
 

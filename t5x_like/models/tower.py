@@ -110,8 +110,10 @@ class Tower:
         """
         fresh = fresh_rows_R is not None
         reads = cache is not None and not fresh
+        with jax.named_scope("layers"):
+            ropes = self._ropes(tokens)
         rows = Rows(
-            ropes=self._ropes(tokens),
+            ropes=ropes,
             segments_BT=tokens.segments_BT,
             prefix_BT=None if tokens.prefix_BT is None else tokens.prefix_BT > 0,
             positions_BT=_slot_positions(tokens, len(x_BTD), fresh=fresh) if reads else None,

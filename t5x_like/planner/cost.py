@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_like.planner import hlo
+from t5x_like.planner import hlo, products
 from t5x_like.planner.collectives import Collective, Transfer, kind_of, read, transfers
-from t5x_like.planner.schedule import Begun, Block, KernelCall, Op
+from t5x_like.planner.schedule import Begun, Block, Copy, KernelCall, Op
+from t5x_like.planner.sources import Sources
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 # The compiler writes the largest number there is where it has no estimate (gathers that the sparse core does).
@@ -25,7 +26,6 @@ _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _KERNEL = "tpu_custom_call"  # what Pallas lowers to
 _SETTINGS = re.compile(r'"xprof_metadata":"((?:[^"\\]|\\.)*)"')
-_SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +69,16 @@ def cost(text: str, mesh_shape: Mapping[str, int]) -> Cost:
     module = hlo.parse(text)
     schedule = _Walk(module, mesh_shape).block(module.computations[module.entry], arguments=[])
     kernels, without_estimate = collections.Counter(), collections.Counter()
-    found = []
     for op, times in schedule.each():
         if op.kernel:
             kernels[op.kernel.name] += times
         if op.lacks_estimate:
             without_estimate[_plain(op.name)] += times
-        found += [dataclasses.replace(t.collective, count=t.collective.count * times) for t in op.begins]
     loops = list(schedule.loops())
     return Cost(
         cycles=schedule.cycles,
         kernels=tuple(Kernel(name, count) for name, count in kernels.items()),
-        collectives=tuple(found),
+        collectives=tuple(schedule.collectives()),
         without_estimate=dict(without_estimate),
         unknown_loops=tuple(loop.loop for loop, _ in loops if loop.turns is None),
         limited_loops=tuple(
@@ -94,6 +92,7 @@ def cost(text: str, mesh_shape: Mapping[str, int]) -> Cost:
 
 # Work worth naming when it has no estimate; the rest (get-tuple-element, bitcast, ...) is free.
 _WORK = ("fusion", "convolution", "dot", "scatter", "gather", "sort", "reduce", "copy")
+_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id")
 
 
 class _Walk:
@@ -102,6 +101,7 @@ class _Walk:
     def __init__(self, module: hlo.Module, mesh_shape: Mapping[str, int]) -> None:
         self.module = module
         self.mesh_shape = mesh_shape
+        self.sources = Sources(module)
 
     def block(self, computation: hlo.Computation, *, arguments: Sequence) -> Block:
         """What one execution does; `arguments` are the scalars known of its parameters."""
@@ -120,7 +120,7 @@ class _Walk:
             elif instruction.opcode == "call":
                 items += [self.called(name) for name in instruction.called("calls", "to_apply")]
             elif instruction.opcode in ("call-start", "async-start"):
-                items.append(self.elsewhere(instruction))
+                items.append(self.elsewhere(computation, instruction))
             else:
                 op = self.op(computation, instruction, advanced, number=len(items))
                 items += [op] if op else []
@@ -144,23 +144,23 @@ class _Walk:
         exact = trips is not None and trips.exact
         return Block(1, (turn, asked), loop.name, None if trips is None else turns, surely=exact)
 
-    def elsewhere(self, start: hlo.Instruction) -> Op:
+    def elsewhere(self, computation: hlo.Computation, start: hlo.Instruction) -> Op:
         """A computation that runs beside what follows; what another core computes costs this one nothing."""
         blocks = [self.called(name) for name in start.called("calls", "to_apply")]
-        begins = [
-            Begun(start.name, dataclasses.replace(t.collective, count=t.collective.count * times))
-            for block in blocks
-            for op, times in block.each()
-            for t in op.begins
-        ]
+        begins = [Begun(start.name, collective) for block in blocks for collective in block.collectives()]
         here = 0 if _THREAD.search(start.attributes) else sum(block.cycles for block in blocks)
-        return Op(start.name, _source(start), here, begins=tuple(begins))
+        return Op(start.name, self.sources.of(computation, start), here, begins=tuple(begins))
 
     def op(
         self, computation: hlo.Computation, instruction: hlo.Instruction, advanced: dict[str, int], *, number: int
     ) -> Op | None:
         """One instruction that calls nothing or is a fusion, item `number` of its block; None where it is free."""
-        name, opcode, source = instruction.name, instruction.opcode, _source(instruction)
+        name, opcode = instruction.name, instruction.opcode
+        if opcode in _FREE:
+            return None
+        source = self.sources.of(computation, instruction)
+        if opcode == "copy-start":
+            return Op(name, source, begins=(Begun(name, _copy(instruction)),))
         if kind_of(opcode):
             transfer = Begun(name, self.collective(computation, instruction))
             return Op(name, source, begins=(transfer,), ends=() if opcode.endswith("-start") else (name,))
@@ -187,7 +187,8 @@ class _Walk:
         lacks = not known and opcode in _WORK and not fused and _is_array(instruction.shape)
         if not (known or lacks or fused):
             return None
-        return Op(name, source, cycles if known else 0, lacks, begins=tuple(begins), ends=tuple(ends))
+        done = products.flops(self.module, instruction, computation)
+        return Op(name, source, cycles if known else 0, done, lacks, begins=tuple(begins), ends=tuple(ends))
 
     def fused_collectives(self, fusion: hlo.Instruction) -> list[tuple[str, Collective]]:
         """(chain, collective) of each collective inside a fusion.
@@ -222,8 +223,7 @@ def _exchanged(exchange: Transfer, *, at_start: bool) -> Op:
 
 
 def _dearness(block: Block) -> tuple[int, int]:
-    moved = (t.collective.count * t.collective.bytes_each * times for op, times in block.each() for t in op.begins)
-    return block.cycles, sum(moved)
+    return block.cycles, sum(item.count * item.bytes_each for item in block.collectives())
 
 
 def _begun_by(computation: hlo.Computation, done: hlo.Instruction) -> str:
@@ -234,9 +234,9 @@ def _begun_by(computation: hlo.Computation, done: hlo.Instruction) -> str:
     return instruction.name
 
 
-def _source(instruction: hlo.Instruction) -> str:
-    found = _SOURCE.search(instruction.attributes)
-    return found.group(1) if found else ""
+def _copy(start: hlo.Instruction) -> Copy:
+    """Its shape is (to, from, context). S(5) is the host's memory."""
+    return Copy(hlo.array_bytes(start.shape)[0], host="S(5)" in start.shape)
 
 
 def _settings(instruction: hlo.Instruction) -> dict[str, Any]:

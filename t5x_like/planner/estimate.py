@@ -51,12 +51,13 @@ class KernelTime:
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Of one execution. parts: {name: seconds}, which add up to step_seconds; regions: {(region, pass): seconds} of
-    what is computed, kernels included; hardware_flops: of one device."""
+    what is computed, kernels included; hardware_flops: of all chips, with what is computed again."""
 
     step_seconds: float
     parts: Mapping[str, float]
     bound_by: str
     regions: Mapping[tuple[str, str], float]
+    hardware_flops: float
     kernels: tuple[KernelTime, ...]
     flights: tuple[Flight, ...]
     chips: int
@@ -105,15 +106,16 @@ def estimate(
 
     flights = overlap.play(cost.schedule, work=seconds, transfer=lambda c: network.seconds(c, fabric))
     in_kernels = sum(kernel_seconds(op) * times for op, times in cost.schedule.each())
-    exposed = {name: sum(f.exposed for f in flights if f.network == name) for name in (network.ICI, network.DCN)}
     parts = {"compute": cost.cycles / row.clock, "kernels": in_kernels}
-    parts |= {f"exposed_{name}": spent for name, spent in exposed.items()}
+    for name in (network.ICI, network.DCN, network.HBM, network.HOST):
+        parts[f"exposed_{name}"] = sum((flight.exposed for flight in flights if flight.network == name), 0.0)
     spent = regions.sums((*regions.classify(op.source), seconds(op) * times) for op, times in cost.schedule.each())
     return Estimate(
         step_seconds=sum(parts.values()),
         parts=parts,
         bound_by=_bound_by(parts, spent),
         regions=spent,
+        hardware_flops=_flops(cost, fabric),
         kernels=tuple(_kernel_times(cost, fabric)),
         flights=tuple(flights),
         chips=chips,
@@ -121,6 +123,15 @@ def estimate(
         work=work,
         price=price,
     )
+
+
+def _flops(cost: Cost, fabric: Fabric) -> float:
+    """Of matrix products and kernels, on all devices."""
+    total = 0
+    for op, times in cost.schedule.each():
+        found = kernels.roofline(op.kernel, fabric.row) if op.kernel else None
+        total += times * (op.flops + (found.flops if found else 0))
+    return float(total * len(fabric.places))
 
 
 def _kernel_times(cost: Cost, fabric: Fabric) -> list[KernelTime]:

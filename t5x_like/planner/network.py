@@ -1,8 +1,9 @@
-"""How long a collective takes: bytes over the links that its group of devices has, between chips (ICI) or slices (DCN).
+"""How long a collective takes: bytes over the links that its group has, between chips (ICI) or slices (DCN).
 
 Devices of a mesh stand at places of a torus; a group along mesh axes spans some of its dims, as rings or lines. Times
-are those of the algorithms that use all links of the group at once, at the links' full speed and over LINK_SHARE,
-with a latency for each hop. Not here: what runs meanwhile (overlap.py), bytes and groups (collectives.py).
+are those of the algorithms that use all links of the group at once, at LINK_SHARE of their speed, with a latency for
+each hop. Copies between memories go at the memory's speed. Not here: what runs meanwhile (overlap.py), bytes and groups
+(collectives.py).
 
 Sources: "How To Scale Your Model", chapter 3, for the costs of gathering, reducing and exchanging over rings; speeds
 of links in core/accelerators.py.
@@ -18,6 +19,7 @@ import numpy as np
 from t5x_like.core import accelerators
 from t5x_like.core.accelerators import Generation
 from t5x_like.planner.collectives import Collective
+from t5x_like.planner.schedule import Copy
 
 # Share of a link's speed that collectives reach, an ASSUMPTION ("How To Scale Your Model" finds 4.5e10 of v5e's 5e10).
 LINK_SHARE = 0.9
@@ -25,6 +27,7 @@ HOP_SECONDS = 1e-6  # latency of a hop between chips, from the same book
 DCN_SECONDS = 1e-4  # latency between slices, an ASSUMPTION
 
 ICI, DCN = "ici", "dcn"
+HBM, HOST = "hbm", "host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +88,12 @@ def spans(fabric: Fabric, places: np.ndarray) -> list[Span]:
     return found
 
 
-def seconds(collective: Collective, fabric: Fabric) -> tuple[str, float]:
+def seconds(what: Collective | Copy, fabric: Fabric) -> tuple[str, float]:
     """(network, seconds of one execution)."""
+    if isinstance(what, Copy):
+        speed = fabric.row.host if what.host else fabric.row.hbm_speed
+        return HOST if what.host else HBM, what.bytes / (speed / fabric.row.devices)
+    collective = what
     places = fabric.group(collective.axes, collective.group_size)
     slices = len(set(places[:, 0].tolist()))
     if slices > 1:
@@ -105,10 +112,8 @@ def _within(collective: Collective, fabric: Fabric, places: np.ndarray) -> float
     if collective.kind in ("collective-permute", "collective-broadcast"):
         return moved / link * max(span.stride for span in found) + HOP_SECONDS
     if collective.kind in ("all-to-all", "ragged-all-to-all"):
-        # Half of all data crosses the middle of each dim; the longest one takes longest.
-        return (
-            max(span.size * moved * cores / (4 if span.ring else 2) / (span.links * link) / 2 for span in found) + hops
-        )
+        # A quarter of all data crosses the middle of each dim one way; the longest dim takes longest.
+        return max(span.size * moved * cores / 4 / (span.links * link) for span in found) + hops
     both_ways = 2 if collective.kind == "all-reduce" else 1
     share = (size - 1) / size
     return both_ways * (moved * share / (link * sum(span.links for span in found)) + hops)

@@ -1,7 +1,7 @@
-"""What of the collectives is exposed: the schedule of a program played through, with a clock.
+"""What of the collectives and copies is exposed: the schedule of a program played through, with a clock.
 
 A collective is in flight from the instruction that begins it to the one that waits for it. What is not over by then
-is exposed: nothing is computed meanwhile. Collectives of one network take their turns. A loop's turn is played once
+is exposed: nothing is computed meanwhile. Those of one network take their turns. A loop's turn is played once
 and counts as often as the loop runs. Not here: what an instruction takes (kernels.py, network.py).
 """
 
@@ -9,15 +9,16 @@ import dataclasses
 from collections.abc import Callable
 
 from t5x_like.planner.collectives import Collective
-from t5x_like.planner.schedule import Block, Op
+from t5x_like.planner.schedule import Block, Copy, Op
 
 
 @dataclasses.dataclass(frozen=True)
 class Flight:
-    """A collective instruction of a program. seconds: of all its executions, of which `exposed` are not overlapped."""
+    """A collective or copy of a program. collective: with its count, None for a copy. seconds: of all executions, of
+    which `exposed` are not overlapped."""
 
     op: Op
-    collective: Collective
+    collective: Collective | None
     network: str
     seconds: float
     exposed: float
@@ -27,9 +28,9 @@ def play(
     schedule: Block,
     *,
     work: Callable[[Op], float],
-    transfer: Callable[[Collective], tuple[str, float]],
+    transfer: Callable[[Collective | Copy], tuple[str, float]],
 ) -> list[Flight]:
-    """All collectives of a program. work: seconds of what an instruction computes; transfer: (network, seconds)."""
+    """All of a program. work: seconds of what an instruction computes; transfer: (network, seconds)."""
     flights: list[Flight] = []
     _play(schedule, 1, work, transfer, flights)
     return flights
@@ -42,10 +43,10 @@ def _play(block: Block, times: int, work: Callable, transfer: Callable, flights:
 
     def land(key: str) -> None:
         nonlocal now
-        for op, collective, network, took, lands in flying.pop(key, ()):
+        for op, what, network, took, lands in flying.pop(key, ()):
             exposed = max(0.0, lands - now)
             now += exposed
-            counted = dataclasses.replace(collective, count=collective.count * runs)
+            counted = dataclasses.replace(what, count=what.count * runs) if isinstance(what, Collective) else None
             flights.append(Flight(op, counted, network, runs * took, runs * exposed))
 
     for item in block.items:
@@ -53,11 +54,11 @@ def _play(block: Block, times: int, work: Callable, transfer: Callable, flights:
             now += _play(item, runs, work, transfer, flights)
             continue
         for begun in item.begins:
-            network, each = transfer(begun.collective)
-            took = each * begun.collective.count
+            network, took = transfer(begun.what)
+            took *= begun.what.count if isinstance(begun.what, Collective) else 1
             lands = max(now, free.get(network, 0.0)) + took
             free[network] = lands
-            flying.setdefault(begun.key, []).append((item, begun.collective, network, took, lands))
+            flying.setdefault(begun.key, []).append((item, begun.what, network, took, lands))
         now += work(item)
         for key in item.ends:
             land(key)

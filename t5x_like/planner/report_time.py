@@ -30,6 +30,7 @@ def to_json(cost: Cost, estimate: Estimate) -> dict[str, Any]:
             "mfu": estimate.mfu,
             "mfu_full_attention": estimate.mfu_full_attention,
             "model_flops": None if estimate.work is None else estimate.work.model_flops,
+            "hardware_flops": estimate.hardware_flops,
             "tokens_per_second": estimate.tokens_per_second,
             "run_seconds": estimate.run_seconds,
             "chip_hours": estimate.chip_hours,
@@ -95,6 +96,8 @@ def totals(estimate: Estimate) -> list[Total]:
     found: dict[tuple, Total] = {}
     for flight in estimate.flights:
         item = flight.collective
+        if item is None:
+            continue
         key = (item.kind, item.axes, item.group_size, flight.network)
         before = found.get(key) or Total(*key, 0, 0, 0.0, 0.0)
         found[key] = dataclasses.replace(

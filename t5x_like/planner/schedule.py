@@ -21,26 +21,35 @@ class KernelCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class Copy:
+    """A copy between memories that runs beside other work: between HBM and VMEM, or between `host` and device."""
+
+    bytes: int
+    host: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Begun:
-    """Collectives that begin with an instruction, under a name by which an instruction ends them. The count of
-    `collective` is that of one execution of the instruction, nearly always 1."""
+    """A collective or a copy that begins with an instruction, under a name by which an instruction ends it. The count
+    of a collective is that of one execution of the instruction, nearly always 1."""
 
     key: str
-    collective: Collective
+    what: Collective | Copy
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
     """An instruction that takes time. source: the name that jax gave the operation.
 
-    cycles: the compiler's estimate, 0 where it has none, as for work that `lacks_estimate`. begins: collectives that
-    are in flight from its start on; ends: keys of those that are waited for when its own work is done. One that
-    nothing else overlaps stands in both.
+    cycles: the compiler's estimate, 0 where it has none, as for work that `lacks_estimate`. flops: of its matrix
+    products. begins: collectives and copies that are in flight from its start on; ends: keys of those that are waited
+    for when its own work is done. One that nothing else overlaps stands in both.
     """
 
     name: str
     source: str
     cycles: int = 0
+    flops: int = 0
     lacks_estimate: bool = False
     kernel: KernelCall | None = None
     begins: tuple[Begun, ...] = ()
@@ -69,6 +78,13 @@ class Block:
                     yield op, times * self.times
             else:
                 yield item, self.times
+
+    def collectives(self) -> Iterator[Collective]:
+        """Every collective, counted as often as it runs."""
+        for op, times in self.each():
+            for begun in op.begins:
+                if isinstance(begun.what, Collective):
+                    yield dataclasses.replace(begun.what, count=begun.what.count * times)
 
     def loops(self) -> Iterator[tuple["Block", int]]:
         """Every loop with how often it is entered."""

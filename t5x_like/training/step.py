@@ -62,7 +62,7 @@ def make_step(
         nothing = jnp.all(jnp.stack([total == 0 for total in jax.tree.leaves(totals)]))
         # One stream per purpose: (seed, step, micro-batch); the model folds in layer and site.
         step_key = jax.random.fold_in(jax.random.key(config.seed), step) if config.dropout else None
-        differentiate = jax.value_and_grad(objective.loss, has_aux=True)
+        differentiate = jax.value_and_grad(_named(objective.loss), has_aux=True)
 
         def part(micro: Batch, index: jax.Array | int) -> tuple[Tree, Sums]:
             key = None if step_key is None else jax.random.fold_in(step_key, index)
@@ -80,32 +80,43 @@ def make_step(
         with use_rules(rules):
             params, progress = state["params"], state["progress"]
             grads, sums, nothing = gradients(params, frozen, batch, progress["step"])
-            grads, grad_norm = clip_by_global_norm(optimizer.mask(grads), config.clip_norm)
-            metrics = {name: value / jnp.maximum(weight, 1e-9) for name, (value, weight) in sums.items()}
-            judged = metrics[objective.judge]
-            spike = _is_spike(judged, progress, config)
-            finite = jnp.isfinite(judged) & jnp.isfinite(grad_norm)
-            accept = finite & ~spike & ~nothing
+            with jax.named_scope("optimizer"):
+                grads, grad_norm = clip_by_global_norm(optimizer.mask(grads), config.clip_norm)
+                metrics = {name: value / jnp.maximum(weight, 1e-9) for name, (value, weight) in sums.items()}
+                judged = metrics[objective.judge]
+                spike = _is_spike(judged, progress, config)
+                finite = jnp.isfinite(judged) & jnp.isfinite(grad_norm)
+                accept = finite & ~spike & ~nothing
 
-            updates, optimizer_state = optimizer.update(grads, state["optimizer"], params, progress["step"])
-            changed: State = {
-                "params": jax.tree.map(lambda param, update: (param + update).astype(param.dtype), params, updates),
-                "optimizer": optimizer_state,
-            }
-            if config.ema_decay is not None:
-                changed["ema"] = _average(state["ema"], changed["params"], config.ema_decay)
-            kept = {name: _select(accept, changed[name], state[name]) for name in changed}
-            kept["progress"] = _advance(progress, judged, accept, config)
-            metrics |= {
-                "grad_norm": grad_norm,
-                "learning_rate": optimizer.learning_rate(progress["step"]),
-                "skipped": 1.0 - accept.astype(jnp.float32),
-                "finite": finite.astype(jnp.float32),
-                "spike": spike.astype(jnp.float32),
-            }
+                updates, optimizer_state = optimizer.update(grads, state["optimizer"], params, progress["step"])
+                changed: State = {
+                    "params": jax.tree.map(lambda param, update: (param + update).astype(param.dtype), params, updates),
+                    "optimizer": optimizer_state,
+                }
+                if config.ema_decay is not None:
+                    changed["ema"] = _average(state["ema"], changed["params"], config.ema_decay)
+                kept = {name: _select(accept, changed[name], state[name]) for name in changed}
+                kept["progress"] = _advance(progress, judged, accept, config)
+                metrics |= {
+                    "grad_norm": grad_norm,
+                    "learning_rate": optimizer.learning_rate(progress["step"]),
+                    "skipped": 1.0 - accept.astype(jnp.float32),
+                    "finite": finite.astype(jnp.float32),
+                    "spike": spike.astype(jnp.float32),
+                }
             return kept, metrics
 
     return step
+
+
+def _named(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss under a name: what of it stands in no scope of the model is the loss's own (planner/regions.py)."""
+
+    def named(*arguments: Any) -> Any:
+        with jax.named_scope("loss"):
+            return loss(*arguments)
+
+    return named
 
 
 def _accumulate(

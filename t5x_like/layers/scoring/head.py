@@ -38,21 +38,22 @@ class Head:
 
 def logits(x_BTD: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
     """Float32 logits, -inf in the padding of the vocabulary. Materialises [B, T, V]: for few positions only."""
-    logits_BTV = weights.against_rows(x_BTD, head.weight)
-    bias_V = None if head.bias is None else weights.value(head.bias)
-    if logits_BTV is None:
-        weight_VD = weights.dense(head.weight, x_BTD.dtype)
-        logits_BTV = jnp.einsum(
-            "BTD,VD->BTV",
-            x_BTD,
-            weight_VD.astype(x_BTD.dtype),
-            precision=matmul_precision(x_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
-    logits_BTV = logits_BTV if head.scale is None else head.scale * logits_BTV
-    logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V.astype(jnp.float32)[None, None, :]
-    real_V = jnp.arange(logits_BTV.shape[-1]) < head.vocab_size
-    return jnp.where(real_V[None, None, :], capped(logits_BTV, head.softcap), -jnp.inf)
+    with jax.named_scope("head"):
+        logits_BTV = weights.against_rows(x_BTD, head.weight)
+        bias_V = None if head.bias is None else weights.value(head.bias)
+        if logits_BTV is None:
+            weight_VD = weights.dense(head.weight, x_BTD.dtype)
+            logits_BTV = jnp.einsum(
+                "BTD,VD->BTV",
+                x_BTD,
+                weight_VD.astype(x_BTD.dtype),
+                precision=matmul_precision(x_BTD.dtype),
+                preferred_element_type=jnp.float32,
+            )
+        logits_BTV = logits_BTV if head.scale is None else head.scale * logits_BTV
+        logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V.astype(jnp.float32)[None, None, :]
+        real_V = jnp.arange(logits_BTV.shape[-1]) < head.vocab_size
+        return jnp.where(real_V[None, None, :], capped(logits_BTV, head.softcap), -jnp.inf)
 
 
 def capped(values: jax.Array, softcap: float | None) -> jax.Array:

@@ -1,0 +1,70 @@
+"""FLOPs of the matrix products in a compiled program, where a TPU's compiler writes each as a convolution.
+
+Two for a multiply-add, padding not counted. Not here: kernels (kernels.py), how often a product runs (cost.py).
+"""
+
+import math
+import re
+
+import numpy as np
+
+from t5x_like.planner import hlo
+
+_DIMS = re.compile(r"\[([\d,<=]*)\]")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+
+
+def flops(module: hlo.Module, instruction: hlo.Instruction, computation: hlo.Computation) -> int:
+    """Of an instruction of `computation`, with all that is fused into it."""
+    if instruction.opcode == "fusion":
+        called = module.computations[instruction.called("calls")[0]]
+        return sum(flops(module, inner, called) for inner in called.instructions.values())
+    if instruction.opcode not in ("convolution", "dot"):
+        return 0
+    left, right = (_sizes(computation.instructions[name].shape) for name in instruction.operands[:2])
+    out = _sizes(instruction.shape)
+    if instruction.opcode == "dot":
+        contracted = _CONTRACTED.search(instruction.attributes)
+        dims = [int(dim) for dim in contracted.group(1).split(",") if dim] if contracted else []
+        return 2 * math.prod(out) * math.prod(left[dim] for dim in dims)
+    labels = _LABELS.search(instruction.attributes)
+    if labels is None:
+        return 0
+    of_left, of_right, of_out = labels.groups()
+    total = 2 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
+    window = _window(instruction.attributes)
+    for dim in range(len(of_out) - 2):
+        place = str(dim)
+        fields = {name: values[dim] for name, values in window.items() if dim < len(values)}
+        total *= _touched(left[of_left.index(place)], right[of_right.index(place)], out[of_out.index(place)], fields)
+    return total
+
+
+def _sizes(shape: str) -> list[int]:
+    found = _DIMS.search(shape)
+    return [int(size.lstrip("<=")) for size in found.group(1).split(",") if size] if found else []
+
+
+def _window(attributes: str) -> dict[str, list[str]]:
+    found = _WINDOW.search(attributes)
+    parts = (part.split("=") for part in found.group(1).split()) if found else ()
+    return {name: values.split("x") for name, values in parts}
+
+
+def _touched(length: int, size: int, out: int, fields: dict[str, str]) -> int:
+    """Pairs of an output and a window's position that meet an element of the input, not padding and no gap.
+
+    >>> _touched(8, 1, 8, {}), _touched(4, 4, 4, {"pad": "3_3", "rhs_reversal": "1"}), _touched(4, 2, 3, {})
+    (8, 10, 6)
+    """
+    low = int(fields.get("pad", "0_0").split("_")[0])
+    stride, gap, step = (int(fields.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    starts = np.arange(out, dtype=np.int64) * stride - low
+    last = (length - 1) * gap
+    if gap == 1:
+        first = np.maximum(0, -(starts // step))
+        return int(np.maximum(0, np.minimum(size - 1, (last - starts) // step) - first + 1).sum())
+    places = starts[:, None] + np.arange(size, dtype=np.int64)[None, :] * step
+    return int(((places >= 0) & (places <= last) & (places % gap == 0)).sum())
