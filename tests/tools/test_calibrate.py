@@ -179,7 +179,7 @@ def keep(where, name, **changes):
 
 
 def test_the_table_shows_kept_programs_and_names_the_others(tmp_path, capsys):
-    """1.75e9 cycles are a second of v5p, at 1.75 GHz, times the constant for them; the sum of 32 bytes takes no time."""
+    """1.75e9 cycles are a second of v5p, at 1.75 GHz, times its constant; a sum of 32 bytes takes no time."""
     keep(tmp_path, "max32b-v5p-64")
     assert command.main(["--table", "--kept", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
