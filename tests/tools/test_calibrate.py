@@ -64,8 +64,9 @@ def test_every_row_names_programs_of_its_size():
         for name in row.programs:
             program = BY_NAME[name]
             asked = accelerators.parse(program.topology)
-            assert (program.batch, program.length) == (row.batch, row.length), row.name
-            assert (asked.generation, asked.chips * program.slices) == (row.chip, row.chips), row.name
+            assert (program.batch * program.one_of, program.length) == (row.batch, row.length), row.name
+            assert asked.generation == row.chip
+            assert asked.chips * program.slices * program.one_of == row.chips, row.name
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)

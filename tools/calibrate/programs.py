@@ -12,7 +12,8 @@ class Program:
     model, mesh: overrides of the sections of these names. batch: rows over all devices. remat: a name in
     layers/stack.py's REMAT, or in compiling.POLICIES. options: of the compiler. layers: of the row's model where the
     program has fewer, model["decoder.layers"]; its loops over layers then count so many turns. saved: regions of which
-    the published run computes nothing again but the kernels, having saved their products on the host.
+    the published run computes nothing again but the kernels, having saved their products on the host. one_of: so many equal slices of the row; what passes between them is
+    left out.
     """
 
     name: str
@@ -26,11 +27,12 @@ class Program:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layers: int | None = None
     saved: tuple[str, ...] = ()
+    one_of: int = 1
 
     def asked(self) -> dict[str, Any]:
         """What decides the program, ready for JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if name not in ("name", "layers", "saved")}
+        return {name: value for name, value in fields.items() if name not in ("name", "layers", "saved", "one_of")}
 
 
 def _sizes(layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> dict[str, Any]:
@@ -156,12 +158,11 @@ PROGRAMS = (
         name="fuji_70b-v5e-4x256",
         model=_llama70b(8, 32_768),
         topology="v5e:16x16",
-        slices=4,
-        batch=1024,
+        batch=256,
         length=4096,
         remat="dots",
-        mesh={"slice": 4},
         layers=80,
+        one_of=4,
     ),
     Program(
         name="llama31_405b-v5p-512",
