@@ -47,7 +47,7 @@ class Fabric:
         numbers = np.arange(len(self.places)).reshape(tuple(self.mesh.values()))
         chosen = [names.index(axis) for axis in axes]
         rest = [dim for dim in range(len(names)) if dim not in chosen]
-        return self.places[numbers.transpose(rest + chosen).reshape(-1, max(size, 1))[0]]
+        return self.places[numbers.transpose(rest + chosen).reshape(-1)[: max(size, 1)]]
 
 
 def fabric(devices: Sequence[Any], mesh: Mapping[str, int]) -> Fabric:
