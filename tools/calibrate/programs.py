@@ -118,7 +118,15 @@ PROGRAMS = (
         length=2048,
         remat="full",
     ),
-    Program(name="llama31_8b-v6e-256", model=_LLAMA31_8B, topology="v6e:16x16", batch=1024, length=8192, remat="full"),
+    Program(
+        name="llama31_8b-v6e-256",
+        model=_LLAMA31_8B,
+        topology="v6e:16x16",
+        batch=1024,
+        length=8192,
+        remat="full",
+        saved=("attention",),
+    ),
     Program(
         name="max32b-v5p-64",
         model=_max(32, 8192, 64, 28_672),
@@ -182,7 +190,15 @@ PROGRAMS = (
         remat="kv",
         layers=126,
     ),
-    Program(name="llama31_8b-v6e-8", model=_LLAMA31_8B, topology="v6e:2x4", batch=24, length=8192, remat="full"),
+    Program(
+        name="llama31_8b-v6e-8",
+        model=_LLAMA31_8B,
+        topology="v6e:2x4",
+        batch=24,
+        length=8192,
+        remat="full",
+        saved=("attention",),
+    ),
     Program(
         name="max512b-v5p-512",
         model=_max(128, 16_384, 128, 57_344),
@@ -275,6 +291,7 @@ PROGRAMS = (
         length=8192,
         remat="full",
         options={_VMEM: "98304"},
+        saved=("attention",),
     ),
 )
 BY_NAME = {program.name: program for program in PROGRAMS}
