@@ -4,14 +4,17 @@ What is kept is the compiled text, the compiler's memory and the mesh: a time mo
 and again, while the step that would be compiled today may already be another.
 """
 
+import contextlib
+import dataclasses
 import gzip
 import json
 import os
 import pathlib
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from t5x_like.core import environment
 from tools.calibrate.programs import Program
 
 BASE = "pretrain/llama3_8b"
@@ -36,7 +39,11 @@ def read(program: Program, where: pathlib.Path) -> dict[str, Any] | None:
 
 
 def compile_and_keep(program: Program, where: pathlib.Path) -> dict[str, Any]:
-    """Compiles the program for its topology, minutes of a CPU, and keeps what the compiler says."""
+    """Compiles the program for its topology, minutes of a CPU, and keeps what the compiler says.
+
+    UserError where it does not fit, or there is no compiler.
+    """
+    environment.apply(dataclasses.replace(environment.READING, platform="cpu"))
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner.compile import compile_program
     from t5x_like.runs import program as programs
@@ -66,6 +73,7 @@ def compile_and_keep(program: Program, where: pathlib.Path) -> dict[str, Any]:
 
 
 def experiment(program: Program) -> Any:
+    """The run (runs/train.py) whose train step the program is; call it under `policies`."""
     from t5x_like.runs import train
     from t5x_like.runs.arguments import load_config
 
@@ -102,22 +110,20 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-class policies:
-    """Adds the policies of published rows to the table of remat while a program is built."""
+@contextlib.contextmanager
+def policies() -> Iterator[None]:
+    """The table of remat has the policies of published rows while a program is built."""
+    import jax
 
-    def __enter__(self) -> None:
-        import jax
+    from t5x_like.layers import stack
 
-        from t5x_like.layers import stack
-
-        for name, saved in POLICIES.items():
-            stack.REMAT[name] = jax.checkpoint_policies.save_only_these_names(*saved)
-
-    def __exit__(self, *_: Any) -> None:
-        from t5x_like.layers import stack
-
+    for name, saved in POLICIES.items():
+        stack.REMAT[name] = jax.checkpoint_policies.save_only_these_names(*saved)
+    try:
+        yield
+    finally:
         for name in POLICIES:
-            stack.REMAT.pop(name, None)
+            del stack.REMAT[name]
 
 
 def _commit() -> str:

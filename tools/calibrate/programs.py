@@ -12,8 +12,8 @@ class Program:
     model, mesh: overrides of the sections of these names. batch: rows over all devices. remat: a name in
     layers/stack.py's REMAT, or in compiling.POLICIES. options: of the compiler. layers: of the row's model where the
     program has fewer, model["decoder.layers"]; its loops over layers then count so many turns. saved: regions of which
-    the published run computes nothing again but the kernels, having saved their products on the host. one_of: so many equal slices of the row; what passes between them is
-    left out.
+    the published run computes nothing again but the kernels, having saved their products on the host. one_of: so many
+    equal slices of the row; what passes between them is left out.
     """
 
     name: str
