@@ -95,8 +95,6 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import compile_program
     from t5x_like.planner.cost import cost
-    from t5x_like.planner.estimate import estimate
-    from t5x_like.planner.network import fabric
     from t5x_like.planner.report import Place, Plan
     from t5x_like.runs import planned
     from t5x_like.runs import program as programs
@@ -109,7 +107,7 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
     if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
-        work = None
+        work = planned.decode_work(experiment, rows=options.rows, length=options.length)
     else:
         programs.check_mesh(experiment, mesh.shape)
         assumed: dict[str, str] = {}
@@ -123,8 +121,15 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
     options_of = experiment.runtime.compiler_options.of("tpu")
     compiled = compile_program(step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options))
     found = cost(compiled.text, place.mesh)
-    where = fabric(list(mesh.devices.flat), place.mesh)
-    return Plan(program, place, compiled, found, estimate(found, where, chips=place.chips, work=work))
+    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work))
+
+
+def _estimate(found: Any, mesh: Any, place: Any, work: Any) -> Any:
+    """The time of a program of this cost."""
+    from t5x_like.planner.estimate import estimate
+    from t5x_like.planner.network import fabric
+
+    return estimate(found, fabric(list(mesh.devices.flat), place.mesh), chips=place.chips, work=work)
 
 
 def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:
@@ -165,14 +170,14 @@ def _iteration(
     from t5x_like.planner.compile import DoesNotFit, compile_program
     from t5x_like.planner.cost import cost
     from t5x_like.planner.iteration import Iteration, Part
-    from t5x_like.runs import rl_program
+    from t5x_like.runs import planned, rl_program
 
     rl_program.check_rows(experiment, place.mesh)
     held = device_bytes((built.layout.state, built.layout.frozen))
     stages, parts = rl_program.stages(experiment, built), []
     for number, stage in enumerate(stages, start=1):
         print(f"compiling {stage.name}, {number} of {len(stages)}", file=sys.stderr)
-        found, problem, beside = None, "", held - device_bytes(stage.reads)
+        found, time, problem, beside = None, None, "", held - device_bytes(stage.reads)
         try:
             compiled = compile_program(
                 stage.step,
@@ -185,7 +190,8 @@ def _iteration(
             problem = str(error)
         else:
             found = (compiled, cost(compiled.text, place.mesh))
-        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem))
+            time = _estimate(found[1], built.mesh, place, planned.stage_work(experiment, built, stage))
+        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem, time))
     facts = [f"{name}: {fact}" for name, fact in rl_program.facts(experiment).items()]
     facts += [f"role {name}: {source} is not there, planned like config.model" for name, source in assumed.items()]
-    return Iteration("rl", place, facts, parts)
+    return Iteration("rl", place, facts, parts, planned.iterations(experiment))

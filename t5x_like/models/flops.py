@@ -63,6 +63,19 @@ def per_token(config: ModelConfig, *, length: int, source_length: int = 0) -> Fl
     return FlopsPerToken(weights, attention, head, full)
 
 
+def of_new_token(config: ModelConfig, *, length: int, source_length: int = 0) -> float:
+    """FLOPs of one token that is decoded behind `length` others, which are in a cache, as are those of a source."""
+    decoder, width = config.decoder, config.width
+    assert decoder is not None, "an encoder alone decodes nothing"
+    head = 2.0 * width * (config.vocab_size + (width if config.head.transform else 0))
+    keys = sum(min(kind.window or length, length) for kind in decoder.kinds)
+    total = _weights(decoder, width) + 4.0 * decoder.heads * decoder.head_size * keys + head
+    if config.encoder is not None:
+        total += 2.0 * decoder.layers * _projections(decoder, width)[0]
+        total += 4.0 * decoder.layers * decoder.heads * decoder.head_size * source_length
+    return total
+
+
 def _projections(stack: StackConfig, width: int) -> tuple[int, int]:
     """Numbers in the matrices of one attention branch: (queries and output, keys and values)."""
     return 2 * width * stack.heads * stack.head_size, 2 * width * stack.kv_heads * stack.head_size

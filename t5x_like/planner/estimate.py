@@ -26,12 +26,12 @@ MATRIX_SHARE = 1.0
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What a program is for, over all devices. tokens: of one execution; model_flops: those that its mathematics needs
-    (models/flops.py), full_flops: the same with causal attention counted as if all keys were seen; executions: of a
-    whole run, None where there is none."""
+    (models/flops.py), full_flops: the same with causal attention counted as if all keys were seen, both None where
+    nobody counts them; executions: of a whole run, None where there is none."""
 
     tokens: int
-    model_flops: float
-    full_flops: float
+    model_flops: float | None
+    full_flops: float | None
     executions: int | None = None
 
 
@@ -74,15 +74,23 @@ class Estimate:
 
     @property
     def mfu(self) -> float | None:
-        return None if self.work is None else self.work.model_flops / self.step_seconds / self.peak
+        return self._share_of_peak(None if self.work is None else self.work.model_flops)
 
     @property
     def mfu_full_attention(self) -> float | None:
-        return None if self.work is None else self.work.full_flops / self.step_seconds / self.peak
+        return self._share_of_peak(None if self.work is None else self.work.full_flops)
+
+    @property
+    def hardware_utilisation(self) -> float | None:
+        """HFU: with what is computed again, and whole blocks of attention."""
+        return self._share_of_peak(self.hardware_flops)
+
+    def _share_of_peak(self, flops: float | None) -> float | None:
+        return None if flops is None or not self.step_seconds else flops / self.step_seconds / self.peak
 
     @property
     def tokens_per_second(self) -> float | None:
-        return None if self.work is None else self.work.tokens / self.step_seconds
+        return None if self.work is None or not self.step_seconds else self.work.tokens / self.step_seconds
 
     @property
     def run_seconds(self) -> float | None:
@@ -92,6 +100,46 @@ class Estimate:
     @property
     def chip_hours(self) -> float | None:
         return None if self.run_seconds is None else self.run_seconds * self.chips / 3600
+
+    @property
+    def cost(self) -> float | None:
+        return None if self.chip_hours is None or self.price is None else self.chip_hours * self.price.amount
+
+
+@dataclasses.dataclass(frozen=True)
+class IterationTime:
+    """Of programs that run one after the other. programs: {name: (executions an iteration, its estimate)}."""
+
+    programs: Mapping[str, tuple[int, Estimate]]
+    executions: int | None = None
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of an iteration in each program."""
+        return {name: times * each.step_seconds for name, (times, each) in self.programs.items()}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def bound_by(self) -> str:
+        """The program that takes longest, and what bounds it."""
+        name = max(self.parts, key=lambda part: self.parts[part])
+        return f"{name}: {self.programs[name][1].bound_by}"
+
+    @property
+    def run_seconds(self) -> float | None:
+        return None if self.executions is None else self.executions * self.seconds
+
+    @property
+    def chip_hours(self) -> float | None:
+        chips = next(iter(self.programs.values()))[1].chips
+        return None if self.run_seconds is None else self.run_seconds * chips / 3600
+
+    @property
+    def price(self) -> Price | None:
+        return next(iter(self.programs.values()))[1].price
 
     @property
     def cost(self) -> float | None:

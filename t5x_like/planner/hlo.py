@@ -34,7 +34,7 @@ class Instruction:
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
         """Names of the operands, in order."""
-        return tuple(part.split()[-1].lstrip("%") for part in _split(_COMMENT.sub("", self.argument)) if part.strip())
+        return tuple(part.split()[-1].lstrip("%") for part in split(_COMMENT.sub("", self.argument)) if part.strip())
 
     def called(self, *kinds: str) -> tuple[str, ...]:
         """Names of the computations it refers to as `kinds` (such as "calls", "body")."""
@@ -59,10 +59,11 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A whole program."""
+    """A whole program. donated: (output, argument) by number, where the one replaces the other in its place."""
 
     computations: Mapping[str, Computation]
     entry: str
+    donated: tuple[tuple[int, int], ...] = ()
 
 
 def parse(text: str) -> Module:
@@ -84,7 +85,18 @@ def parse(text: str) -> Module:
             lines[-1] += line  # attributes of Pallas kernels hold line breaks
     if entry is None:
         raise ValueError("this text is no HLO module: it has no ENTRY")
-    return Module(computations, entry)
+    return Module(computations, entry, tuple(_donated(text.partition("\n")[0])))
+
+
+def _donated(header: str) -> list[tuple[int, int]]:
+    """
+    >>> _donated("HloModule m, input_output_alias={ {0}: (3, {}, may-alias), {1}: (4, {}, must-alias) }, x={ {2}: (1, {}, a) }")
+    [(0, 3), (1, 4)]
+    """
+    start = header.find("input_output_alias={")
+    end = header.find(" }", start)
+    found = re.findall(r"\{(\d*)\}: \((\d+), \{\}", header[start:end]) if start >= 0 else []
+    return [(int(output or 0), int(number)) for output, number in found]
 
 
 def _computation(name: str, lines: Sequence[str]) -> Computation:
@@ -125,7 +137,7 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
     """Parts of a list between commas that stand outside all brackets."""
     parts, depth, start = [], 0, 0
     for index, character in enumerate(text):

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import collectives, report
+from t5x_like.planner import collectives, report, report_time
 from t5x_like.planner.compile import Compiled
 from t5x_like.planner.cost import Cost
+from t5x_like.planner.estimate import Estimate, IterationTime
 from t5x_like.planner.report import Place
 
 
@@ -29,6 +30,7 @@ class Part:
     beside_bytes: int
     found: tuple[Compiled, Cost] | None
     problem: str
+    time: Estimate | None = None
 
     @property
     def bytes(self) -> int | None:
@@ -41,12 +43,13 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-    """facts: what an iteration is, for the head of the table."""
+    """facts: what an iteration is, for the head of the table. executions: iterations of a whole run."""
 
     program: str
     place: Place
     facts: Sequence[str]
     parts: Sequence[Part]
+    executions: int | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -71,6 +74,14 @@ class Iteration:
         return sum(part.times * part.found[1].cycles for part in self.parts if part.found is not None)
 
     @property
+    def time(self) -> IterationTime | None:
+        """None where a program does not fit, or has no estimate."""
+        parts = {part.name: (part.times, part.time) for part in self.parts if part.time is not None}
+        if len(parts) < len(self.parts) or not parts:
+            return None
+        return IterationTime(parts, self.executions)
+
+    @property
     def largest(self) -> Part | None:
         """The program that needs the most memory, of those that were compiled."""
         return max((part for part in self.parts if part.bytes is not None), key=lambda p: p.bytes or 0, default=None)
@@ -92,6 +103,7 @@ def to_json(iteration: Iteration) -> dict[str, Any]:
             "peak_program": None if largest is None else largest.name,
             "fits": not iteration.problems,
         },
+        **({} if iteration.time is None else {"estimate": report_time.iteration_json(iteration.time)}),
         "versions": report.versions(),
     }
 
@@ -100,7 +112,7 @@ def _part_json(part: Part, place: Place) -> dict[str, Any]:
     head = {"program": part.name, "times": part.times, "fits": part.fits(place), "problem": part.problem}
     if part.found is None:
         return head
-    return head | {"beside_bytes": part.beside_bytes} | report.program_json(*part.found)
+    return head | {"beside_bytes": part.beside_bytes} | report.program_json(*part.found, part.time)
 
 
 def to_text(iteration: Iteration, *, details: bool = False) -> str:
@@ -119,7 +131,9 @@ def to_text(iteration: Iteration, *, details: bool = False) -> str:
         else:
             compiled, cost = part.found
             beside = part.beside_bytes
-            lines += report.program_lines(compiled, cost, iteration.place, details=details, beside_bytes=beside)
+            lines += report.program_lines(
+                compiled, cost, iteration.place, details=details, beside_bytes=beside, estimate=part.time
+            )
     return "\n".join(line.rstrip() for line in [*lines, "", *_sums(iteration)])
 
 
@@ -139,5 +153,7 @@ def _sums(iteration: Iteration) -> list[str]:
     verdict = "does not fit" if iteration.problems else "fits"
     rows.append({"name": "  together", "times": "", "cycles": f"{cycles:.4g}", "share": "", "memory": peak})
     lines = report.table(rows, right=("times", "cycles", "share"))
+    if iteration.time is not None:
+        lines = [*lines, *report_time.iteration_lines(iteration.time)]
     lines.append(f"  {verdict} into {format_bytes(iteration.place.hbm_bytes)} of a device")
-    return [*lines, "", *report.collective_lines(iteration.collectives(), details=False)]
+    return [*lines, "", *report.collective_lines(iteration.collectives())]

@@ -114,10 +114,11 @@ def program_lines(
         "",
         *([] if estimate is None else [*report_time.lines(estimate), ""]),
         f"cycles         {cost.cycles:.4g}, without collectives and the kernels below",
-        *(f"  kernel       {kernel.name} x {kernel.count}" for kernel in cost.kernels),
+        *(_kernel_lines(cost) if estimate is None else report_time.kernel_lines(estimate)),
         *_caveats(cost),
         "",
-        *collective_lines(cost.collectives, details=details),
+        *(collective_lines(cost.collectives) if estimate is None else report_time.collective_lines(estimate)),
+        *(_instruction_lines(cost.collectives) if details else []),
     ]
 
 
@@ -146,19 +147,26 @@ def _caveats(cost: Cost) -> list[str]:
     return lines
 
 
-def collective_lines(items: Sequence[collectives.Collective], *, details: bool) -> list[str]:
+def _kernel_lines(cost: Cost) -> list[str]:
+    return [f"  kernel       {kernel.name} x {kernel.count}" for kernel in cost.kernels]
+
+
+_HEADER = {"kind": "collectives", "axes": "axes", "network": "over"}
+_HEADER |= {"group": "devices", "count": "count", "bytes": "bytes"}
+
+
+def collective_lines(items: Sequence[collectives.Collective]) -> list[str]:
     if not items:
         return ["collectives    none"]
-    header = {"kind": "collectives", "axes": "axes", "network": "over"}
-    header |= {"group": "devices", "count": "count", "bytes": "bytes"}
-    rows = [header, *(_row(total, total.bytes) for total in collectives.totals(items))]
-    lines = table(rows)
-    if details:
-        header = header | {"kind": "each instruction", "bytes": "bytes each", "source": "from"}
-        largest = sorted(items, key=lambda item: -item.count * item.bytes_each)
-        rows = [header, *({**_row(item, item.bytes_each), "source": item.source} for item in largest)]
-        lines += ["", *table(rows)]
-    return lines
+    return table([_HEADER, *(_row(total, total.bytes) for total in collectives.totals(items))])
+
+
+def _instruction_lines(items: Sequence[collectives.Collective]) -> list[str]:
+    """Every collective instruction by itself, the largest first."""
+    header = _HEADER | {"kind": "each instruction", "bytes": "bytes each", "source": "from"}
+    largest = sorted(items, key=lambda item: -item.count * item.bytes_each)
+    rows = [header, *({**_row(item, item.bytes_each), "source": item.source} for item in largest)]
+    return ["", *table(rows)] if items else []
 
 
 def _row(item: collectives.Total | collectives.Collective, size: int) -> dict[str, str]:

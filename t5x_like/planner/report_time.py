@@ -1,16 +1,28 @@
 """The estimate of a step's time, as text for people and as JSON for programs; what stands in it: estimate.py."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from t5x_like.core.terminal import format_count
+from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.planner import regions
 from t5x_like.planner.cost import Cost
-from t5x_like.planner.estimate import Estimate
+from t5x_like.planner.estimate import Estimate, IterationTime
+
+# What the parts of a step are called in the table.
+PARTS = {
+    "compute": "computing",
+    "kernels": "kernels",
+    "exposed_ici": "waiting for ICI",
+    "exposed_dcn": "waiting for DCN",
+    "exposed_hbm": "waiting for copies",
+    "exposed_host": "waiting for the host",
+}
 
 
 def to_json(cost: Cost, estimate: Estimate) -> dict[str, Any]:
     """The keys "regions", "kernels", "collectives" and "estimate" of a plan. Seconds are of one execution."""
+    work, price = estimate.work, estimate.price
     return {
         "regions": _regions_json(cost, estimate),
         "kernels": [
@@ -27,46 +39,34 @@ def to_json(cost: Cost, estimate: Estimate) -> dict[str, Any]:
         "collectives": [dataclasses.asdict(total) for total in totals(estimate)],
         "estimate": {
             "step_seconds": estimate.step_seconds,
+            "parts": dict(estimate.parts),
+            "bound_by": estimate.bound_by,
+            "model_flops": None if work is None else work.model_flops,
+            "model_flops_full_attention": None if work is None else work.full_flops,
+            "hardware_flops": estimate.hardware_flops,
             "mfu": estimate.mfu,
             "mfu_full_attention": estimate.mfu_full_attention,
-            "model_flops": None if estimate.work is None else estimate.work.model_flops,
-            "hardware_flops": estimate.hardware_flops,
+            "hfu": estimate.hardware_utilisation,
+            "tokens": None if work is None else work.tokens,
             "tokens_per_second": estimate.tokens_per_second,
             "run_seconds": estimate.run_seconds,
             "chip_hours": estimate.chip_hours,
             "cost": estimate.cost,
-            "currency": None if estimate.price is None else estimate.price.currency,
-            "bound_by": estimate.bound_by,
-            "parts": dict(estimate.parts),
+            "currency": None if price is None else price.currency,
         },
     }
 
 
-def lines(estimate: Estimate) -> list[str]:
-    """The section of the table that `plan` prints."""
-    parts = "  ".join(f"{name} {_seconds(spent)}" for name, spent in estimate.parts.items() if spent > 0)
-    found = [f"time           {_seconds(estimate.step_seconds)} a step, estimated: {parts}"]
-    if estimate.mfu is not None and estimate.mfu_full_attention is not None:
-        found.append(
-            f"  MFU          {estimate.mfu:.1%}; {estimate.mfu_full_attention:.1%} with full attention counted"
-        )
-        found.append(f"  tokens       {format_count(estimate.tokens_per_second or 0)} a second")
-    if estimate.run_seconds is not None and estimate.chip_hours is not None:
-        cost = "" if estimate.price is None else f", {estimate.cost:,.0f} {estimate.price.currency}"
-        found.append(
-            f"  run          {estimate.run_seconds / 86400:.3g} days, {estimate.chip_hours:,.0f} chip-hours{cost}"
-        )
-    return [*found, f"  bound by     {estimate.bound_by}"]
-
-
-def _seconds(spent: float) -> str:
-    """
-    >>> _seconds(2.8333), _seconds(0.0123), _seconds(45e-6)
-    ('2.83 s', '12.3 ms', '45 us')
-    """
-    if spent >= 1:
-        return f"{spent:.3g} s"
-    return f"{spent * 1e3:.3g} ms" if spent >= 1e-3 else f"{spent * 1e6:.3g} us"
+def iteration_json(time: IterationTime) -> dict[str, Any]:
+    return {
+        "iteration_seconds": time.seconds,
+        "parts": time.parts,
+        "bound_by": time.bound_by,
+        "run_seconds": time.run_seconds,
+        "chip_hours": time.chip_hours,
+        "cost": time.cost,
+        "currency": None if time.price is None else time.price.currency,
+    }
 
 
 def _regions_json(cost: Cost, estimate: Estimate) -> list[dict[str, Any]]:
@@ -108,3 +108,101 @@ def totals(estimate: Estimate) -> list[Total]:
             exposed_seconds=before.exposed_seconds + flight.exposed,
         )
     return sorted(found.values(), key=lambda total: (-total.seconds, -total.bytes))
+
+
+# The table.
+
+
+def lines(estimate: Estimate) -> list[str]:
+    """The section of the table that `plan` prints: time, its parts, what follows, and regions by pass."""
+    found = [f"time           {seconds(estimate.step_seconds)} a step, estimated; bound by {estimate.bound_by}"]
+    for name, spent in estimate.parts.items():
+        if spent > 0:
+            found.append(f"  {PARTS[name]:<21}{seconds(spent):>9}  {spent / max(estimate.step_seconds, 1e-30):6.1%}")
+    if estimate.mfu is not None and estimate.mfu_full_attention is not None:
+        found.append(
+            f"  MFU {estimate.mfu:.1%}, or {estimate.mfu_full_attention:.1%} with attention counted in full; "
+            f"with what is computed again (HFU) {estimate.hardware_utilisation or 0:.1%}"
+        )
+    if estimate.tokens_per_second is not None:
+        found.append(f"  {format_count(estimate.tokens_per_second)} tokens a second{_run(estimate)}")
+    return [*found, "", *_region_lines(estimate)]
+
+
+def iteration_lines(time: IterationTime) -> list[str]:
+    parts = ", ".join(f"{name} {seconds(spent)}" for name, spent in time.parts.items())
+    return [f"  time         {seconds(time.seconds)} an iteration, estimated: {parts}{_run(time)}"]
+
+
+def _run(found: Estimate | IterationTime) -> str:
+    if found.run_seconds is None or found.chip_hours is None:
+        return ""
+    cost = "" if found.price is None else f", {found.cost:,.2f} {found.price.currency}"
+    return f"; the run takes {_long(found.run_seconds)}, {found.chip_hours:,.1f} chip-hours{cost}"
+
+
+def _region_lines(estimate: Estimate) -> list[str]:
+    """Seconds of each region by pass, kernels included, waiting not."""
+    spent = estimate.regions
+    named = [name for name in regions.REGIONS if any(region == name for region, _ in spent)]
+    passes = [name for name in (*regions.PASSES, "") if any(which == name for _, which in spent)]
+    named.sort(key=lambda name: -sum(spent.get((name, which), 0.0) for which in passes))
+    rows = [["regions", *(which or "no pass" for which in passes), "together"]]
+    for name in named:
+        each = [spent.get((name, which), 0.0) for which in passes]
+        rows.append([f"  {name}", *(seconds(one) if one else "-" for one in each), seconds(sum(each))])
+    return columns(rows)
+
+
+def kernel_lines(estimate: Estimate) -> list[str]:
+    return [
+        f"  kernel       {kernel.name} x {kernel.count} ({kernel.which or kernel.region}): "
+        + ("unknown" if kernel.seconds is None else f"{seconds(kernel.seconds)}, assumed")
+        for kernel in estimate.kernels
+    ]
+
+
+def collective_lines(estimate: Estimate) -> list[str]:
+    if not any(flight.collective for flight in estimate.flights):
+        return ["collectives    none"]
+    rows = [["collectives", "axes", "over", "devices", "count", "bytes", "time", "exposed"]]
+    for total in totals(estimate):
+        axes, size = " x ".join(total.axes) or "none", f"{format_bytes(total.bytes)} {total.bytes:,}"
+        times = (seconds(total.seconds), seconds(total.exposed_seconds))
+        rows.append(
+            [f"  {total.kind}", axes, total.network.upper(), str(total.group_size), str(total.count), size, *times]
+        )
+    return columns(rows, left=3)
+
+
+def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """As wide as their longest cell; all but the first `left` to the right."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def seconds(spent: float) -> str:
+    """
+    >>> seconds(2.8333), seconds(0.0123), seconds(45e-6)
+    ('2.83 s', '12.3 ms', '45 us')
+    """
+    if spent >= 1:
+        return f"{spent:.3g} s"
+    return f"{spent * 1e3:.3g} ms" if spent >= 1e-3 else f"{spent * 1e6:.3g} us"
+
+
+def _long(spent: float) -> str:
+    """
+    >>> _long(40.0), _long(9000.0), _long(1e6)
+    ('40 seconds', '2.5 hours', '11.6 days')
+    """
+    for limit, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if spent >= limit:
+            return f"{spent / limit:.3g} {unit}"
+    return f"{spent:.3g} seconds"

@@ -1,7 +1,12 @@
 """What the programs of a run are for, in numbers that a plan divides by: tokens and model FLOPs of one execution."""
 
+import dataclasses
+from typing import Any
+
+from t5x_like.models import flops
 from t5x_like.models.flops import FlopsPerToken
 from t5x_like.planner.estimate import Work
+from t5x_like.runs import rl_program
 from t5x_like.runs.program import Program
 from t5x_like.runs.train import Experiment
 
@@ -26,3 +31,24 @@ def train_work(experiment: Experiment, program: Program, *, executions: int | No
         full_flops=needed(own.unmasked, [other.unmasked for other in others]),
         executions=experiment.loop.steps if executions is None else executions,
     )
+
+
+def decode_work(experiment: Experiment, *, rows: int, length: int) -> Work:
+    """Of one more token for each of `rows` texts, whose cache of `length` is full."""
+    needed = rows * flops.of_new_token(experiment.model, length=length, source_length=experiment.data.encoder_length)
+    return Work(tokens=rows, model_flops=needed, full_flops=needed)
+
+
+def stage_work(experiment: Any, program: Program, stage: rl_program.Stage) -> Work:
+    """Of one program of an iteration of reinforcement learning. Tokens of a rollout are those that it may draw at most;
+    only of updates the FLOPs are counted."""
+    if stage.name == "update":
+        return dataclasses.replace(train_work(experiment, program), executions=None)
+    if stage.name == "rollout":
+        return Work(experiment.rl.answers // stage.times * experiment.rl.new_tokens, None, None)
+    return Work(rl_program.tokens_per_step(experiment), None, None)
+
+
+def iterations(experiment: Any) -> int:
+    """Of a whole run."""
+    return -(-experiment.loop.steps // rl_program.updates(experiment))

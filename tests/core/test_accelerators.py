@@ -59,9 +59,55 @@ def test_only_v4_takes_its_cubes_in_any_order():
         accelerators.parse("v5p:8x4x4")
 
 
-def test_an_accelerator_type_is_answered_with_its_shapes():
-    with pytest.raises(UsageError, match="v5p-512 is written v5p:4x4x16 or v5p:4x8x8"):
-        accelerators.parse("v5p-512")
+@pytest.mark.parametrize(
+    ("name", "spelled"),
+    [
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("V5P:4x4x4", "v5p:4x4x4"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-16", "v5e:4x4"),
+        ("v5lite-8", "v5e:2x4"),
+        ("v5litepod:4x8", "v5e:4x8"),
+        ("v6e-64", "v6e:8x8"),
+        ("trillium-64", "v6e:8x8"),
+        ("tpu7x-128", "tpu7x:4x4x4"),
+        ("ironwood:2x2x1", "tpu7x:2x2x1"),
+        ("tpu7x-standard-4t:2x2x2", "tpu7x:2x2x2"),
+        ("tpu-v5p-slice:4x4x4", "v5p:4x4x4"),
+        ("tpu-v4-podslice:2x2x4", "v4:2x2x4"),
+        ("tpu-v5-lite-podslice:2x4", "v5e:2x4"),
+        ("tpu-v6e-slice:4x4", "v6e:4x4"),
+        ("ct5p-hightpu-4t:2x2x2", "v5p:2x2x2"),
+        ("ct6e-standard-1t:1x1", "v6e:1x1"),
+        ("v5p-512:4x8x8", "v5p:4x8x8"),
+    ],
+)
+def test_a_slice_is_understood_in_every_spelling_that_people_have(name, spelled):
+    assert accelerators.parse(name).spelled == spelled
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5p-512", "has several shapes; write v5p:4x4x16 or v5p:4x8x8"),
+        ("v5p-100", "no slice of v5p has 100 TensorCores (2 a chip); the nearest are v5p-64 and v5p-128"),
+        ("v5e-1000", "no slice of v5e has 1000 TensorCores (1 a chip); the nearest are v5litepod-256"),
+        ("v5p-512:4x4x4", "v5p:4x4x4 is v5p-128; write one of them alone"),
+        ("tpu-v5p-slice", "give the chips along each dimension, such as tpu-v5p-slice:4x4x4"),
+        ("tpu-v6e-slice:3x3", "is no slice of v6e"),
+        ("h100-8", "'h100-8' is unknown"),
+    ],
+)
+def test_a_name_of_no_slice_or_of_several_is_one_line_with_what_to_write(name, says):
+    with pytest.raises(UsageError) as error:
+        accelerators.parse(name)
+    assert f"--topology={name}" in str(error.value) and says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_slices_of_an_accelerator_type():
+    assert [each.shape for each in accelerators.slices_named("v5p-512")] == ["4x4x16", "4x8x8"]
     assert accelerators.slices_named("v5p-7") == []
 
 

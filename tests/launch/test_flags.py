@@ -107,7 +107,7 @@ def test_an_error_inside_get_launch_names_file_and_line(config):
         ("--workdir=gs://b/\u0416", "gives no name for the job; give --name"),
         ("--queue=" + "a" * 64, "in at most 63 characters"),
         ("--slices=2", "--slices=2 needs --topology"),
-        ("--topology=v5p-512", "v5p-512 is written v5p:4x4x16 or v5p:4x8x8"),
+        ("--topology=v5p-512", "v5p-512 has several shapes; write v5p:4x4x16 or v5p:4x8x8"),
         ("--topology=h100:8", "'h100' is unknown"),
         ("--image=a/b", "--image=a/b has no tag; give IMAGE:TAG"),
         ("--image=a/b:", "has no tag"),

@@ -47,7 +47,7 @@ def test_gathering_and_scattering_send_all_but_ones_own_part_over_all_links():
 
 
 def test_an_exchange_of_all_with_all_crosses_the_middle_of_the_longest_dim():
-    """4 parts of 1 GB: half of each crosses the middle, a quarter of all one way. A ring has two middles, a line one."""
+    """4 parts of 1 GB: half of each crosses the middle, a quarter of all one way. A ring has two middles."""
     ring = fabric("v5p:4x4x4", {"data": 16, "fsdp": 4})
     _, spent = seconds(collective("all-to-all", ("fsdp",), 4), ring)
     assert spent == pytest.approx(4 * GB / 4 / (2 * V5P) + 2 * HOP_SECONDS)
