@@ -5,4 +5,6 @@ from ml_collections.config_dict import placeholder
 
 def mesh() -> dict:
     axes = ("slice", "stage", "data", "fsdp", "expert", "sequence", "tensor")
-    return {"preset": "fsdp", "rules": ""} | {axis: placeholder(int) for axis in axes}
+    sizes = {axis: placeholder(int) for axis in axes}
+    pipeline = {"micro_batches": placeholder(int), "repeats": 1}
+    return {"preset": "fsdp", "rules": "", **sizes, "pipeline": pipeline}

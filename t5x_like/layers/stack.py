@@ -14,36 +14,16 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
-from t5x_like.layers.attention.kernels import CONTEXT, CUDNN_FORWARD
+from t5x_like.layers import remat as remats
+from t5x_like.parallel import pipeline as pipelines
+from t5x_like.parallel.pipeline import Schedule, on_all_stages
 
-_policies = jax.checkpoint_policies
-
-# Names that blocks give to activations with `checkpoint_name` (block.NAMES) and that a policy saves.
-SAVED: dict[str, tuple[str, ...]] = {
-    "minimal": ("q", "k", "v", "context", "mlp_gate", "mlp_up"),  # computes norms, activations and attention again
-    "context": ("context",),  # saves attention's output, and on accelerators what else its backward pass reads
-}
-
-
-def _saving(names: tuple[str, ...], also: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """The policy that saves what has these names. cuDNN's kernel gives its results no name: with "context" they are
-    saved by their primitive, so that it runs once."""
-    policy = _policies.save_only_these_names(*names)
-    if CONTEXT in names:
-        policy = _policies.save_from_both_policies(policy, lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD)
-    return policy if also is None else _policies.save_from_both_policies(policy, also)
-
-
-# What the backward pass finds saved; everything else inside a layer is computed again. Least memory last.
-REMAT: dict[str, Callable[..., Any]] = {
-    "none": _policies.everything_saveable,  # but for what a layer itself leaves out (mlp.py: its activation)
-    "dots": _saving(SAVED["context"], _policies.dots_saveable),
-    "minimal": _saving(SAVED["minimal"]),
-    "context": _saving(SAVED["context"]),
-    "full": _policies.nothing_saveable,  # one [B, T, D] a layer
-}
+# What a layer reads, which is kept of a turn of a pipeline whatever is computed again.
+_LAYER_INPUT = "layer_input"
 
 
 class Kind(Protocol):
@@ -158,25 +138,32 @@ def run(
     cache: Any = None,
     scan: bool,
     remat: str,
+    pipeline: Schedule | None = None,
+    first: int | jax.Array = 0,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """x after all layers, and {"cache", "sums"} of the blocks, each stacked in the order of the layers that give it.
 
     blocks, weights: by group; arrays [layers of the group, ...]. rows: a tree of per-row values handed to every block
     beside x. scan=False gives the same result from a longer program, which saves the copies in and out of stacked
-    arrays. With a cache no gradient is taken, and neither weights nor cache are cut into segments, which would copy
-    them: each layer is picked by its number out of the whole.
+    arrays. remat: in the words of remat.py. With a cache no gradient is taken, and neither weights nor cache are cut
+    into segments, which would copy them: each layer is picked by its number out of the whole, and pipeline stages are
+    not used. first: the number of the first of these layers.
     """
-    plan = segments(kinds) if scan else (Segment(0, len(kinds), 1),)
+    if pipeline is not None and cache is None:
+        return _in_stages(blocks, weights, x, rows, kinds=kinds, scan=scan, remat=remat, schedule=pipeline)
+    weights = jax.tree.map(lambda a: a if _is_apart(a) else on_all_stages(a), weights, is_leaf=_is_apart)
+    saved = ("none",) * len(kinds) if cache is not None else remats.by_layer(remat, kinds)
+    plan = segments(list(zip(kinds, saved, strict=True))) if scan else (Segment(0, len(kinds), 1),)
     if cache is None:
         parts = _cut(weights, kinds, plan)
     outputs = []
     for number, segment in enumerate(plan):
-        steps = _steps(blocks, kinds, segment, cache=cache, remat=remat)
+        steps = _steps(blocks, kinds, saved, segment, cache=cache)
         if cache is None:
             pick, xs = _given(kinds, segment), parts[number]
         else:
             pick, xs = _picked(weights, kinds, segment), None
-        body = functools.partial(_body, steps, pick, rows, segment)
+        body = functools.partial(_body, steps, pick, rows, segment, first)
         if segment.repeats == 1:
             x, output = body(x, (0, xs))
         else:
@@ -186,27 +173,76 @@ def run(
     return x, outputs[0] if len(outputs) == 1 else _joined(outputs, jnp.concatenate)
 
 
+def stretch(kinds: Sequence[Kind], schedule: Schedule) -> Sequence[Kind]:
+    """The kinds of the layers of one stretch of a pipeline; all stretches have the same, since all stages run one
+    program. Raises UsageError for layers that cannot be cut so."""
+    count, parts = len(kinds), schedule.stages * schedule.repeats
+    said = f"config.mesh.stage={schedule.stages} x config.mesh.pipeline.repeats={schedule.repeats}"
+    if count % parts:
+        raise UsageError(f"{count} layers do not divide into the {parts} stretches of {said}; change one of them")
+    length = count // parts
+    if any(kind != kinds[number % length] for number, kind in enumerate(kinds)):
+        raise UsageError(
+            f"stretches of {length} layers, which {said} makes of {count}, are not alike: windows, RoPE or groups of "
+            "layers have another period; use fewer stages or repeats"
+        )
+    return kinds[:length]
+
+
+def _in_stages(
+    blocks: Mapping[str, BlockFunction],
+    weights: Mapping[str, Tree],
+    x: jax.Array,
+    rows: Any,
+    *,
+    kinds: Sequence[Kind],
+    scan: bool,
+    remat: str,
+    schedule: Schedule,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """As `run`, with the layers on the stages of a pipeline. Sums add over its micro-batches."""
+    alike = stretch(kinds, schedule)
+
+    def stage(weights: Tree, x: jax.Array, rows: Any, number: jax.Array) -> tuple[jax.Array, Any]:
+        first = number * len(alike)
+        return run(blocks, weights, x, rows, kinds=alike, scan=scan, remat=remat, first=first)
+
+    policies = [remats.policy(name) for name in sorted(set(remats.by_layer(remat, alike)))]
+    # The weights of a stretch are picked again, not kept of every turn. What a layer reads is kept, so that the
+    # backward pass computes each layer again by itself, once.
+    both = jax.checkpoint_policies.save_from_both_policies
+    policy = jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT)
+    for each in policies:
+        policy = None if policy is None or each is None else both(each, policy)
+    return pipelines.run(stage, weights, x, rows, schedule=schedule, policy=policy)
+
+
 def _steps(
-    blocks: Mapping[str, BlockFunction], kinds: Sequence[Kind], segment: Segment, *, cache: Any, remat: str
+    blocks: Mapping[str, BlockFunction], kinds: Sequence[Kind], saved: Sequence[str], segment: Segment, *, cache: Any
 ) -> list[Callable[..., Any]]:
     """The function of each layer of a period."""
-    period = kinds[segment.start : segment.start + segment.period]
-    steps = [functools.partial(blocks[kind.group], kind=kind, cache=cache) for kind in period]
-    if remat == "none" or cache is not None:
-        return steps
     # The body of a scan over single layers is differentiated on its own, so there is nothing to share by mistake.
     # With several layers side by side, common subexpressions would undo the remat.
     plain_scan = segment.period == 1 and segment.repeats > 1
-    return [jax.checkpoint(step, policy=REMAT[remat], prevent_cse=not plain_scan) for step in steps]
+    steps = []
+    for number in range(segment.start, segment.start + segment.period):
+        kind, policy = kinds[number], remats.policy(saved[number])
+        step = functools.partial(blocks[kind.group], kind=kind, cache=cache)
+        again = functools.partial(jax.checkpoint, policy=policy, prevent_cse=not plain_scan)
+        steps.append(step if policy is None else again(step))
+    return steps
 
 
-def _body(steps, pick, rows: Any, segment: Segment, x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+def _body(
+    steps, pick, rows: Any, segment: Segment, first: int | jax.Array, x: jax.Array, slices: Any
+) -> tuple[jax.Array, Any]:
     """One period of layers; its outputs have a leading dim over its layers."""
     repeat, given = slices
     layers = pick(repeat, given)
     outputs = []
     for place, (step, layer) in enumerate(zip(steps, layers, strict=True)):
-        x, output = step(layer, x, rows, index=segment.start + repeat * segment.period + place)
+        x = checkpoint_name(x, _LAYER_INPUT)
+        x, output = step(layer, x, rows, index=first + segment.start + repeat * segment.period + place)
         outputs.append(jax.tree.map(lambda a: a[None], output))
     return x, outputs[0] if len(outputs) == 1 else _joined(outputs, jnp.concatenate)
 

@@ -16,6 +16,7 @@ from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
 from t5x_like.layers.scoring.head import Head
 from t5x_like.models.config import ModelConfig
+from t5x_like.parallel.pipeline import PipelineConfig
 from t5x_like.parallel.rules import Rules
 
 
@@ -33,7 +34,7 @@ class Output:
 class Architecture(Protocol):
     """Functions of a tree of parameters; a value without arrays. The methods of `Model` of the same names say more."""
 
-    def __init__(self, config: ModelConfig, rules: Rules, dtypes: DtypePolicy): ...
+    def __init__(self, config: ModelConfig, rules: Rules, dtypes: DtypePolicy, pipeline: PipelineConfig | None): ...
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from t5x_like.models.architecture import Output
 from t5x_like.models.config import ModelConfig
 from t5x_like.models.ends import Ends
 from t5x_like.models.tower import Tokens, Tower
+from t5x_like.parallel.pipeline import PipelineConfig
 from t5x_like.parallel.rules import Rules
 
 
@@ -31,6 +32,7 @@ class EncoderDecoder:
     config: ModelConfig
     rules: Rules
     dtypes: DtypePolicy
+    pipeline: PipelineConfig | None
 
     inputs = (
         *("inputs", "positions", "segment_ids"),
@@ -43,11 +45,11 @@ class EncoderDecoder:
 
     @functools.cached_property
     def _encoder(self) -> Tower:
-        return Tower(self.config, self.config.stack("encoder"), self.dtypes, causal=False, cross=False)
+        return Tower(self.config, self.config.stack("encoder"), self.dtypes, self.pipeline, causal=False, cross=False)
 
     @functools.cached_property
     def _decoder(self) -> Tower:
-        return Tower(self.config, self.config.stack("decoder"), self.dtypes, causal=True, cross=True)
+        return Tower(self.config, self.config.stack("decoder"), self.dtypes, self.pipeline, causal=True, cross=True)
 
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), "encoder": self._encoder.specs(), "decoder": self._decoder.specs()}
@@ -86,7 +88,8 @@ class EncoderDecoder:
 
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         """Runs the encoder on `encoder_inputs`; the cache holds the keys and values of cross attention."""
-        memory, _ = self._encode(params, batch, key=None)
+        alone = dataclasses.replace(self, pipeline=None)  # as all decoding; prompts may be of any number
+        memory, _ = alone._encode(params, batch, key=None)
         return empty(self._decoder.cache_specs(rows, length)) | self._decoder.cross_cache(params["decoder"], memory)
 
     def cache_specs(self, rows: int, length: int, source_length: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.core.types import Tree
-from t5x_like.layers.block import dropout
+from t5x_like.layers.dropout import dropout
 from t5x_like.layers.embedding import Embedding
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.mlp import ACTIVATIONS, add_bias

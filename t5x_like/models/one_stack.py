@@ -26,6 +26,7 @@ from t5x_like.models.architecture import Output
 from t5x_like.models.config import ModelConfig
 from t5x_like.models.ends import Ends
 from t5x_like.models.tower import Tokens, Tower
+from t5x_like.parallel.pipeline import PipelineConfig
 from t5x_like.parallel.rules import Rules
 
 
@@ -36,6 +37,7 @@ class OneStack:
     config: ModelConfig
     rules: Rules
     dtypes: DtypePolicy
+    pipeline: PipelineConfig | None
 
     @property
     def causal(self) -> bool:
@@ -53,7 +55,7 @@ class OneStack:
     @functools.cached_property
     def _tower(self) -> Tower:
         stack = self.config.stack(self.config.architecture)
-        return Tower(self.config, stack, self.dtypes, causal=self.causal, cross=False)
+        return Tower(self.config, stack, self.dtypes, self.pipeline, causal=self.causal, cross=False)
 
     def specs(self) -> dict[str, Any]:
         return {**self._ends.specs(), **self._tower.specs()}

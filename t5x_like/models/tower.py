@@ -27,6 +27,7 @@ from t5x_like.layers.norms import NORMS
 from t5x_like.layers.param import declare, fold, param, stacked
 from t5x_like.layers.positions import rope_table
 from t5x_like.models.config import ModelConfig, StackConfig
+from t5x_like.parallel.pipeline import PipelineConfig, schedule_here
 from t5x_like.parallel.sharding import constrain
 
 
@@ -70,6 +71,7 @@ class Tower:
     model: ModelConfig
     stack: StackConfig
     dtypes: DtypePolicy
+    pipeline: PipelineConfig | None
     _: dataclasses.KW_ONLY
     causal: bool
     cross: bool
@@ -110,6 +112,7 @@ class Tower:
         """
         fresh = fresh_rows_R is not None
         reads = cache is not None and not fresh
+        schedule = None if cache is not None else schedule_here(self.pipeline)
         with jax.named_scope("layers"):
             ropes = self._ropes(tokens)
         rows = Rows(
@@ -119,6 +122,7 @@ class Tower:
             positions_BT=_slot_positions(tokens, len(x_BTD), fresh=fresh) if reads else None,
             memory=tokens.memory,
             branches=tokens.branches,
+            numbers_B=None if schedule is None or key is None else jnp.arange(len(x_BTD), dtype=jnp.uint32),
         )
         # A module for the span of one call: its parameters are the arrays at hand.
         ends: Any = nnx.merge(self._ends[0], {name: params[name] for name in self._ends[1]})
@@ -137,6 +141,7 @@ class Tower:
                 cache=_readable(cache, fresh_rows_R),
                 scan=self.model.scan,
                 remat=self.model.remat,
+                pipeline=schedule,
             )
         if self.stack.final_norm:
             with jax.named_scope("final_norm"):

@@ -5,21 +5,26 @@ Not here: what lies on which axis (rules.py), joining processes (multihost.py).
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax._src.mesh import AbstractDevice  # of an abstract mesh; it has no public name
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
+from t5x_like.parallel.pipeline import NEUTRAL, PipelineConfig
 from t5x_like.parallel.rules import MESH_AXES, PRESETS, idle, rules
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Axis sizes: None takes the preset's, -1 (once) the devices that are left over. `rules` changes the table."""
+    """Axis sizes: None takes the preset's, -1 (once) the devices that are left over. `rules` changes the table.
+
+    pipeline: how batches go through the stages of a mesh that has some.
+    """
 
     preset: str
     rules: str
@@ -30,6 +35,7 @@ class MeshConfig:
     expert: int | None
     sequence: int | None
     tensor: int | None
+    pipeline: PipelineConfig = NEUTRAL
 
     def check(self, path: str) -> None:
         if self.preset not in PRESETS:
@@ -85,28 +91,59 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
     return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def abstract(sizes: Mapping[str, int], *, platform: str, kind: str, cores: int = 1) -> AbstractMesh:
+    """A mesh of devices that are not there: programs can be traced and lowered for it, and never run.
+
+    sizes: of every axis, from `axis_sizes`. kind: as jax calls it, such as "TPU v5"; cores: of a device.
+    """
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES, axis_types=auto, abstract_device=device)
+
+
 def of_one(device: jax.Device) -> Mesh:
     """A mesh of one device: `jax.set_mesh` of it lets a program of that device be built under a larger mesh."""
     shape = (1,) * len(MESH_AXES)
     return Mesh(np.array(device).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """The platform of its devices: cpu, gpu or tpu."""
+    if isinstance(mesh, AbstractMesh):
+        return mesh.abstract_device.platform
+    return mesh.devices.flat[0].platform
+
+
+def across_slices(sizes: Mapping[str, int], slices: int) -> str:
+    """The mesh axis along which this many slices are joined by the data-centre network: `slice`, or, where that is 1,
+    `stage`, whose messages are the fewest.
+
+    >>> across_slices({"slice": 2, "stage": 1}, 2), across_slices({"slice": 1, "stage": 4}, 2)
+    ('slice', 'stage')
+    """
+    if sizes["slice"] == slices:
+        return "slice"
+    if sizes["slice"] == 1 and sizes["stage"] % slices == 0:
+        return "stage"
+    raise UsageError(
+        f"config.mesh.slice={sizes['slice']}, but the devices are {slices} slices; set config.mesh.slice={slices}, or "
+        f"config.mesh.slice=1 and config.mesh.stage to a multiple of {slices}"
+    )
+
+
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     if devices[0].platform != "tpu":
         # CPU and GPU: processes in order, so that neighbours in the mesh share a host.
         return np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
-    slices, inner = shape[0], shape[1:]
     found = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices != found:
-        raise UsageError(
-            f"config.mesh.slice={slices}, but the devices are {found} slices; set config.mesh.slice={found}"
-        )
-    across = (slices,) + (1,) * len(inner)
+    axis = across_slices(dict(zip(MESH_AXES, shape, strict=True)), found)
+    across = tuple(found if name == axis else 1 for name in MESH_AXES)
+    inside = tuple(size // parts for size, parts in zip(shape, across, strict=True))
 
     def arrange(split: bool) -> np.ndarray:
-        if slices == 1:
+        if found == 1:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
-        return mesh_utils.create_hybrid_device_mesh((1, *inner), across, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=split)
 
     try:
         return arrange(split=False)

@@ -18,7 +18,7 @@ MESH_AXES = ("slice", "stage", "data", "fsdp", "expert", "sequence", "tensor")
 
 TABLE: dict[str, tuple[str, ...]] = {
     # Dims of parameters. `embed` is the one that FSDP gathers before use.
-    "layers": (),
+    "layers": ("stage",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -31,8 +31,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "types": (),
     "buckets": (),
     "rank": (),
-    # Dims of activations.
-    "batch": ("slice", "data", "fsdp", "expert"),
+    # Dims of activations. Outside of the layers, rows lie on the stages of a pipeline too.
+    "batch": ("slice", "stage", "data", "fsdp", "expert"),
     "length": ("sequence",),
     "kv_length": (),
     "act_embed": (),
@@ -66,6 +66,14 @@ class Rules:
             if name == axis:
                 return mesh_axes
         raise UsageError(f"logical axis {axis!r} has no rule; {nearest(axis, dict(self.table))}")
+
+    def without(self, mesh_axis: str) -> "Rules":
+        """The table in which nothing lies on this mesh axis.
+
+        >>> rules().without("stage").mesh_axes("layers")
+        ()
+        """
+        return Rules(tuple((name, tuple(axis for axis in axes if axis != mesh_axis)) for name, axes in self.table))
 
     def spec(self, axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
         """Where a tensor with these axes and this shape lies on a mesh with these axis sizes.
@@ -128,13 +136,13 @@ def rules(overrides: str = "", *, field: str = "config.mesh.rules") -> Rules:
 
 
 def gathered(table: Rules) -> Rules:
-    """The table of weights that lie whole wherever they are multiplied with: nothing of what FSDP divides is gathered
-    at use. What tensor parallelism divides stays divided.
+    """The table of weights that lie whole wherever they are multiplied with: nothing of what FSDP or pipeline stages
+    divide is gathered at use. What tensor parallelism divides stays divided.
 
     >>> gathered(rules()).mesh_axes("embed"), gathered(rules()).mesh_axes("mlp")
     ((), ('tensor',))
     """
-    return Rules(tuple((name, () if name == "embed" else mesh_axes) for name, mesh_axes in table.table))
+    return Rules(tuple((name, () if name in ("embed", "layers") else mesh_axes) for name, mesh_axes in table.table))
 
 
 def unused(overridden: Rules, axes_in_use: Iterable[str | None]) -> list[str]:

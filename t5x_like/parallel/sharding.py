@@ -45,7 +45,7 @@ def activation_spec(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
 
 def shards(axis: str, size: int) -> int:
     """Into how many parts the mesh in context cuts a dim of an activation with this logical axis and size."""
-    if _nothing_to_place():
+    if nothing_to_place():
         return 1
     sizes = free_axis_sizes()
     return math.prod(sizes[name] for name in spec_names(activation_spec((axis,), (size,))[0]))
@@ -53,12 +53,12 @@ def shards(axis: str, size: int) -> int:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the layout of an activation; the identity without a mesh and inside a shard_map over all axes."""
-    if _nothing_to_place():
+    if nothing_to_place():
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(axes, x.shape))
 
 
-def _nothing_to_place() -> bool:
+def nothing_to_place() -> bool:
     """Whether there is no mesh, one of a single device, or an enclosing shard_map over all axes."""
     mesh = get_abstract_mesh()
     return mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types) or mesh.size == 1

@@ -18,11 +18,13 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from t5x_like.planner import hlo, layouts
+from t5x_like.planner.regions import classify
 
 _ALIASES = re.compile(r'"aliasing_operands":\{"lists":\[((?:\{"indices":\[[^\]]*\]\},?)*)\]\}')
 _GIVEN_ALIASES = re.compile(r"output_to_operand_aliasing=\{(.*?)\)\}")
 _DONATED = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _INDEX = re.compile(r"index=(\d+)")
 
 # What makes no buffer: it names what is there. Constants lie with the program.
@@ -61,6 +63,8 @@ class Buffer:
     makers: list[Maker] = dataclasses.field(default_factory=list)
     kinds: set[int] = dataclasses.field(default_factory=set)
     feeds_contraction: bool = False
+    reads: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,12 @@ class Step:
     computation: str
     instruction: hlo.Instruction
     times: int
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate of one execution; 0 where it has none."""
+        found = _CYCLES.search(self.instruction.attributes)
+        return int(found.group(1)) if found and int(found.group(1)) < 2**62 else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +112,7 @@ class _Walk:
         self.names: dict[int, str] = {}
         self.may_share: list[tuple[int, int, int]] = []  # (time, operand, output)
         self.edges: list[tuple[int, int]] = []  # content of the first goes into the second
-        self.contracted: list[int] = []
+        self.contracted: list[tuple[list[int], list[int]]] = []
 
     def run(self) -> Schedule:
         entry = self.module.computations[self.module.entry]
@@ -143,7 +153,7 @@ class _Walk:
         if isinstance(tree, tuple):
             return tuple(self.fresh(part, maker) for part in tree)
         now = len(self.steps)
-        self.buffers.append(Buffer(tree.bytes, tree.space, now, now, makers=[maker] if maker else []))
+        self.buffers.append(Buffer(tree.bytes, tree.space, now, now, makers=[maker] if maker else [], text=tree.text))
         self.parent.append(len(self.parent))
         return len(self.parent) - 1
 
@@ -157,9 +167,11 @@ class _Walk:
         for index in _flat(value):
             yield self.buffers[self.find(index)]
 
-    def touch(self, value: Value) -> None:
+    def touch(self, value: Value, *, reads: bool = False) -> None:
         for buffer in self.of(value):
             buffer.end = max(buffer.end, len(self.steps))
+            if reads:
+                buffer.reads.append(len(self.steps))
 
     def join(self, first: Value, second: Value) -> None:
         """Puts values into the same buffers."""
@@ -170,11 +182,13 @@ class _Walk:
             kept, gone = self.buffers[a], self.buffers[b]
             self.parent[b] = a
             kept.start, kept.end = min(kept.start, gone.start), max(kept.end, gone.end)
+            kept.text = gone.text if gone.bytes > kept.bytes else kept.text
             kept.bytes, kept.space = max(kept.bytes, gone.bytes), gone.space if gone.argument else kept.space
+            kept.reads += gone.reads
             kept.argument = kept.argument or gone.argument
             kept.output |= gone.output
             kept.makers += gone.makers
-            kept.kinds |= gone.kinds
+            kept.kinds = gone.kinds if gone.argument else kept.kinds if kept.argument else kept.kinds | gone.kinds
 
     def share_operands(self) -> None:
         """Lets outputs overwrite operands that nobody reads afterwards, where the text does not say what does."""
@@ -188,8 +202,9 @@ class _Walk:
         """Of each buffer, the arguments that its content comes from, and whether a product takes it in."""
         after: dict[int, set[int]] = {}
         for source, target in self.edges:
-            if self.find(source) != self.find(target):
-                after.setdefault(self.find(source), set()).add(self.find(target))
+            source, target = self.find(source), self.find(target)
+            if source != target and not self.buffers[target].argument:  # what replaces an argument is another value
+                after.setdefault(source, set()).add(target)
         waiting = {self.find(index) for index in range(len(self.buffers)) if self.buffers[self.find(index)].kinds}
         while waiting:
             source = waiting.pop()
@@ -201,7 +216,9 @@ class _Walk:
         for source, targets in after.items():
             for target in targets:
                 before.setdefault(target, set()).add(source)
-        waiting = {self.find(index) for index in self.contracted}
+        waiting = set()
+        for sources, outputs in self.contracted:  # what it adds to, in place, is none of its factors
+            waiting |= {self.find(index) for index in sources} - {self.find(index) for index in outputs}
         while waiting:
             target = waiting.pop()
             if not self.buffers[target].feeds_contraction:
@@ -254,7 +271,7 @@ class _Walk:
         if opcode in _NOTHING:
             return self.fresh(_without_bytes(layouts.tree(instruction.shape)), None)
         for operand in operands:
-            self.touch(operand)
+            self.touch(operand, reads=True)
         if opcode == "conditional":
             return self.conditional(instruction, operands, times)
         if opcode == "call":
@@ -283,8 +300,8 @@ class _Walk:
         value = self.fresh(instruction.shape, self.maker(instruction))
         sources, outputs = list(_flat(tuple(operands))), list(_flat(value))
         self.edges += itertools.product(sources, outputs)
-        if self.contracts(instruction):
-            self.contracted += sources
+        if self.contracts(instruction) and classify(self.maker(instruction).source)[1] != "update":
+            self.contracted.append((sources, outputs))
         said = _ALIASES.search(instruction.attributes)
         if said:
             everything = [*sources, *outputs]

@@ -6,6 +6,7 @@ Nothing is allocated and nothing runs.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import re
 import time
@@ -17,8 +18,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from t5x_like.core.errors import UserError
-from t5x_like.planner import cache
+from t5x_like.core.terminal import format_bytes
+from t5x_like.planner import cache, memory
+from t5x_like.planner.memory import Held
+from t5x_like.planner.regions import classify
 
+# Lets a program that is too large be compiled, so that one sees what is large in it.
+_ANYWAY = {"xla_tpu_no_crash_on_oom": "true"}
+_NAMED = 3  # buffers in the line of a refusal
 _LINES = "jax_traceback_in_locations_limit"
 _CACHE = "jax_enable_compilation_cache"
 
@@ -27,8 +34,9 @@ _CACHE = "jax_enable_compilation_cache"
 class Memory:
     """HBM of one device in bytes, as the compiler lays it out; the runtime's own overhead is not in it.
 
-    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both, and once in `total_bytes`.
-    `peak_bytes` is the compiler's own peak, arguments included; None where it gives none.
+    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both. `peak_bytes` is the most that lives
+    at once, arguments and outputs included: by this the compiler takes or refuses a program. `temporaries_bytes` is
+    what XLA calls temp_size, which may be half as much again as ever lives at once.
     """
 
     arguments_bytes: int
@@ -39,11 +47,10 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
+        """What a device must have for it."""
+        if self.peak_bytes is not None:
+            return self.peak_bytes
         return self.arguments_bytes + self.temporaries_bytes + self.outputs_bytes - self.aliased_bytes
-
-
-class DoesNotFit(UserError):
-    """A program needs more memory than a device has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +62,21 @@ class Compiled:
     lower_seconds: float
     compile_seconds: float
 
+    @functools.cached_property
+    def held(self) -> Held:
+        """What its memory is made of."""
+        return memory.held(self.text)
+
+
+class DoesNotFit(UserError):
+    """A program needs more memory than a device has. compiled: the program all the same, where that was asked for and
+    the compiler could; listed: the largest buffers, as far as they are known."""
+
+    def __init__(self, message: str, *, compiled: Compiled | None = None, listed: Sequence[memory.Large] = ()) -> None:
+        super().__init__(message)
+        self.compiled = compiled
+        self.listed = tuple(listed)
+
 
 def compile_program(
     step: Any,
@@ -63,37 +85,53 @@ def compile_program(
     mesh: Mesh,
     options: Mapping[str, Any] | None = None,
     kept: pathlib.Path | None = None,
+    anyway: bool = False,
 ) -> Compiled:
     """Compiles `step(*arguments)` over `mesh`. DoesNotFit when the devices' memory is too small for it.
 
     step: what `jax.jit` returned, with its own shardings and donation. arguments: trees of `jax.ShapeDtypeStruct` with
     shardings on `mesh`. kept: a folder where programs that were compiled before are found, and new ones left; then
-    options are those of the compiler that `step` was jitted with, which tell its programs apart.
+    options are those of the compiler that `step` was jitted with, which tell its programs apart. anyway: of a program
+    that does not fit, DoesNotFit has what it would be, which takes as long as compiling one that fits.
     """
-    with _without_compilation_cache(), _without_lines(), jax.set_mesh(mesh):
+    with _without_compilation_cache(), without_lines(), jax.set_mesh(mesh):
         lowered, lower_seconds = _timed(lambda: step.trace(*arguments).lower())
         name = ""
         if kept:
             name = cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
         known = cache.read(kept, name) if kept else None
-        if known is None:
-            known = _asked(lowered)
+        if known is None or (anyway and known["error"] and not known["text"] and "anyway" not in known):
+            known = _asked(lowered, anyway=anyway)
             if kept:
                 cache.write(kept, name, known)
+    compiled = (
+        Compiled(known["text"], Memory(**known["memory"]), lower_seconds, known["seconds"]) if known["text"] else None
+    )
     if known["error"]:
-        raise _explained(known["error"])
-    return Compiled(known["text"], Memory(**known["memory"]), lower_seconds, known["seconds"])
+        raise _explained(known["error"], compiled)
+    assert compiled is not None
+    if compiled.memory.peak_bytes is None:  # kept by an older version
+        peak = dataclasses.replace(compiled.memory, peak_bytes=compiled.held.peak_bytes)
+        compiled = dataclasses.replace(compiled, memory=peak)
+    return compiled
 
 
-def _asked(lowered: Any) -> dict[str, Any]:
-    """What the compiler says of a lowered program: its text and memory, or that it is too large."""
+def _asked(lowered: Any, *, anyway: bool) -> dict[str, Any]:
+    """What the compiler says of a lowered program: its text and memory, or that it is too large, or both."""
+    error = ""
     try:
         compiled, seconds = _timed(lowered.compile)
-    except jax.errors.JaxRuntimeError as error:
-        explained = _explained(str(error))
+    except jax.errors.JaxRuntimeError as refusal:
+        explained = _explained(str(refusal), None)
         if not isinstance(explained, DoesNotFit):
             raise explained from None
-        return {"error": str(error), "text": "", "memory": {}, "seconds": 0.0}
+        error = str(refusal)
+        if not anyway:
+            return {"error": error, "text": "", "memory": {}, "seconds": 0.0}
+        try:
+            compiled, seconds = _timed(lambda: lowered.compile(compiler_options=_ANYWAY))
+        except jax.errors.JaxRuntimeError as again:  # one buffer alone is too large
+            return {"error": f"{error}\n{again}", "text": "", "memory": {}, "seconds": 0.0, "anyway": True}
     stats = compiled.memory_analysis()
     memory = Memory(
         arguments_bytes=stats.argument_size_in_bytes,
@@ -102,7 +140,7 @@ def _asked(lowered: Any) -> dict[str, Any]:
         aliased_bytes=stats.alias_size_in_bytes,
         peak_bytes=getattr(stats, "peak_memory_in_bytes", 0) or None,
     )
-    return {"error": "", "text": compiled.as_text(), "memory": dataclasses.asdict(memory), "seconds": seconds}
+    return {"error": error, "text": compiled.as_text(), "memory": dataclasses.asdict(memory), "seconds": seconds}
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -124,7 +162,7 @@ def _without_compilation_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_lines() -> Iterator[None]:
+def without_lines() -> Iterator[None]:
     """Lowered programs name operations, but no lines of files: kernels hold these too, and moving a line would make
     another program."""
     before = getattr(jax.config, _LINES)
@@ -135,13 +173,57 @@ def _without_lines() -> Iterator[None]:
         jax.config.update(_LINES, before)
 
 
-def _explained(message: str) -> UserError:
-    """What the compiler said, in one line."""
-    memory = re.search(r"required for ([\w ]+) \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
-    if memory:
-        what, needed, limit = memory.groups()
-        return DoesNotFit(
-            f"the program does not fit: {what} need {needed}iB of the {limit}iB HBM of a device; use more chips, a "
-            "smaller batch (config.data.batch_size, --rows), more config.loop.micro_batches or another mesh"
-        )
-    return UserError(f"the TPU compiler fails: {' '.join(message.split())[:500]}")
+_REQUIRED = (
+    r"required for (?P<what>[\w ]+) \((?P<needed>[\d.]+[KMGT])\) exceeds available HBM \((?P<limit>[\d.]+[KMGT])\)",
+    r"Ran out of memory in memory space (?P<what>hbm)\. Used (?P<needed>[\d.]+[KMGT]) of (?P<limit>[\d.]+[KMGT]) hbm",
+)
+# Of the list "Largest program allocations in hbm" that some refusals have.
+_ALLOCATION = re.compile(r"\d+\. Size: ([\d.]+)([KMGT])(.*?)(?=\n *\d+\. Size: |\n *={5}|\Z)", re.DOTALL)
+_ALONE = re.compile(
+    r"Allocation \(size=(\d+)\) would exceed memory .*?\[shape: (\w+\[[\d,]*\])[^:]*:?[^\]]*\].*?:: ([\w.\-]+)",
+    re.DOTALL,
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _explained(message: str, compiled: Compiled | None) -> UserError:
+    """What the compiler said, in one line; of a program that is too large, with its largest buffers."""
+    memory = next((found for form in _REQUIRED if (found := re.search(form, message))), None)
+    if not memory:
+        return UserError(f"the TPU compiler fails: {' '.join(message.split())[:500]}")
+    listed = compiled.held.largest if compiled else allocations(message)
+    named = ", ".join(_in_words(item) for item in listed[:_NAMED])
+    what = "all buffers" if memory["what"] == "hbm" else memory["what"]
+    return DoesNotFit(
+        f"the program does not fit: {what} need {memory['needed']}iB of the {memory['limit']}iB HBM of a device"
+        f"{f', the largest being {named}' if named else ''}; use more chips, a smaller batch (config.data.batch_size, "
+        "--rows), more config.loop.micro_batches or another mesh",
+        compiled=compiled,
+        listed=listed,
+    )
+
+
+def allocations(message: str) -> tuple[memory.Large, ...]:
+    """The largest buffers that the compiler's refusal lists, the largest first; () where it lists none."""
+    found = []
+    for number, unit, rest in _ALLOCATION.findall(message):
+        shape = re.search(r"Shape: (\w+\[[\d,]*\])", rest)
+        operation = re.search(r'op_name="([^"]*)"', rest)
+        label = re.search(r"XLA label: %?([\w.\-]+)", rest)
+        source = operation.group(1) if operation else label.group(1) if label else ""
+        region, which = classify(source)
+        size = int(float(number) * _UNITS[unit])
+        found.append(memory.Large(size, shape.group(1) if shape else "", "", source, region, which))
+    alone = _ALONE.search(message)
+    if alone and not found:
+        found.append(memory.Large(int(alone[1]), alone[2], "", alone[3], *classify(alone[3])))
+    return tuple(sorted(found, key=lambda item: -item.bytes))
+
+
+def _in_words(item: memory.Large) -> str:
+    """
+    >>> _in_words(memory.Large(2**30, "f32[8]", "gradients", "jit(step)/mul", "mlp", "backward"))
+    'f32[8] 1.00 GiB (gradients, mlp backward)'
+    """
+    where = " ".join(word for word in (item.region, item.which) if word and word != "rest") or item.operation
+    return f"{item.shape} {format_bytes(item.bytes)} ({', '.join(word for word in (item.part, where) if word)})"

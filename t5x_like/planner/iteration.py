@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import collectives, report, report_time
+from t5x_like.planner import collectives, report, report_memory, report_time
 from t5x_like.planner.compile import Compiled
 from t5x_like.planner.cost import Cost
 from t5x_like.planner.estimate import Estimate, IterationTime
@@ -55,7 +55,7 @@ class Iteration:
     def problems(self) -> list[str]:
         """One line for each program that does not fit."""
         return [
-            f"{part.name}: {part.problem or report.fit(part.bytes or 0, self.place.hbm_bytes)}"
+            f"{part.name}: {part.problem or report_memory.fit(part.bytes or 0, self.place.hbm_bytes)}"
             for part in self.parts
             if not part.fits(self.place)
         ]

@@ -42,7 +42,7 @@ class Fabric:
     wraps: tuple[bool, ...]
 
     def group(self, axes: Sequence[str], size: int) -> np.ndarray:
-        """Places of the devices of one group along `axes`; of fewer devices than these hold, the nearest."""
+        """Places of the devices of one group along `axes`; of fewer devices than these hold, the first."""
         names = list(self.mesh)
         numbers = np.arange(len(self.places)).reshape(tuple(self.mesh.values()))
         chosen = [names.index(axis) for axis in axes]

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import collectives, report_time
+from t5x_like.parallel.pipeline import Schedule
+from t5x_like.planner import collectives, report_memory, report_time
 from t5x_like.planner.compile import Compiled
 from t5x_like.planner.cost import Cost
 from t5x_like.planner.estimate import Estimate
@@ -18,40 +19,49 @@ from t5x_like.planner.estimate import Estimate
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where programs are planned for. topology: of one slice; chips: of all; mesh: {axis: size} in mesh order;
-    hbm_bytes: what a device has for programs."""
+    hbm_bytes: what a device has for programs; pipeline: what its stages do, None without stages."""
 
     topology: str
     slices: int
     chips: int
     mesh: dict[str, int]
     hbm_bytes: int
+    pipeline: Schedule | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a compiled program. `program` is "train" or "decode"."""
+    """What is known of a compiled program. `program` is "train" or "decode"; problem: why it cannot run, or ""."""
 
     program: str
     place: Place
     compiled: Compiled
     cost: Cost
     estimate: Estimate | None = None
+    problem: str = ""
+
+    @property
+    def problems(self) -> list[str]:
+        return [self.problem] if self.problem else []
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The content of `plan --json`. Later versions add keys."""
     head = {"program": plan.program, **place_json(plan.place)}
+    head |= {"fits": not plan.problem, "problem": plan.problem}
     return head | program_json(plan.compiled, plan.cost, plan.estimate) | {"versions": versions()}
 
 
 def place_json(place: Place) -> dict[str, Any]:
-    return dataclasses.asdict(place)
+    found = dataclasses.asdict(place)
+    if place.pipeline is None:
+        return {name: value for name, value in found.items() if name != "pipeline"}
+    return found | {"pipeline": found["pipeline"] | {"turns": place.pipeline.turns, "bubble": place.pipeline.bubble}}
 
 
 def program_json(compiled: Compiled, cost: Cost, estimate: Estimate | None = None) -> dict[str, Any]:
-    memory = compiled.memory
     content = {
-        "memory": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
+        "memory": report_memory.to_json(compiled.memory, compiled.held),
         "cycles": cost.cycles,
         "collectives": [dataclasses.asdict(total) for total in collectives.totals(cost.collectives)],
         "collective_instructions": [dataclasses.asdict(item) for item in cost.collectives],
@@ -62,7 +72,7 @@ def program_json(compiled: Compiled, cost: Cost, estimate: Estimate | None = Non
         "lower_seconds": round(compiled.lower_seconds, 1),
         "compile_seconds": round(compiled.compile_seconds, 1),
     }
-    return content if estimate is None else content | report_time.to_json(cost, estimate)
+    return content if estimate is None else content | report_time.to_json(estimate)
 
 
 def versions() -> dict[str, str]:
@@ -83,7 +93,8 @@ def to_text(plan: Plan, *, details: bool = False) -> str:
 def where(place: Place) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in place.mesh.items() if size > 1) or "one device"
     slices = f"{place.slices} x " if place.slices > 1 else ""
-    return f"{slices}{place.topology}: {place.chips} chips, mesh {mesh}"
+    pipeline = f", {place.pipeline.described}" if place.pipeline else ""
+    return f"{slices}{place.topology}: {place.chips} chips, mesh {mesh}{pipeline}"
 
 
 def labelled(seconds: float) -> str:
@@ -101,16 +112,8 @@ def program_lines(
     estimate: Estimate | None = None,
 ) -> list[str]:
     """Memory, time, cycles and collectives of one program. beside_bytes: what a device holds meanwhile besides."""
-    memory = compiled.memory
-    total = memory.total_bytes + (beside_bytes or 0)
-    beside = "what the run holds and this program does not read"
     return [
-        "memory (HBM)",
-        f"  arguments    {_bytes(memory.arguments_bytes)}",
-        f"  temporaries  {_bytes(memory.temporaries_bytes)}",
-        f"  outputs      {_bytes(memory.outputs_bytes)}   {format_bytes(memory.aliased_bytes)} in place of arguments",
-        *([] if beside_bytes is None else [f"  beside       {_bytes(beside_bytes)}   {beside}"]),
-        f"  together     {_bytes(total)}   {fit(total, place.hbm_bytes)}",
+        *report_memory.lines(compiled.memory, compiled.held, hbm_bytes=place.hbm_bytes, beside_bytes=beside_bytes),
         "",
         *([] if estimate is None else [*report_time.lines(estimate), ""]),
         f"cycles         {cost.cycles:.4g}, without collectives and the kernels below",
@@ -120,18 +123,6 @@ def program_lines(
         *(collective_lines(cost.collectives) if estimate is None else report_time.collective_lines(estimate)),
         *(_instruction_lines(cost.collectives) if details else []),
     ]
-
-
-def fit(total: int, hbm_bytes: int) -> str:
-    """
-    >>> fit(2**30, 2**34), fit(2**34 + 1, 2**34)
-    ('fits into 16.0 GiB', 'does not fit into 16.0 GiB')
-    """
-    return f"{'fits' if total <= hbm_bytes else 'does not fit'} into {format_bytes(hbm_bytes)}"
-
-
-def _bytes(size: int) -> str:
-    return f"{format_bytes(size):>10} {size:>18,}"
 
 
 def _caveats(cost: Cost) -> list[str]:

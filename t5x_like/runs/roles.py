@@ -17,6 +17,7 @@ from t5x_like.models import config as model_config
 from t5x_like.models.model import Model
 from t5x_like.objectives.reward import HEAD
 from t5x_like.parallel import rules as sharding_rules
+from t5x_like.parallel.pipeline import PipelineConfig
 from t5x_like.runs.adapters import open_merged
 from t5x_like.storage import paths, patterns
 from t5x_like.training.state import Frozen, Source
@@ -58,11 +59,18 @@ class FrozenModel:
 
 
 def build_model(
-    config: model_config.ModelConfig, *, rules: str, platform: str, field: str = "config.mesh.rules"
+    config: model_config.ModelConfig,
+    *,
+    rules: str,
+    platform: str,
+    pipeline: PipelineConfig | None = None,
+    field: str = "config.mesh.rules",
 ) -> Model:
-    """The model of a config. `rules`: the text of the config's `field`; `platform`: of the devices that it runs on."""
-    policy = dtypes.policy(params=config.dtype.params, compute=config.dtype.compute, platform=platform)
-    return Model(config, sharding_rules.rules(rules, field=field), policy)
+    """The model of a config. `rules`: the text of the config's `field`; `platform`: of the devices that it runs on;
+    `pipeline`: how it runs on a mesh with stages, None for layers that are gathered there."""
+    dtype = config.dtype
+    policy = dtypes.policy(params=dtype.params, compute=dtype.compute, platform=platform, products=dtype.products)
+    return Model(config, sharding_rules.rules(rules, field=field), policy, pipeline)
 
 
 def check_names(roles: Collection[str], wanted: Collection[str], *, objective: str) -> None:
@@ -112,11 +120,11 @@ def _absent(templates: Tree) -> NoReturn:
 
 
 def frozen_models(
-    configs: Mapping[str, RoleConfig], *, length: int, platform: str, opened: Opener
+    configs: Mapping[str, RoleConfig], *, length: int, platform: str, pipeline: PipelineConfig, opened: Opener
 ) -> dict[str, FrozenModel]:
     """The models of `config.roles`. `length`: tokens of the longest row that they read."""
     return {
-        name: _frozen_model(name, config, length=length, platform=platform, opened=opened)
+        name: _frozen_model(name, config, length=length, platform=platform, pipeline=pipeline, opened=opened)
         for name, config in configs.items()
     }
 
@@ -132,7 +140,9 @@ def check_tokenizers(roles: Mapping[str, FrozenModel], tokenizer: str) -> None:
             )
 
 
-def _frozen_model(name: str, config: RoleConfig, *, length: int, platform: str, opened: Opener) -> FrozenModel:
+def _frozen_model(
+    name: str, config: RoleConfig, *, length: int, platform: str, pipeline: PipelineConfig, opened: Opener
+) -> FrozenModel:
     path = f"config.roles.{name}"
     try:
         stored = opened(name, config.source)
@@ -143,7 +153,7 @@ def _frozen_model(name: str, config: RoleConfig, *, length: int, platform: str, 
             f"{path}.source={config.source} is a model of at most {stored.config.max_length} tokens, and rows have "
             f"{length}; shorten config.data.length"
         )
-    model = build_model(stored.config, rules=config.rules, platform=platform, field=f"{path}.rules")
+    model = build_model(stored.config, rules=config.rules, platform=platform, pipeline=pipeline, field=f"{path}.rules")
     specs = model.specs() if config.dtype == "stored" else in_dtype(model.specs(), config.dtype)
     source = Source(stored.directory, stored.read)
     return FrozenModel(model, Frozen(specs, model.rules, source), stored)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from t5x_like.core import tree
+from t5x_like.models import flops
 from t5x_like.models.flops import keys_seen
 from tests.models import cases
 
@@ -31,3 +32,20 @@ def test_attention_counts_the_keys_that_are_seen():
     own, cross, encoder = 4.5, 10, 10 * 10 / 8
     assert both.attention == pytest.approx(2 * 4 * 4 * 8 * (own + cross + encoder))
     assert [keys_seen(6, 0, causal=False), keys_seen(6, 1, causal=False)] == [6, 1]
+
+
+def test_full_attention_counts_every_key_of_a_row_for_every_token():
+    decoder = cases.model("llama").flops_per_token(8)
+    assert decoder.full_attention == 2 * 4 * 4 * 8 * 8 > decoder.attention
+    assert decoder.unmasked.train - decoder.train == 3 * (decoder.full_attention - decoder.attention)
+    both = cases.model("t5").flops_per_token(8, 10)
+    assert both.full_attention == pytest.approx(2 * 4 * 4 * 8 * (8 + 10 + 10 * 10 / 8))
+
+
+def test_a_decoded_token_sees_the_whole_cache_and_passes_the_decoder_alone():
+    model = cases.model("llama")
+    row = model.flops_per_token(8)
+    assert flops.of_new_token(model.config, length=8) == row.weights + row.full_attention + row.head
+    both = cases.model("t5")
+    again = flops.of_new_token(both.config, length=8, source_length=10)
+    assert 0 < again < both.flops_per_token(8, 10).unmasked.forward  # no encoder, no keys of the source anew

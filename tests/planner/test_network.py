@@ -62,6 +62,13 @@ def test_a_permutation_sends_a_buffer_over_one_link():
     assert spent == pytest.approx(GB / V5P + HOP_SECONDS)
 
 
+def test_a_group_of_fewer_devices_than_its_axes_hold_has_links_too():
+    """The compiler passes borders on between three of four devices, which no axis divides into."""
+    where = fabric("v5p:4x4x4", {"fsdp": 16, "tensor": 4})
+    assert len(where.group(("fsdp", "tensor"), 3)) == 3
+    assert seconds(collective("collective-permute", ("fsdp", "tensor"), 3), where)[1] > 0
+
+
 def test_two_devices_of_a_chip_share_its_links_and_reach_each_other_for_nothing():
     where = fabric("tpu7x:4x4x4", {"fsdp": 64, "tensor": 2})
     assert seconds(collective("all-reduce", ("tensor",), 2), where) == ("ici", 0.0)

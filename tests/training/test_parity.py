@@ -31,6 +31,7 @@ MESHES = {
     "fsdp=8": {"preset": "fsdp"},
     "data=2 fsdp=2 tensor=2": {"preset": "fsdp_tensor", "data": 2, "fsdp": 2, "tensor": 2},
     "fsdp=2 sequence=2 tensor=2": {"preset": "fsdp_tensor_sequence"},
+    "fsdp=2 sequence=4": {"preset": "fsdp", "sequence": 4, "rules": "embed=fsdp+sequence"},
     "slice=2 fsdp=2 tensor=2": {"preset": "fsdp_tensor", "slice": 2, "fsdp": 2, "tensor": 2},
     "tensor=8, kv heads replicated": {"preset": "fsdp_tensor", "fsdp": 1, "tensor": 8},
 }

@@ -7,15 +7,15 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
-from t5x_like.planner import estimate, kernels, network
+from t5x_like.planner import estimate, kernels
 from tools.calibrate.fit import Constant
 
 # name: (module, start, low, high). The starts are what one would say without any measurement.
 _PLACES: Mapping[str, tuple[ModuleType, float, float, float]] = {
-    "CYCLE_SHARE": (estimate, 1.0, 0.5, 1.2),
+    "CYCLE_SHARE": (estimate, 1.0, 0.4, 1.2),
     "MATRIX_SHARE": (estimate, 0.95, 0.7, 1.0),
-    "EFFICIENCY": (kernels, 0.5, 0.2, 1.0),
-    "LINK_SHARE": (network, 0.9, 0.3, 1.0),
+    "EFFICIENCY": (kernels, 0.5, 0.3, 0.8),
+    "EXPOSED_SHARE": (estimate, 1.0, 0.1, 1.5),
 }
 CONSTANTS = tuple(Constant(name, start, low, high) for name, (_, start, low, high) in _PLACES.items())
 

@@ -1,8 +1,9 @@
 """Flash attention kernels of accelerators: splash (Pallas) on TPU, cuDNN on GPU, each inside ONE shard_map.
 
 Both are libraries' kernels; this file says when one can run, hands it the mask in its own words, and places the work:
-rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered. It
-is NOT the choice between paths (choice.py) and holds no mathematics of its own.
+rows over the batch axes, heads over theirs, queries over the sequence axes with the keys of the whole row gathered;
+which queries a shard has of a causal row is in splash_mask.py. It is NOT the choice between paths (choice.py) and holds
+no mathematics of its own.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, H head size.
 """
@@ -15,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_library
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core.errors import UsageError
-from t5x_like.layers.attention import biases, blockwise
+from t5x_like.layers.attention import biases, blockwise, splash_mask
 from t5x_like.layers.attention.biases import Bias
 from t5x_like.layers.attention.masks import MaskSpec, allowed
 from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_names
@@ -72,12 +74,14 @@ def splash(
     """Splash attention. interpret: runs on any platform, slowly, for tests."""
     place = _place(q_BTNH, k_BSKH)
     alike = mask.q_segments_BT is mask.k_segments_BS
-    one_head = _splash_mask(mask, q_BTNH.shape[1])
+    shards, length = place.shards(1), q_BTNH.shape[1]
+    exchanged = splash_mask.exchanges(mask, length, shards=shards, multiple=LANES)
+    one_head = splash_mask.block_mask(mask, length, shards=shards, exchanged=exchanged)
     kernel = splash_library.make_splash_mha(
         splash_library.MultiHeadMask([one_head] * q_BTNH.shape[2]),
         head_shards=place.shards(2),
-        q_seq_shards=place.shards(1),
-        block_sizes=_block_sizes(q_BTNH.shape[1] // place.shards(1)),
+        q_seq_shards=shards,
+        block_sizes=_block_sizes(length // shards // (2 if exchanged else 1)),
         attn_logits_soft_cap=softcap,
         # Names what its backward pass reads, the output and the log sums: from outside only the output has a name, and
         # then a backward pass that finds it saved still runs the forward kernel again for the sums.
@@ -85,14 +89,18 @@ def splash(
         interpret=interpret,
     )
 
+    def exchange(x_BT):
+        return splash_mask.exchange(x_BT, place.axes(1), shards) if exchanged else x_BT
+
     def local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, q_start):
         del q_start  # each shard's kernel knows which queries it has
-        q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
+        q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (exchange(q_BTNH * scale), k_BSKH, v_BSKH))
+        q_BNTH = checkpoint_name(q_BNTH, "q")  # as the kernel wants it
         segments = None
         if mask.q_segments_BT is not None:
-            segments = splash_library.SegmentIds(q=mask.q_segments_BT, kv=mask.k_segments_BS)
+            segments = splash_library.SegmentIds(q=exchange(mask.q_segments_BT), kv=mask.k_segments_BS)
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
-        return _without_blind(out_BNTH.transpose(0, 2, 1, 3), mask, alike=alike)
+        return _without_blind(exchange(out_BNTH.transpose(0, 2, 1, 3)), mask, alike=alike)
 
     kernel_spec = None
     if place.mapped:
@@ -100,14 +108,6 @@ def splash(
         sharding = NamedSharding(place.mesh, PartitionSpec(place.q_spec[2], place.q_spec[1]))
         kernel_spec = kernel.manual_sharding_spec(sharding)
     return place.run(local, q_BTNH, k_BSKH, v_BSKH, mask, kernel, kernel_spec)
-
-
-def _splash_mask(mask: MaskSpec, length: int):
-    """What is static of the mask: blocks that it empties are left out. Segments are compared in the kernel."""
-    if mask.window is not None:
-        reach = mask.window - 1
-        return splash_library.LocalMask((length, length), (reach, 0 if mask.causal else reach), 0)
-    return splash_library.CausalMask((length, length)) if mask.causal else splash_library.FullMask((length, length))
 
 
 def _block_sizes(length: int) -> splash_library.BlockSizes:

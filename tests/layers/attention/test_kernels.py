@@ -41,26 +41,40 @@ SPLASH = {
     "tensor4_replicated_kv_heads": ({"tensor": 4}, {}, 2),
     "sequence2_tensor2_segments": ({"sequence": 2, "tensor": 2}, {"segments": True, "window": 150}, 2),
 }
+TWO_AXES = "length=sequence+tensor,act_heads=,act_kv_heads="
+# Causal rows long enough that shards exchange halves of their queries.
+EXCHANGED = {
+    "softcap": ({"sequence": 2}, {"length": 512, "softcap": 2.0}, 2),
+    "tensor4_replicated_kv_heads": ({"sequence": 2, "tensor": 4}, {"length": 512}, 2),
+    "odd_segments": ({"sequence": 3}, {"length": 768, "segments": True}, 4),
+    "window_segments": ({"sequence": 2, "data": 2}, {"length": 512, "segments": True, "window": 400}, 1),
+    "over_two_axes": (
+        {"sequence": 2, "tensor": 2},
+        {"length": 1024, "rules": "length=sequence+tensor,act_heads=,act_kv_heads="},
+        2,
+    ),
+}
 
 
-@pytest.mark.parametrize("name", SPLASH)
+@pytest.mark.parametrize("name", [*SPLASH, *(f"exchanged {name}" for name in EXCHANGED)])
 def test_splash_equals_the_definition(name):
-    sizes, case, kv_heads = SPLASH[name]
-    case = dict(case)
-    softcap = case.pop("softcap", None)
-    q, k, v, g = arrays(rows=2, length=256, heads=4, kv_heads=kv_heads, head=128)
+    sizes, case, kv_heads = SPLASH[name] if name in SPLASH else EXCHANGED[name.removeprefix("exchanged ")]
+    case = {"length": 256, "softcap": None, "rules": ""} | case
+    length, softcap, table = case.pop("length"), case.pop("softcap"), rules.rules(case.pop("rules"))
+    q, k, v, g = arrays(rows=2, length=length, heads=4, kv_heads=kv_heads, head=128)
     if "segments" in case:
-        case["segments"] = np.sort(np.random.default_rng(0).integers(0, 3, (2, 256)))[:, ::-1].astype(np.int32)
+        case["segments"] = np.sort(np.random.default_rng(0).integers(0, 3, (2, length)))[:, ::-1].astype(np.int32)
 
     def function(q, k, v):
-        with use_rules(rules.rules()):
+        with use_rules(table):
             assert not kernels.why_not_splash(q, k, spec(**case), bias=False)
             return kernels.splash(q, k, v, spec(**case), scale=0.1, softcap=softcap, interpret=True)
 
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
+        assert ("ppermute" in str(jax.make_jaxpr(function)(q, k, v))) == (name not in SPLASH)
         results = run(function, q, k, v, g)
-    seen = seen_by_definition(2, 256, **case)
+    seen = seen_by_definition(2, length, **case)
     expected = run(functools.partial(reference, seen_BTS=seen, scale=0.1, softcap=softcap), q, k, v, g)
     assert_same(results, expected)
 
@@ -152,7 +166,8 @@ def test_cudnn_is_the_definition(name):
 
 def test_splash_compiles_for_a_tpu_that_is_not_there():
     """Grouped heads, segments and a split sequence, forward and backward: keys and values cross the network once a
-    direction, and only along the sequence."""
+    direction, and only along the sequence. Halves of queries, of their segments, of outputs and of the gradients of
+    both go to the mirror shard or come back."""
     pytest.importorskip("libtpu", reason="libtpu is not installed (extra [tpu])")
     mesh = mesh_module.make(
         mesh_module.MeshConfig("fsdp", "", None, None, None, 2, None, 2, 2), topology("v5e:2x4").devices
@@ -175,4 +190,5 @@ def test_splash_compiles_for_a_tpu_that_is_not_there():
     kernels_called = set(re.findall(r"splash_mha_(?:fwd|dq|dkv)", text))
     assert kernels_called == {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"}
     found = [(item.kind, item.axes) for item in cost(text, dict(mesh.shape)).collectives for _ in range(item.count)]
-    assert sorted(found) == [("all-gather", ("sequence",))] * 3 + [("reduce-scatter", ("sequence",))] * 2
+    expected = {"all-gather": 3, "collective-permute": 5, "reduce-scatter": 2}
+    assert sorted(found) == [(kind, ("sequence",)) for kind, times in expected.items() for _ in range(times)]

@@ -1,0 +1,187 @@
+"""What a program's memory is made of: at its worst moment, by buffer and over the schedule.
+
+Read from the scheduled text of the program (buffers.py), so that it can be compared with the compiler's own peak. That
+peak decides whether the compiler takes a program: it counts what lives at once, without gaps between buffers.
+
+Parts follow from where a buffer's content comes from and goes to: what is made of weights alone is a weight, cast or
+gathered; what the forward pass makes and the backward pass reads was saved; what the backward pass makes and no product
+reads is a gradient of weights. Not here: seconds.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from t5x_like.planner import buffers, hlo, layouts
+from t5x_like.planner.regions import classify
+
+PARTS = (
+    "parameters",
+    "optimizer state",
+    "frozen parameters",
+    "cache",
+    "batch",
+    "weights, cast or gathered",
+    "saved activations",
+    "gradients",
+    "logits and loss",
+    "activations at work",
+    "other",
+)
+# Arguments of a program by the begin of their names. `state` and `frozen` are those of a train step.
+_ARGUMENTS = {
+    r"state\['params'\]": "parameters",
+    r"state\['optimizer'\]": "optimizer state",
+    r"frozen\b": "frozen parameters",
+    r"params\b|weights\b": "parameters",
+    r"cache\b": "cache",
+    r"batch\b|rows\b|tokens\b": "batch",
+}
+_WEIGHTS = {"parameters", "frozen parameters"}
+_LISTED = 12  # buffers
+_POINTS = 160  # of the timeline
+_PREPARES = ("copy", "broadcast", "custom-call", "bitcast", "convert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Large:
+    """A buffer that is there at the peak. operation: what writes it, or the argument that it is, as jax names it."""
+
+    bytes: int
+    shape: str
+    part: str
+    operation: str
+    region: str
+    which: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """The worst moment of a stretch of the program; at: its end, as a share of all estimated cycles."""
+
+    at: float
+    bytes: int
+    parts: dict[str, int]
+    region: str
+    which: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """HBM of one device. peak_bytes: the most that lives at once, arguments and outputs included; parts: what that is,
+    in the order of PARTS; host_bytes: the most that the program keeps in the memory of the host."""
+
+    peak_bytes: int
+    parts: dict[str, int]
+    largest: tuple[Large, ...]
+    timeline: tuple[Moment, ...]
+    host_bytes: int
+
+
+def held(text: str) -> Held:
+    """Of the program in `text` (`compiled.as_text()`, scheduled). ValueError where it is none."""
+    schedule = buffers.schedule(hlo.parse(text))
+    named = {number: _argument(name) for number, name in enumerate(schedule.arguments)}
+    steps = len(schedule.steps)
+    amounts = np.zeros((len(PARTS), steps + 2), np.int64)
+    host = np.zeros(steps + 2, np.int64)
+    parts = {}
+    for number, buffer in enumerate(schedule.buffers):
+        if buffer.space == layouts.HBM:
+            parts[number] = _part(buffer, schedule, named)
+            line = amounts[PARTS.index(parts[number])]
+        elif buffer.space == layouts.HOST:
+            line = host
+        else:
+            continue
+        line[buffer.start] += buffer.bytes
+        line[buffer.end + 1] -= buffer.bytes
+    amounts = amounts.cumsum(axis=1)
+    peak = int(amounts.sum(axis=0).argmax())
+    there = [(schedule.buffers[n], part) for n, part in parts.items()]
+    there = [(buffer, part) for buffer, part in there if buffer.start <= peak <= buffer.end]
+    there.sort(key=lambda item: -item[0].bytes)
+    return Held(
+        peak_bytes=int(amounts[:, peak].sum()),
+        parts=_named(amounts[:, peak]),
+        largest=tuple(_large(buffer, part) for buffer, part in there[:_LISTED]),
+        timeline=_timeline(schedule, amounts),
+        host_bytes=int(host.cumsum().max()),
+    )
+
+
+def _named(column: np.ndarray) -> dict[str, int]:
+    return {part: int(size) for part, size in zip(PARTS, column, strict=True) if size}
+
+
+# Parts.
+
+
+def _argument(name: str) -> str:
+    return next((part for begin, part in _ARGUMENTS.items() if re.match(begin, name)), "other")
+
+
+def _part(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, str]) -> str:
+    if buffer.argument:
+        return _argument(buffer.argument)
+    sources = {named[number] for number in buffer.kinds}
+    if sources and sources <= _WEIGHTS:
+        return "weights, cast or gathered"
+    if "optimizer state" in sources:
+        return "other"  # of the update
+    regions = [classify(maker.source) for maker in buffer.makers if maker.source]
+    region = _origin(buffer)[0]
+    passes = {which for _, which in regions}
+    read_by = {classify(_source(schedule.steps[step - 1].instruction))[1] for step in buffer.reads}
+    if "forward" in passes and read_by & {"backward", "recomputed"}:
+        return "logits and loss" if region == "head and loss" and not buffer.feeds_contraction else "saved activations"
+    if not buffer.feeds_contraction and ("backward" in passes or "parameters" in sources and "forward" not in passes):
+        return "gradients"
+    if region == "head and loss":
+        return "logits and loss"
+    return "activations at work" if passes - {"", "update"} else "other"
+
+
+def _source(instruction: hlo.Instruction) -> str:
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return found.group(1) if found else ""
+
+
+def _origin(buffer: buffers.Buffer) -> tuple[str, str, str]:
+    """(region, pass, operation) of what gives a buffer its content, rather than room or another layout."""
+    best = ("rest", "", "")
+    for maker in buffer.makers:
+        region, which = classify(maker.source)
+        prepares = maker.opcode in _PREPARES and "pallas" not in maker.source
+        if maker.source and (not best[2] or not prepares):
+            best = (region, which, maker.source)
+    return best
+
+
+def _large(buffer: buffers.Buffer, part: str) -> Large:
+    region, which, operation = _origin(buffer)
+    if not operation and buffer.makers:
+        operation = buffer.makers[-1].name
+    if buffer.argument:
+        region, which, operation = "", "", buffer.argument
+    return Large(buffer.bytes, buffer.text, part, operation, region, which)
+
+
+def _timeline(schedule: buffers.Schedule, amounts: np.ndarray) -> tuple[Moment, ...]:
+    """The program in stretches of equal estimated cycles, a loop as long as all its turns; what has no estimate (kernels,
+    collectives) has no length, but its memory counts to the stretch that it lies in."""
+    weights = np.array([step.times * step.cycles for step in schedule.steps], np.float64) + 1e-9
+    ends = weights.cumsum() / weights.sum()
+    bins = np.minimum((ends * _POINTS).astype(int), _POINTS - 1)
+    total = amounts.sum(axis=0)[1 : len(ends) + 1]  # buffers count from step 1 on
+    found = []
+    for number in np.unique(bins):
+        inside = np.flatnonzero(bins == number)
+        worst = int(inside[total[inside].argmax()])
+        named = [classify(_source(schedule.steps[step].instruction)) for step in inside]
+        region, which = next((item for item in named if item[0] != "rest"), ("rest", ""))
+        found.append(
+            Moment(float(number + 1) / _POINTS, int(total[worst]), _named(amounts[:, worst + 1]), region, which)
+        )
+    return tuple(found)

@@ -1,0 +1,90 @@
+"""What a program's memory is made of, as text for people and as JSON for programs; what stands in it: memory.py."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from t5x_like.core.terminal import format_bytes
+from t5x_like.planner.compile import Memory
+from t5x_like.planner.memory import Held, Large, Moment
+
+_LISTED = 6  # buffers, in the text
+
+
+def to_json(memory: Memory, held: Held) -> dict[str, Any]:
+    """The key "memory" of a plan. `live_peak_bytes` is ours, by which parts and timeline are; `peak_bytes` is the
+    compiler's."""
+    return {
+        **dataclasses.asdict(memory),
+        "total_bytes": memory.total_bytes,
+        "live_peak_bytes": held.peak_bytes,
+        "host_bytes": held.host_bytes,
+        "parts": held.parts,
+        "largest": buffers_json(held.largest),
+        "timeline": [_moment_json(moment) for moment in held.timeline],
+    }
+
+
+def buffers_json(largest: Sequence[Large]) -> list[dict[str, Any]]:
+    return [_renamed(dataclasses.asdict(item)) for item in largest]
+
+
+def _moment_json(moment: Moment) -> dict[str, Any]:
+    return _renamed(dataclasses.asdict(moment) | {"at": round(moment.at, 4)})
+
+
+def _renamed(item: dict[str, Any]) -> dict[str, Any]:
+    return {"pass" if key == "which" else key: value for key, value in item.items()}
+
+
+def lines(memory: Memory, held: Held, *, hbm_bytes: int, beside_bytes: int | None = None) -> list[str]:
+    """The section of the table that `plan` prints. beside_bytes: what a device holds meanwhile besides."""
+    total = memory.total_bytes + (beside_bytes or 0)
+    beside = "what the run holds and this program does not read"
+    in_place = f"{format_bytes(memory.aliased_bytes)} in place of arguments"
+    found = [
+        "memory (HBM)",
+        f"  arguments    {_bytes(memory.arguments_bytes)}",
+        f"  temporaries  {_bytes(memory.temporaries_bytes)}   by XLA's count, more than live at once",
+        f"  outputs      {_bytes(memory.outputs_bytes)}   {in_place}",
+    ]
+    if beside_bytes is not None:
+        found.append(f"  beside       {_bytes(beside_bytes)}   {beside}")
+    found.append(f"  at its peak  {_bytes(total)}   {fit(total, hbm_bytes)}")
+    if held.host_bytes:
+        found.append(f"  on the host  {_bytes(held.host_bytes)}")
+    found.append("  of which")
+    found += [
+        f"    {name:<27}{format_bytes(size):>10}" for name, size in sorted(held.parts.items(), key=lambda p: -p[1])
+    ]
+    return [*found, *buffer_lines(held.largest)]
+
+
+def buffer_lines(largest: Sequence[Large]) -> list[str]:
+    if not largest:
+        return []
+    found = ["  largest buffers"]
+    for item in largest[:_LISTED]:
+        where = " ".join(word for word in (item.region, item.which) if word)
+        named = ", ".join(word for word in (item.part, where) if word)
+        found.append(f"    {format_bytes(item.bytes):>10}  {item.shape}  {named}: {_end(item.operation)}")
+    return found
+
+
+def _end(operation: str, most: int = 60) -> str:
+    return operation if len(operation) <= most else f"...{operation[3 - most :]}"
+
+
+def fit(total: int, hbm_bytes: int) -> str:
+    """
+    >>> fit(2**30, 2**34), fit(2**34 + 2**30, 2**34)
+    ('fits into 16.0 GiB, 15.0 GiB are free', 'does not fit into 16.0 GiB, by 1.00 GiB')
+    """
+    left = hbm_bytes - total
+    if left >= 0:
+        return f"fits into {format_bytes(hbm_bytes)}, {format_bytes(left)} are free"
+    return f"does not fit into {format_bytes(hbm_bytes)}, by {format_bytes(-left)}"
+
+
+def _bytes(size: int) -> str:
+    return f"{format_bytes(size):>10} {size:>18,}"

@@ -1,0 +1,130 @@
+"""Operations become regions and passes by their names, those without a name by their neighbours; FLOPs of products."""
+
+import pytest
+
+from t5x_like.planner import hlo, products, regions
+from t5x_like.planner.cost import cost
+from tests.planner.programs import computation, cycles, module, named
+from tests.planner.test_cost import A, P, loop_body, loop_condition, run_loop
+
+MESH = {"data": 2, "fsdp": 2}
+F = computation("f", A, "  ROOT %m = f32[8,128] multiply(%a, %a)")
+
+
+@pytest.mark.parametrize(
+    ("source", "region", "which"),
+    [
+        ("jit(step)/jvp(loss)/layers/while/body/attention/dot_general", "attention", "forward"),
+        ("jit(step)/jvp(layers)/while/body/eval_jaxpr/mlp/mul", "mlp", "forward"),
+        (
+            "jit(step)/transpose(jvp(loss))/layers/while/body/checkpoint/rematted_computation/mlp/mul",
+            "mlp",
+            "recomputed",
+        ),
+        ("jit(step)/transpose(jvp(loss))/layers/while/body/checkpoint/mlp/mul", "mlp", "backward"),
+        ("jit(step)/jvp(loss)/layers/while/body/jit(dynamic_index_in_dim)/dynamic_slice", "layers", "forward"),
+        ("jit(step)/transpose(jvp(loss))/embed/scatter-add", "embedding", "backward"),
+        ("jit(step)/jvp(loss)/decoder/layers/while/body/cross/dot_general", "cross attention", "forward"),
+        ("jit(step)/jvp(loss)/shard_map/while/body/dot_general", "head and loss", "forward"),
+        ("jit(step)/optimizer/jit(_where)/select_n", "optimizer", "update"),
+        ("jit(decode_step)/layers/while/body/attention/dot_general", "attention", "forward"),
+        ("jit(decode_step)/head/dot_general", "head and loss", "forward"),
+        ("jit(step)/iota", "rest", ""),
+        ("", "rest", ""),
+    ],
+)
+def test_a_name_says_region_and_pass(source, region, which):
+    assert regions.classify(source) == (region, which)
+
+
+def test_cycles_of_a_region_count_as_often_as_its_loop_runs():
+    mlp, attention = (named(f"jit(s)/jvp(loss)/layers/{branch}/mul") for branch in ("mlp", "attention"))
+    body = loop_body(
+        "body",
+        f"  %w = f32[8,128] fusion(%x), kind=kLoop, calls=%f, {mlp}, {cycles(7)}",
+        f"  %y = f32[8,128] fusion(%w), kind=kLoop, calls=%f, {attention}, {cycles(2)}",
+    )
+    update = f"  %u = f32[8,128] fusion(%p), kind=kLoop, calls=%f, {named('jit(s)/optimizer/add')}, {cycles(11)}"
+    main = "\n".join([P, *run_loop("l", "body", "p"), update])
+    found = cost(module(main, F + body + loop_condition("c.l", 5)), MESH)
+    assert regions.by_region(found.schedule) == {
+        ("mlp", "forward"): 35,
+        ("optimizer", "update"): 11,
+        ("attention", "forward"): 10,
+    }
+    assert sum(regions.by_region(found.schedule).values()) == found.cycles
+
+
+def test_what_has_no_name_belongs_to_what_uses_it_or_else_to_what_it_uses():
+    main = [
+        P,
+        f"  %hoisted = f32[8,128] convert(%p), {cycles(3)}",
+        "  %t = (f32[8,128]) tuple(%hoisted)",
+        "  %g = f32[8,128] get-tuple-element(%t), index=0",
+        f"  %used = f32[8,128] fusion(%g), kind=kLoop, calls=%f, {named('jit(s)/jvp(loss)/mlp/mul')}, {cycles(5)}",
+        f"  %argument = f32[8,128] copy(%used), {named('state[params]')}, {cycles(20)}",
+    ]
+    found = cost(module("\n".join(main), F), MESH)
+    assert regions.by_region(found.schedule) == {("mlp", "forward"): 28}
+
+
+def test_a_fusion_without_a_name_has_that_of_what_is_in_it():
+    fused = computation(
+        "g", A, f"  ROOT %m = f32[8,128] multiply(%a, %a), {named('jit(s)/transpose(jvp(loss))/embed/mul')}"
+    )
+    found = cost(module(f"{P}\n  %u = f32[8,128] fusion(%p), kind=kLoop, calls=%g, {cycles(4)}", fused), MESH)
+    assert regions.by_region(found.schedule) == {("embedding", "backward"): 4}
+
+
+@pytest.mark.parametrize(
+    ("line", "flops"),
+    [
+        # [8,16] x [16,32]
+        ("%c = f32[8,32] convolution(%a, %b), dim_labels=bf_io->bf", 2 * 8 * 16 * 32),
+        ("%c = f32[8,32] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 8 * 16 * 32),
+    ],
+)
+def test_products_have_two_flops_a_multiply_add(line, flops):
+    text = f"""HloModule m
+ENTRY %main (a: bf16[8,16], b: bf16[16,32]) -> f32[8,32] {{
+  %a = bf16[8,16] parameter(0)
+  %b = bf16[16,32] parameter(1)
+  ROOT {line}
+}}
+"""
+    parsed = hlo.parse(text)
+    main = parsed.computations["main"]
+    assert products.flops(parsed, main.instructions["c"], main) == flops
+
+
+@pytest.mark.parametrize(
+    ("shapes", "attributes", "flops"),
+    [
+        # [4, 8, 16] x [16, 32] with a dim of rows written as a spatial one.
+        (
+            ("bf16[4,8,16]", "bf16[1,16,32]", "f32[4,8,32]"),
+            "window={size=1}, dim_labels=0bf_0io->0bf",
+            2 * 4 * 8 * 16 * 32,
+        ),
+        # Contraction over a spatial dim of 4 and a feature dim of 16.
+        (("bf16[4,8,16]", "bf16[4,16,32]", "f32[1,8,32]"), "window={size=4}, dim_labels=0bf_0io->0bf", 2 * 8 * 64 * 32),
+        # 6 products side by side, as a compiler writes a batch of products: dilated, so that each meets its own.
+        (
+            ("bf16[6,8,16]", "bf16[6,16,32]", "f32[6,8,32]"),
+            "window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf",
+            6 * 2 * 8 * 16 * 32,
+        ),
+    ],
+)
+def test_a_products_spatial_dims_count_where_they_meet_the_input(shapes, attributes, flops):
+    left, right, out = shapes
+    text = f"""HloModule m
+ENTRY %main (a: {left}, b: {right}) -> {out} {{
+  %a = {left} parameter(0)
+  %b = {right} parameter(1)
+  ROOT %c = {out} convolution(%a, %b), {attributes}
+}}
+"""
+    parsed = hlo.parse(text)
+    main = parsed.computations["main"]
+    assert products.flops(parsed, main.instructions["c"], main) == flops
