@@ -4,14 +4,13 @@ What is kept is the compiled text, the compiler's memory and the mesh: a time mo
 and again, while the step that would be compiled today may already be another.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import json
 import os
 import pathlib
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.core import environment
@@ -48,13 +47,12 @@ def compile_and_keep(program: Program, where: pathlib.Path) -> dict[str, Any]:
     from t5x_like.planner.compile import compile_program
     from t5x_like.runs import program as programs
 
-    with policies():
-        planned = experiment(program)
-        mesh = meshes.make(planned.mesh, _devices(program))
-        programs.check_mesh(planned, mesh.shape)
-        built = programs.step_program(planned, mesh)
-        arguments = (built.layout.state, built.layout.frozen, built.batch)
-        compiled = compile_program(built.step, arguments, mesh=mesh)
+    planned = experiment(program)
+    mesh = meshes.make(planned.mesh, _devices(program))
+    programs.check_mesh(planned, mesh.shape)
+    built = programs.step_program(planned, mesh)
+    arguments = (built.layout.state, built.layout.frozen, built.batch)
+    compiled = compile_program(built.step, arguments, mesh=mesh)
     content = {
         "asked": program.asked(),
         "commit": _commit(),
@@ -73,7 +71,7 @@ def compile_and_keep(program: Program, where: pathlib.Path) -> dict[str, Any]:
 
 
 def experiment(program: Program) -> Any:
-    """The run (runs/train.py) whose train step the program is; call it under `policies`."""
+    """The run (runs/train.py) whose train step the program is."""
     from t5x_like.runs import train
     from t5x_like.runs.arguments import load_config
 
@@ -99,31 +97,6 @@ def _devices(program: Program) -> Sequence[Any]:
     from t5x_like.planner import topology as topologies
 
     return topologies.topology(program.topology, slices=program.slices).devices
-
-
-# Policies of published rows that are none of ours (layers/stack.py), by the names of the activations that they save.
-POLICIES: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("q", "k", "v"),
-    "kv": ("k", "v"),
-    "qkv_context": ("q", "k", "v", "context"),
-    "qkv_mlp": ("q", "k", "v", "mlp_gate", "mlp_up"),
-}
-
-
-@contextlib.contextmanager
-def policies() -> Iterator[None]:
-    """The table of remat has the policies of published rows while a program is built."""
-    import jax
-
-    from t5x_like.layers import stack
-
-    for name, saved in POLICIES.items():
-        stack.REMAT[name] = jax.checkpoint_policies.save_only_these_names(*saved)
-    try:
-        yield
-    finally:
-        for name in POLICIES:
-            del stack.REMAT[name]
 
 
 def _commit() -> str:

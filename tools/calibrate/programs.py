@@ -9,8 +9,8 @@ from typing import Any
 class Program:
     """A train step for a topology.
 
-    model, mesh: overrides of the sections of these names. batch: rows over all devices. remat: a name in
-    layers/stack.py's REMAT, or in compiling.POLICIES. options: of the compiler. layers: of the row's model where the
+    model, mesh: overrides of the sections of these names. batch: rows over all devices. remat: as in
+    config.model.remat. options: of the compiler. layers: of the row's model where the
     program has fewer, model["decoder.layers"]; its loops over layers then count so many turns. saved: regions of which
     the published run computes nothing again but the kernels, having saved their products on the host. one_of: so many
     equal slices of the row; what passes between them is left out.
@@ -108,7 +108,7 @@ PROGRAMS = (
         topology="v5p:8x8x8",
         batch=2048,
         length=4096,
-        remat="qkv",
+        remat="q+k+v",
     ),
     Program(
         name="max32b-v5e-256",
@@ -133,7 +133,7 @@ PROGRAMS = (
         topology="v5p:4x4x4",
         batch=384,
         length=2048,
-        remat="qkv_mlp",
+        remat="q+k+v+mlp_gate+mlp_up",
         mesh={"fsdp": 16, "tensor": 4, **_TENSOR},
     ),
     Program(
@@ -142,7 +142,7 @@ PROGRAMS = (
         topology="v6e:16x16",
         batch=1280,
         length=8192,
-        remat="qkv",
+        remat="q+k+v",
         layers=80,
     ),
     Program(
@@ -151,7 +151,7 @@ PROGRAMS = (
         topology="tpu7x:4x4x4",
         batch=256,
         length=8192,
-        remat="qkv_context",
+        remat="q+k+v+context",
     ),
     Program(
         name="gpt3_175b-v6e-256",
@@ -187,7 +187,7 @@ PROGRAMS = (
         topology="tpu7x:4x8x8",
         batch=1536,
         length=8192,
-        remat="kv",
+        remat="k+v",
         layers=126,
     ),
     Program(
@@ -226,7 +226,7 @@ PROGRAMS = (
         slices=2,
         batch=768,
         length=2048,
-        remat="qkv_mlp",
+        remat="q+k+v+mlp_gate+mlp_up",
         mesh={"slice": 2, "fsdp": 16, "tensor": 4, **_TENSOR},
     ),
     Program(
@@ -235,7 +235,7 @@ PROGRAMS = (
         topology="v5p:4x4x8",
         batch=128,
         length=2048,
-        remat="qkv_mlp",
+        remat="q+k+v+mlp_gate+mlp_up",
         mesh={"fsdp": 16, "tensor": 8, **_TENSOR},
     ),
     Program(
@@ -253,7 +253,7 @@ PROGRAMS = (
         topology="v5p:8x8x8",
         batch=1024,
         length=4096,
-        remat="qkv",
+        remat="q+k+v",
     ),
     Program(
         name="llama2_70b-v5p-512-overlap",
@@ -261,7 +261,7 @@ PROGRAMS = (
         topology="v5p:8x8x8",
         batch=2048,
         length=4096,
-        remat="qkv",
+        remat="q+k+v",
         options=_OVERLAP,
     ),
     Program(
@@ -270,7 +270,7 @@ PROGRAMS = (
         topology="v5p:4x4x4",
         batch=384,
         length=2048,
-        remat="qkv_mlp",
+        remat="q+k+v+mlp_gate+mlp_up",
         mesh={"fsdp": 16, "tensor": 4, **_TENSOR},
         options={**_OVERLAP, **_V5P},
     ),
