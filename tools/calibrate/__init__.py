@@ -1,1 +1,1 @@
-"""Held against published figures: what `t5x_like plan` estimates of a step: python -m tools.calibrate, docs/planner.md."""
+"""What `t5x_like plan` estimates of a step, held against published runs: docs/planner.md."""

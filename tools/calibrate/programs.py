@@ -9,11 +9,11 @@ from typing import Any
 class Program:
     """A train step for a topology.
 
-    model, mesh: overrides of the sections of these names. batch: rows over all devices. remat: as in
-    config.model.remat. options: of the compiler. layers: of the row's model where the
-    program has fewer, model["decoder.layers"]; its loops over layers then count so many turns. saved: regions of which
-    the published run computes nothing again but the kernels, having saved their products on the host. one_of: so many
-    equal slices of the row; what passes between them is left out.
+    model, mesh: overrides of the sections of these names. batch: rows over all devices. remat: config.model.remat.
+    options: of the compiler. layers: of the row's model where the program has fewer, model["decoder.layers"]; its loops
+    over layers then count so many turns. saved: regions of which the published run computes nothing again but the
+    kernels, having saved their products on the host. one_of: so many equal slices of the row; what passes between them
+    is left out.
     """
 
     name: str
