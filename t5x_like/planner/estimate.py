@@ -17,12 +17,13 @@ from t5x_like.planner.network import Fabric
 from t5x_like.planner.overlap import Flight
 from t5x_like.planner.schedule import Op
 
-# Share of the compiler's cycles that a chip takes: it estimates large products above what published runs need.
-CYCLE_SHARE = 1.0
+# Fitted to published runs (`python -m tools.calibrate --fit`, docs/planner.md):
+# Share of the compiler's cycles that a chip takes: it estimates products, fused ones most, above what those runs need.
+CYCLE_SHARE = 0.6
 # Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
-MATRIX_SHARE = 1.0
-# Share of what the schedule leaves exposed that a step really waits for: parts of a collective run beside what is next.
-EXPOSED_SHARE = 1.0
+MATRIX_SHARE = 0.88
+# Share of what the schedule leaves exposed that a step waits for; those runs were compiled with options for overlap.
+EXPOSED_SHARE = 0.29
 
 
 @dataclasses.dataclass(frozen=True)

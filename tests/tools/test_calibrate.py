@@ -118,8 +118,8 @@ def test_constants_stay_within_their_bounds_and_are_put_back():
     asked = [fit.Constant("share", 0.9, 0.5, 1.0)]
     assert fit.fit(asked, [2.0], lambda row, values: values["share"]) == pytest.approx({"share": 1.0})
     before = constants.in_force()
-    with constants.using({"EFFICIENCY": 0.123}):
-        assert constants.in_force()["EFFICIENCY"] == 0.123
+    with constants.using({"EXPOSED_SHARE": 0.123}):
+        assert constants.in_force()["EXPOSED_SHARE"] == 0.123
     assert constants.in_force() == before
     for constant in constants.CONSTANTS:
         assert constant.low <= before[constant.name] <= constant.high, constant.name
