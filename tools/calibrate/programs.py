@@ -79,6 +79,18 @@ def _gpt3(layers: int) -> dict[str, Any]:
 
 
 _FUJI_7B = {"size": "2_7b", "vocab_size": 32_768, "head.tied": True}
+# Gemma3's layers by fields: every sixth sees all, norms stand around both branches, queries and keys are normed.
+_GEMMA3_12B = {
+    **_sizes(48, 3840, 16, 8, 15_360, 262_144),
+    "decoder.head_size": 256,
+    "decoder.windows": (1024, 1024, 1024, 1024, 1024, 0),
+    "decoder.rope.theta": (10_000.0, 10_000.0, 10_000.0, 10_000.0, 10_000.0, 1_000_000.0),
+    "decoder.norm_order": "sandwich",
+    "decoder.activation": "gelu_tanh",
+    "decoder.qk_norm": True,
+    "embedding.scale": 0.0,
+    "head.tied": True,
+}
 _LLAMA31_8B = {"size": "3_1_8b"}
 # MaxText splits activations between the branches over `tensor` by width, as do these.
 _TENSOR = {"rules": "act_embed=tensor"}
@@ -292,6 +304,32 @@ PROGRAMS = (
         remat="full",
         options={_VMEM: "98304"},
         saved=("attention",),
+    ),
+    Program(
+        name="llama2_70b-v6e-256",
+        model={"size": "2_70b", "decoder.layers": 20},
+        topology="v6e:16x16",
+        batch=512,
+        length=4096,
+        remat="q+k+v",
+        layers=80,
+    ),
+    Program(
+        name="gemma3_12b-v6e-256",
+        model=_GEMMA3_12B,
+        topology="v6e:16x16",
+        batch=256,
+        length=32_768,
+        remat="full",
+    ),
+    Program(
+        name="llama31_70b_128k-tpu7x-256",
+        model=_llama70b(80),
+        topology="tpu7x:4x8x8",
+        batch=64,
+        length=131_072,
+        remat="q+k+v+context",
+        mesh={"fsdp": 64, "sequence": 8},
     ),
 )
 BY_NAME = {program.name: program for program in PROGRAMS}

@@ -3,18 +3,16 @@
 FLOPs are those of matrix products, 2 a multiply-add, three times the forward pass (6 a parameter and token); the head
 counts and the lookup of the embedding does not. Attention's two products of a forward pass need 4 x layers x heads x
 head size x keys FLOPs a token: all keys of the row ("full"), or half ("causal"). "parameters" is 6 x all parameters,
-the embedding too, and no attention.
+the embedding too, and no attention. A layer with a window counts it in place of the row, halved like this if causal.
 """
 
 from t5x_like.core import accelerators
 from tools.calibrate.rows import CONVENTIONS, SHAPES, Row, Shape
 
-HEAD = 128
-
 
 def matrix_parameters(shape: Shape) -> int:
     """Numbers in the matrices that every token is multiplied with, the head included."""
-    attention = 2 * shape.width * HEAD * (shape.heads + shape.kv_heads)
+    attention = 2 * shape.width * shape.head * (shape.heads + shape.kv_heads)
     mlp = shape.width * shape.mlp * (3 if shape.gated else 2)
     return shape.layers * (attention + mlp) + shape.width * shape.vocab
 
@@ -25,8 +23,9 @@ def flops_per_token(shape: Shape, length: int, convention: str) -> float:
     weights = 6.0 * matrix_parameters(shape)
     if convention == "parameters":
         return weights + (0 if shape.tied else 6.0 * shape.width * shape.vocab)
-    keys = length if convention == "full" else length / 2
-    return weights + 12.0 * shape.layers * shape.heads * HEAD * keys
+    reach = [min(window, length) if window else length for window in shape.windows]
+    keys = sum(reach) / len(reach) / (1 if convention == "full" else 2)
+    return weights + 12.0 * shape.layers * shape.heads * shape.head * keys
 
 
 def tokens_per_chip(row: Row) -> float:
