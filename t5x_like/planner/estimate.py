@@ -1,6 +1,6 @@
 """The time of a step, with reasons: what is computed, what kernels take, and what of the networks is exposed.
 
-    step = computing + kernels (kernels.py) + exposed collectives (overlap.py)
+    step = computing + kernels (kernels.py) + EXPOSED_SHARE x exposed collectives (overlap.py)
     computing, of each operation = max(CYCLE_SHARE x the compiler's cycles / clock, FLOPs / (MATRIX_SHARE x peak))
 
 An estimate throughout. From it follow MFU in both usual conventions, tokens a second, and time, chip-hours and cost of
@@ -17,11 +17,13 @@ from t5x_like.planner.network import Fabric
 from t5x_like.planner.overlap import Flight
 from t5x_like.planner.schedule import Op
 
-# Share of the compiler's cycles that a chip takes: it estimates large products above what published runs need.
-CYCLE_SHARE = 1.0
+# Fitted to published runs (`python -m tools.calibrate --fit`, docs/planner.md):
+# Share of the compiler's cycles that a chip takes: it estimates products, fused ones most, above what those runs need.
+CYCLE_SHARE = 0.6
 # Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
-MATRIX_SHARE = 1.0
-
+MATRIX_SHARE = 0.88
+# Share of what the schedule leaves exposed that a step waits for; those runs were compiled with options for overlap.
+EXPOSED_SHARE = 0.29
 
 OPERATIONS = 20  # so many of the longest are listed
 
@@ -195,7 +197,8 @@ def estimate(
     def seconds(op: Op) -> float:
         return computing_seconds(op, row) + kernel_seconds(op)
 
-    flights = overlap.play(cost.schedule, work=seconds, transfer=lambda what: network.trip(what, fabric))
+    played = overlap.play(cost.schedule, work=seconds, transfer=lambda what: network.trip(what, fabric))
+    flights = [dataclasses.replace(flight, exposed=EXPOSED_SHARE * flight.exposed) for flight in played]
     in_kernels = sum(kernel_seconds(op) * times for op, times in cost.schedule.each())
     computing = sum(computing_seconds(op, row) * times for op, times in cost.schedule.each())
     parts = {"compute": computing, "kernels": in_kernels}

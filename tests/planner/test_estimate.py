@@ -10,15 +10,25 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_like.planner import network, regions, report_time
+from t5x_like.planner import estimate as estimates
+from t5x_like.planner import kernels, network, regions, report_time
 from t5x_like.planner.compile import compile_program
 from t5x_like.planner.cost import cost
 from t5x_like.planner.estimate import IterationTime, Price, Work, estimate
+from t5x_like.planner.schedule import Op
 from t5x_like.planner.topology import topology
 from tests.planner.programs import cycles, fabric, module, named
 from tests.planner.test_cost import P as PARAMETER
 
 V5P_CYCLES = 1_750_946_045  # of a second
+
+
+@pytest.fixture(autouse=True)
+def unfitted(monkeypatch):
+    """The constants that are fitted to published runs at values that one can count with."""
+    for name in ("CYCLE_SHARE", "MATRIX_SHARE", "EXPOSED_SHARE"):
+        monkeypatch.setattr(estimates, name, 1.0)
+    monkeypatch.setattr(kernels, "EFFICIENCY", 0.5)
 
 
 def of_text(*main, price=None, work=None):
@@ -188,3 +198,21 @@ def test_the_parts_of_a_real_program_add_up_and_nothing_costs_less_than_the_peak
     assert 0 <= time.parts["exposed_ici"] <= sum(flight.seconds for flight in time.flights) * (1 + 1e-9)
     names = {region for region, _ in regions.by_region(found.schedule)}
     assert {"attention", "mlp", "layers", "optimizer"} <= names
+
+
+def test_constants_that_are_fitted_to_published_runs_scale_their_parts(monkeypatch):
+    """A product takes a share of the compiler's cycles, and never less than its FLOPs at a share of the peak."""
+    row = fabric("v5p:4x4x4", {"fsdp": 64}).row
+    monkeypatch.setattr(estimates, "CYCLE_SHARE", 0.5)
+    monkeypatch.setattr(estimates, "MATRIX_SHARE", 0.8)
+    monkeypatch.setattr(estimates, "EXPOSED_SHARE", 0.25)
+    seconds = estimates.computing_seconds
+    assert seconds(Op("a", "", cycles=V5P_CYCLES), row) == pytest.approx(0.5, rel=1e-6)
+    assert seconds(Op("a", "", cycles=V5P_CYCLES, flops=int(0.1 * row.peak)), row) == pytest.approx(0.5, rel=1e-6)
+    assert seconds(Op("a", "", cycles=V5P_CYCLES, flops=int(0.9 * row.peak)), row) == pytest.approx(1.125, rel=1e-6)
+    gather = "  %s = bf16[2700000000] all-gather(%p), replica_groups=[1,64]<=[64], dimensions={0}"
+    _, time = of_text(f"  %w = f32[8,128] copy(%p), {cycles(V5P_CYCLES)}", gather)
+    gathered = 5.4e9 * 63 / 64 / 540e9 + 6 * network.HOP_SECONDS
+    assert time.parts["compute"] == pytest.approx(0.5, rel=1e-6)
+    assert time.parts["exposed_ici"] == pytest.approx(gathered / 4)
+    assert sum(flight.exposed for flight in time.flights) == pytest.approx(gathered / 4)
