@@ -1,7 +1,8 @@
 """The time of a step, with reasons: what is computed, what kernels take, and what of the networks is exposed.
 
     step = computing + kernels (kernels.py) + EXPOSED_SHARE x exposed collectives (overlap.py)
-    computing, of each operation = max(CYCLE_SHARE x the compiler's cycles / clock, FLOPs / (MATRIX_SHARE x peak))
+    computing, of an operation with products = max(CYCLE_SHARE x its cycles / clock, FLOPs / (MATRIX_SHARE x peak)),
+    of any other = its cycles / clock: most of these read memory, at 72 to 81% of its speed by the compiler's estimate
 
 An estimate throughout. From it follow MFU in both usual conventions, tokens a second, and time, chip-hours and cost of
 a run. Not here: text and JSON of it (report_time.py).
@@ -18,7 +19,8 @@ from t5x_like.planner.overlap import Flight
 from t5x_like.planner.schedule import Op
 
 # Fitted to published runs (`python -m tools.calibrate --fit`, docs/planner.md):
-# Share of the compiler's cycles that a chip takes: it estimates products, fused ones most, above what those runs need.
+# Share of the compiler's cycles that a chip takes for products: it estimates them, fused ones most, above what those
+# runs need.
 CYCLE_SHARE = 0.6
 # Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
 MATRIX_SHARE = 0.88
@@ -229,7 +231,8 @@ def _longest(cost: Cost, seconds: Callable[[Op], float], row: Generation) -> tup
 
 def computing_seconds(op: Op, row: Generation) -> float:
     """Of one execution of an operation on one device, kernels apart."""
-    return max(CYCLE_SHARE * op.cycles / row.clock, op.flops / (MATRIX_SHARE * row.peak / row.devices))
+    share = CYCLE_SHARE if op.flops else 1.0
+    return max(share * op.cycles / row.clock, op.flops / (MATRIX_SHARE * row.peak / row.devices))
 
 
 def _flops(op: Op, row: Generation) -> int:
