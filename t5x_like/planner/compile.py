@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,8 +24,6 @@ from t5x_like.planner import cache, memory
 from t5x_like.planner.memory import Held
 from t5x_like.planner.regions import classify
 
-# Lets a program that is too large be compiled, so that one sees what is large in it.
-_ANYWAY = {"xla_tpu_no_crash_on_oom": "true"}
 _NAMED = 3  # buffers in the line of a refusal
 _LINES = "jax_traceback_in_locations_limit"
 _CACHE = "jax_enable_compilation_cache"
@@ -93,8 +92,8 @@ def compile_program(
     step: what `jax.jit` returned, with its own shardings and donation. arguments: trees of `jax.ShapeDtypeStruct` with
     shardings on `mesh`. kept: a folder where programs that were compiled before are found, and new ones left; then
     options are those of the compiler that `step` was jitted with, which tell its programs apart. anyway: of a program
-    that does not fit, DoesNotFit has what it would be, which takes as long as compiling one that fits. stage: is
-    entered for each action that takes long, which it is given as a word.
+    that does not fit, DoesNotFit has what it would be; finding out takes as long as the refusal. stage: is entered for
+    each action that takes long, which it is given as a word.
     """
     with _without_compilation_cache(), _without_lines(), jax.set_mesh(mesh):
         with stage("lowering"):
@@ -103,7 +102,7 @@ def compile_program(
         if kept:
             name = cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
         known = cache.read(kept, name) if kept else None
-        if known is None or (anyway and known["error"] and not known["text"] and "anyway" not in known):
+        if known is None or (anyway and known["error"] and not known["text"]):
             known = _asked(lowered, stage, anyway=anyway)
             if kept:
                 cache.write(kept, name, known)
@@ -121,7 +120,6 @@ def compile_program(
 
 def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManager], *, anyway: bool) -> dict[str, Any]:
     """What the compiler says of a lowered program: its text and memory, or that it is too large, or both."""
-    error = ""
     try:
         with stage("compiling"):
             compiled, seconds = _timed(lowered.compile)
@@ -129,23 +127,39 @@ def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManage
         explained = _explained(str(refusal), None)
         if not isinstance(explained, DoesNotFit):
             raise explained from None
-        error = str(refusal)
+        refused = {"error": str(refusal), "text": "", "memory": {}, "seconds": 0.0}
         if not anyway:
-            return {"error": error, "text": "", "memory": {}, "seconds": 0.0}
-        try:
-            with stage("compiling, though it does not fit,"):
-                compiled, seconds = _timed(lambda: lowered.compile(compiler_options=_ANYWAY))
-        except jax.errors.JaxRuntimeError as again:  # one buffer alone is too large
-            return {"error": f"{error}\n{again}", "text": "", "memory": {}, "seconds": 0.0, "anyway": True}
+            return refused
+        with stage("looking at what is large in"):
+            text = _refused(lowered)
+        return refused | {"text": text, "memory": _of_text(text) if text else {}}
     stats = compiled.memory_analysis()
-    memory = Memory(
+    sizes = Memory(
         arguments_bytes=stats.argument_size_in_bytes,
         temporaries_bytes=stats.temp_size_in_bytes,
         outputs_bytes=stats.output_size_in_bytes,
         aliased_bytes=stats.alias_size_in_bytes,
         peak_bytes=getattr(stats, "peak_memory_in_bytes", 0) or None,
     )
-    return {"error": error, "text": compiled.as_text(), "memory": dataclasses.asdict(memory), "seconds": seconds}
+    return {"error": "", "text": compiled.as_text(), "memory": dataclasses.asdict(sizes), "seconds": seconds}
+
+
+def _refused(lowered: Any) -> str:
+    """The text of a program that the compiler refuses for its size: one of the files that it can be asked for."""
+    with tempfile.TemporaryDirectory(prefix="t5x_like_plan_") as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            lowered.compile(compiler_options=options)
+        found = sorted(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        return found[-1].read_text() if found else ""
+
+
+def _of_text(text: str) -> dict[str, Any]:
+    """The memory of a program that is nothing but a text."""
+    found = memory.held(text)
+    rest = found.peak_bytes - found.arguments_bytes - found.outputs_bytes + found.aliased_bytes
+    sizes = (found.arguments_bytes, rest, found.outputs_bytes, found.aliased_bytes, found.peak_bytes)
+    return dataclasses.asdict(Memory(*sizes))
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:

@@ -70,9 +70,13 @@ class Moment:
 @dataclasses.dataclass(frozen=True)
 class Held:
     """HBM of one device. peak_bytes: the most that lives at once, arguments and outputs included; parts: what that is,
-    in the order of PARTS; host_bytes: the most that the program keeps in the memory of the host."""
+    in the order of PARTS; aliased_bytes: of outputs that replace arguments; host_bytes: the most that the program keeps
+    in the memory of the host."""
 
     peak_bytes: int
+    arguments_bytes: int
+    outputs_bytes: int
+    aliased_bytes: int
     parts: dict[str, int]
     largest: tuple[Large, ...]
     timeline: tuple[Moment, ...]
@@ -102,8 +106,12 @@ def held(text: str) -> Held:
     there = [(schedule.buffers[n], part) for n, part in parts.items()]
     there = [(buffer, part) for buffer, part in there if buffer.start <= peak <= buffer.end]
     there.sort(key=lambda item: -item[0].bytes)
+    given = [buffer for buffer in schedule.buffers if buffer.space == layouts.HBM]
     return Held(
         peak_bytes=int(amounts[:, peak].sum()),
+        arguments_bytes=sum(buffer.bytes for buffer in given if buffer.argument),
+        outputs_bytes=sum(buffer.bytes for buffer in given if buffer.output),
+        aliased_bytes=sum(buffer.bytes for buffer in given if buffer.output and buffer.argument),
         parts=_named(amounts[:, peak]),
         largest=tuple(_large(buffer, part) for buffer, part in there[:_LISTED]),
         timeline=_timeline(schedule, amounts),

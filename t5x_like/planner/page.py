@@ -42,7 +42,7 @@ def page(plan: Mapping[str, Any]) -> str:
         f"<p>{plan['chips']} chips, mesh {_text(mesh)}</p>",
         f'<p class="note">Estimates of the TPU compiler ({_text(versions)}) and of what is derived from it; nothing '
         "was run. Figures are of one device and one step.</p>",
-        *(f"<p>{_text(fact)}</p>" for fact in plan.get("facts", ())),
+        *(f"<p>{_text(fact)}</p>" for fact in (*plan.get("notes", ()), *plan.get("facts", ()))),
     ]
     if plan.get("problem"):
         parts.append(f'<p class="bad">{_text(plan["problem"])}</p>')

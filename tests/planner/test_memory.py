@@ -1,4 +1,4 @@
-"""What a program's memory is made of: counted by hand, against the compiler's own peak, and against what a CPU takes."""
+"""What a program's memory is made of: by hand, against the compiler's own peak, and against what a CPU takes."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ ENTRY %main (a: f32[256], w: f32[256]) -> (f32[4], f32[256]) {
   %loop = (s32[], f32[256], f32[4,256]) while(%t), condition=%cond, body=%body
   %saved = f32[4,256] get-tuple-element(%loop), index=2
   %large = f32[2560] broadcast(%a), metadata={op_name="jit(step)/transpose(jvp(loss))/broadcast"}
-  %loss = f32[4] fusion(%saved, %large), kind=kInput, calls=%sum, metadata={op_name="jit(step)/transpose(jvp(loss))/sum"}
+  %loss = f32[4] fusion(%saved, %large), kind=kInput, calls=%sum, metadata={op_name="jit(step)/transpose(jvp(loss))/s"}
   %new = f32[256] add(%w, %w), metadata={op_name="jit(step)/optimizer/add"}
   ROOT %result = (f32[4], f32[256]) tuple(%loss, %new)
 }
@@ -107,7 +107,7 @@ def test_what_the_text_says_to_share_a_buffer_does():
         "HloModule m\n\n%f (p: f32[256], q: f32[512]) -> (f32[256], f32[512]) {\n  %p = f32[256] parameter(0)\n"
         "  %q = f32[512] parameter(1)\n  ROOT %t = (f32[256], f32[512]) tuple(%p, %q)\n}\n\n"
         "ENTRY %main (a: f32[256]) -> f32[512] {\n  %a = f32[256] parameter(0)\n  %b = f32[512] broadcast(%a)\n"
-        f"  %both = (f32[256], f32[512]) fusion(%a, %b), kind=kCustom, calls=%f, backend_config=LISTS\n"
+        "  %both = (f32[256], f32[512]) fusion(%a, %b), kind=kCustom, calls=%f, backend_config=LISTS\n"
         "  ROOT %out = f32[512] get-tuple-element(%both), index=1\n}\n"
     )
     shared = memory.held(text.replace("LISTS", aliases)).peak_bytes
