@@ -7,7 +7,6 @@ status is that of the command (75: preempted and saved); a process ended by a si
 """
 
 import argparse
-import ctypes
 import os
 import re
 import shlex
@@ -17,17 +16,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from t5x_like.core.children import die_with_parent
 from t5x_like.core.errors import UsageError
 from t5x_like.runs.arguments import Parser
 
 _NOISE = re.compile(r"\[Gloo\] Rank \d+ is connected to ")
 _PREEMPTED = 75
-# Bound here: a child that is being forked may load nothing, since threads of ours may have held locks.
-_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,20 +121,6 @@ def start(line: list[str], environment: Mapping[str, str]) -> subprocess.Popen[s
         preexec_fn=die_with_parent(),
         start_new_session=True,  # a Ctrl-C reaches us alone, and we pass it on
     )
-
-
-def die_with_parent() -> Callable[[], None] | None:
-    """What a child calls before its program (preexec_fn): on Linux it ends when this process does, however it does."""
-    if _PRCTL is None:
-        return None
-    set_option, parent, number = _PRCTL, os.getpid(), int(signal.SIGKILL)
-
-    def prepare() -> None:
-        set_option(_PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it ended before this was set
-            os._exit(1)
-
-    return prepare
 
 
 def _forward_signals(children: list[subprocess.Popen[str]]) -> None:

@@ -16,6 +16,7 @@ GROUPS = {
         "tests/planner/test_meshes.py",
         "tests/planner/test_plan.py",
         "tests/planner/test_plan_rl.py",
+        "tests/planner/test_shipped.py",
         "tests/planner/test_topology.py",
     ),
     # Importing one of these takes 5 to 10 seconds.

@@ -32,7 +32,7 @@ def model() -> dict:
         "dropout": 0.0,
         "scan": True,
         "remat": "none",
-        "dtype": {"params": "float32", "compute": "auto"},
+        "dtype": {"params": "float32", "compute": "auto", "products": "compute"},
     }
 
 

@@ -16,7 +16,7 @@ from t5x_like.configs.pretrain import llama3_8b
 
 def get_config() -> ConfigDict:
     config = llama3_8b.get_config()
-    config.model.size = "3_1_8b"
+    config.model.update({"size": "3_1_8b", "remat": "full"})
     config.checkpoint.init_from = "REPLACE/Llama-3.1-8B"
     config.data.tokenizer = "REPLACE/Llama-3.1-8B"
     config.data.fields.messages = "messages"

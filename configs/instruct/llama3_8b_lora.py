@@ -14,6 +14,7 @@ from t5x_like.configs.pretrain import llama3_8b
 
 def get_config() -> ConfigDict:
     config = llama3_8b.get_config()
+    config.model.remat = "full"
     config.model.dtype.params = "bfloat16"  # of the base; the adapter is float32 whatever stands here
     config.adapter.name = "lora"
     config.adapter.lora.update({"rank": 16, "alpha": 32.0})

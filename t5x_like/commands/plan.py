@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_like.commands import plan_search
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
@@ -31,8 +32,18 @@ PROGRAMS = ("train", "decode", "rl")
 
 
 def run(arguments: Sequence[str]) -> int:
+    if "--budget" in arguments:
+        from t5x_like.commands import plan_budget
+
+        return plan_budget.run(arguments)
+    if "--check" in arguments:
+        from t5x_like.commands import plan_check
+
+        return plan_check.run(arguments)
     config_arguments, others = split_config(arguments)
+    dimensions, others = plan_search.split(others)
     options = _parse(others)
+    plan_search.check(options, dimensions)
     config, overrides = load_config(config_arguments)
     program = _program(config, options.program)
     price = _price(options.price)
@@ -40,6 +51,10 @@ def run(arguments: Sequence[str]) -> int:
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
+    if options.search:
+        if program != "train":
+            raise UsageError("--search is of train steps; a config of `t5x_like rl` takes it with --program=train")
+        return plan_search.run(config_arguments, dimensions, options)
 
     from t5x_like.planner import iteration, page, report
 
@@ -70,6 +85,10 @@ def _parse(arguments: Sequence[str]) -> Any:
         "--price", metavar="AMOUNT", help="of a chip for an hour, such as 4.20USD, for what a run costs"
     )
     parser.add_argument("--cache", metavar="DIR", help="of compiled programs; `off` for none; default: ~/.cache")
+    parser.add_argument(
+        "--default_options", action="store_true", help="with the compiler's own options, not the config's: often faster"
+    )
+    plan_search.add_flags(parser)
     parser.add_argument("--details", action="store_true", help="list every collective instruction by itself")
     options = parser.parse_args(arguments)
     sizes = (options.rows, options.length)
@@ -134,11 +153,15 @@ def _planned(
     from t5x_like.runs import program as programs
     from t5x_like.runs.roles import open_or_assume
 
-    experiment = _experiment(config, overrides)
+    experiment = planned.experiment_of(config, overrides)
+    if options.default_options:
+        experiment = _with_default_options(experiment)
     slices, mesh_config = _slices(options.slices, experiment.mesh)
     topology = topologies.topology(options.topology, slices=slices)
     mesh = meshes.make(mesh_config, topology.devices)
     place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
+    if program != "decode":
+        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
     if program == "decode":
         step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
         work = planned.decode_work(experiment, rows=options.rows, length=options.length)
@@ -190,10 +213,15 @@ def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:
     """(slices, section mesh): either says how many where the other is silent. A run needs config.mesh.slice itself."""
     if given is None:
         return max(mesh.slice or 1, 1), mesh
-    if mesh.slice is None and given > 1:
+    if mesh.slice is None and given > 1 and (mesh.stage or 1) == 1:
         print(f"planned with config.mesh.slice={given}, which train needs too", file=sys.stderr)
         mesh = dataclasses.replace(mesh, slice=given)
     return given, mesh
+
+
+def _with_default_options(experiment: Any) -> Any:
+    plain = dataclasses.replace(experiment.runtime.compiler_options, tpu={})
+    return dataclasses.replace(experiment, runtime=dataclasses.replace(experiment.runtime, compiler_options=plain))
 
 
 def _waiting(what: str, doing: str) -> Waiting:
@@ -207,17 +235,6 @@ def _kept(options: Any) -> pathlib.Path | None:
     if options.cache == "off":
         return None
     return pathlib.Path(paths.normal(options.cache)) if options.cache else cache.folder()
-
-
-def _experiment(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
-    """A training run, or one of reinforcement learning, whose functions are not called."""
-    from t5x_like.runs import train
-    from t5x_like.runs.functions import named_functions
-    from t5x_like.runs.rl_program import RlExperiment
-
-    if "rl" not in config:
-        return train.from_config(config, overrides=overrides)
-    return train.built(RlExperiment, named_functions(config)[0], overrides=overrides)
 
 
 def _iteration(

@@ -354,6 +354,20 @@ def slices(generation: str) -> list[Slice]:
     return [Slice(generation, dims) for dims in found]
 
 
+def device_kind(generation: str) -> str:
+    """What jax calls a device of this generation, such as "TPU v5"."""
+    return re.sub(r".\?$", "", GENERATIONS[generation].kind.split("|")[0])
+
+
+# GiB of memory of a VM with 4 chips; a smaller one has its share.
+_HOST_GIB = {"v4": 407, "v5e": 192, "v5p": 448, "v6e": 720, "tpu7x": 960}
+
+
+def host_bytes(slice_: Slice) -> int:
+    """Memory of each VM of a slice."""
+    return _HOST_GIB[slice_.generation] * 2**30 * slice_.vm_chips // 4
+
+
 def wraps(dims: tuple[int, ...]) -> tuple[bool, bool, bool]:
     """In which dims the network is a ring: all of a 3-D slice made of whole cubes, and those 16 long in 2-D.
 

@@ -9,20 +9,25 @@ import dataclasses
 from t5x_like.core.errors import UsageError
 
 NAMES = ("float32", "bfloat16")
+# In which numbers the matrices of layers are multiplied in training: as `compute` says, or in int8 (layers/int8.py), of
+# "int8_forward" the forward pass alone, of "int8" also the gradients of activations.
+COMPUTE, INT8_FORWARD, INT8 = PRODUCTS = ("compute", "int8_forward", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
 class DtypePolicy:
-    """`params`: storage of weights; `compute`: operands of matrix products. Both are numpy dtype names.
+    """`params`: storage of weights; `compute`: operands of matrix products. Both are numpy dtype names. `products`: a
+    name in PRODUCTS, for texts as a whole; what reads a cache, and models that are not of a run, multiply in `compute`.
 
     float32 means float32 products on every platform (layers/platform.py).
     """
 
     params: str
     compute: str
+    products: str = COMPUTE
 
 
-def policy(*, params: str, compute: str, platform: str) -> DtypePolicy:
+def policy(*, params: str, compute: str, platform: str, products: str = COMPUTE) -> DtypePolicy:
     """`compute="auto"` is bfloat16 on tpu and gpu and float32 on cpu.
 
     >>> policy(params="float32", compute="auto", platform="tpu").compute
@@ -38,4 +43,6 @@ def policy(*, params: str, compute: str, platform: str) -> DtypePolicy:
             )
         if name not in NAMES:
             raise UsageError(f"config.model.dtype.{field}={name!r} is unknown; use one of {', '.join(NAMES)}")
-    return DtypePolicy(params, compute)
+    if products not in PRODUCTS:
+        raise UsageError(f"config.model.dtype.products={products!r} is unknown; use one of {', '.join(PRODUCTS)}")
+    return DtypePolicy(params, compute, products)

@@ -120,6 +120,8 @@ _ANSWERS = Change(adds={"data.answers": "apart"})
 _ANSWERS_PER_ROW = Change(adds={"rl.answers_per_row": 1})
 # Nothing lay on the mesh axis `stage`.
 _PIPELINE = Change(adds={"mesh.pipeline": {"micro_batches": None, "repeats": 1}})
+# All products were in the compute type.
+_PRODUCTS = Change(adds={"model.dtype.products": "compute"})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -140,7 +142,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
     4: (_HEADS, _CSV, _ADAPTER, _CHAT),
     5: (_ROLLOUT_WEIGHTS, _ANSWERS),
     6: (_ANSWERS_PER_ROW,),
-    7: (_PIPELINE,),
+    7: (_PIPELINE, _PRODUCTS),
 }
 
 

@@ -23,21 +23,18 @@ from t5x_like.core.errors import UsageError
 from t5x_like.layers.attention.biases import Bias
 from t5x_like.layers.attention.branches import Branches
 from t5x_like.layers.attention.choice import attention
-from t5x_like.layers.attention.kernels import CONTEXT
 from t5x_like.layers.attention.kv_cache import Cache, Cross
 from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.layers.dropout import dropout
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.mlp import ACTIVATIONS, Mlp, add_bias
-from t5x_like.layers.mlp import NAMES as MLP_NAMES
 from t5x_like.layers.norms import NORMS, RmsNorm
 from t5x_like.layers.param import ZEROS, param
+from t5x_like.layers.platform import in_order
 from t5x_like.layers.positions import rotate
 from t5x_like.layers.weights import einsum
 from t5x_like.parallel.sharding import constrain
 
-# The activations of a layer that have a name, by which remat can save them (stack.SAVED).
-NAMES = ("q", "k", "v", CONTEXT, *MLP_NAMES)
 # Where the norms of a branch stand: f is the branch, x what passes from layer to layer.
 NORM_ORDERS = {
     "pre": "x + f(norm(x))",
@@ -195,16 +192,16 @@ class Projections(nnx.Module):
         c = self.config
         q_BTNH = _project(x_BTD, self.q, self.q_bias if c.qkv_bias else None)
         q_BTNH = self.q_norm(q_BTNH) if c.qk_norm else q_BTNH
-        return _placed(q_BTNH if rope is None else rotate(q_BTNH, rope), "q")
+        return _placed(q_BTNH if rope is None else rotate(q_BTNH, rope), "act_heads")
 
     def keys(self, x_BTD: jax.Array, rope: Any) -> jax.Array:
         c = self.config
         k_BTKH = _project(x_BTD, self.k, self.k_bias if c.qkv_bias else None)
         k_BTKH = self.k_norm(k_BTKH) if c.qk_norm else k_BTKH
-        return _placed(k_BTKH if rope is None else rotate(k_BTKH, rope), "k")
+        return _placed(k_BTKH if rope is None else rotate(k_BTKH, rope), "act_kv_heads")
 
     def values(self, x_BTD: jax.Array) -> jax.Array:
-        return _placed(_project(x_BTD, self.v, self.v_bias if self.config.qkv_bias else None), "v")
+        return _placed(_project(x_BTD, self.v, self.v_bias if self.config.qkv_bias else None), "act_kv_heads")
 
     def output(self, context_BTNH: jax.Array) -> jax.Array:
         context_BTNH = constrain(context_BTNH, "batch", "length", "act_heads", "head")
@@ -217,9 +214,8 @@ def _project(x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax
     return y_BTNH if bias is None else add_bias(y_BTNH, bias)
 
 
-def _placed(x_BTNH: jax.Array, name: str) -> jax.Array:
-    heads = "act_heads" if name == "q" else "act_kv_heads"
-    return checkpoint_name(constrain(x_BTNH, "batch", "length", heads, "head"), name)
+def _placed(x_BTNH: jax.Array, heads: str) -> jax.Array:
+    return constrain(x_BTNH, "batch", "length", heads, "head")
 
 
 class Attention(Projections):
@@ -331,17 +327,18 @@ class Block(nnx.Module):
         key = None if shared.key is None else jax.random.fold_in(shared.key, index)
         own, other = (None, None) if cache is None else (cache["self"], cache.get("cross"))
         first_BTD = x_BTD
+        placed = in_order if cache is None else lambda x_BTD: x_BTD
         with jax.named_scope("attention"):
             entered_BTD = self._enter("attention", x_BTD)
             branch_BTD, new = self.attention(entered_BTD, rows, shared.bias, kind=kind, index=index, cache=own)
-            x_BTD = self._leave("attention", x_BTD, branch_BTD, rows, key)
+            x_BTD = checkpoint_name(placed(self._leave("attention", x_BTD, branch_BTD, rows, key)), "attention_out")
         if self.crosses:
             with jax.named_scope("cross"):
                 branch_BTD = self.cross(self._enter("cross", x_BTD), rows, index=index, cache=other)
-                x_BTD = self._leave("cross", x_BTD, branch_BTD, rows, key)
+                x_BTD = checkpoint_name(placed(self._leave("cross", x_BTD, branch_BTD, rows, key)), "attention_out")
         with jax.named_scope("mlp"):
             branch_BTD = self.mlp(self._enter("mlp", first_BTD if self.parallel else x_BTD))
-            x_BTD = self._leave("mlp", x_BTD, branch_BTD, rows, key)
+            x_BTD = placed(self._leave("mlp", x_BTD, branch_BTD, rows, key))
         return x_BTD, {"cache": new, "sums": {}}
 
     @staticmethod
@@ -352,9 +349,7 @@ class Block(nnx.Module):
         """What a branch reads."""
         return getattr(self, f"{branch}_norm")(x_BTD) if self.order in ("pre", "sandwich") else x_BTD
 
-    def _leave(
-        self, branch: str, x_BTD: jax.Array, out_BTD: jax.Array, rows: Rows, key: jax.Array | None
-    ) -> jax.Array:
+    def _leave(self, branch: str, x_BTD: jax.Array, out_BTD: jax.Array, rows: Rows, key: jax.Array | None) -> jax.Array:
         """What goes on behind a branch: x and its output, with the norm that NORM_ORDERS has there."""
         if self.order == "branch":
             out_BTD = getattr(self, f"{branch}_norm")(out_BTD)

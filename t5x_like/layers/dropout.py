@@ -44,7 +44,7 @@ def _uniform(key: jax.Array, numbers_B: jax.Array, shape: tuple[int, ...]) -> ja
     assert jax.random.key_impl(key) == "threefry2x32" and jax.config.jax_threefry_partitionable
     size = int(np.prod(shape, dtype=np.int64))
     assert size < 2**32
-    inside = jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+    inside = jnp.arange(size, dtype=jnp.uint32).reshape(1, *shape)
     high, low = (a.reshape(-1, *(1,) * len(shape)) for a in _times(numbers_B, size))
     places = low + inside
     carry = (places < low).astype(jnp.uint32)

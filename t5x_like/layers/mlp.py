@@ -16,8 +16,6 @@ from t5x_like.layers.param import ZEROS, param
 from t5x_like.layers.weights import einsum, value
 from t5x_like.parallel.sharding import constrain
 
-NAMES = ("mlp_gate", "mlp_up")  # what stack.SAVED may name
-
 
 def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)

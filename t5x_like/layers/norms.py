@@ -6,10 +6,13 @@ Legend: B batch, T length, D model.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from t5x_like.layers.param import ONES, ZEROS, param
 from t5x_like.layers.weights import value
+
+NAME = "norm"  # of what a norm sums up, one number a token, by which remat can save it
 
 
 class RmsNorm(nnx.Module):
@@ -44,8 +47,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        centred = wide - checkpoint_name(jnp.mean(wide, axis=-1), NAME)[..., None]
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1) + self.epsilon)
+        inverse = checkpoint_name(inverse, NAME)[..., None]
         return (centred * inverse * _row(self.scale, x.ndim) + _row(self.bias, x.ndim)).astype(x.dtype)
 
 
@@ -58,7 +62,7 @@ NORMS: dict[str, type[RmsNorm] | type[RmsNormPlusOne] | type[LayerNorm]] = {
 
 def _rms(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    inverse = checkpoint_name(jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1) + epsilon), NAME)[..., None]
     return (wide * inverse * scale).astype(x.dtype)
 
 

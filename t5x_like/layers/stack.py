@@ -18,36 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
-from t5x_like.layers.attention.kernels import CONTEXT, CUDNN_FORWARD
+from t5x_like.layers import remat as remats
 from t5x_like.parallel import pipeline as pipelines
-from t5x_like.parallel.pipeline import Schedule
+from t5x_like.parallel.pipeline import Schedule, on_all_stages
 
-_policies = jax.checkpoint_policies
-
-# Names that blocks give to activations with `checkpoint_name` (block.NAMES) and that a policy saves.
-SAVED: dict[str, tuple[str, ...]] = {
-    "minimal": ("q", "k", "v", "context", "mlp_gate", "mlp_up"),  # computes norms, activations and attention again
-    "context": ("context",),  # saves attention's output, and on accelerators what else its backward pass reads
-}
-
-
-def _saving(names: tuple[str, ...], also: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """The policy that saves what has these names. cuDNN's kernel gives its results no name: with "context" they are
-    saved by their primitive, so that it runs once."""
-    policy = _policies.save_only_these_names(*names)
-    if CONTEXT in names:
-        policy = _policies.save_from_both_policies(policy, lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD)
-    return policy if also is None else _policies.save_from_both_policies(policy, also)
-
-
-# What the backward pass finds saved; everything else inside a layer is computed again. Least memory last.
-REMAT: dict[str, Callable[..., Any]] = {
-    "none": _policies.everything_saveable,  # but for what a layer itself leaves out (mlp.py: its activation)
-    "dots": _saving(SAVED["context"], _policies.dots_saveable),
-    "minimal": _saving(SAVED["minimal"]),
-    "context": _saving(SAVED["context"]),
-    "full": _policies.nothing_saveable,  # one [B, T, D] a layer
-}
 # What a layer reads, which is kept of a turn of a pipeline whatever is computed again.
 _LAYER_INPUT = "layer_input"
 
@@ -171,18 +145,20 @@ def run(
 
     blocks, weights: by group; arrays [layers of the group, ...]. rows: a tree of per-row values handed to every block
     beside x. scan=False gives the same result from a longer program, which saves the copies in and out of stacked
-    arrays. With a cache no gradient is taken, and neither weights nor cache are cut into segments, which would copy
-    them: each layer is picked by its number out of the whole, and pipeline stages are not used. first: the number of
-    the first of these layers.
+    arrays. remat: in the words of remat.py. With a cache no gradient is taken, and neither weights nor cache are cut
+    into segments, which would copy them: each layer is picked by its number out of the whole, and pipeline stages are
+    not used. first: the number of the first of these layers.
     """
     if pipeline is not None and cache is None:
         return _in_stages(blocks, weights, x, rows, kinds=kinds, scan=scan, remat=remat, schedule=pipeline)
-    plan = segments(kinds) if scan else (Segment(0, len(kinds), 1),)
+    weights = jax.tree.map(lambda a: a if _is_apart(a) else on_all_stages(a), weights, is_leaf=_is_apart)
+    saved = ("none",) * len(kinds) if cache is not None else remats.by_layer(remat, kinds)
+    plan = segments(list(zip(kinds, saved, strict=True))) if scan else (Segment(0, len(kinds), 1),)
     if cache is None:
         parts = _cut(weights, kinds, plan)
     outputs = []
     for number, segment in enumerate(plan):
-        steps = _steps(blocks, kinds, segment, cache=cache, remat=remat)
+        steps = _steps(blocks, kinds, saved, segment, cache=cache)
         if cache is None:
             pick, xs = _given(kinds, segment), parts[number]
         else:
@@ -231,26 +207,30 @@ def _in_stages(
         first = number * len(alike)
         return run(blocks, weights, x, rows, kinds=alike, scan=scan, remat=remat, first=first)
 
-    policy = None
-    if remat != "none":
-        # The weights of a stretch are picked again, not kept of every turn. What a layer reads is kept, so that the
-        # backward pass computes each layer again by itself, once.
-        policy = _policies.save_from_both_policies(REMAT[remat], _policies.save_only_these_names(_LAYER_INPUT))
+    policies = [remats.policy(name) for name in sorted(set(remats.by_layer(remat, alike)))]
+    # The weights of a stretch are picked again, not kept of every turn. What a layer reads is kept, so that the
+    # backward pass computes each layer again by itself, once.
+    both = jax.checkpoint_policies.save_from_both_policies
+    policy = jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT)
+    for each in policies:
+        policy = None if policy is None or each is None else both(each, policy)
     return pipelines.run(stage, weights, x, rows, schedule=schedule, policy=policy)
 
 
 def _steps(
-    blocks: Mapping[str, BlockFunction], kinds: Sequence[Kind], segment: Segment, *, cache: Any, remat: str
+    blocks: Mapping[str, BlockFunction], kinds: Sequence[Kind], saved: Sequence[str], segment: Segment, *, cache: Any
 ) -> list[Callable[..., Any]]:
     """The function of each layer of a period."""
-    period = kinds[segment.start : segment.start + segment.period]
-    steps = [functools.partial(blocks[kind.group], kind=kind, cache=cache) for kind in period]
-    if remat == "none" or cache is not None:
-        return steps
     # The body of a scan over single layers is differentiated on its own, so there is nothing to share by mistake.
     # With several layers side by side, common subexpressions would undo the remat.
     plain_scan = segment.period == 1 and segment.repeats > 1
-    return [jax.checkpoint(step, policy=REMAT[remat], prevent_cse=not plain_scan) for step in steps]
+    steps = []
+    for number in range(segment.start, segment.start + segment.period):
+        kind, policy = kinds[number], remats.policy(saved[number])
+        step = functools.partial(blocks[kind.group], kind=kind, cache=cache)
+        again = functools.partial(jax.checkpoint, policy=policy, prevent_cse=not plain_scan)
+        steps.append(step if policy is None else again(step))
+    return steps
 
 
 def _body(

@@ -34,9 +34,7 @@ class Output:
 class Architecture(Protocol):
     """Functions of a tree of parameters; a value without arrays. The methods of `Model` of the same names say more."""
 
-    def __init__(
-        self, config: ModelConfig, rules: Rules, dtypes: DtypePolicy, pipeline: PipelineConfig | None
-    ): ...
+    def __init__(self, config: ModelConfig, rules: Rules, dtypes: DtypePolicy, pipeline: PipelineConfig | None): ...
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from t5x_like.core import config as bridge
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
+from t5x_like.layers import remat
 from t5x_like.layers.block import BlockConfig, LayerKind
 from t5x_like.layers.initialization import InitConfig
 from t5x_like.layers.positions import RopeScaling
-from t5x_like.layers.stack import REMAT
 from t5x_like.models.families import FAMILIES
 from t5x_like.models.families.plain import merged
 
@@ -158,10 +158,11 @@ class HeadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DtypeConfig:
-    """Number formats by name (core/dtypes.py). compute "auto": by platform."""
+    """Number formats by name (core/dtypes.py). compute "auto": by platform. products: a name in dtypes.PRODUCTS."""
 
     params: str
     compute: str
+    products: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,8 @@ class ModelConfig:
     vocab_size: tokens; stored rows are rounded up to vocab_multiple and masked. max_length: tokens of a text. width: of
     what passes from layer to layer. scalar_heads: names in SCALAR_HEADS, each of which gives a token one number.
     dropout: share of the embedding's and of each branch's output that is set to zero in training (attention weights are
-    never dropped). scan, remat: how the layers are run; a name in stack.REMAT.
+    never dropped). scan, remat: how the layers are run; what
+    remat may be says layers/remat.py.
     """
 
     family: str
@@ -214,8 +216,7 @@ class ModelConfig:
         for name in self.scalar_heads:
             if name not in SCALAR_HEADS:
                 raise UsageError(f"{path}.scalar_heads: {name!r} is unknown; {nearest(name, SCALAR_HEADS)}")
-        if self.remat not in REMAT:
-            raise UsageError(f"{path}.remat={self.remat!r} is unknown; {nearest(self.remat, REMAT)}")
+        remat.parse(self.remat, path=f"{path}.remat")
         for field in ("vocab_size", "vocab_multiple", "max_length", "width"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least 1")

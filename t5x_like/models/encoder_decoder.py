@@ -88,7 +88,8 @@ class EncoderDecoder:
 
     def start(self, params: Tree, batch: Mapping[str, Array], *, rows: int, length: int) -> Any:
         """Runs the encoder on `encoder_inputs`; the cache holds the keys and values of cross attention."""
-        memory, _ = self._encode(params, batch, key=None)
+        alone = dataclasses.replace(self, pipeline=None)  # as all decoding; prompts may be of any number
+        memory, _ = alone._encode(params, batch, key=None)
         return empty(self._decoder.cache_specs(rows, length)) | self._decoder.cross_cache(params["decoder"], memory)
 
     def cache_specs(self, rows: int, length: int, source_length: int) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from t5x_like.core import tree
-from t5x_like.core.dtypes import DtypePolicy
+from t5x_like.core.dtypes import COMPUTE, INT8, DtypePolicy
 from t5x_like.core.errors import UserError
 from t5x_like.core.types import Tree
+from t5x_like.layers import int8
 from t5x_like.layers.param import empty, fold, initialize
 from t5x_like.layers.platform import float32_products
 from t5x_like.layers.scoring.head import Head
@@ -101,6 +102,8 @@ class Model:
     ) -> Output:
         _check_tree(params, self._specs)
         self._check_lengths(batch)
+        if cache is None and self.dtypes.products != COMPUTE:
+            params = int8.in_products(params, self._specs, backward=self.dtypes.products == INT8)
         params = params if key is None else keyed(params, fold(key, "weights"))
         with use_rules(self.rules), float32_products(self.dtypes.compute):
             return self._architecture.apply(params, batch, cache=cache, fresh_rows_R=fresh_rows_R, key=key)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import ArraySpec
+from t5x_like.layers.scoring.token_loss import token_loss
 from t5x_like.layers.scoring.token_scores import Scores, token_scores
 from t5x_like.objectives.interface import Batch, Objective, Role, Sums, inputs
 
@@ -45,23 +46,26 @@ def build(config: LmConfig, roles: Mapping[str, Role], arrays: Mapping[str, Arra
         parameters = whole(params, frozen)
         return model.score_input(parameters, model.apply(parameters, batch, key=key))
 
+    def of_tokens(scores: Scores, weights) -> tuple[jax.Array, dict[str, jax.Array]]:
+        nll = -jnp.sum(weights * scores.logp)
+        total, sums = nll, {"loss": nll}
+        if config.label_smoothing:
+            smooth = scores.logz - scores.mean
+            total = (1 - config.label_smoothing) * nll + config.label_smoothing * jnp.sum(weights * smooth)
+        if config.z_loss:
+            z_loss = config.z_loss * jnp.sum(weights * jnp.square(scores.logz))
+            total, sums = total + z_loss, sums | {"z_loss": z_loss}
+        return total, sums
+
     def weights(batch: Batch) -> dict[str, jax.Array]:
         return {"tokens": jnp.sum(batch["loss_weights"])}
 
     def loss(params, frozen, batch: Batch, key, totals) -> tuple[jax.Array, Sums]:
         hidden_BTD, head = hidden_and_head(params, frozen, batch, key)
-        scores = token_scores(hidden_BTD, head, batch["targets"], want=want)
         weights_BT = batch["loss_weights"]
         count = jnp.sum(weights_BT)
-        nll = -jnp.sum(weights_BT * scores.logp)
-        total, sums = nll, {"loss": (nll, count)}
-        if config.label_smoothing:
-            smooth_BT = scores.logz - scores.mean
-            total = (1 - config.label_smoothing) * nll + config.label_smoothing * jnp.sum(weights_BT * smooth_BT)
-        if config.z_loss:
-            z_loss = config.z_loss * jnp.sum(weights_BT * jnp.square(scores.logz))
-            total, sums = total + z_loss, sums | {"z_loss": (z_loss, count)}
-        return total / totals["tokens"], sums
+        value, sums = token_loss(of_tokens, hidden_BTD, head, batch["targets"], weights_BT, totals["tokens"], want=want)
+        return value, {name: (value, count) for name, value in sums.items()}
 
     def evaluate(params, frozen, batch: Batch) -> Sums:
         hidden_BTD, head = hidden_and_head(params, frozen, batch, None)

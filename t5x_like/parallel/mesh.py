@@ -114,22 +114,36 @@ def platform(mesh: Mesh | AbstractMesh) -> str:
     return mesh.devices.flat[0].platform
 
 
+def across_slices(sizes: Mapping[str, int], slices: int) -> str:
+    """The mesh axis along which this many slices are joined by the data-centre network: `slice`, or, where that is 1,
+    `stage`, whose messages are the fewest.
+
+    >>> across_slices({"slice": 2, "stage": 1}, 2), across_slices({"slice": 1, "stage": 4}, 2)
+    ('slice', 'stage')
+    """
+    if sizes["slice"] == slices:
+        return "slice"
+    if sizes["slice"] == 1 and sizes["stage"] % slices == 0:
+        return "stage"
+    raise UsageError(
+        f"config.mesh.slice={sizes['slice']}, but the devices are {slices} slices; set config.mesh.slice={slices}, or "
+        f"config.mesh.slice=1 and config.mesh.stage to a multiple of {slices}"
+    )
+
+
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     if devices[0].platform != "tpu":
         # CPU and GPU: processes in order, so that neighbours in the mesh share a host.
         return np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
-    slices, inner = shape[0], shape[1:]
     found = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices != found:
-        raise UsageError(
-            f"config.mesh.slice={slices}, but the devices are {found} slices; set config.mesh.slice={found}"
-        )
-    across = (slices,) + (1,) * len(inner)
+    axis = across_slices(dict(zip(MESH_AXES, shape, strict=True)), found)
+    across = tuple(found if name == axis else 1 for name in MESH_AXES)
+    inside = tuple(size // parts for size, parts in zip(shape, across, strict=True))
 
     def arrange(split: bool) -> np.ndarray:
-        if slices == 1:
+        if found == 1:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
-        return mesh_utils.create_hybrid_device_mesh((1, *inner), across, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=split)
 
     try:
         return arrange(split=False)

@@ -1,4 +1,5 @@
-"""Pipeline stages: the layers of a stack lie on the mesh axis `stage` in parts, which work side by side on micro-batches.
+"""Pipeline stages: the layers of a stack lie in parts on the mesh axis `stage`, and the parts work side by side, each
+on another micro-batch.
 
 A stack is cut into stages x repeats stretches of equal layers; stretch n lies on stage n % stages, so that with
 repeats=2 a micro-batch goes round the stages twice. Every turn each stage runs one stretch on one micro-batch, and what
@@ -8,8 +9,8 @@ comes out moves on to the next stage. With 2 stages, 2 repeats and the micro-bat
     stage 0   a0   b0   a2   b2    -        (letter: micro-batch, number: stretch)
     stage 1    -   a1   b1   a3   b3
 
-All stages are one `vmap` over an axis that lies on `stage`, and moving on is a `roll` along it, which the compiler makes
-a collective-permute. No shard_map: whatever a stretch does, shard_maps over all axes included, it does as without
+All stages are one `vmap` over a dim that lies on `stage`, and moving on is a `roll` along it, which becomes a
+collective-permute. No shard_map: whatever a stretch does, shard_maps over all axes included, it does as without
 stages. The backward pass is the loop run backward, with as many turns.
 
 NOT here: what a layer is (layers/block.py), and how a stretch runs its layers (layers/stack.py).
@@ -20,13 +21,13 @@ Legend: S stages, R repeats, M micro-batches, B rows of the batch, b rows of a m
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec, get_abstract_mesh
+from jax.sharding import PartitionSpec
 
 from t5x_like.core.errors import UsageError
 from t5x_like.core.types import Tree
@@ -62,8 +63,8 @@ NEUTRAL = PipelineConfig(micro_batches=None, repeats=1)
 class Schedule:
     """Which stage does what in which turn.
 
-    Stage s does item t - s in turn t. Items are ordered by groups of S micro-batches, in a group by repeats: what leaves
-    the last stage is what the first needs next, so that nothing waits in between.
+    Stage s does item t - s in turn t. Items are ordered by groups of S micro-batches, in a group by repeats: what
+    leaves the last stage is what the first needs next, so that nothing waits in between.
     """
 
     stages: int
@@ -87,6 +88,18 @@ class Schedule:
         (0.42857142857142855, 0.2)
         """
         return (self.stages - 1) / self.turns
+
+    @property
+    def described(self) -> str:
+        """
+        >>> Schedule(stages=4, micro_batches=8, repeats=1).described
+        '8 micro-batches through 4 stages: 11 turns, a stage is idle in 3 of them (bubble 27.3%)'
+        """
+        again = f", {self.repeats} times" if self.repeats > 1 else ""
+        return (
+            f"{self.micro_batches} micro-batches through {self.stages} stages{again}: {self.turns} turns, a stage is "
+            f"idle in {self.stages - 1} of them (bubble {self.bubble:.1%})"
+        )
 
     def work(self, item: Any) -> tuple[Any, Any]:
         """(repeat, micro-batch) of an item, of numbers or arrays."""
@@ -131,6 +144,15 @@ def schedule_here(config: PipelineConfig | None) -> Schedule | None:
     return None if stages == 1 else schedule_of(config, stages)
 
 
+def on_all_stages(stack: jax.Array) -> jax.Array:
+    """A stack of weights whose layers run one after the other on all devices, as in decoding: gathered from the stages
+    that it lies on. The identity without stages."""
+    if nothing_to_place() or stages_of(current_rules(), free_axis_sizes()) == 1:
+        return stack
+    rest = (PartitionSpec.UNCONSTRAINED,) * (stack.ndim - 1)
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(None, *rest))
+
+
 class StageFunction(Protocol):
     """One stretch of layers: (weights, x, rows, its number from 0) -> (x, outputs), a tree of sums over rows, each with
     a leading dim over the layers of the stretch."""
@@ -161,19 +183,20 @@ def run(
         )
     layout = _Layout(s, current_rules() if not nothing_to_place() else None)
     weights = jax.tree.map(layout.stretches, weights)
-    own = jax.tree.map(lambda a: a.shape[0] == count, rows)
-    given = jax.tree.map(lambda a, cut: layout.on_each_stage(a) if cut else a, rows, own)
-    stage = _stage(stage_function, s, own)
+    leaves, structure = jax.tree.flatten(rows)
+    cut = [a.shape[0] == count for a in leaves]
+    given = [layout.on_each_stage(a) if own else a for a, own in zip(leaves, cut, strict=True)]
+    stage = _stage(stage_function, s, structure, cut)
     if policy is not None:
         stage = jax.checkpoint(stage, policy=policy, prevent_cse=False)  # inside of a scan
-    stage = layout.mapped(stage, in_axes=(0, 0, jax.tree.map(lambda cut: 0 if cut else None, own), 0, 0))
+    stage = layout.mapped(stage, in_axes=(0, 0, [0 if own else None for own in cut], 0, 0))
 
     def turn(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
         arrived, held = carry  # [S, b, ...], [S, M, b, ...]
         items_S = (number - jnp.arange(s.stages)) % s.items  # with nothing to do, as if the batch came once more
         repeats_S, micro_S = s.work(items_S)
         enters = (jnp.arange(s.stages) == 0) & (repeats_S == 0)
-        entering = jax.lax.dynamic_index_in_dim(held, micro_S[0], axis=1, keepdims=False)
+        entering = jax.lax.dynamic_index_in_dim(held, s.work(number % s.items)[1], axis=1, keepdims=False)
         x = jnp.where(enters.reshape(-1, *(1,) * (arrived.ndim - 1)), entering, arrived)
         x, outputs = stage(weights, x, given, repeats_S, micro_S)
         x = layout.staged(x)
@@ -188,18 +211,21 @@ def run(
     return layout.whole(held), jax.tree.map(functools.partial(_in_order, s), outputs)
 
 
-def _stage(stage_function: StageFunction, schedule: Schedule, own: Any) -> Callable[..., Any]:
-    """A stretch on one stage, with its weights and rows picked out of all that lie there."""
+def _stage(
+    stage_function: StageFunction, schedule: Schedule, structure: Any, cut: Sequence[bool]
+) -> Callable[..., Any]:
+    """A stretch on one stage, with its weights and rows picked out of all that lie there. structure: of the rows, cut:
+    which of them are those of a micro-batch."""
 
     def picked(stack: jax.Array, number: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(stack, number, 0, keepdims=False)
 
-    def stage(weights: Tree, x: jax.Array, rows: Any, repeat: jax.Array, micro: jax.Array, place: jax.Array) -> Any:
+    def stage(weights: Tree, x: jax.Array, given: Any, repeat: jax.Array, micro: jax.Array, place: jax.Array) -> Any:
         if schedule.repeats > 1:
             weights = jax.tree.map(lambda a: picked(a, repeat), weights)
         else:
             weights = jax.tree.map(lambda a: a[0], weights)
-        rows = jax.tree.map(lambda a, cut: picked(a, micro) if cut else a, rows, own)
+        rows = structure.unflatten([picked(a, micro) if own else a for a, own in zip(given, cut, strict=True)])
         return stage_function(weights, x, rows, repeat * schedule.stages + place)
 
     return stage
@@ -218,7 +244,7 @@ def _in_order(schedule: Schedule, outputs: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How weights and rows lie on the stages. rules: in force around the pipeline; None without a mesh, where the stages
+    """How weights and rows lie on the stages. rules: in force around the pipeline; None without a mesh, where stages
     are merely a dim."""
 
     schedule: Schedule

@@ -33,9 +33,10 @@ _CACHE = "jax_enable_compilation_cache"
 class Memory:
     """HBM of one device in bytes, as the compiler lays it out; the runtime's own overhead is not in it.
 
-    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both. `peak_bytes` is the most that lives
-    at once, arguments and outputs included: by this the compiler takes or refuses a program. `temporaries_bytes` is
-    what XLA calls temp_size, which may be half as much again as ever lives at once.
+    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both. `peak_bytes` is the compiler's word on
+    the most that lives at once, arguments and outputs included, and the vector memory too: by this it takes or refuses a
+    program. `needed_bytes` is the same without the vector memory. `temporaries_bytes` is what XLA calls temp_size, which
+    may be half as much again as ever lives at once.
     """
 
     arguments_bytes: int
@@ -43,12 +44,13 @@ class Memory:
     outputs_bytes: int
     aliased_bytes: int
     peak_bytes: int | None = None
+    needed_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
-        """What a device must have for it."""
-        if self.peak_bytes is not None:
-            return self.peak_bytes
+        """The HBM that a device must have for it."""
+        if self.needed_bytes is not None:
+            return self.needed_bytes
         return self.arguments_bytes + self.temporaries_bytes + self.outputs_bytes - self.aliased_bytes
 
 
@@ -95,7 +97,7 @@ def compile_program(
     that does not fit, DoesNotFit has what it would be; finding out takes as long as the refusal. stage: is entered for
     each action that takes long, which it is given as a word.
     """
-    with _without_compilation_cache(), _without_lines(), jax.set_mesh(mesh):
+    with _without_compilation_cache(), without_lines(), jax.set_mesh(mesh):
         with stage("lowering"):
             lowered, lower_seconds = _timed(lambda: step.trace(*arguments).lower())
         name = ""
@@ -106,16 +108,27 @@ def compile_program(
             known = _asked(lowered, stage, anyway=anyway)
             if kept:
                 cache.write(kept, name, known)
-    compiled = (
-        Compiled(known["text"], Memory(**known["memory"]), lower_seconds, known["seconds"]) if known["text"] else None
-    )
+    compiled = _compiled(known, lower_seconds) if known["text"] else None
     if known["error"]:
         raise _explained(known["error"], compiled)
     assert compiled is not None
-    if compiled.memory.peak_bytes is None:  # kept by an older version
-        peak = dataclasses.replace(compiled.memory, peak_bytes=compiled.held.peak_bytes)
-        compiled = dataclasses.replace(compiled, memory=peak)
     return compiled
+
+
+def _compiled(known: Mapping[str, Any], lower_seconds: float) -> Compiled:
+    """A program of what is kept of it."""
+    fields = {field.name for field in dataclasses.fields(Memory)}
+    sizes = Memory(**{name: value for name, value in known["memory"].items() if name in fields})
+    found = Compiled(known["text"], sizes, lower_seconds, known["seconds"])
+    needed = _needed(sizes.peak_bytes, found.held)
+    return dataclasses.replace(found, memory=dataclasses.replace(sizes, needed_bytes=needed))
+
+
+def _needed(peak_bytes: int | None, held: Held) -> int:
+    """The compiler's peak without the vector memory that it counts: what we read, as long as that explains the rest."""
+    if peak_bytes is None or 0 <= peak_bytes - held.peak_bytes <= held.vector_bytes + 0.01 * peak_bytes:
+        return held.peak_bytes
+    return peak_bytes
 
 
 def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManager], *, anyway: bool) -> dict[str, Any]:
@@ -141,7 +154,7 @@ def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManage
         aliased_bytes=stats.alias_size_in_bytes,
         peak_bytes=getattr(stats, "peak_memory_in_bytes", 0) or None,
     )
-    return {"error": "", "text": compiled.as_text(), "memory": dataclasses.asdict(sizes), "seconds": seconds}
+    return {"error": "", "text": compiled.as_text(), "memory": _kept(sizes), "seconds": seconds}
 
 
 def _refused(lowered: Any) -> str:
@@ -159,7 +172,12 @@ def _of_text(text: str) -> dict[str, Any]:
     found = memory.held(text)
     rest = found.peak_bytes - found.arguments_bytes - found.outputs_bytes + found.aliased_bytes
     sizes = (found.arguments_bytes, rest, found.outputs_bytes, found.aliased_bytes, found.peak_bytes)
-    return dataclasses.asdict(Memory(*sizes))
+    return _kept(Memory(*sizes))
+
+
+def _kept(sizes: Memory) -> dict[str, Any]:
+    """What the compiler said; what follows from it is worked out again."""
+    return {name: value for name, value in dataclasses.asdict(sizes).items() if name != "needed_bytes"}
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -181,7 +199,7 @@ def _without_compilation_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_lines() -> Iterator[None]:
+def without_lines() -> Iterator[None]:
     """Lowered programs name operations, but no lines of files: kernels hold these too, and moving a line would make
     another program."""
     before = getattr(jax.config, _LINES)

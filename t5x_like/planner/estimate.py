@@ -1,19 +1,26 @@
 """The time of a step, with reasons: what is computed, what kernels take, and what of the networks is exposed.
 
-    step = cycles / clock + kernels (kernels.py) + exposed collectives (overlap.py)
+    step = computing + kernels (kernels.py) + exposed collectives (overlap.py)
+    computing, of each operation = max(CYCLE_SHARE x the compiler's cycles / clock, FLOPs / (MATRIX_SHARE x peak))
 
 An estimate throughout. From it follow MFU in both usual conventions, tokens a second, and time, chip-hours and cost of
 a run. Not here: text and JSON of it (report_time.py).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from t5x_like.core.accelerators import Generation
 from t5x_like.planner import kernels, network, overlap, regions
 from t5x_like.planner.cost import Cost
 from t5x_like.planner.network import Fabric
 from t5x_like.planner.overlap import Flight
 from t5x_like.planner.schedule import Op
+
+# Share of the compiler's cycles that a chip takes: it estimates large products above what published runs need.
+CYCLE_SHARE = 1.0
+# Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
+MATRIX_SHARE = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,17 @@ class Price:
 
 
 @dataclasses.dataclass(frozen=True)
+class RegionTime:
+    """Of a region in a pass on one device. seconds: of what is computed, kernels included; exposed: of collectives and
+    copies, on top of them; flops: of products and kernels."""
+
+    cycles: int
+    seconds: float
+    exposed: float
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
 class KernelTime:
     """All executions of a kernel on one device. flops and seconds are None where it is not known."""
 
@@ -50,18 +68,19 @@ class KernelTime:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one execution. parts: {name: seconds}, which add up to step_seconds; regions: {(region, pass): seconds} of
-    what is computed, kernels included; hardware_flops: of all chips, with what is computed again."""
+    """Of one execution. parts: {name: seconds}, which add up to step_seconds; regions: {(region, pass): its time};
+    hardware_flops: of all chips, with what is computed again."""
 
     step_seconds: float
     parts: Mapping[str, float]
     bound_by: str
-    regions: Mapping[tuple[str, str], float]
+    regions: Mapping[tuple[str, str], RegionTime]
     hardware_flops: float
     kernels: tuple[KernelTime, ...]
     flights: tuple[Flight, ...]
     chips: int
-    peak: float  # FLOP/s of all chips
+    devices: int
+    peak: float  # FLOP/s of all of them
     work: Work | None
     price: Price | None = None
 
@@ -150,36 +169,54 @@ def estimate(
         return found.seconds if found else 0.0
 
     def seconds(op: Op) -> float:
-        return op.cycles / row.clock + kernel_seconds(op)
+        return computing_seconds(op, row) + kernel_seconds(op)
 
     flights = overlap.play(cost.schedule, work=seconds, transfer=lambda c: network.seconds(c, fabric))
     in_kernels = sum(kernel_seconds(op) * times for op, times in cost.schedule.each())
-    parts = {"compute": cost.cycles / row.clock, "kernels": in_kernels}
+    computing = sum(computing_seconds(op, row) * times for op, times in cost.schedule.each())
+    parts = {"compute": computing, "kernels": in_kernels}
     for name in (network.ICI, network.DCN, network.HBM, network.HOST):
         parts[f"exposed_{name}"] = sum((flight.exposed for flight in flights if flight.network == name), 0.0)
-    spent = regions.sums((*regions.classify(op.source), seconds(op) * times) for op, times in cost.schedule.each())
+    found = _region_times(cost, seconds, flights, fabric)
     return Estimate(
         step_seconds=sum(parts.values()),
         parts=parts,
-        bound_by=_bound_by(parts, spent),
-        regions=spent,
-        hardware_flops=_flops(cost, fabric),
+        bound_by=_bound_by(parts, found),
+        regions=found,
+        hardware_flops=float(sum(each.flops for each in found.values()) * len(fabric.places)),
         kernels=tuple(_kernel_times(cost, fabric)),
         flights=tuple(flights),
         chips=chips,
+        devices=len(fabric.places),
         peak=row.peak * chips,
         work=work,
         price=price,
     )
 
 
-def _flops(cost: Cost, fabric: Fabric) -> float:
-    """Of matrix products and kernels, on all devices."""
-    total = 0
-    for op, times in cost.schedule.each():
+def computing_seconds(op: Op, row: Generation) -> float:
+    """Of one execution of an operation on one device, kernels apart."""
+    return max(CYCLE_SHARE * op.cycles / row.clock, op.flops / (MATRIX_SHARE * row.peak / row.devices))
+
+
+def _region_times(
+    cost: Cost, seconds: Callable[[Op], float], flights: Sequence[Flight], fabric: Fabric
+) -> dict[tuple[str, str], RegionTime]:
+    """Longest first."""
+    each = [(regions.classify(op.source), op, times) for op, times in cost.schedule.each()]
+
+    def flops(op: Op) -> int:
         found = kernels.roofline(op.kernel, fabric.row) if op.kernel else None
-        total += times * (op.flops + (found.flops if found else 0))
-    return float(total * len(fabric.places))
+        return op.flops + (found.flops if found else 0)
+
+    cycles = regions.sums((key, op.cycles * times) for key, op, times in each)
+    spent = regions.sums((key, seconds(op) * times) for key, op, times in each)
+    exposed = regions.sums((regions.classify(flight.op.source), flight.exposed) for flight in flights)
+    done = regions.sums((key, flops(op) * times) for key, op, times in each)
+    return {
+        key: RegionTime(cycles.get(key, 0), spent.get(key, 0.0), exposed.get(key, 0.0), done.get(key, 0))
+        for key in {**spent, **exposed}
+    }
 
 
 def _kernel_times(cost: Cost, fabric: Fabric) -> list[KernelTime]:
@@ -200,10 +237,8 @@ def _kernel_times(cost: Cost, fabric: Fabric) -> list[KernelTime]:
     return list(found.values())
 
 
-def _bound_by(parts: Mapping[str, float], spent: Mapping[tuple[str, str], float]) -> str:
+def _bound_by(parts: Mapping[str, float], spent: Mapping[tuple[str, str], RegionTime]) -> str:
     """The one thing that a step takes longest for."""
     largest = max(parts, key=lambda name: parts[name])
-    if largest == "compute" and spent:
-        region = regions.sums((region, "", seconds) for (region, _), seconds in spent.items())
-        return f"compute: {next(iter(region))[0]}"
-    return largest
+    region = regions.sums((region, each.seconds) for (region, _), each in spent.items())
+    return f"compute: {next(iter(region))}" if largest == "compute" and region else largest

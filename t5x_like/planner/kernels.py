@@ -11,7 +11,7 @@ Legend: T query length, S key length, H head size.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from t5x_like.core.accelerators import Generation
@@ -22,7 +22,7 @@ EFFICIENCY = 0.5
 
 _SPLASH = re.compile(r"splash_(mha|mqa)_(fwd|dq|dkv)")
 _FLOAT = re.compile(r"^(?:bf16|f16|f32)\[([\d,]+)\]")
-_TABLE = re.compile(r"^s(?:8|16|32)\[(\d+),(\d+),(\d+)\]")
+_TABLE = re.compile(r"^s(?:8|16)\[(\d+),(\d+),(\d+)\]")
 # Products over a block of T x S with heads of H. forward: logits, output. dq: logits, dP, dQ. dkv: logits, dV, dP, dK;
 # fused, dQ besides.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv fused": 5}
@@ -52,8 +52,7 @@ def roofline(call: KernelCall, row: Generation) -> Roofline | None:
     blocks = _sizes(kind, call.settings, q[-2], k[-2])
     if blocks is None:
         return None
-    tables = [tuple(map(int, m.groups())) for m in map(_TABLE.match, call.shapes) if m]
-    area = blocks[0] * blocks[1] * count_blocks(q[-2] // blocks[0], k[-2] // blocks[1], blocks, tables)
+    area = blocks[0] * blocks[1] * _blocks_left(call, kind, q[-2] // blocks[0], k[-2] // blocks[1], blocks)
     products = _PRODUCTS["dkv fused" if kind == "dkv" and call.settings.get("use_fused_bwd_kernel") else kind]
     heads = math.prod(q[:-2])
     size = (q[-1] + v[-1]) / 2  # queries and keys may be of another size than values
@@ -69,21 +68,30 @@ def _sizes(kind: str, settings: Mapping[str, Any], length: int, keys: int) -> tu
     return min(sizes[0], length), min(sizes[1], keys)  # type: ignore[type-var]
 
 
-def count_blocks(rows: int, columns: int, blocks: tuple[int, int], tables: Sequence[tuple[int, int, int]]) -> int:
-    """Blocks of a head that the mask leaves something of. tables: shapes of the tables that say so.
+def _blocks_left(call: KernelCall, kind: str, rows: int, columns: int, blocks: tuple[int, int]) -> int:
+    """Blocks of a head that the mask leaves something of, as far as the operands say.
 
-    No table: the mask is full. A table as wide as the keys: causal. A narrower one: a window, whose rows have at most
-    so many blocks. Of causal queries that are a part of the row, the mean over all parts.
-
-    >>> count_blocks(4, 4, (1024, 1024), [(1, 4, 4)]), count_blocks(4, 8, (1024, 512), [(1, 4, 8)])
-    (10, 20)
-    >>> count_blocks(4, 4, (1024, 1024), []), count_blocks(4, 4, (1024, 1024), [(1, 4, 2)])
-    (16, 7)
+    A mask by distance comes with the numbers of its queries, the one array of integers that is neither a table nor
+    segments; a full mask has none. A window's table is narrower than the row: of keys, or for dkv of queries.
     """
-    if not tables:
+    table = _TABLE.match(call.shapes[0])
+    integers = sum(shape.startswith("s32[") for shape in call.shapes)
+    if table is None or integers <= (2 if "segmented" in call.name else 0):
         return rows * columns
+    tall, wide = int(table.group(2)), int(table.group(3))
+    if kind == "dkv" and tall < rows:
+        return count_blocks(columns, rows, (blocks[1], blocks[0]), tall)
+    return count_blocks(rows, columns, blocks, wide)
+
+
+def count_blocks(rows: int, columns: int, blocks: tuple[int, int], width: int) -> int:
+    """Blocks that a causal mask leaves, of which a row has at most `width`: a window. Of queries that are a part of
+    the row, the mean over all parts.
+
+    >>> count_blocks(4, 4, (1024, 1024), 4), count_blocks(4, 8, (1024, 512), 8), count_blocks(4, 4, (1024, 1024), 2)
+    (10, 20, 7)
+    """
     tall, wide = blocks
-    width = min(table[-1] for table in tables)
-    parts = max(1, columns * wide // (rows * tall))  # of the row, of which these queries are one
+    parts = max(1, columns * wide // (rows * tall))
     seen = sum(min(width, math.ceil((row + 1) * tall / wide), columns) for row in range(rows * parts))
     return round(seen / parts)

@@ -70,8 +70,8 @@ class Moment:
 @dataclasses.dataclass(frozen=True)
 class Held:
     """HBM of one device. peak_bytes: the most that lives at once, arguments and outputs included; parts: what that is,
-    in the order of PARTS; aliased_bytes: of outputs that replace arguments; host_bytes: the most that the program keeps
-    in the memory of the host."""
+    in the order of PARTS; aliased_bytes: of outputs that replace arguments; vector_bytes, host_bytes: the most that the
+    program keeps in the vector memory and in the memory of the host."""
 
     peak_bytes: int
     arguments_bytes: int
@@ -80,6 +80,7 @@ class Held:
     parts: dict[str, int]
     largest: tuple[Large, ...]
     timeline: tuple[Moment, ...]
+    vector_bytes: int
     host_bytes: int
 
 
@@ -89,14 +90,14 @@ def held(text: str) -> Held:
     named = {number: _argument(name) for number, name in enumerate(schedule.arguments)}
     steps = len(schedule.steps)
     amounts = np.zeros((len(PARTS), steps + 2), np.int64)
-    host = np.zeros(steps + 2, np.int64)
+    elsewhere = {space: np.zeros(steps + 2, np.int64) for space in (layouts.VMEM, layouts.HOST)}
     parts = {}
     for number, buffer in enumerate(schedule.buffers):
         if buffer.space == layouts.HBM:
             parts[number] = _part(buffer, schedule, named)
             line = amounts[PARTS.index(parts[number])]
-        elif buffer.space == layouts.HOST:
-            line = host
+        elif buffer.space in elsewhere:
+            line = elsewhere[buffer.space]
         else:
             continue
         line[buffer.start] += buffer.bytes
@@ -115,7 +116,8 @@ def held(text: str) -> Held:
         parts=_named(amounts[:, peak]),
         largest=tuple(_large(buffer, part) for buffer, part in there[:_LISTED]),
         timeline=_timeline(schedule, amounts),
-        host_bytes=int(host.cumsum().max()),
+        vector_bytes=int(elsewhere[layouts.VMEM].cumsum().max()),
+        host_bytes=int(elsewhere[layouts.HOST].cumsum().max()),
     )
 
 

@@ -7,6 +7,7 @@ write around them. Not here: what operations cost (cost.py).
 
 import re
 from collections.abc import Iterable
+from typing import TypeVar
 
 from t5x_like.planner.schedule import Block
 
@@ -24,6 +25,8 @@ SCOPES = {
 }
 REGIONS = (*dict.fromkeys(SCOPES.values()), "rest")
 PASSES = ("forward", "recomputed", "backward", "update")
+
+K, V = TypeVar("K"), TypeVar("V", int, float)
 
 _WORD = re.compile(r"[\w.\-]+")
 
@@ -53,12 +56,13 @@ def classify(source: str) -> tuple[str, str]:
 
 def by_region(schedule: Block) -> dict[tuple[str, str], int]:
     """Cycles of each (region, pass) of a program, largest first."""
-    return sums((*classify(op.source), op.cycles * times) for op, times in schedule.each())
+    return sums((classify(op.source), op.cycles * times) for op, times in schedule.each())
 
 
-def sums(items: Iterable[tuple[str, str, int]]) -> dict[tuple[str, str], int]:
-    total: dict[tuple[str, str], int] = {}
-    for region, which, amount in items:
+def sums(items: Iterable[tuple[K, V]]) -> dict[K, V]:
+    """The sum of each key, largest first; no sums of nothing."""
+    total: dict[K, V] = {}
+    for key, amount in items:
         if amount:
-            total[region, which] = total.get((region, which), 0) + amount
+            total[key] = total[key] + amount if key in total else amount
     return dict(sorted(total.items(), key=lambda item: -item[1]))

@@ -10,6 +10,7 @@ from typing import Any
 
 from t5x_like.core import accelerators
 from t5x_like.core.terminal import format_bytes
+from t5x_like.parallel.pipeline import Schedule
 from t5x_like.planner import collectives, report_memory, report_time
 from t5x_like.planner.compile import Compiled
 from t5x_like.planner.cost import Cost
@@ -19,13 +20,14 @@ from t5x_like.planner.estimate import Estimate
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where programs are planned for. topology: of one slice; chips: of all; mesh: {axis: size} in mesh order;
-    hbm_bytes: what a device has for programs."""
+    hbm_bytes: what a device has for programs; pipeline: what its stages do, None without stages."""
 
     topology: str
     slices: int
     chips: int
     mesh: dict[str, int]
     hbm_bytes: int
+    pipeline: Schedule | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,10 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def place_json(place: Place) -> dict[str, Any]:
-    return dataclasses.asdict(place) | {"notes": notes(place)}
+    found = dataclasses.asdict(place) | {"notes": notes(place)}
+    if place.pipeline is None:
+        return {name: value for name, value in found.items() if name != "pipeline"}
+    return found | {"pipeline": found["pipeline"] | {"turns": place.pipeline.turns, "bubble": place.pipeline.bubble}}
 
 
 def notes(place: Place) -> list[str]:
@@ -78,7 +83,7 @@ def program_json(compiled: Compiled, cost: Cost, estimate: Estimate | None = Non
         "lower_seconds": round(compiled.lower_seconds, 1),
         "compile_seconds": round(compiled.compile_seconds, 1),
     }
-    return content if estimate is None else content | report_time.to_json(cost, estimate)
+    return content if estimate is None else content | report_time.to_json(estimate)
 
 
 def versions() -> dict[str, str]:
@@ -100,7 +105,8 @@ def to_text(plan: Plan, *, details: bool = False) -> str:
 def where(place: Place) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in place.mesh.items() if size > 1) or "one device"
     slices = f"{place.slices} x " if place.slices > 1 else ""
-    return f"{slices}{place.topology}: {place.chips} chips, mesh {mesh}"
+    pipeline = f", {place.pipeline.described}" if place.pipeline else ""
+    return f"{slices}{place.topology}: {place.chips} chips, mesh {mesh}{pipeline}"
 
 
 def labelled(seconds: float) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.planner import regions
-from t5x_like.planner.cost import Cost
 from t5x_like.planner.estimate import Estimate, IterationTime
 
 # What the parts of a step are called in the table.
@@ -20,11 +19,21 @@ PARTS = {
 }
 
 
-def to_json(cost: Cost, estimate: Estimate) -> dict[str, Any]:
+def to_json(estimate: Estimate) -> dict[str, Any]:
     """The keys "regions", "kernels", "collectives" and "estimate" of a plan. Seconds are of one execution."""
     work, price = estimate.work, estimate.price
     return {
-        "regions": _regions_json(cost, estimate),
+        "regions": [
+            {
+                "region": region,
+                "pass": which,
+                "cycles": each.cycles,
+                "seconds": each.seconds,
+                "exposed_seconds": each.exposed,
+                "flops": each.flops,
+            }
+            for (region, which), each in estimate.regions.items()
+        ],
         "kernels": [
             {
                 "name": kernel.name,
@@ -67,14 +76,6 @@ def iteration_json(time: IterationTime) -> dict[str, Any]:
         "cost": time.cost,
         "currency": None if time.price is None else time.price.currency,
     }
-
-
-def _regions_json(cost: Cost, estimate: Estimate) -> list[dict[str, Any]]:
-    cycles = regions.by_region(cost.schedule)
-    return [
-        {"region": region, "pass": which, "cycles": cycles.get((region, which), 0), "seconds": seconds}
-        for (region, which), seconds in estimate.regions.items()
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +143,19 @@ def _run(found: Estimate | IterationTime) -> str:
 
 
 def _region_lines(estimate: Estimate) -> list[str]:
-    """Seconds of each region by pass, kernels included, waiting not."""
+    """Seconds of each region by pass, kernels included; then what it waits, and how much of the peak it reaches."""
     spent = estimate.regions
-    named = [name for name in regions.REGIONS if any(region == name for region, _ in spent)]
+    names = regions.sums((region, each.seconds + each.exposed) for (region, _), each in spent.items())
     passes = [name for name in (*regions.PASSES, "") if any(which == name for _, which in spent)]
-    named.sort(key=lambda name: -sum(spent.get((name, which), 0.0) for which in passes))
-    rows = [["regions", *(which or "no pass" for which in passes), "together"]]
-    for name in named:
-        each = [spent.get((name, which), 0.0) for which in passes]
-        rows.append([f"  {name}", *(seconds(one) if one else "-" for one in each), seconds(sum(each))])
+    rows = [["regions", *(which or "no pass" for which in passes), "together", "waiting", "of peak"]]
+    device_peak = estimate.peak / estimate.devices
+    for name in names:
+        each = [spent.get((name, which)) for which in passes]
+        found = [one for one in each if one is not None]
+        together, waiting = sum(one.seconds for one in found), sum(one.exposed for one in found)
+        reached = sum(one.flops for one in found) / max(together, 1e-30) / device_peak
+        cells = [seconds(one.seconds) if one is not None and one.seconds else "-" for one in each]
+        rows.append([f"  {name}", *cells, seconds(together), seconds(waiting) if waiting else "-", f"{reached:.0%}"])
     return columns(rows)
 
 

@@ -33,7 +33,7 @@ class Sources:
             return found.group(1)
         if instruction.opcode == "fusion":
             fused = self.module.computations[instruction.called("calls")[0]]
-            for inner in reversed(fused.instructions.values()):
+            for inner in reversed(list(fused.instructions.values())):
                 name = self._own(inner)
                 if name:
                     return name

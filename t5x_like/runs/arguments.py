@@ -93,7 +93,7 @@ def override(stored: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[
 
 def load_config(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config that `--config=...` names with its overrides applied, and {dotted path: value} of these."""
-    path, given = _config_file(arguments)
+    path, given = config_file(arguments)
     found, config = _call(path, "get_config", *given)
     if not found:
         raise UsageError(f"{path} has no function get_config(); see configs/pretrain/tiny.py")
@@ -108,11 +108,11 @@ def call_function(arguments: Sequence[str], name: str, *given: Any) -> tuple[boo
 
     Raises UsageError, with file and line, for whatever it raises.
     """
-    path, _ = _config_file(arguments)
+    path, _ = config_file(arguments)
     return _call(path, name, *given)
 
 
-def _config_file(arguments: Sequence[str]) -> tuple[pathlib.Path, list[str]]:
+def config_file(arguments: Sequence[str]) -> tuple[pathlib.Path, list[str]]:
     """(the file that `--config=FILE[:ARG]` names, what its get_config is given)."""
     files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
     if len(files) != 1:

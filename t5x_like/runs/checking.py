@@ -59,11 +59,8 @@ class Checker:
         experiment = self._built(config, overrides, stored)
         chosen = self._devices[: len(self._devices) if devices is None else devices]
         sizes = meshes.axis_sizes(experiment.mesh, len(chosen))
-        if self._slices is not None and sizes["slice"] != self._slices:
-            raise UsageError(
-                f"config.mesh.slice={sizes['slice']}, but the devices are {self._slices} slices; set "
-                f"config.mesh.slice={self._slices}"
-            )
+        if self._slices is not None:
+            meshes.across_slices(sizes, self._slices)
         programs.check_mesh(experiment, sizes)
         if isinstance(experiment, RlExperiment):
             rl_program.check_rows(experiment, sizes)

@@ -19,7 +19,8 @@ from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.rules import MESH_AXES, Rules
 from t5x_like.parallel.sharding import device_bytes
-from t5x_like.planner.footprint import Footprint, saved_bytes
+from t5x_like.planner.footprint import Footprint
+from t5x_like.planner.saved import saved_bytes
 from t5x_like.runs import program as programs
 from t5x_like.runs.program import Program
 from t5x_like.runs.roles import open_or_assume
@@ -43,7 +44,7 @@ class Footprints:
 
     def of(self, experiment: Experiment, sizes: Mapping[str, int]) -> Footprint:
         """sizes: of every mesh axis (mesh.axis_sizes). UsageError for what does not divide."""
-        program = self._program(experiment, sizes)
+        program = self.program(experiment, sizes)
         state, parts = program.layout.state, experiment.loop.micro_batches
         parameters = device_bytes(state["params"])
         local = _on_one_device(experiment, program.model.rules, sizes)
@@ -60,7 +61,8 @@ class Footprints:
             working=max(again + _layer_weights(program, sizes), _loss(program, sizes, batch)),
         )
 
-    def _program(self, experiment: Experiment, sizes: Mapping[str, int]) -> Program:
+    def program(self, experiment: Experiment, sizes: Mapping[str, int]) -> Program:
+        """The programs of a run on devices of this kind, which need not be there."""
         mesh = meshes.abstract(sizes, platform=self._platform, kind=self._kind)
         return programs.step_program(experiment, mesh, opened=open_or_assume(experiment.model, {}))
 
@@ -76,7 +78,7 @@ class Footprints:
         return self._saved[mark]
 
     def _traced(self, local: Experiment, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-        program = self._program(local, _ONE)
+        program = self.program(local, _ONE)
         frozen, objective = program.layout.frozen, program.objective
 
         def loss(params: Any, rest: Any) -> Any:

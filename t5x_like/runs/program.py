@@ -13,9 +13,11 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from t5x_like.core import tree
+from t5x_like.core.dtypes import INT8
 from t5x_like.core.errors import UsageError
 from t5x_like.data import reference_logp
 from t5x_like.inference.decode import decode_step
+from t5x_like.layers.stack import stretch
 from t5x_like.models.model import Model
 from t5x_like.objectives import table as objectives
 from t5x_like.objectives.interface import Objective, Role, frozen_role, policy
@@ -23,6 +25,7 @@ from t5x_like.optim import optimizers
 from t5x_like.optim import rules as path_rules
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
+from t5x_like.parallel.pipeline import AXIS, PipelineConfig, Schedule, schedule_of, stages_of
 from t5x_like.parallel.sharding import abstract_batch, named
 from t5x_like.peft import attach as adapters
 from t5x_like.runs.roles import BASE, POLICY, FrozenModel, Opener, build_model, frozen_models, open_role
@@ -63,6 +66,9 @@ def step_program(experiment: Experiment, mesh: Mesh | AbstractMesh, *, opened: O
     others = frozen_models(held, length=longest, platform=platform, pipeline=pipeline, opened=opened)
     for name, other in others.items():
         _check_rules(other.model.rules, other.part.specs, where=f"config.roles.{name}.rules")
+    _check_stages(model, experiment.mesh.pipeline, mesh.shape, where="config.model")
+    for name, other in others.items():
+        _check_stages(other.model, experiment.mesh.pipeline, mesh.shape, where=f"config.roles.{name}")
     roles = own | {name: frozen_role(other.model, name) for name, other in others.items()}
     offered = experiment.arrays() | (reference_logp.arrays(data) if experiment.cached_roles else {})
     objective = objectives.build(experiment.objective, roles, offered)
@@ -162,6 +168,7 @@ def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
             f"config.data.batch_size={experiment.data.batch_size} is not divisible by the {shards} data shards "
             f"({composed}){micro}; use {multiples(experiment.data.batch_size, parts)}"
         )
+    _check_pipeline(experiment, rules, sizes)
     lengths = math.prod(sizes[axis] for axis in rules.mesh_axes("length"))
     for field in ("length", "encoder_length"):
         tokens = getattr(experiment.data, field)
@@ -170,6 +177,46 @@ def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
                 f"config.data.{field}={tokens} is not divisible by the {lengths} shards of a row; "
                 f"use {multiples(tokens, lengths)}"
             )
+
+
+def schedule(experiment: Experiment, sizes: Mapping[str, int]) -> Schedule | None:
+    """What the stages of a mesh do in which turn; None without stages."""
+    stages = stages_of(sharding_rules.rules(experiment.mesh.rules), sizes)
+    return None if stages == 1 else schedule_of(experiment.mesh.pipeline, stages)
+
+
+def _check_pipeline(experiment: Experiment, rules: sharding_rules.Rules, sizes: Mapping[str, int]) -> None:
+    """Rows must divide over micro-batches of the pipeline, and over the data shards in each."""
+    found, lora = schedule(experiment, sizes), experiment.adapter.lora
+    if found is None:
+        return
+    rows = experiment.data.batch_size // experiment.loop.micro_batches
+    shards = math.prod(sizes[axis] for axis in rules.without(AXIS).mesh_axes("batch"))
+    if rows % (shards * found.micro_batches):
+        composed = f"{found.micro_batches} micro-batches of the pipeline x {shards} data shards"
+        parts = shards * found.micro_batches * experiment.loop.micro_batches
+        raise UsageError(
+            f"config.data.batch_size={experiment.data.batch_size} is not divisible by {composed} x "
+            f"config.loop.micro_batches={experiment.loop.micro_batches}; change config.mesh.pipeline.micro_batches, or "
+            f"use {multiples(experiment.data.batch_size, parts)}"
+        )
+    if lora is not None and lora.dropout > 0:
+        raise UsageError(
+            f"config.adapter.lora.dropout={lora.dropout:g} would draw the same mask for all micro-batches of "
+            f"config.mesh.stage={found.stages}; set it to 0, or use no stages"
+        )
+
+
+def _check_stages(model: Model, pipeline: PipelineConfig, sizes: Mapping[str, int], *, where: str) -> None:
+    """The layers of a model must divide over the stages of the mesh."""
+    stages = stages_of(model.rules, sizes)
+    if stages == 1:
+        return
+    for name, stack in model.config.stacks.items():
+        try:
+            stretch(stack.kinds, schedule_of(pipeline, stages))
+        except UsageError as error:
+            raise UsageError(f"{where}: {name}: {error}") from None
 
 
 def _step_config(experiment: Experiment) -> StepConfig:
@@ -181,7 +228,9 @@ def _step_config(experiment: Experiment) -> StepConfig:
         spike_deviations=None if loop.on_spike == "off" else loop.spike_deviations,
         spike_memory=loop.spike_memory,
         spike_warmup=loop.spike_warmup,
-        dropout=experiment.model.dropout > 0 or (lora is not None and lora.dropout > 0),
+        dropout=experiment.model.dropout > 0
+        or (lora is not None and lora.dropout > 0)
+        or experiment.model.dtype.products == INT8,
         seed=experiment.seed,
     )
 

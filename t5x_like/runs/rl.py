@@ -27,7 +27,7 @@ from t5x_like.rl.rewards import Rewards
 from t5x_like.rl.rollout import end_ids
 from t5x_like.rl.rows import RowShape
 from t5x_like.rl.verifiers import Named
-from t5x_like.runs import branch, elastic, rl_program, rl_resume, sections, summary, training_run
+from t5x_like.runs import branch, doctor, elastic, rl_program, rl_resume, sections, summary, training_run
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
@@ -371,4 +371,5 @@ def _told(
         "tokens_to_come": experiment.loop.steps * tokens,
         "more": {**asked.facts, **rl_program.facts(experiment)},
     }
-    return summary.Told(session.workdir.root, origin=origin, start=start, data=data, notes=session.notes)
+    notes = [*session.notes, *doctor.at_start(experiment, program, hosts=jax.process_count())]
+    return summary.Told(session.workdir.root, origin=origin, start=start, data=data, notes=notes)

@@ -21,6 +21,7 @@ from t5x_like.objectives import reward
 from t5x_like.objectives.grpo import GrpoConfig
 from t5x_like.objectives.interface import Role, frozen_role
 from t5x_like.objectives.reward import HEAD
+from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import abstract_batch, replicated
 from t5x_like.rl.config import RlConfig
@@ -128,7 +129,7 @@ def rl_programs(
     """source_end: whether the tokenizer has an EOS, with which sources end."""
     rl, mesh, rules = experiment.rl, program.mesh, program.model.rules
     config: GrpoConfig = named(experiment.objective)
-    options = experiment.runtime.compiler_options.of(mesh.devices.flat[0].platform)
+    options = experiment.runtime.compiler_options.of(meshes.platform(mesh))
     role = program.policy
     answering = _gathered(program) if rl.weights == "gathered" else role
 

@@ -68,7 +68,8 @@ def build_model(
 ) -> Model:
     """The model of a config. `rules`: the text of the config's `field`; `platform`: of the devices that it runs on;
     `pipeline`: how it runs on a mesh with stages, None for layers that are gathered there."""
-    policy = dtypes.policy(params=config.dtype.params, compute=config.dtype.compute, platform=platform)
+    dtype = config.dtype
+    policy = dtypes.policy(params=dtype.params, compute=dtype.compute, platform=platform, products=dtype.products)
     return Model(config, sharding_rules.rules(rules, field=field), policy, pipeline)
 
 

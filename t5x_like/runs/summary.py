@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from t5x_like.core import tree
 from t5x_like.core.terminal import format_bytes, format_count, format_duration
 from t5x_like.models.attention_paths import Path, attention_paths
+from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel.pipeline import AXIS
 from t5x_like.peft.attach import is_adapter
-from t5x_like.runs.program import Program
+from t5x_like.runs.program import Program, schedule
 from t5x_like.runs.train import Experiment
 from t5x_like.storage import paths
 from t5x_like.training.goodput import Account
@@ -46,7 +49,7 @@ def sections(experiment: Experiment, program: Program, told: Told, *, memory: An
         },
         "model": _model(experiment, program),
         "data": _data(told.data),
-        "mesh": _mesh(program),
+        "mesh": _mesh(experiment, program),
         "attention": {path.where: f"{path.name}: {path.why}" for path in taken},
         "memory": _memory(program, memory),
         "optimizer": {
@@ -61,18 +64,22 @@ def sections(experiment: Experiment, program: Program, told: Told, *, memory: An
 
 
 def attention(experiment: Experiment, program: Program) -> list[Path]:
-    """The attention paths of one micro-batch of the train step."""
-    parts = experiment.loop.micro_batches
+    """The attention paths of one micro-batch of the train step, or of a pipeline in it."""
+    found = schedule(experiment, program.mesh.shape)
+    parts = experiment.loop.micro_batches * (found.micro_batches if found else 1)
+    model = program.model
+    if found:  # rows of a stage do not lie on the axis of the stages
+        model = dataclasses.replace(model, rules=model.rules.without(AXIS))
     batch = {
         name: jax.ShapeDtypeStruct((array.shape[0] // parts, *array.shape[1:]), array.dtype)
         for name, array in program.batch.items()
     }
-    device = program.mesh.devices.flat[0]
-    capability = getattr(device, "compute_capability", None)
+    absent = isinstance(program.mesh, AbstractMesh)
+    capability = None if absent else getattr(program.mesh.devices.flat[0], "compute_capability", None)
     return attention_paths(
-        program.model,
+        model,
         batch,
-        platform=device.platform,
+        platform=meshes.platform(program.mesh),
         compute_capability=None if capability is None else float(capability),
     )
 
@@ -158,7 +165,7 @@ def _data(data: Mapping[str, Any]) -> dict[str, object]:
     return rows
 
 
-def _mesh(program: Program) -> dict[str, object]:
+def _mesh(experiment: Experiment, program: Program) -> dict[str, object]:
     sizes = {name: size for name, size in program.mesh.shape.items() if size > 1}
     first = program.mesh.devices.flat[0]
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -172,6 +179,9 @@ def _mesh(program: Program) -> dict[str, object]:
         rows["rules"] = ", ".join(
             f"{name}={'+'.join(axis for axis in axes if axis in sizes)}" for name, axes in in_force.items()
         )
+    stages = schedule(experiment, program.mesh.shape)
+    if stages is not None:
+        rows["pipeline"] = stages.described
     for name, stack in program.model.config.stacks.items():
         if rules.replicated_heads(stack.kv_heads, program.mesh.shape):
             rows[f"note on the {name}"] = f"{stack.kv_heads} kv heads do not divide over the tensor shards: replicated"

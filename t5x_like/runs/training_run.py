@@ -23,7 +23,7 @@ from t5x_like.objectives.interface import Batch
 from t5x_like.optim.optimizers import describe
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.sharding import addressable_rows, global_batch
-from t5x_like.runs import adapters, branch, elastic, reference_logp, summary
+from t5x_like.runs import adapters, branch, doctor, elastic, reference_logp, summary
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.program import Program
@@ -172,7 +172,7 @@ def _check_best_metric(wanted: str | None, program: Program, data: TrainData) ->
 
 def _check(experiment: Experiment, session: Session, program: Program, data: TrainData) -> int:
     step, _ = _compile(program, session.faults, evaluates=bool(data.evaluation_batches()))
-    told = _told(experiment, session, data, origin="not started (--check)", start=0)
+    told = _told(experiment, session, program, data, origin="not started (--check)", start=0)
     for line in screen(summary.sections(experiment, program, told, memory=step.memory_analysis())):
         print(line)
     print(f"\n{describe(program.optimizer)}")
@@ -223,7 +223,7 @@ def _loop(
     batches = Batches(program, data)
     with telemetry.timed("compile"):
         step, evaluate = _compile(program, session.faults, evaluates=bool(batches.held_out))
-    told = _told(experiment, session, data, origin=origin, start=start, cached=cached)
+    told = _told(experiment, session, program, data, origin=origin, start=start, cached=cached)
     telemetry.summary(summary.sections(experiment, program, told, memory=step.memory_analysis()))
     prefetch = Prefetch(batches.read, ahead=experiment.data.prefetch)
     session.closing(prefetch.close)
@@ -319,6 +319,7 @@ def _compile(program: Program, faults: Faults, *, evaluates: bool) -> tuple[Any,
 def _told(
     experiment: Experiment,
     session: Session,
+    program: Program,
     data: TrainData,
     *,
     origin: str,
@@ -327,7 +328,8 @@ def _told(
 ) -> summary.Told:
     said = {name: f"log-probabilities of all pairs, by {found['source']}" for name, found in cached.items()}
     facts = data.describe(experiment.loop.steps) | {"more": said}
-    return summary.Told(session.workdir.root, origin=origin, start=start, data=facts, notes=session.notes)
+    notes = [*session.notes, *doctor.at_start(experiment, program, hosts=jax.process_count())]
+    return summary.Told(session.workdir.root, origin=origin, start=start, data=facts, notes=notes)
 
 
 def _flops_per_token(experiment: Experiment, program: Program, data: TrainData) -> float:

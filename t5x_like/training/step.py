@@ -35,7 +35,7 @@ class StepConfig:
     spike_deviations: an update whose loss (`Objective.judge`) is this many standard deviations above its running mean
       is a spike;
       None for no test, `spike_memory` is the decay of the running statistics, `spike_warmup` the losses they need
-    dropout: whether keys are handed to the model
+    dropout: whether keys are handed to the model, for dropout or for stochastic rounding
     """
 
     micro_batches: int

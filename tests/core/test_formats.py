@@ -80,3 +80,8 @@ def test_the_flat_scaling_of_rotary_positions_becomes_the_named_variant():
 def test_a_format_that_is_not_known_is_one_line(found, message):
     with pytest.raises(UserError, match=f"^config.json .*{message}[^\n]*$"):
         formats.upgrade({"format": found}, where="config.json")
+
+
+def test_no_layers_lay_on_stages_before_they_could():
+    old = {"format": 6, "mesh": {"fsdp": -1}}
+    assert formats.upgrade(old, where="")["mesh"] == {"fsdp": -1, "pipeline": {"micro_batches": None, "repeats": 1}}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from t5x_like.layers import block as blocks
+from t5x_like.layers import remat as remats
 from t5x_like.layers import stack
 from tests.models import cases
 
@@ -115,8 +115,8 @@ def test_every_name_that_remat_saves_is_given_by_a_block():
     batch = {"inputs": jnp.zeros((1, 4), jnp.int32)}
     jaxpr = jax.make_jaxpr(lambda params: model.apply(params, batch).hidden_BTD)(cases.random_params(model))
     given = set(re.findall(r"name\[name=(\w+)\]", str(jaxpr)))
-    assert given == set(blocks.NAMES)
-    assert {name for names in stack.SAVED.values() for name in names} <= given
+    assert given == set(remats.POINTS)
+    assert {name for names in remats.SAVED.values() for name in names} <= given
 
 
 def test_remat_policies_save_less_in_the_order_of_their_table():
@@ -134,6 +134,10 @@ def test_remat_policies_save_less_in_the_order_of_their_table():
         back = jax.eval_shape(lambda w: jax.vjp(loss, w)[1], {"w": jnp.ones((2, 3, 3))})
         return sum(leaf.size for leaf in jax.tree.leaves(back))
 
-    sizes = [saved(remat) for remat in ("none", "dots", "minimal", "context", "full")]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == len(sizes)
+    sizes = [saved(remat) for remat in ("none", "dots", "minimal", "context", "full", "context:0.5", "q+context")]
+    *policies, half, points = sizes
+    assert policies == sorted(policies, reverse=True)
+    assert len(set(policies)) == len(policies)
+    *_, minimal, context, full = policies
+    assert (half - full) * 2 == context - full
+    assert points == minimal  # what a toy gives no name is no point

@@ -47,13 +47,24 @@ def test_presets_fill_the_devices_and_all_axes_are_auto(preset, expected):
         (_config(fsdp=2, tensor=2), "fsdp=2 x tensor=2 = 4, but there are 8 devices"),
         (_config(data=-1), "only one axis can be -1"),
         (_config(tensor=0), "config.mesh.tensor=0 should be a positive number"),
-        (_config(stage=2), "stage=2, but no rule places anything on 'stage': its 2 parts would all do the same work"),
+        (
+            _config(stage=2, rules="layers=, batch=slice+data+fsdp+expert"),
+            "stage=2, but no rule places anything on 'stage': its 2 parts would all do the same work",
+        ),
         (_config(sequence=2, rules="length="), "sequence=2, but no rule places anything on 'sequence'"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, message):
     with pytest.raises(UsageError, match=message):
         meshes.make(config)
+
+
+def test_slices_are_joined_along_slice_or_along_stages():
+    sizes = dict.fromkeys(tables.MESH_AXES, 1)
+    assert meshes.across_slices(sizes | {"slice": 2, "stage": 2}, 2) == "slice"
+    assert meshes.across_slices(sizes | {"stage": 4}, 2) == "stage"
+    with pytest.raises(UsageError, match="slices; set config.mesh.slice=2, or config.mesh.slice=1 and"):
+        meshes.across_slices(sizes | {"stage": 3}, 2)
 
 
 def test_slices_are_the_slowest_axis():
@@ -77,7 +88,8 @@ def test_every_activation_axis_of_the_table_is_named_where_activations_are():
 
 
 def test_an_axis_that_a_rule_names_is_not_idle():
-    assert meshes.axis_sizes(_config(stage=2, rules="batch=stage+fsdp"), 8)["stage"] == 2
+    assert meshes.axis_sizes(_config(stage=2), 8)["stage"] == 2
+    assert meshes.axis_sizes(_config(stage=2, rules="layers="), 8)["stage"] == 2  # as data parallelism
 
 
 def test_what_does_not_divide_is_an_error_with_the_numbers_except_kv_heads():

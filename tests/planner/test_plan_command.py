@@ -47,7 +47,9 @@ def test_the_json_says_what_memory_is_made_of(planned):
     assert max(moment["bytes"] for moment in memory["timeline"]) == memory["live_peak_bytes"]
     assert [moment["at"] for moment in memory["timeline"]] == sorted(moment["at"] for moment in memory["timeline"])
     assert all({"bytes", "shape", "part", "operation", "region", "pass"} <= item.keys() for item in memory["largest"])
-    assert memory["total_bytes"] == memory["peak_bytes"] and planned[0]["fits"]
+    # The compiler's own peak has the vector memory in it, where most of so small a program lies.
+    assert memory["total_bytes"] == memory["live_peak_bytes"] and planned[0]["fits"]
+    assert memory["total_bytes"] < memory["peak_bytes"] <= memory["total_bytes"] + 1.01 * memory["vector_bytes"] + 4096
 
 
 def test_the_page_and_the_price_are_there(planned):

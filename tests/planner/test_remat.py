@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_like.core.dtypes import DtypePolicy
-from t5x_like.layers.stack import REMAT
+from t5x_like.layers.remat import POLICIES
 from t5x_like.models.model import Model
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.rules import rules
@@ -19,10 +19,14 @@ from tests.models import cases
 
 LAYERS = 3
 # Of the forward kernel: once where its results are saved, again where they are computed again.
-FORWARD = {"none": 1, "dots": 1, "minimal": 1, "context": 1, "full": 2}
+FORWARD = {"none": 1, "dots": 1, "products": 1, "minimal": 1, "context": 1, "full": 2, "q+context@host": 1}
 
 
-@pytest.mark.parametrize("remat", REMAT)
+def test_every_policy_is_counted():
+    assert set(POLICIES) < set(FORWARD)
+
+
+@pytest.mark.parametrize("remat", FORWARD)
 def test_the_attention_kernel_runs_once_a_layer_where_its_results_are_saved(compiler, remat):
     sizes = meshes.MeshConfig("fsdp", "", None, None, None, None, None, None, None)
     mesh = meshes.make(sizes, topology("v5e:2x2").devices)

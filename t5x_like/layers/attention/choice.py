@@ -35,6 +35,7 @@ def attention(
     then masked. Without positions in the mask, those of the bias are indices. The output has the name kernels.CONTEXT
     for remat; where a kernel has one forward and one backward pass, so has what the latter reads besides.
     """
+    k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "k"), checkpoint_name(v_BSKH, "v")
     target, capability = platform(), compute_capability()
     name, _ = attention_path(
         q_BTNH,
@@ -47,6 +48,7 @@ def attention(
     )
     if name == "splash":
         return kernels.splash(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+    q_BTNH = checkpoint_name(q_BTNH, "q")
     if name == "cudnn":
         out_BTNH = kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, bias=bias)
     elif name == "blockwise":

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_library
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
@@ -94,6 +95,7 @@ def splash(
     def local(q_BTNH, k_BSKH, v_BSKH, mask, kernel, q_start):
         del q_start  # each shard's kernel knows which queries it has
         q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (exchange(q_BTNH * scale), k_BSKH, v_BSKH))
+        q_BNTH = checkpoint_name(q_BNTH, "q")  # as the kernel wants it
         segments = None
         if mask.q_segments_BT is not None:
             segments = splash_library.SegmentIds(q=exchange(mask.q_segments_BT), kv=mask.k_segments_BS)

@@ -183,7 +183,7 @@ def slots_specs(
 ) -> Slots:
     """`Slots` of specs for `rows` texts of up to `length` tokens. windows: of each layer, 0 for all tokens.
     stacked: whether the layers of a ring are one array."""
-    axes = ("layers", "batch", "act_kv_heads", "kv_length", "head")
+    axes = (None, "batch", "act_kv_heads", "kv_length", "head")  # of all layers on each stage: rows lie there
     rings = {}
     for window in sorted(set(windows)):
         layers = tuple(number for number, other in enumerate(windows) if other == window)
@@ -198,7 +198,7 @@ def slots_specs(
 
 def cross_specs(*, layers: int, rows: int, length: int, kv_heads: int, head_size: int, dtype: str) -> Cross:
     """`Cross` of specs, for encoder rows of `length` tokens."""
-    axes = ("layers", "batch", "act_kv_heads", "kv_length", "head")
+    axes = (None, "batch", "act_kv_heads", "kv_length", "head")
     values = ParamSpec((layers, rows, kv_heads, length, head_size), dtype, axes, ZEROS)
     segments = ParamSpec((rows, length), "int32", ("batch", "kv_length"), ZEROS)
     return Cross(k=values, v=values, segments=segments)

@@ -115,6 +115,10 @@ class HeadLayout:
         """The sum over all tokens of the gradient of a gathered weight, split as the weight is, [V, D]."""
         return self._scatter(gradient_DW, {0: 1, 1: 0}).T
 
+    def scatter_columns(self, gradient_bD: jax.Array) -> jax.Array:
+        """The same of the gradient of some columns [b, D], or of all where the vocabulary is gathered."""
+        return self._scatter(gradient_bD, {0: 0, 1: 1})
+
     def scatter_bias(self, gradient_W: jax.Array) -> jax.Array:
         return self._scatter(gradient_W, {0: 0})
 

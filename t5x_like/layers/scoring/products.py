@@ -22,7 +22,7 @@ from t5x_like.layers.scoring.head_layout import HeadLayout
 
 def products(layout: HeadLayout, x_CD, weight_DW, bias_W) -> list[jax.Array]:
     """Float32 scale * x W + bias [C, b], block by block."""
-    blocks = [_einsum("CD,Db->Cb", x_CD, weight_DW[:, start:end]) for start, end in layout.blocks]
+    blocks = [multiplied("CD,Db->Cb", x_CD, weight_DW[:, start:end]) for start, end in layout.blocks]
     if layout.scale is not None:
         blocks = [layout.scale * product_Cb for product_Cb in blocks]
     if bias_W is None:
@@ -69,8 +69,8 @@ def head_gradients(
             g_bias.append(g_Cb.sum(axis=0))
             g_Cb = g_Cb if layout.scale is None else layout.scale * g_Cb
             g_Cb = g_Cb.astype(x_CD.dtype)  # as every cotangent of a matrix product; the sums are in float32
-            g_x.append(_einsum("Cb,Db->CD", g_Cb, weight_DW[:, start:end]))
-            g_weight.append(_einsum("CD,Cb->Db", x_CD, g_Cb))
+            g_x.append(multiplied("Cb,Db->CD", g_Cb, weight_DW[:, start:end]))
+            g_weight.append(multiplied("CD,Cb->Db", x_CD, g_Cb))
         new = (jnp.concatenate(g_weight, axis=1), None if bias_W is None else jnp.concatenate(g_bias))
         g_x_CD = functools.reduce(jnp.add, g_x).astype(x_CD.dtype)
         return new if sums is None else jax.tree.map(jnp.add, sums, new), g_x_CD
@@ -105,12 +105,30 @@ def over_chunks(function: Callable[..., Any], rows: int, *arrays) -> Any:
     return jax.tree.map(lambda array: _joined(array, tokens), results)
 
 
+def in_chunks(function: Callable[..., Any], rows: int, *arrays) -> Any:
+    """`function` of [M, ...] arrays, called for `rows` tokens at a time: it gives (sums over them, values of each), and
+    the sums are added up."""
+    tokens = arrays[0].shape[0]
+    if not _is_cut(rows, tokens):
+        return function(*arrays)
+    cut = [_cut(rows, array) for array in arrays]
+
+    def step(sums, slices):
+        new, values = function(*slices)
+        return jax.tree.map(jnp.add, sums, new), values
+
+    shapes, _ = jax.eval_shape(function, *(array[0] for array in cut))
+    sums, values = jax.lax.scan(step, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), cut)
+    return sums, jax.tree.map(lambda array: _joined(array, tokens), values)
+
+
 def flat(array):
     """[B, T, ...] as [M, ...]."""
     return array.reshape(-1, *array.shape[2:])
 
 
-def _einsum(equation: str, a, b):
+def multiplied(equation: str, a, b):
+    """`jnp.einsum` with a float32 result."""
     return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
 
 

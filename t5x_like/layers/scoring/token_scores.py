@@ -88,8 +88,13 @@ def token_scores(
         inputs = (x_BTD, weight_VD, bias_V)
         if passed == ("best",):
             inputs = jax.lax.stop_gradient(inputs)
-        found |= _score(layout, passed, *inputs, targets_BT if "logp" in want else None)
+        found |= score(layout, passed, *inputs, targets_BT if "logp" in want else None)
     return Scores(**found)
+
+
+def with_logz(want: Names) -> Names:
+    """`want`, and the normaliser where a gradient needs it."""
+    return tuple(name for name in WANTED if name in want or (name == "logz" and _OF_SOFTMAX & set(want)))
 
 
 def _mean_of_linear(x_BTD: jax.Array, head: Head, temperature: float | None) -> jax.Array:
@@ -105,7 +110,7 @@ def _mean_of_linear(x_BTD: jax.Array, head: Head, temperature: float | None) -> 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _score(layout: HeadLayout, want: Names, x_BTD, weight_VD, bias_V, targets_BT):
+def score(layout: HeadLayout, want: Names, x_BTD, weight_VD, bias_V, targets_BT):
     """{name: [B, T]}."""
     run = layout.on_mesh(
         functools.partial(_local_scores, layout, want),
@@ -117,9 +122,9 @@ def _score(layout: HeadLayout, want: Names, x_BTD, weight_VD, bias_V, targets_BT
 
 def _score_forward(layout: HeadLayout, want: Names, x_BTD, weight_VD, bias_V, targets_BT):
     inputs, kept = (x_BTD, weight_VD, bias_V, targets_BT), None
-    needed = tuple(name for name in WANTED if name in want or (name == "logz" and _OF_SOFTMAX & set(want)))
+    needed = with_logz(want)
     if layout.rows:
-        scores: Any = _score(layout, needed, *inputs)
+        scores: Any = score(layout, needed, *inputs)
     else:
         run = layout.on_mesh(
             functools.partial(_local_scores_kept, layout, needed),
@@ -142,7 +147,7 @@ def _score_backward(layout: HeadLayout, want: Names, residuals, cotangents):
     return (*run(*residuals, cotangents), None)
 
 
-_score.defvjp(_score_forward, _score_backward)
+score.defvjp(_score_forward, _score_backward)
 
 
 # One device's part.
@@ -152,11 +157,11 @@ def _local_scores(layout: HeadLayout, want: Names, x_BTD, weight_VD, bias_V, tar
     weight_DW, bias_W = layout.gather(x_BTD.dtype, weight_VD, bias_V)
 
     def chunk(x_CD, targets_C):
-        return _statistics(layout, want, products(layout, x_CD, weight_DW, bias_W), targets_C)
+        return statistics(layout, want, products(layout, x_CD, weight_DW, bias_W), targets_C)
 
     targets_M = None if targets_BT is None else flat(targets_BT)
-    statistics = over_chunks(chunk, layout.rows, flat(x_BTD), targets_M)
-    return _combined(layout, want, statistics, shape=x_BTD.shape[:2])
+    found = over_chunks(chunk, layout.rows, flat(x_BTD), targets_M)
+    return combined(layout, want, found, shape=x_BTD.shape[:2])
 
 
 def _local_scores_kept(layout: HeadLayout, want: Names, x_BTD, weight_VD, bias_V, targets_BT):
@@ -165,7 +170,7 @@ def _local_scores_kept(layout: HeadLayout, want: Names, x_BTD, weight_VD, bias_V
     blocks = products(layout, flat(x_BTD), weight_DW, bias_W)
     targets_M = None if targets_BT is None else flat(targets_BT)
     shape = x_BTD.shape[:2]
-    scores = _combined(layout, want, _statistics(layout, want, blocks, targets_M), shape=shape)
+    scores = combined(layout, want, statistics(layout, want, blocks, targets_M), shape=shape)
     return scores, [product_Mb.reshape(*shape, -1) for product_Mb in blocks]
 
 
@@ -177,7 +182,7 @@ def _local_gradients(layout: HeadLayout, x_BTD, weight_VD, bias_V, targets_BT, s
         kept, targets_C, saved, cotangents = arrays
         blocks = products(layout, x_CD, weight_DW, bias_W) if kept is None else kept
         for (start, _), product_Cb in zip(layout.blocks, blocks, strict=True):
-            yield _product_gradient(layout, start, product_Cb, targets_C, saved, cotangents)
+            yield logit_gradients(layout, start, product_Cb, targets_C, saved, cotangents)
 
     arrays = (kept, targets_BT, saved, cotangents)
     g_x_BTD, g_DW, g_W = head_gradients(layout, gradients_of, x_BTD, weight_DW, bias_W, arrays)
@@ -191,7 +196,7 @@ def _is_target(layout: HeadLayout, start: int, targets_C, columns: int):
     return (targets_C - layout.first() - start)[:, None] == jnp.arange(columns)[None, :]
 
 
-def _statistics(layout: HeadLayout, want: Names, blocks: list[jax.Array], targets_C) -> dict[str, Any]:
+def statistics(layout: HeadLayout, want: Names, blocks: list[jax.Array], targets_C) -> dict[str, Any]:
     """Of the columns of this device, in what `want` needs: top, the highest logit; total, the sum of
     e = exp(logit - top); picked, the target's logit (0 if elsewhere); weighted, the sum of e * (logit - top); sum, of
     all logits; best, the first column with the highest."""
@@ -222,7 +227,7 @@ def _statistics(layout: HeadLayout, want: Names, blocks: list[jax.Array], target
     return found
 
 
-def _combined(layout: HeadLayout, want: Names, found: dict[str, jax.Array], *, shape) -> dict[str, jax.Array]:
+def combined(layout: HeadLayout, want: Names, found: dict[str, jax.Array], *, shape) -> dict[str, jax.Array]:
     """Scores from the statistics of each device's part of the vocabulary."""
     if layout.vocab_axes:
         found = _over_vocabulary(layout, found)
@@ -260,7 +265,7 @@ def _over_vocabulary(layout: HeadLayout, found: dict[str, jax.Array]) -> dict[st
     return whole
 
 
-def _product_gradient(layout: HeadLayout, start: int, product_Cb, targets_C, saved, g):
+def logit_gradients(layout: HeadLayout, start: int, product_Cb, targets_C, saved, g):
     """With p = softmax(l): d logp = onehot - p, d logz = p, d entropy = -p (log p + entropy), d mean = 1 / size."""
     logits_Cb = block_logits(layout, start, product_Cb)
     g_Cb: Any = 0.0

@@ -75,6 +75,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "3_1_8b": _size(
         32, 4096, 32, 8, 14_336, vocab=128_256, length=131_072, theta=500_000.0, tied=False, scaling="llama3"
     ),
+    "3_1_405b": _size(
+        126, 16_384, 128, 8, 53_248, vocab=128_256, length=131_072, theta=500_000.0, tied=False, scaling="llama3"
+    ),
     "3_2_1b": _size(
         16, 2048, 32, 8, 8192, vocab=128_256, length=131_072, theta=500_000.0, tied=True, scaling="llama3", factor=32.0
     ),

@@ -1,0 +1,154 @@
+"""The logic of a search with a judge made up by the test: order, limits, what a refusal drops, what is kept."""
+
+import json
+
+import pytest
+
+from t5x_like.core.errors import UserError
+from t5x_like.planner import search_index, search_report
+from t5x_like.planner.search import Limits, Search, first_state, ranking, verdict
+from t5x_like.planner.search_index import Entry, Verdict, opened
+from t5x_like.planner.space import Point
+
+HBM = 100
+SETTINGS = {
+    "arguments": ["--config=a"],
+    "config": {"model": {"width": 8}},
+    "topology": "v5e:2x2",
+    "default_options": False,
+    "versions": {"libtpu": "1"},
+}
+# name: (analytic seconds, analytic bytes, the judge's seconds, the judge's bytes; None: refused)
+WORLD = {
+    "fastest": (1.0, 108, None, None),
+    "fast": (1.1, 90, 2.0, 95),
+    "better": (1.2, 70, 1.5, 80),
+    "larger": (1.3, 114, None, None),
+    "slow": (3.0, 20, 4.0, 30),
+}
+
+
+def entries(world=WORLD):
+    found = []
+    for name, (seconds, size, _, _) in world.items():
+        known = {"bytes": size, "seconds": seconds, "bound_by": "products"}
+        state, said = first_state("", known, HBM)
+        found.append(Entry(Point(name, {"config.seed": len(found)}), state, said, known))
+    return found
+
+
+def judged(seconds, size=50):
+    return Verdict(seconds, size, "products", 0.5, 7)
+
+
+def run(folder, *, points=9, confirm=0, world=WORLD, stop=None, confirmed=None):
+    """(the search after its end, the names that were judged in order)."""
+    search = Search(opened(str(folder), SETTINGS, entries(world)), Limits(points, confirm, HBM))
+    asked = []
+    while (name := search.following()) is not None:
+        if len(asked) == stop:
+            return search, asked
+        asked.append(name)
+        _, _, seconds, size = world[name]
+        search.judged(name, judged(seconds, size)) if seconds else search.refused(name, "does not fit")
+    while (name := search.following_to_confirm()) is not None:
+        asked.append(f"{name} *")
+        search.confirmed(name, (confirmed or {})[name])
+    return search, asked
+
+
+def test_points_are_judged_by_the_order_of_the_analytic_model_and_ranked_by_the_judge(tmp_path):
+    search, asked = run(tmp_path)
+    assert asked == ["fastest", "fast", "better", "slow"]
+    assert [entry.name for entry in ranking(search.index)] == ["better", "fast", "slow"]
+    assert search.best().name == "better"
+
+
+def test_a_refusal_drops_what_is_clearly_larger_and_says_so(tmp_path):
+    world = WORLD | {"fastest": (1.0, 100, None, None)}
+    search, asked = run(tmp_path, world=world)
+    assert "larger" not in asked
+    assert search.index["larger"].state == search_index.LARGE
+    assert "needs more than fastest, which the compiler refuses" in search.index["larger"].said
+
+
+def test_no_more_points_are_judged_than_asked_for_and_the_rest_says_why(tmp_path):
+    search, asked = run(tmp_path, points=3)
+    assert len(asked) == 3
+    text = search_report.to_markdown(search.index, HBM)
+    assert "`slow`: about 3 s, +172.7% beside the best of those that were judged; --points=N judges more" in text
+
+
+def test_late_and_nothing_fits_the_smallest_is_tried_before_the_fastest(tmp_path):
+    world = {f"big{n}": (1 + n / 10, 112 - n, None, None) for n in range(5)} | {"small": (9.0, 10, 9.0, 10)}
+    search, asked = run(tmp_path, points=4, world=world)
+    assert asked[0] == "big0" and "small" in asked and search.best().name == "small"
+
+
+def test_what_compiles_and_is_too_large_is_refused(tmp_path):
+    search, _ = run(tmp_path, world={"one": (1.0, 90, 1.0, HBM + 1)})
+    assert search.index["one"].state == search_index.REFUSED and search.best() is None
+    assert "no point fits" in search_report.to_text(search.index, HBM)
+
+
+def test_points_that_the_model_takes_to_be_far_too_large_are_never_asked_about():
+    assert first_state("", {"bytes": 1.16 * HBM}, HBM)[0] == search_index.LARGE
+    assert first_state("", {"bytes": 1.14 * HBM}, HBM)[0] == search_index.OPEN
+    assert first_state("it does not divide", {}, HBM) == (search_index.ILLEGAL, "it does not divide")
+
+
+def test_the_best_are_confirmed_and_then_ranked_before_all_others(tmp_path):
+    own = {"better": judged(1.4), "fast": judged(1.2)}
+    search, asked = run(tmp_path, confirm=2, confirmed=own)
+    assert asked[-2:] == ["better *", "fast *"]
+    assert [entry.name for entry in ranking(search.index)] == ["fast", "better", "slow"]
+    assert "fast *" in search_report.to_text(search.index, HBM)
+
+
+def test_a_search_that_stopped_goes_on_and_judges_nothing_twice(tmp_path):
+    _, first = run(tmp_path, stop=2)
+    search, second = run(tmp_path)
+    assert first == ["fastest", "fast"] and second == ["better", "slow"]
+    assert search.index["fast"].verdict == judged(2.0, 95) and search.index["fastest"].state == search_index.REFUSED
+
+
+def test_a_point_whose_judge_failed_is_tried_again_with_larger_limits_alone(tmp_path):
+    search, _ = run(tmp_path, stop=0)
+    search.failed("fast", "out of memory", (10.0, 60.0))
+    for limits, state in (((10.0, 60.0), "failed"), ((10.0, 30.0), "failed"), ((20.0, 60.0), "open")):
+        again, _ = run(tmp_path, stop=0)
+        again.reopen(limits)
+        assert again.index["fast"].state == state
+
+
+def test_another_config_is_refused_in_one_line(tmp_path):
+    run(tmp_path)
+    for other, says in (
+        ({"topology": "v5e:4x4"}, 'topology was "v5e:2x2" and is "v5e:4x4"'),
+        ({"config": {"model": {"width": 16}}}, "config.model.width was 8 and is 16"),
+    ):
+        with pytest.raises(UserError) as error:
+            opened(str(tmp_path), SETTINGS | other, entries())
+        assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', '{"format": 99, "settings": {}, "points": []}'])
+def test_a_damaged_index_is_one_line(tmp_path, content):
+    (tmp_path / search_index.NAME).write_text(content)
+    with pytest.raises(UserError) as error:
+        opened(str(tmp_path), SETTINGS, entries())
+    assert search_index.NAME in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_index_is_read_as_it_was_written(tmp_path):
+    search, _ = run(tmp_path, confirm=1, confirmed={"better": judged(1.0)})
+    again = opened(str(tmp_path), SETTINGS, entries())
+    assert {entry.name: entry for entry in again if entry.verdict} == {
+        entry.name: entry for entry in search.index if entry.verdict
+    }
+
+
+def test_a_plan_is_judged_by_its_estimate():
+    estimate = {"step_seconds": 3.0, "bound_by": "attention", "mfu": 0.4}
+    plan = {"cycles": 100, "memory": {"total_bytes": 5}, "estimate": estimate}
+    assert verdict(json.loads(json.dumps(plan))) == Verdict(3.0, 5, "attention", 0.4, 100)

@@ -1,0 +1,85 @@
+"""The compiled train step in pipeline stages against one device: same loss, same gradients, whatever is trained and
+however the stages lie among other axes of the mesh. The case of every change are CASES; `make nightly` compares all."""
+
+import functools
+
+import jax
+import pytest
+
+from t5x_like.core import tree
+from t5x_like.parallel import mesh as meshes
+from t5x_like.runs import program as programs
+from t5x_like.runs import train as experiments
+from tests.training.test_parity import Result, _assert_equal, _batch, _config, _reference, _varied
+
+# mesh, micro-batches of the pipeline, repeats
+MESHES = {
+    "stage=2": ({"data": 4, "stage": 2}, 2, 1),
+    "stage=4, repeated": ({"fsdp": 2, "stage": 4}, 4, 2),
+    "stage=2 fsdp=2 tensor=2, repeated": ({"stage": 2, "fsdp": 2, "tensor": 2}, 4, 2),
+    "slice=2 stage=2 fsdp=2": ({"slice": 2, "stage": 2, "fsdp": 2}, 1, 1),
+    "stage=2 sequence=2 tensor=2": ({"stage": 2, "sequence": 2, "tensor": 2}, 8, 1),
+}
+TWO, FOUR, MIXED, SLICES, SEQUENCE = MESHES
+# With dropout, and windows of a period of two, which all stretches have.
+CHANGES = {
+    "llama": {"dropout": 0.1, "remat": "full", "layers": 8, "windows": (8, 0)},
+    "gpt2": {"dropout": 0.1, "remat": "none", "layers": 8},
+    "t5": {"dropout": 0.1, "remat": "minimal", "layers": 8},
+    "lora": {"dropout": 0.0, "remat": "dots", "layers": 8, "windows": (0,)},
+}
+FOUR_OF_LLAMA = {"windows": (0,)}
+
+
+@functools.cache
+def _step(run: str, mesh_name: str = "", micro_batches: int = 1, windows: tuple[int, ...] | None = None) -> Result:
+    """On a mesh of MESHES, or on one device."""
+    config = _config(run)
+    changes = dict(CHANGES.get(run, CHANGES["lora"]))
+    config.model.update({name: changes.pop(name) for name in ("dropout", "remat")})
+    config.model.decoder.update(changes | ({} if windows is None else {"windows": windows}))
+    if run.endswith("t5"):
+        config.model.encoder.layers = 8
+    config.loop.micro_batches = micro_batches
+    config.mesh.preset = "data"
+    if mesh_name:
+        sizes, parts, repeats = MESHES[mesh_name]
+        config.mesh.update({"data": 1} | sizes)
+        config.mesh.pipeline.update({"micro_batches": parts, "repeats": repeats})
+    experiment = experiments.from_config(config)
+    mesh = meshes.make(experiment.mesh, jax.devices() if mesh_name else jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        programs.check_mesh(experiment, mesh.shape)
+        program = programs.step_program(experiment, mesh, opened=lambda name, source: _reference(experiment.model))
+        state, frozen = programs.initialize(program, seed=0)
+        state["params"] = _varied(state["params"])
+        host = _batch(run)
+        batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
+        compiled = program.step.lower(state, frozen, batch).compile()
+        state, metrics = compiled(state, frozen, batch)
+    gradients = tree.flatten(jax.device_get(state["optimizer"]["momentum"]))
+    return Result(float(metrics["loss"]), gradients, program, compiled.as_text())
+
+
+CASES = [
+    ("llama", MIXED),
+    ("llama", SLICES),
+    ("gpt2", TWO),
+    ("t5", MIXED),
+    ("lora", FOUR),
+    ("dpo beside a model", SEQUENCE),
+]
+RUNS = [*CHANGES, "dpo beside a model", "grpo", "sft of t5"]
+
+
+@pytest.mark.parametrize(
+    "run,name",
+    [
+        pytest.param(run, name, marks=[pytest.mark.slow] * ((run, name) not in CASES))
+        for run in RUNS
+        for name in MESHES
+        if (run, name) != ("llama", FOUR)
+    ],
+)
+def test_stages_give_the_loss_and_every_gradient_of_one_device(run, name):
+    _assert_equal(_step(run), _step(run, name))
