@@ -33,10 +33,10 @@ _CACHE = "jax_enable_compilation_cache"
 class Memory:
     """HBM of one device in bytes, as the compiler lays it out; the runtime's own overhead is not in it.
 
-    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both. `peak_bytes` is the compiler's word on
-    the most that lives at once, arguments and outputs included, and the vector memory too: by this it takes or refuses a
-    program. `needed_bytes` is the same without the vector memory. `temporaries_bytes` is what XLA calls temp_size, which
-    may be half as much again as ever lives at once.
+    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both. `peak_bytes` is the compiler's word
+    on the most that lives at once, arguments and outputs included, and the vector memory too: by this it takes or
+    refuses a program. `needed_bytes` is the same without the vector memory. `temporaries_bytes` is what XLA calls
+    temp_size, which may be half as much again as ever lives at once.
     """
 
     arguments_bytes: int
