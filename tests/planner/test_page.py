@@ -150,7 +150,7 @@ def test_what_a_plan_knows_of_time_is_shown():
         "1.25 s",
         "50.0%",
         "55.0%",
-        "6,451 USD",
+        "6,451.20 USD",
         "1,536",
         "products",
         "Seconds by region",
@@ -167,6 +167,15 @@ def test_every_program_of_an_iteration_has_its_sections_and_one_that_does_not_fi
         {"program": "update", "times": 1, "fits": False, "problem": "the program does not fit: much"},
     ]
     plan = {key: value for key, value in PLAN.items() if key not in ("memory", "collectives", "kernels")}
-    text = "".join(read(page(plan | {"program": "rl", "programs": programs})).text)
-    for said in ("rollout, 4 times an iteration", "update, 1 times an iteration", "the program does not fit: much"):
+    together = {"peak_bytes": 13 * GIB, "peak_program": "rollout", "collectives": COLLECTIVES}
+    time = {"iteration_seconds": 12.5, "parts": {"rollout": 10.0, "update": 2.5}, "bound_by": "rollout"}
+    plan |= {"program": "rl", "programs": programs, "iteration": together, "estimate": time}
+    text = "".join(read(page(plan)).text)
+    for said in (
+        "12.5 s",
+        "The most memory is that of rollout: 13.0 GiB of 16.0 GiB",
+        "rollout, 4 times an iteration",
+        "update, 1 times an iteration",
+        "the program does not fit: much",
+    ):
         assert said in text
