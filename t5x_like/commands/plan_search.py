@@ -95,7 +95,7 @@ def run(arguments: Sequence[str], dimensions: Sequence[str], options: argparse.N
     if pinned is not None:
         from t5x_like.runs.pinning import write_pinned
 
-        write_pinned(pinned, arguments, best, topology=options.topology)
+        write_pinned(pinned, arguments, best, place)
         print(f"  t5x_like train --config={pinned} --workdir=...")
     return 0
 
@@ -129,11 +129,11 @@ def _prepared(
     if not legal:
         raise UsageError(f"--search: no point can run, such as {entries[0].name}: {entries[0].said}")
     settings = {
-        "config": list(arguments),
+        "arguments": list(arguments),
         "topology": place.name,
         "slices": place.slices,
         "default_options": explores,
-        "content": json.loads(json.dumps(to_dict(trial.base), default=str)),
+        "config": json.loads(json.dumps(to_dict(trial.base), default=str)),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
     }
     index = search_index.opened(folder, settings, entries)

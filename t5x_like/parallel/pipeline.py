@@ -1,5 +1,5 @@
-"""Pipeline stages: the layers of a stack lie on the mesh axis `stage` in parts, which work side by side, each on another
-micro-batch.
+"""Pipeline stages: the layers of a stack lie in parts on the mesh axis `stage`, and the parts work side by side, each
+on another micro-batch.
 
 A stack is cut into stages x repeats stretches of equal layers; stretch n lies on stage n % stages, so that with
 repeats=2 a micro-batch goes round the stages twice. Every turn each stage runs one stretch on one micro-batch, and what
@@ -21,7 +21,7 @@ Legend: S stages, R repeats, M micro-batches, B rows of the batch, b rows of a m
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -183,12 +183,13 @@ def run(
         )
     layout = _Layout(s, current_rules() if not nothing_to_place() else None)
     weights = jax.tree.map(layout.stretches, weights)
-    own = jax.tree.map(lambda a: a.shape[0] == count, rows)
-    given = jax.tree.map(lambda a, cut: layout.on_each_stage(a) if cut else a, rows, own)
-    stage = _stage(stage_function, s, own)
+    leaves, structure = jax.tree.flatten(rows)
+    cut = [a.shape[0] == count for a in leaves]
+    given = [layout.on_each_stage(a) if own else a for a, own in zip(leaves, cut, strict=True)]
+    stage = _stage(stage_function, s, structure, cut)
     if policy is not None:
         stage = jax.checkpoint(stage, policy=policy, prevent_cse=False)  # inside of a scan
-    stage = layout.mapped(stage, in_axes=(0, 0, jax.tree.map(lambda cut: 0 if cut else None, own), 0, 0))
+    stage = layout.mapped(stage, in_axes=(0, 0, [0 if own else None for own in cut], 0, 0))
 
     def turn(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
         arrived, held = carry  # [S, b, ...], [S, M, b, ...]
@@ -210,18 +211,21 @@ def run(
     return layout.whole(held), jax.tree.map(functools.partial(_in_order, s), outputs)
 
 
-def _stage(stage_function: StageFunction, schedule: Schedule, own: Any) -> Callable[..., Any]:
-    """A stretch on one stage, with its weights and rows picked out of all that lie there."""
+def _stage(
+    stage_function: StageFunction, schedule: Schedule, structure: Any, cut: Sequence[bool]
+) -> Callable[..., Any]:
+    """A stretch on one stage, with its weights and rows picked out of all that lie there. structure: of the rows, cut:
+    which of them are those of a micro-batch."""
 
     def picked(stack: jax.Array, number: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(stack, number, 0, keepdims=False)
 
-    def stage(weights: Tree, x: jax.Array, rows: Any, repeat: jax.Array, micro: jax.Array, place: jax.Array) -> Any:
+    def stage(weights: Tree, x: jax.Array, given: Any, repeat: jax.Array, micro: jax.Array, place: jax.Array) -> Any:
         if schedule.repeats > 1:
             weights = jax.tree.map(lambda a: picked(a, repeat), weights)
         else:
             weights = jax.tree.map(lambda a: a[0], weights)
-        rows = jax.tree.map(lambda a, cut: picked(a, micro) if cut else a, rows, own)
+        rows = structure.unflatten([picked(a, micro) if own else a for a, own in zip(given, cut, strict=True)])
         return stage_function(weights, x, rows, repeat * schedule.stages + place)
 
     return stage

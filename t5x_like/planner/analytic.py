@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 
 from t5x_like.core import accelerators
-from t5x_like.layers.stack import SAVED
+from t5x_like.layers import remat as remats
 from t5x_like.models import flops
 from t5x_like.models.config import ModelConfig, StackConfig
 from t5x_like.parallel.rules import MAY_REPLICATE, Rules
@@ -22,13 +22,12 @@ HALF = 2  # bytes of a number in the compute type of a TPU, bfloat16
 SINGLE = 4  # of float32
 LOGITS = 2**30  # bytes of a chunk of float32 logits (layers/scoring/head_layout.py)
 BLOCK = 1024  # queries and keys of a block of the splash kernel (layers/attention/kernels.py)
-KEPT_LOGITS = 256 * 2**20  # up to here all logits are kept and none is computed again
 
 BESIDE = ("fsdp", "data", "slice")  # axes whose collectives can run beside the work
 
 # Shares that were fitted to compiled programs (docs/planner.md).
 FITTED = {
-    "products": 0.80,  # of the peak that matrix products reach with the compiler's default options
+    "products": 0.78,  # of the peak that matrix products reach with the compiler's default options
     "products_with_vmem": 0.98,  # with 64 MiB of vector memory for a fusion
     "attention": 0.5,  # of the peak that the splash kernel reaches
     "passes": 7.0,  # how often each activation of a layer goes through HBM besides (norms, rotary, copies, stacking)
@@ -40,7 +39,8 @@ FITTED = {
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What a device can do in a second. peak: FLOP; memory: bytes of HBM; link: bytes one way over one link of the
-    chip's network; dims: of that network, in chips, with rings where `wraps`; between: bytes to other slices."""
+    chip's network; dims: of that network, in chips, with rings where `wraps`; between: bytes to other slices; host:
+    bytes to its host."""
 
     peak: float
     memory: float
@@ -48,6 +48,7 @@ class Device:
     dims: tuple[int, ...]
     wraps: tuple[bool, ...]
     between: float
+    host: float
 
 
 def device(topology: accelerators.Slice) -> Device:
@@ -61,13 +62,15 @@ def device(topology: accelerators.Slice) -> Device:
         topology.dims,
         wraps,
         row.dcn / row.devices,
+        row.host / row.devices,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One train step. sizes: of the mesh axes. state: {part: bytes of a device} of weights, optimizer and the like,
-    counted from their shardings. gradients: bytes of a device. vmem_kib: scoped vector memory, 0 for the default."""
+    counted from their shardings. gradients: bytes of a device. vmem_kib: scoped vector memory, 0 for the default.
+    bubble: share of the turns of a pipeline in which a stage is idle."""
 
     model: ModelConfig
     rules: Rules
@@ -79,6 +82,7 @@ class Step:
     state: Mapping[str, int]
     gradients: int
     vmem_kib: int = 0
+    bubble: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +125,10 @@ def estimate(step: Step, device: Device) -> Estimate:
     beside = sum(exchanged[axis] for axis in exchanged if axis in BESIDE)
     waiting = sum(exchanged[axis] for axis in exchanged if axis not in BESIDE)
     depth = sum(stack.layers for stack in step.model.stacks.values())
+    seconds["bubble"] = step.bubble / (1 - step.bubble) * sum(seconds.values())
     hidden = FITTED["hidden"] * sum(seconds.values())
+    offloaded = 2 * sum(_on_host(step, stack, count) for stack, count, _ in _stacks(step)) * step.micro_batches
+    seconds["host"] = max(0.0, offloaded / device.host - hidden)
     seconds["exposed"] = waiting + max(beside / depth, beside - hidden)
     return Estimate(memory(step), seconds, exchanged, products + attention + head)
 
@@ -141,20 +148,36 @@ def tokens(step: Step, length: int) -> float:
 
 
 def widths(step: Step, stack: StackConfig) -> dict[str, float]:
-    """Numbers of one token that a device holds of each activation of a layer, by the name that remat has for it; "x"
-    is what passes from layer to layer, "out" the output of attention."""
+    """Numbers of one token that a device holds of each activation of a layer, by its point of remat; "x" is what passes
+    from layer to layer."""
     heads, groups = shards(step, "act_heads"), shards(step, "act_kv_heads", stack.kv_heads)
     mlp, width = stack.mlp / shards(step, "act_mlp"), step.model.width / shards(step, "act_embed")
     query, key = stack.heads * stack.head_size / heads, stack.kv_heads * stack.head_size / groups
-    found = {"x": width, "q": query, "k": key, "v": key, "context": query, "out": width, "mlp_up": mlp}
-    return found | ({"mlp_gate": mlp} if stack.gated else {})
+    found = {"x": width, "q": query, "k": key, "v": key, "context": query, "attention_out": width, "mlp_up": mlp}
+    # Of a norm two numbers a token are kept, in float32, of each branch.
+    return found | {"norm": 8.0} | ({"mlp_gate": mlp} if stack.gated else {})
 
 
-def saved_names(remat: str) -> tuple[str, ...]:
-    """The activations of a layer, beside its input x, that a policy keeps; those of "none" are all and more."""
-    if remat == "dots":
-        return ("q", "k", "v", "context", "out", "mlp_gate", "mlp_up")
-    return SAVED.get(remat, ())
+def saved_points(policy: str) -> tuple[str, ...]:
+    """The activations of a layer, beside its input x, that the policy of one layer keeps on the device; those of "none"
+    are all and more."""
+    if policy == "dots":
+        return ("q", "k", "v", "context", "attention_out", "mlp_gate", "mlp_up")
+    points = remats.SAVED.get(policy, () if policy == "none" else tuple(policy.split("+")))
+    return tuple(point for point in points if not point.endswith(remats.HOST))
+
+
+def _policies(step: Step, stack: StackConfig) -> tuple[str, ...]:
+    """The policy of each layer."""
+    return remats.by_layer(step.model.remat, stack.kinds)
+
+
+def _on_host(step: Step, stack: StackConfig, count: float) -> float:
+    """Bytes of a stack that wait on the host for the backward pass."""
+    held = widths(step, stack)
+    moved = [point.removesuffix(remats.HOST) for policy in _policies(step, stack) for point in policy.split("+")
+             if point.endswith(remats.HOST)]  # fmt: skip
+    return HALF * count * sum(held.get(point, 0.0) for point in moved)
 
 
 def layer_weights(step: Step, stack: StackConfig, *, crossed: bool) -> dict[str, float]:
@@ -165,7 +188,7 @@ def layer_weights(step: Step, stack: StackConfig, *, crossed: bool) -> dict[str,
     query, key = width * stack.heads * size / heads, width * stack.kv_heads * size / groups
     mlp = width * stack.mlp / shards(step, "mlp")
     branches = 2 if crossed else 1
-    found = {"q": branches * query, "k": branches * key, "v": branches * key, "out": branches * query}
+    found = {"q": branches * query, "k": branches * key, "v": branches * key, "attention_out": branches * query}
     found |= {"mlp_up": mlp, "down": mlp}
     return found | ({"mlp_gate": mlp} if stack.gated else {})
 
@@ -192,30 +215,26 @@ def memory(step: Step) -> dict[str, int]:
     gradients: of all parameters, twice while micro-batches are added up
     saved: what the remat policy keeps of every layer
     layer: weights of two layers gathered, gradients of one, and its activations and their gradients
-    head: the head gathered, its float32 gradient in two layouts, and a chunk of logits
+    head: the head gathered, its float32 gradient, and a chunk of logits
     """
     found = {name: float(size) for name, size in step.state.items()}
     found["gradients"] = step.gradients * (2.0 if step.micro_batches > 1 else 1.0)
-    found["saved"] = sum(
-        stack.layers * saved_bytes(step, stack, count, crossed) for stack, count, crossed in _stacks(step)
-    )
+    found["saved"] = sum(saved_bytes(step, stack, count, crossed) for stack, count, crossed in _stacks(step))
     found["layer"] = max(_working(step, stack, count, crossed) for stack, count, crossed in _stacks(step))
     found["head"] = _head_bytes(step)
     return {name: round(size) for name, size in found.items()}
 
 
 def saved_bytes(step: Step, stack: StackConfig, count: float, crossed: bool = False) -> float:
-    """Bytes that the backward pass finds of one layer and `count` tokens."""
+    """Bytes of `count` tokens that the backward pass finds of all layers of a stack."""
     held = widths(step, stack)
-    named = sum(size for name, size in held.items() if name != "out")
-    if step.model.remat == "none":
-        kept = FITTED["none"] * named
-    else:
-        kept = held["x"] + sum(held.get(name, 0.0) for name in saved_names(step.model.remat))
-    if crossed:
-        names = saved_names(step.model.remat)
-        kept += sum(held[name] for name in ("q", "context", "out") if name in names)
-        kept += held["x"] if step.model.remat == "none" else 0.0
+    every = sum(size for name, size in held.items() if name != "attention_out")
+    kept = 0.0
+    for policy in _policies(step, stack):
+        points = saved_points(policy)
+        kept += FITTED["none"] * every if policy == "none" else held["x"] + sum(held.get(p, 0.0) for p in points)
+        if crossed:
+            kept += sum(held[p] for p in ("q", "context", "attention_out") if p in points or policy == "none")
     return HALF * count * kept
 
 
@@ -236,7 +255,7 @@ def _all_logits(step: Step) -> float:
 
 
 def _head_bytes(step: Step) -> float:
-    return (HALF + 2 * SINGLE) * head_weights(step) + min(_all_logits(step), LOGITS)
+    return (HALF + SINGLE) * head_weights(step) + min(_all_logits(step), LOGITS)
 
 
 # Operations.
@@ -254,28 +273,36 @@ def products_flops(step: Step) -> tuple[float, float, float]:
     all_tokens = step.rows * step.length / devices
     products, attention = 3 * counted.weights, 3 * counted.attention
     products += counted.weights * _again(step)
-    attention += 0.0 if step.model.remat == "none" or "context" in saved_names(step.model.remat) else counted.attention
+    attention += counted.attention * _attends_again(step)
     # The kernel's backward pass makes the logits again, in each of its two parts: 7 products for the forward pass' 2.
     # Blocks that a causal mask cuts are computed whole.
     attention += 1.5 * counted.attention
     if step.model.decoder is not None:
         attention *= 1 + min(BLOCK, step.length) / step.length
-    times = 3 if _all_logits(step) <= KEPT_LOGITS else 4
-    return products * all_tokens, attention * all_tokens, times * counted.head * all_tokens
+    return products * all_tokens, attention * all_tokens, 3 * counted.head * all_tokens
 
 
 def _again(step: Step) -> float:
     """The share of the forward pass' products with weights that the backward pass computes again."""
-    remat = step.model.remat
-    if remat == "none":
-        return 0.0
-    kept = {"down", *saved_names(remat)}
     whole = again = 0.0
     for stack, count, crossed in _stacks(step):
         sizes = layer_weights(step, stack, crossed=crossed)
-        whole += count * stack.layers * sum(sizes.values())
-        again += count * stack.layers * sum(size for name, size in sizes.items() if name not in kept)
+        for policy in _policies(step, stack):
+            kept = {"down", *sizes} if policy == "none" else {"down", *_found(policy)}
+            whole += count * sum(sizes.values())
+            again += count * sum(size for name, size in sizes.items() if name not in kept)
     return again / whole
+
+
+def _attends_again(step: Step) -> float:
+    """The share of layers whose attention runs again in the backward pass."""
+    found = [policy for stack, _, _ in _stacks(step) for policy in _policies(step, stack)]
+    return sum(policy != "none" and "context" not in _found(policy) for policy in found) / len(found)
+
+
+def _found(policy: str) -> set[str]:
+    """The points that the backward pass finds, on the device or on the host."""
+    return {point.removesuffix(remats.HOST) for point in (*saved_points(policy), *policy.split("+"))}
 
 
 def _repeated(step: Step) -> int:
@@ -289,10 +316,9 @@ def _moved(step: Step) -> float:
     a name, the update of every parameter, and the weights again for every further micro-batch."""
     activations = saved = weights = 0.0
     for stack, count, crossed in _stacks(step):
-        named = HALF * count * sum(widths(step, stack).values())
-        activations += stack.layers * step.micro_batches * named
-        beyond = max(0.0, saved_bytes(step, stack, count, crossed) - named)
-        saved += 2 * stack.layers * step.micro_batches * beyond
+        named = stack.layers * HALF * count * sum(widths(step, stack).values())
+        activations += step.micro_batches * named
+        saved += 2 * step.micro_batches * max(0.0, saved_bytes(step, stack, count, crossed) - named)
         weights += stack.layers * sum(layer_weights(step, stack, crossed=crossed).values())
     again = (step.micro_batches - 1) * 2 * (HALF * (weights + head_weights(step)) + step.gradients)
     return FITTED["passes"] * activations + saved + again + 2.0 * (sum(step.state.values()) + step.gradients)
@@ -306,11 +332,14 @@ def collectives(step: Step, device: Device) -> dict[str, float]:
     found = {axis: 0.0 for axis, size in step.sizes.items() if size > 1}
     batch = set(step.rules.mesh_axes("batch"))
     gathered = [axis for axis in step.rules.mesh_axes("embed") if step.sizes.get(axis, 1) > 1]
-    weights = head_weights(step) + sum(
+    layers = sum(
         stack.layers * sum(layer_weights(step, stack, crossed=crossed).values()) for stack, _, crossed in _stacks(step)
     )
+    weights = head_weights(step) + layers / shards(step, "layers")
     divided = math.prod(step.sizes[axis] for axis in gathered)
     for axis in found:
+        if axis == "stage":
+            continue  # one activation a turn, to a neighbour
         speed = bandwidth(step.sizes, axis, device)
         size = step.sizes[axis]
         ring = (size - 1) / size / speed
@@ -336,7 +365,7 @@ def _later(step: Step, gathered: list[str], axis: str) -> int:
 def _tensor_bytes(step: Step) -> float:
     """Bytes that are all-reduced over tensor: two outputs of a layer forward, two gradients backward, and the first
     output again unless it is saved."""
-    again = 0 if step.model.remat in ("none", "dots") else 1
+    again = 1 - sum(step.model.remat == policy for policy in ("none", "dots", "products"))
     return sum(
         stack.layers * (4 + again + (2 if crossed else 0)) * count * step.micro_batches * HALF * step.model.width
         for stack, count, crossed in _stacks(step)
@@ -346,7 +375,7 @@ def _tensor_bytes(step: Step) -> float:
 def _sequence_bytes(step: Step) -> float:
     """Bytes of the keys and values of whole rows that each layer gathers, again for its recomputation, and whose
     gradients it scatters."""
-    again = 0 if step.model.remat == "none" or "context" in saved_names(step.model.remat) else 1
+    again = _attends_again(step)
     return sum(
         stack.layers
         * (3 + again)

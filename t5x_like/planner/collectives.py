@@ -36,8 +36,8 @@ class Collective:
     """One collective instruction. `count` executions a step, `bytes_each` as the head of this file says.
 
     `axes` are mesh axes in mesh order; `group_size` devices exchange with each other, fewer than the axes hold where
-    the compiler splits an axis. `source` is the name that jax gave the operation. `network`: "ici" within a slice, "dcn"
-    between slices.
+    the compiler splits an axis. `source` is the name that jax gave the operation. `network`: "ici" within a slice,
+    "dcn" between slices.
     """
 
     kind: str

@@ -86,22 +86,25 @@ def compile_program(
     options: Mapping[str, Any] | None = None,
     kept: pathlib.Path | None = None,
     anyway: bool = False,
+    stage: Callable[[str], contextlib.AbstractContextManager] = lambda doing: contextlib.nullcontext(),
 ) -> Compiled:
     """Compiles `step(*arguments)` over `mesh`. DoesNotFit when the devices' memory is too small for it.
 
     step: what `jax.jit` returned, with its own shardings and donation. arguments: trees of `jax.ShapeDtypeStruct` with
     shardings on `mesh`. kept: a folder where programs that were compiled before are found, and new ones left; then
     options are those of the compiler that `step` was jitted with, which tell its programs apart. anyway: of a program
-    that does not fit, DoesNotFit has what it would be, which takes as long as compiling one that fits.
+    that does not fit, DoesNotFit has what it would be, which takes as long as compiling one that fits. stage: is
+    entered for each action that takes long, which it is given as a word.
     """
     with _without_compilation_cache(), without_lines(), jax.set_mesh(mesh):
-        lowered, lower_seconds = _timed(lambda: step.trace(*arguments).lower())
+        with stage("lowering"):
+            lowered, lower_seconds = _timed(lambda: step.trace(*arguments).lower())
         name = ""
         if kept:
             name = cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
         known = cache.read(kept, name) if kept else None
         if known is None or (anyway and known["error"] and not known["text"] and "anyway" not in known):
-            known = _asked(lowered, anyway=anyway)
+            known = _asked(lowered, stage, anyway=anyway)
             if kept:
                 cache.write(kept, name, known)
     compiled = (
@@ -116,11 +119,12 @@ def compile_program(
     return compiled
 
 
-def _asked(lowered: Any, *, anyway: bool) -> dict[str, Any]:
+def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManager], *, anyway: bool) -> dict[str, Any]:
     """What the compiler says of a lowered program: its text and memory, or that it is too large, or both."""
     error = ""
     try:
-        compiled, seconds = _timed(lowered.compile)
+        with stage("compiling"):
+            compiled, seconds = _timed(lowered.compile)
     except jax.errors.JaxRuntimeError as refusal:
         explained = _explained(str(refusal), None)
         if not isinstance(explained, DoesNotFit):
@@ -129,7 +133,8 @@ def _asked(lowered: Any, *, anyway: bool) -> dict[str, Any]:
         if not anyway:
             return {"error": error, "text": "", "memory": {}, "seconds": 0.0}
         try:
-            compiled, seconds = _timed(lambda: lowered.compile(compiler_options=_ANYWAY))
+            with stage("compiling, though it does not fit,"):
+                compiled, seconds = _timed(lambda: lowered.compile(compiler_options=_ANYWAY))
         except jax.errors.JaxRuntimeError as again:  # one buffer alone is too large
             return {"error": f"{error}\n{again}", "text": "", "memory": {}, "seconds": 0.0, "anyway": True}
     stats = compiled.memory_analysis()

@@ -126,9 +126,9 @@ def to_text(iteration: Iteration, *, details: bool = False) -> str:
     for part in iteration.parts:
         often = "once" if part.times == 1 else f"{part.times} times"
         lines += ["", f"== {part.name}: {part.does}, {often} an iteration"]
-        if part.found is None:
+        if part.problem:
             lines.append(part.problem)
-        else:
+        if part.found is not None:
             compiled, cost = part.found
             beside = part.beside_bytes
             lines += report.program_lines(

@@ -169,8 +169,8 @@ def _large(buffer: buffers.Buffer, part: str) -> Large:
 
 
 def _timeline(schedule: buffers.Schedule, amounts: np.ndarray) -> tuple[Moment, ...]:
-    """The program in stretches of equal estimated cycles, a loop as long as all its turns; what has no estimate (kernels,
-    collectives) has no length, but its memory counts to the stretch that it lies in."""
+    """The program in stretches of equal estimated cycles, a loop as long as all its turns; what has no estimate
+    (kernels, collectives) has no length, but its memory counts to the stretch that it lies in."""
     weights = np.array([step.times * step.cycles for step in schedule.steps], np.float64) + 1e-9
     ends = weights.cumsum() / weights.sum()
     bins = np.minimum((ends * _POINTS).astype(int), _POINTS - 1)

@@ -1,6 +1,7 @@
 """FLOPs of the matrix products in a compiled program, where a TPU's compiler writes each as a convolution.
 
-Two for a multiply-add, padding not counted. Not here: kernels (kernels.py), how often a product runs (cost.py).
+Two for a multiply-add, padding not counted; one where both are numbers of 8 bits, which the matrix units multiply twice
+as fast, so that FLOPs over the bf16 peak stay a time. Not here: kernels (kernels.py), how often each runs (cost.py).
 """
 
 import math
@@ -10,6 +11,7 @@ import numpy as np
 
 from t5x_like.planner import hlo
 
+_EIGHT_BITS = re.compile(r"[suf]8")
 _DIMS = re.compile(r"\[([\d,<=]*)\]")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
@@ -23,17 +25,18 @@ def flops(module: hlo.Module, instruction: hlo.Instruction, computation: hlo.Com
         return sum(flops(module, inner, called) for inner in called.instructions.values())
     if instruction.opcode not in ("convolution", "dot"):
         return 0
-    left, right = (_sizes(computation.instructions[name].shape) for name in instruction.operands[:2])
-    out = _sizes(instruction.shape)
+    shapes = [computation.instructions[name].shape for name in instruction.operands[:2]]
+    left, right, out = _sizes(shapes[0]), _sizes(shapes[1]), _sizes(instruction.shape)
+    each = 1 if all(map(_EIGHT_BITS.match, shapes)) else 2
     if instruction.opcode == "dot":
         contracted = _CONTRACTED.search(instruction.attributes)
         dims = [int(dim) for dim in contracted.group(1).split(",") if dim] if contracted else []
-        return 2 * math.prod(out) * math.prod(left[dim] for dim in dims)
+        return each * math.prod(out) * math.prod(left[dim] for dim in dims)
     labels = _LABELS.search(instruction.attributes)
     if labels is None:
         return 0
     of_left, of_right, of_out = labels.groups()
-    total = 2 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
+    total = each * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
     window = _window(instruction.attributes)
     for dim in range(len(of_out) - 2):
         place = str(dim)

@@ -101,12 +101,9 @@ def opened(folder: str, settings: Mapping[str, Any], entries: Sequence[Entry]) -
         return Index(folder, settings, entries)
     before = _read(path)
     mine = json.loads(json.dumps(dict(settings)))
-    for name, value in mine.items():
-        if before["settings"].get(name) != value:
-            raise UserError(
-                f"{folder} holds a search of another {name} ({_short(before['settings'].get(name))}, now "
-                f"{_short(value)}); give another --search_dir, or delete it"
-            )
+    other = _difference(before["settings"], mine)
+    if other:
+        raise UserError(f"{folder} holds another search ({other}); give another --search_dir, or delete it")
     known = {entry.name: entry for entry in map(_from_json, before["points"])}
     kept = []
     for entry in entries:
@@ -154,6 +151,14 @@ def _from_json(given: Mapping[str, Any]) -> Entry:
     return Entry(Point(given["name"], dict(given["overrides"])), **fields)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _difference(before: Any, now: Any, path: str = "") -> str:
+    """The first thing in which two settings differ, "" where they are equal.
+
+    >>> _difference({"config": {"seed": 1}}, {"config": {"seed": 2}})
+    'config.seed was 1 and is 2'
+    """
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = sorted({*before, *now})
+        found = (_difference(before.get(n), now.get(n), f"{path}.{n}" if path else str(n)) for n in names)
+        return next(filter(None, found), "")
+    return "" if before == now else f"{path} was {json.dumps(before)[:60]} and is {json.dumps(now)[:60]}"

@@ -52,7 +52,7 @@ def head(index: Index) -> list[str]:
     options = "with the compiler's default options" if settings["default_options"] else "as they would run"
     compiler = settings["versions"].get("libtpu", "?")
     return [
-        f"search of {' '.join(settings['config'])} on {settings['topology']}: {len(index):,} points, {asked} judged",
+        f"search of {' '.join(settings['arguments'])} on {settings['topology']}: {len(index):,} points, {asked} judged",
         f"Estimates of the TPU compiler (libtpu {compiler}), {options}; nothing was run.",
     ]
 

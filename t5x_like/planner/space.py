@@ -2,7 +2,7 @@
 
     mesh           sizes of the axes of the mesh, all ways to divide the devices
     rules          "" for those of the config, "spread" for parameters over all axes of the batch and of rows
-    remat          policies (layers/stack.py)
+    remat          policies, points and shares of layers (layers/remat.py)
     micro_batches  parts of a batch
     scan           layers in a loop, or one by one
     config.FIELD   any other field
@@ -20,7 +20,7 @@ from typing import Any
 
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
-from t5x_like.layers.stack import REMAT
+from t5x_like.layers import remat as remats
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.rules import MESH_AXES, PRESETS
 
@@ -28,6 +28,8 @@ FLAG = "--search."
 DIMENSIONS = ("mesh", "rules", "remat", "micro_batches", "scan")
 AXES = ("data", "fsdp", "sequence", "tensor")  # that are searched unless somebody says otherwise
 MICRO_BATCHES = (1, 2, 4)
+# All policies, and two of which the last half of the layers saves more.
+REMAT = (*remats.POLICIES, "products:0.5,context", "minimal:0.5,full")
 SPREAD = "spread"
 _SPREAD_AXES = ("data", "fsdp", "sequence")
 _FIELDS = {
@@ -90,7 +92,8 @@ class Space:
 def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space:
     """The space that `--search.DIMENSION=VALUES` flags describe, around a config. UsageError for what is wrong.
 
-    idle: mesh axes on which no rule places anything. Values are separated by commas, those of rules by semicolons.
+    idle: mesh axes on which no rule places anything. Values are separated by commas, those of rules and remat by
+    semicolons, since they may hold commas.
     """
     given: dict[str, tuple[str, ...]] = {}
     for flag in flags:
@@ -100,7 +103,7 @@ def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space
             raise UsageError(f"{flag}: there is no dimension {name!r} of a search; {hint}")
         if not equals or name in given:
             raise UsageError(f"{flag}: give each dimension once, as {FLAG}{name}=VALUE,VALUE")
-        values = (each.strip() for each in text.split(";" if name == "rules" else ","))
+        values = (each.strip() for each in text.split(";" if name in ("rules", "remat") else ","))
         given[name] = tuple(dict.fromkeys(each for each in values if each or name == "rules"))
         if not given[name]:
             raise UsageError(f"{flag}: the space is empty; give at least one value")
@@ -110,10 +113,9 @@ def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space
         if axis not in MESH_AXES or axis == "slice":
             hint = nearest(axis, [name for name in MESH_AXES if name != "slice"])
             raise UsageError(f"{FLAG}mesh: {axis!r} is no axis of a mesh that can be chosen; {hint}")
-    remat = given.pop("remat", (base.remat,) if "config.model.remat" in base.said else tuple(REMAT))
+    remat = given.pop("remat", (base.remat,) if "config.model.remat" in base.said else REMAT)
     for policy in remat:
-        if policy not in REMAT:
-            raise UsageError(f"{FLAG}remat: {policy!r} is unknown; {nearest(policy, REMAT)}")
+        remats.parse(policy, path=f"{FLAG}remat")
     return Space(
         axes=axes,
         rules=given.pop("rules", ("",) if "config.mesh.rules" in base.said else ("", SPREAD)),

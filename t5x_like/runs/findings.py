@@ -146,7 +146,9 @@ def _replicated(program: Program) -> Iterator[Finding]:
     axes = tree.flatten(program.layout.axes["params"]) | tree.flatten(program.layout.frozen_axes.get("base", {}))
     held = {path: device_bytes(leaf) for path, leaf in leaves.items()}
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
-    dividing = [name for name in sizes if any(name in rules.mesh_axes(a) for each in axes.values() for a in each)]
+    named = {axis for each in axes.values() for axis in each if axis is not None}
+    meant = {name for axis in named for name in (*rules.mesh_axes(axis), *sharding_rules.TABLE[axis])}
+    dividing = [name for name in sizes if name in meant]  # by the rules in force, or by the table that they change
     for field, stack_config in program.model.config.stacks.items():
         if rules.replicated_heads(stack_config.kv_heads, program.mesh.shape):
             what = f"{stack_config.kv_heads} kv heads do not divide over the {_shards(program, 'kv_heads')} shards"
@@ -155,8 +157,8 @@ def _replicated(program: Program) -> Iterator[Finding]:
     if excess > max(REPLICATED_SHARE * sum(held.values()), REPLICATED_BYTES):
         missing = {path: _missing(leaf, dividing) for path, leaf in leaves.items()}
         worst = sorted((path for path in leaves if missing[path]), key=lambda path: -held[path])[:3]
-        named = ", ".join(f"{path} ({format_bytes(held[path])} over {' x '.join(missing[path])})" for path in worst)
-        what = f"{format_bytes(excess)} a device more than if all parameters were divided alike: {named}"
+        listed = ", ".join(f"{path} ({format_bytes(held[path])} over {' x '.join(missing[path])})" for path in worst)
+        what = f"{format_bytes(excess)} a device more than if all parameters were divided alike: {listed}"
         yield Finding("warning", "config.mesh.rules", what, "place a dim of them on these axes, or use smaller ones")
     others = [name for name in sizes if name not in dividing and name in rules.mesh_axes("batch")]
     if others:

@@ -12,6 +12,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.core.terminal import format_bytes
 from t5x_like.planner import space
 from t5x_like.planner.search_index import Entry
+from t5x_like.planner.topology import Topology
 from t5x_like.runs.arguments import call_function, config_file
 from t5x_like.storage import paths
 
@@ -34,7 +35,7 @@ def pinned_path(arguments: Sequence[str], given: str, *, topology: str) -> pathl
     return target
 
 
-def write_pinned(target: pathlib.Path, arguments: Sequence[str], best: Entry, *, topology: str) -> None:
+def write_pinned(target: pathlib.Path, arguments: Sequence[str], best: Entry, place: Topology) -> None:
     """Writes the config whole or not at all. arguments: the `--config...` ones, whose overrides it holds too."""
     base, given = config_file(arguments)
     overrides = [argument.removeprefix("--").partition("=") for argument in arguments if not _names_file(argument)]
@@ -43,7 +44,7 @@ def write_pinned(target: pathlib.Path, arguments: Sequence[str], best: Entry, *,
         path: space.value(each) if isinstance(each, str) else each for path, each in best.point.overrides.items()
     }
     launches, _ = call_function(arguments, "get_launch")
-    paths.write_text_atomic(str(target), _text(target, base, given, values, best, topology, launches=launches))
+    paths.write_text_atomic(str(target), _text(target, base, given, values, best, place, launches=launches))
 
 
 def _text(
@@ -52,19 +53,22 @@ def _text(
     given: Sequence[str],
     values: Mapping[str, Any],
     best: Entry,
-    topology: str,
+    place: Topology,
     *,
     launches: bool,
 ) -> str:
     verdict = best.best
     assert verdict is not None
-    launch = f"base.get_launch() | {{{topology_item(topology)}}}" if launches else f"{{{topology_item(topology)}}}"
+    topology, slices = place.name, f" --slices={place.slices}" if place.slices > 1 else ""
+    items = f'{{"topology": "{topology}"{f", {chr(34)}slices{chr(34)}: {place.slices}" if slices else ""}}}'
+    launch = f"base.get_launch() | {items}" if launches else items
+    memory, version = format_bytes(verdict.bytes), importlib.metadata.version("libtpu")
     called = f"base.get_config({', '.join(map(repr, given))})"
     return f'''"""{base.name} for {topology}, as `t5x_like plan --search` chose it on {datetime.date.today()}.
 
-    t5x_like plan --config={_shown(target)} --topology={topology}
-Hardware: {topology}. Estimated, not measured: {verdict.seconds:.3g} s a step, {format_bytes(verdict.bytes)} of a
-device (libtpu {importlib.metadata.version("libtpu")}).
+    t5x_like plan --config={_shown(target)} --topology={topology}{slices}
+Hardware: {place.slices} x {topology}.
+Estimated, not measured (libtpu {version}): {verdict.seconds:.3g} s a step, {memory} of a device.
 """
 
 {_imports(base, target)}
@@ -78,14 +82,6 @@ def get_config() -> ConfigDict:
 def get_launch():
     return {launch}
 '''
-
-
-def topology_item(topology: str) -> str:
-    """
-    >>> topology_item("v5p:4x4x4")
-    '"topology": "v5p:4x4x4"'
-    """
-    return f'"topology": "{topology}"'
 
 
 def _imports(base: pathlib.Path, target: pathlib.Path) -> str:

@@ -21,6 +21,10 @@ from t5x_like.runs.arguments import load_config
 from t5x_like.runs.roles import open_or_assume
 from t5x_like.runs.train import Experiment
 
+_MADE = (
+    *("config.model.remat", "config.model.scan", "config.loop.micro_batches", "config.mesh.rules"),
+    *(f"config.mesh.{axis}" for axis in sharding_rules.MESH_AXES),
+)
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 
 
@@ -54,6 +58,7 @@ class Prospects:
         experiment = self._experiment(point.overrides)
         sizes, state, gradients = self._state(experiment)
         programs.check_mesh(experiment, sizes)
+        turns = programs.schedule(experiment, sizes)
         options = experiment.runtime.compiler_options.of("tpu") or {}
         return analytic.Step(
             model=experiment.model,
@@ -66,6 +71,7 @@ class Prospects:
             state=state,
             gradients=gradients,
             vmem_kib=int(options.get(_VMEM, 0)) if self._own_options else 0,
+            bubble=0.0 if turns is None else turns.bubble,
         )
 
     def look(self, point: space.Point, device: analytic.Device) -> tuple[str, analytic.Estimate | None]:
@@ -116,5 +122,4 @@ class Prospects:
 
 def _is_made(path: str) -> bool:
     """Whether a value was made by the search and is not the text of a flag."""
-    made = ("config.model.remat", "config.model.scan", "config.loop.micro_batches")
-    return path in made or path.startswith("config.mesh.")
+    return path in _MADE

@@ -9,7 +9,7 @@ import pytest
 from configs import common
 from t5x_like.__main__ import main
 from t5x_like.core import accelerators
-from t5x_like.layers.stack import REMAT, SAVED
+from t5x_like.layers.remat import POINTS
 from t5x_like.models import config as models
 from t5x_like.parallel.rules import MESH_AXES, rules
 from t5x_like.planner import analytic
@@ -48,6 +48,7 @@ TOKENS = 8 * 32 // 4  # of a device
         ("full", 64),
         ("context", 64 + 64),
         ("minimal", 64 + 64 + 32 + 32 + 64 + 128 + 128),
+        ("products", 64 + 64 + 32 + 32 + 64 + 64 + 8 + 128 + 128),
         ("dots", 64 + 64 + 32 + 32 + 64 + 64 + 128 + 128),
     ],
 )
@@ -55,18 +56,26 @@ def test_saved_activations_are_those_that_the_policy_names(remat, numbers):
     assert analytic.memory(small(remat))["saved"] == 4 * TOKENS * numbers * 2
 
 
-def test_every_policy_and_every_name_of_a_policy_is_known():
-    held = set(analytic.widths(small(), small().model.decoder))
-    for policy in REMAT:
-        assert set(analytic.saved_names(policy)) <= held
-        assert policy in ("none", "full", "dots", *SAVED), f"{policy} is new: say in saved_names what it keeps"
+def test_every_point_of_remat_has_a_size():
+    assert set(POINTS) <= set(analytic.widths(small(), small().model.decoder))
+
+
+def test_layers_save_by_their_share_and_what_is_on_the_host_is_not_here():
+    half, minimal, full = (analytic.memory(small(r))["saved"] for r in ("minimal:0.5,full", "minimal", "full"))
+    assert half == (minimal + full) / 2
+    q, host = (analytic.memory(small(remat))["saved"] for remat in ("q", "q@host"))
+    assert host == full < q
+    slow = dataclasses.replace(V5P, host=1e3)
+    assert (
+        analytic.estimate(small("q@host"), slow).seconds["host"] > analytic.estimate(small("q"), slow).seconds["host"]
+    )
 
 
 def test_tensor_shards_divide_heads_and_mlp_and_leave_what_passes_on_whole():
     whole, divided = small("minimal", fsdp=2), small("minimal", fsdp=2, tensor=2)
     before, after = (analytic.widths(each, each.model.decoder) for each in (whole, divided))
-    assert {name for name in before if after[name] == before[name]} == {"x", "out"}
-    assert all(after[name] == before[name] / 2 for name in before if name not in ("x", "out"))
+    assert {name for name in before if after[name] == before[name]} == {"x", "attention_out", "norm"}
+    assert all(after[name] == before[name] / 2 for name in before if name not in ("x", "attention_out", "norm"))
 
 
 def test_micro_batches_divide_activations_and_hold_gradients_twice():
@@ -81,7 +90,7 @@ def test_products_without_recomputation_are_three_forward_passes():
     weights = 4 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
     products, _, head = analytic.products_flops(small("none"))
     assert products == 3 * 2 * weights * TOKENS
-    assert head == 3 * 2 * 64 * 256 * TOKENS  # logits are small enough to be kept
+    assert head == 3 * 2 * 64 * 256 * TOKENS
 
 
 def test_full_remat_computes_all_but_the_last_product_of_a_layer_again():
@@ -106,31 +115,34 @@ def test_nearest_axes_take_the_links_first():
     assert analytic.bandwidth(halves, "tensor", V5P) / V5P.link == 1.0  # a part of a ring is none
 
 
-# (config, mesh, remat, rows, temporaries in GB, cycles): what libtpu 0.0.50 says of our programs for v5p, with 64 MiB
-# of scoped vector memory. Attention kernels are not among the cycles.
+# (size, mesh, remat, rows, scoped vector memory in KiB, temporaries in GB, cycles) of our programs for v5p, as libtpu
+# 0.0.42 has them. Attention kernels are not among the cycles.
 COMPILED = {
-    "8b full": ("8b", {"fsdp": 64}, "full", 256, 15.79, 3.833e9),
-    "8b context": ("8b", {"fsdp": 64}, "context", 256, 21.37, 3.848e9),
-    "8b minimal": ("8b", {"fsdp": 64}, "minimal", 256, 56.54, 3.303e9),
-    "8b dots": ("8b", {"fsdp": 64}, "dots", 256, 56.54, 3.272e9),
-    "8b none": ("8b", {"fsdp": 64}, "none", 256, 118.2 * 2**30 / GB, None),
-    "70b full": ("70b", {"fsdp": 256}, "full", 512, 30.81, 1.708e10),
+    "8b products": ("8b", {"fsdp": 64}, "products", 256, 65536, 58.83, 3.1305e9),
+    "70b full, default options": ("70b", {"fsdp": 256}, "full", 512, 0, 26.79, 2.0757e10),
 }
+# What policies save more than "full" does, in GB of 8b as above (libtpu 0.0.50).
+SAVED = {"minimal": 56.54 - 15.79, "none": 118.2 * 2**30 / GB - 15.79}
+
+
+@pytest.mark.parametrize("remat", SAVED)
+def test_what_a_policy_saves_is_near_what_the_compiler_said(remat):
+    chosen, full = (analytic.memory(step(model(remat=each), fsdp=64))["saved"] for each in (remat, "full"))
+    assert chosen - full == pytest.approx(SAVED[remat] * GB, rel=0.03)
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_model_is_near_what_the_compiler_said(name):
-    """Memory within 12%, time of what has cycles within 6%."""
-    size, sizes, remat, rows, temporaries, cycles = COMPILED[name]
+    """Memory within 5%, time of what has cycles within 6%."""
+    size, sizes, remat, rows, vmem, temporaries, cycles = COMPILED[name]
     chosen = model(size=size, remat=remat)
     parameters = 1.0e9 * {"8b": 8.03, "70b": 70.55}[size]
     gradients = round(4 * parameters / math.prod(sizes.values()))
-    made = dataclasses.replace(step(chosen, rows=rows, **sizes), gradients=gradients, vmem_kib=65536)
+    made = dataclasses.replace(step(chosen, rows=rows, **sizes), gradients=gradients, vmem_kib=vmem)
     found = analytic.estimate(made, V5P)
-    assert found.bytes == pytest.approx(temporaries * GB, rel=0.12)
-    if cycles:
-        counted = sum(found.seconds[part] for part in ("products", "head", "memory"))
-        assert counted == pytest.approx(cycles / accelerators.GENERATIONS["v5p"].clock, rel=0.06)
+    assert found.bytes == pytest.approx(temporaries * GB, rel=0.05)
+    counted = sum(found.seconds[part] for part in ("products", "head", "memory"))
+    assert counted == pytest.approx(cycles / accelerators.GENERATIONS["v5p"].clock, rel=0.06)
 
 
 @pytest.fixture(scope="module")

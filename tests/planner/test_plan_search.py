@@ -16,19 +16,19 @@ from t5x_like.runs.arguments import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOPOLOGY = "--topology=v5e:2x4"
-# Activations of 12 layers that no device of 16 GiB holds; with full remat they fit.
+# Activations of 24 layers that no device of 16 GiB holds; with full remat they fit.
 CONFIG = """
 from t5x_like.configs.pretrain import test
 
 
 def get_config():
     config = test.get_config()
-    config.model.update({"width": 1024, "max_length": 2048, "remat": "none"})
-    config.model.decoder.update({"layers": 12, "heads": 8, "kv_heads": 8, "head_size": 128, "mlp": 4096})
-    config.data.update({"batch_size": 128, "length": 2048, "attend_across_documents": True})
+    config.model.update({"width": 256, "max_length": 512, "remat": "none"})
+    config.model.decoder.update({"layers": 24, "heads": 2, "kv_heads": 2, "head_size": 128, "mlp": 1024})
+    config.data.update({"batch_size": 1024, "length": 512, "attend_across_documents": True})
     return config
 """
-SPACE = ["--search.mesh=fsdp,tensor", "--search.remat=none,full", "--search.micro_batches=1", "--search.rules="]
+SPACE = ["--search.mesh=fsdp,tensor", "--search.remat=none;full", "--search.micro_batches=1", "--search.rules="]
 
 
 @pytest.fixture(scope="module")
@@ -180,4 +180,4 @@ def test_a_folder_that_belongs_to_another_search_is_refused(place, found, capsys
         *SPACE,
     ]
     assert main(words) == 1
-    assert "holds a search of another topology" in capsys.readouterr().err
+    assert 'holds another search (topology was "v5e:2x4" and is "v5e:2x2")' in capsys.readouterr().err

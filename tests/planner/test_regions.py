@@ -114,6 +114,8 @@ ENTRY %main (a: bf16[8,16], b: bf16[16,32]) -> f32[8,32] {{
             "window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf",
             6 * 2 * 8 * 16 * 32,
         ),
+        # Of int8, at twice the speed.
+        (("s8[8,16]", "s8[16,32]", "s32[8,32]"), "dim_labels=bf_io->bf", 8 * 16 * 32),
     ],
 )
 def test_a_products_spatial_dims_count_where_they_meet_the_input(shapes, attributes, flops):

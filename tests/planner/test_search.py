@@ -11,7 +11,13 @@ from t5x_like.planner.search_index import Entry, Verdict, opened
 from t5x_like.planner.space import Point
 
 HBM = 100
-SETTINGS = {"config": ["--config=a"], "topology": "v5e:2x2", "default_options": False, "versions": {"libtpu": "1"}}
+SETTINGS = {
+    "arguments": ["--config=a"],
+    "config": {"model": {"width": 8}},
+    "topology": "v5e:2x2",
+    "default_options": False,
+    "versions": {"libtpu": "1"},
+}
 # name: (analytic seconds, analytic bytes, the judge's seconds, the judge's bytes; None: refused)
 WORLD = {
     "fastest": (1.0, 108, None, None),
@@ -117,9 +123,13 @@ def test_a_point_whose_judge_failed_is_tried_again_with_larger_limits_alone(tmp_
 
 def test_another_config_is_refused_in_one_line(tmp_path):
     run(tmp_path)
-    with pytest.raises(UserError, match="holds a search of another topology") as error:
-        opened(str(tmp_path), SETTINGS | {"topology": "v5e:4x4"}, entries())
-    assert "\n" not in str(error.value)
+    for other, says in (
+        ({"topology": "v5e:4x4"}, 'topology was "v5e:2x2" and is "v5e:4x4"'),
+        ({"config": {"model": {"width": 16}}}, "config.model.width was 8 and is 16"),
+    ):
+        with pytest.raises(UserError) as error:
+            opened(str(tmp_path), SETTINGS | other, entries())
+        assert says in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', '{"format": 99, "settings": {}, "points": []}'])

@@ -5,8 +5,9 @@ import math
 import pytest
 
 from t5x_like.core.errors import UsageError
-from t5x_like.layers.stack import REMAT
+from t5x_like.layers.remat import POLICIES
 from t5x_like.parallel.mesh import MeshConfig, axis_sizes
+from t5x_like.parallel.rules import MESH_AXES
 from t5x_like.planner import space
 from t5x_like.planner.space import Base
 
@@ -50,8 +51,7 @@ def test_a_mesh_says_only_what_is_other_than_in_the_config_and_leaves_one_axis_o
 def test_every_point_is_a_mesh_of_these_devices():
     for point in points(*ONE):
         sizes = {path.removeprefix("config.mesh."): size for path, size in point.overrides.items()}
-        config = MeshConfig("fsdp", "", *(sizes.get(axis) for axis in FSDP.__dataclass_fields__ if axis not in (
-            "preset", "rules")))  # fmt: skip
+        config = MeshConfig("fsdp", "", *(sizes.get(axis) for axis in MESH_AXES))
         named = dict(part for part in _named(point.name))
         assert {axis: size for axis, size in axis_sizes(config, 8).items() if size > 1} == named
 
@@ -73,7 +73,7 @@ def test_parameters_are_spread_where_more_than_one_axis_can_hold_them():
 
 def test_dimensions_multiply_and_fields_join():
     found = of(
-        "--search.mesh=fsdp", "--search.remat=full,dots", "--search.micro_batches=1,2", "--search.scan=True,False",
+        "--search.mesh=fsdp", "--search.remat=full;dots", "--search.micro_batches=1,2", "--search.scan=True,False",
         "--search.config.optim.name=adamw,adafactor", "--search.rules=",
     )  # fmt: skip
     assert len(found) == 16
@@ -86,7 +86,8 @@ def test_dimensions_multiply_and_fields_join():
 
 
 def test_all_policies_are_searched_unless_somebody_says_otherwise():
-    assert {name.rpartition("-")[2] for name in of("--search.micro_batches=1")} == set(REMAT)
+    found = {each.get("config.model.remat", "none") for each in of("--search.micro_batches=1").values()}
+    assert found == set(space.REMAT) and set(POLICIES) < found
 
 
 def test_what_the_command_line_sets_is_not_searched():
