@@ -24,7 +24,6 @@ CYCLE_SHARE = 0.6
 MATRIX_SHARE = 0.88
 # Share of what the schedule leaves exposed that a step waits for; those runs were compiled with options for overlap.
 EXPOSED_SHARE = 0.29
-<<<<<<< HEAD
 
 OPERATIONS = 20  # so many of the longest are listed
 
@@ -37,8 +36,6 @@ PARTS = {
     "exposed_hbm": "waiting for copies",
     "exposed_host": "waiting for the host",
 }
-=======
->>>>>>> w-calib
 
 
 @dataclasses.dataclass(frozen=True)
