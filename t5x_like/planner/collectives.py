@@ -189,7 +189,7 @@ def _slices_joined(attributes: str) -> int | None:
     groups = [
         [int(device) for device in re.findall(r"\d+", group)] for group in re.findall(r"\{([\d,>-]+)\}", listed[1])
     ]
-    joined = _components([pair for group in groups for pair in zip(group, group[1:], strict=False)])
+    joined = _components([list(pair) for group in groups for pair in itertools.pairwise(group)])
     return max(len({device // _DEVICES_OF_A_SLICE for device in group}) for group in joined)
 
 

@@ -137,10 +137,11 @@ def test_the_table_labels_its_figures_as_estimates(trained):
         collectives.Collective(**(item | {"axes": tuple(item["axes"])})) for item in trained["collective_instructions"]
     )
     loops = (cost.Loop("while.4", 8, 400),)
+    text = "HloModule m\n\nENTRY %main (p: f32[25]) -> f32[25] {\n  ROOT %p = f32[25] parameter(0)\n}\n"
     plan = report.Plan(
         program="train",
-        place=report.Place("v5e:2x2", 4, trained["mesh"], 2**31),
-        compiled=Compiled("", Memory(2**30, 2**20, 2**30, 2**30), 1.0, 2.0),
+        place=report.Place("v5e:2x2", 1, 4, trained["mesh"], 2**31),
+        compiled=Compiled(text, Memory(2**30, 2**20, 2**30, 2**30), 1.0, 2.0),
         cost=cost.Cost(12345678, (cost.Kernel("splash", 2),), items, {"sort": 1}, ("while.3",), loops),
     )
     text = report.to_text(plan)

@@ -131,13 +131,14 @@ def test_an_iteration_with_a_program_that_does_not_fit_shows_the_others():
     from t5x_like.planner.cost import Cost
     from t5x_like.planner.report import Place
 
-    found = Compiled("", Memory(100, 20, 5, 0), 1.0, 1.0), Cost(50, (), (), {}, (), ())
+    text = "HloModule m\n\nENTRY %main (p: f32[25]) -> f32[25] {\n  ROOT %p = f32[25] parameter(0)\n}\n"
+    found = Compiled(text, Memory(100, 20, 5, 0), 1.0, 1.0), Cost(50, (), (), {}, (), ())
     parts = [
         iteration.Part("rollout", "draws", 1, 0, None, "the program does not fit"),
         iteration.Part("score", "reads", 2, 0, found, ""),
         iteration.Part("update", "trains", 2, 900, found, ""),
     ]
-    plan = iteration.Iteration("rl", Place("v5e:2x2", 4, {"fsdp": 4}, 1000), ["an iteration"], parts)
+    plan = iteration.Iteration("rl", Place("v5e:2x2", 1, 4, {"fsdp": 4}, 1000), ["an iteration"], parts)
     assert [line.partition(":")[0] for line in plan.problems] == ["rollout", "update"]
     assert (plan.cycles, plan.largest) == (200, parts[2])
     text = iteration.to_text(plan)
