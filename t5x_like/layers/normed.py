@@ -44,9 +44,29 @@ def applies(norm: nnx.Module, *weights: nnx.Param) -> bool:
 
 
 def normed(norm: RmsNorm, x_BTD: jax.Array) -> Normed:
+    return Normed(x_BTD, _inverse_rms(norm.epsilon, x_BTD), value(norm.scale).astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _inverse_rms(epsilon: float, x_BTD: jax.Array) -> jax.Array:
+    """1 / rms of each token. Its gradient is written out in the result alone, so that remat may save that: the
+    compiler's own reads the mean of squares too, and sums it up again."""
     mean_BT = jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1)
-    inverse_BT = checkpoint_name(jax.lax.rsqrt(mean_BT + norm.epsilon), NAME)
-    return Normed(x_BTD, inverse_BT, value(norm.scale).astype(jnp.float32))
+    return checkpoint_name(jax.lax.rsqrt(mean_BT + epsilon), NAME)
+
+
+def _inverse_rms_forward(epsilon: float, x_BTD):
+    inverse_BT = _inverse_rms(epsilon, x_BTD)
+    return inverse_BT, (x_BTD, inverse_BT)
+
+
+def _inverse_rms_backward(epsilon: float, saved, g_BT):
+    x_BTD, inverse_BT = saved
+    factor_BT = -g_BT * inverse_BT**3 / x_BTD.shape[-1]
+    return ((factor_BT[..., None] * x_BTD.astype(jnp.float32)).astype(x_BTD.dtype),)
+
+
+_inverse_rms.defvjp(_inverse_rms_forward, _inverse_rms_backward)
 
 
 Form = tuple[str, str, tuple[str, ...]]
