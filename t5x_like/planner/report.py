@@ -133,7 +133,7 @@ def program_lines(
         *_caveats(cost),
         "",
         *(collective_lines(cost.collectives) if estimate is None else report_time.collective_lines(estimate)),
-        *(_instruction_lines(cost.collectives) if details else []),
+        *(_detail_lines(cost, estimate) if details else []),
     ]
 
 
@@ -164,8 +164,11 @@ def collective_lines(items: Sequence[collectives.Collective]) -> list[str]:
     return table([_HEADER, *(_row(total, total.bytes) for total in collectives.totals(items))])
 
 
-def _instruction_lines(items: Sequence[collectives.Collective]) -> list[str]:
-    """Every collective instruction by itself, the largest first."""
+def _detail_lines(cost: Cost, estimate: Estimate | None) -> list[str]:
+    """Every collective instruction by itself; with times, where these are known."""
+    if estimate is not None:
+        return report_time.detail_lines(estimate)
+    items = cost.collectives
     header = _HEADER | {"kind": "each instruction", "bytes": "bytes each", "source": "from"}
     largest = sorted(items, key=lambda item: -item.count * item.bytes_each)
     rows = [header, *({**_row(item, item.bytes_each), "source": item.source} for item in largest)]

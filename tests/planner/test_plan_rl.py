@@ -64,6 +64,15 @@ def test_the_iteration_is_the_sum_of_its_programs(planned):
     assert plan["iteration"]["peak_bytes"] == most < plan["hbm_bytes"]
 
 
+def test_an_iteration_takes_as_long_as_its_programs(planned):
+    plan, _ = planned
+    seconds = {part["program"]: part["times"] * part["estimate"]["step_seconds"] for part in plan["programs"]}
+    assert plan["estimate"]["parts"] == pytest.approx(seconds)
+    assert plan["estimate"]["iteration_seconds"] == pytest.approx(sum(seconds.values()))
+    assert plan["estimate"]["bound_by"].partition(":")[0] == max(seconds, key=lambda name: seconds[name])
+    assert plan["estimate"]["run_seconds"] > plan["estimate"]["iteration_seconds"]
+
+
 def test_a_rollout_counts_its_loop_for_the_most_tokens_that_an_answer_has(planned):
     plan, said = planned
     rollout = plan["programs"][0]
