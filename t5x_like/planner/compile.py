@@ -133,6 +133,7 @@ def _needed(peak_bytes: int | None, held: Held) -> int:
 
 def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManager], *, anyway: bool) -> dict[str, Any]:
     """What the compiler says of a lowered program: its text and memory, or that it is too large, or both."""
+    begin = time.monotonic()
     try:
         with stage("compiling"):
             compiled, seconds = _timed(lowered.compile)
@@ -140,7 +141,7 @@ def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManage
         explained = _explained(str(refusal), None)
         if not isinstance(explained, DoesNotFit):
             raise explained from None
-        refused = {"error": str(refusal), "text": "", "memory": {}, "seconds": 0.0}
+        refused = {"error": str(refusal), "text": "", "memory": {}, "seconds": time.monotonic() - begin}
         if not anyway:
             return refused
         with stage("looking at what is large in"):

@@ -54,7 +54,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def place_json(place: Place) -> dict[str, Any]:
-    found = dataclasses.asdict(place) | {"notes": notes(place)}
+    found: dict[str, Any] = dataclasses.asdict(place) | {"notes": notes(place)}
     if place.pipeline is None:
         return {name: value for name, value in found.items() if name != "pipeline"}
     return found | {"pipeline": found["pipeline"] | {"turns": place.pipeline.turns, "bubble": place.pipeline.bubble}}

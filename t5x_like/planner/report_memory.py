@@ -42,11 +42,13 @@ def lines(memory: Memory, held: Held, *, hbm_bytes: int, beside_bytes: int | Non
     """The section of the table that `plan` prints. beside_bytes: what a device holds meanwhile besides."""
     total = memory.total_bytes + (beside_bytes or 0)
     beside = "what the run holds and this program does not read"
+    more = memory.arguments_bytes + memory.temporaries_bytes > 1.01 * memory.total_bytes
+    apart = "   by XLA's count, more than live at once" if more else ""
     in_place = f"{format_bytes(memory.aliased_bytes)} in place of arguments"
     found = [
         "memory (HBM)",
         f"  arguments    {_bytes(memory.arguments_bytes)}",
-        f"  temporaries  {_bytes(memory.temporaries_bytes)}   by XLA's count, more than live at once",
+        f"  temporaries  {_bytes(memory.temporaries_bytes)}{apart}",
         f"  outputs      {_bytes(memory.outputs_bytes)}   {in_place}",
     ]
     if beside_bytes is not None:

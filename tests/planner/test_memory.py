@@ -146,7 +146,7 @@ def mesh(compiler):
     return Mesh(np.array(topology("v5e:2x2").devices), ("fsdp",), axis_types=(AxisType.Auto,))
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_peak_is_the_compilers_own(mesh, remat):
     """Within 1%, or what the vector memory holds, which the compiler counts too."""
 
