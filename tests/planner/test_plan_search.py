@@ -165,7 +165,7 @@ def _best(folder):
     [
         (["--search", "--search.mesh=fsdq"], 2, "'fsdq' is no axis of a mesh"),
         (["--search", "--search.remat="], 2, "the space is empty"),
-        (["--search", "--search.config.model.widht=3"], 2, "config.model.widht is unknown"),
+        (["--search", "--search.mesh=fsdp", "--search.config.model.widht=3"], 2, "config.model.widht is unknown"),
         (["--search", "--search.mesh=fsdp", "--config.data.batch_size=7"], 2, "no point can run, such as"),
         (["--search_dir=/tmp/x"], 2, "--search_dir is of a search; give --search too"),
         (["--search.mesh=fsdp"], 2, "--search.mesh=fsdp is of a search; give --search too"),
