@@ -31,7 +31,13 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # workdirs, and a tool may make the mesh for it.
 OUTSIDE = {"configs": (), "launch": (2, 9, 10, 11), "tools": (1, 9, 10, 11)}
 # Measurements reach for the part that they measure.
-MEASURES = ("tools/benchmark/", "tools/gpu_report.py", "tools/gpu_work.py", "tools/lifecycle/judge.py")
+MEASURES = (
+    "tools/benchmark/",
+    "tools/calibrate/",
+    "tools/gpu_report.py",
+    "tools/gpu_work.py",
+    "tools/lifecycle/judge.py",
+)
 # Files that speak of this process and not of a mesh.
 PROCESS = {
     f"t5x_like/{name}.py" for name in ("core/environment", "parallel/multihost", "training/session", "runs/loading")

@@ -10,10 +10,13 @@ says its shapes; a role that is not there is taken to be like the policy. Needs 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +24,7 @@ from t5x_like.commands import plan_search
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
+from t5x_like.core.terminal import Waiting
 from t5x_like.runs.arguments import ConfigParser, load_config, section, split_config
 from t5x_like.storage import paths
 
@@ -42,7 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     plan_search.check(options, dimensions)
     config, overrides = load_config(config_arguments)
     program = _program(config, options.program)
-    json_path = _writable(options.json) if options.json else None
+    price = _price(options.price)
+    targets = {name: _writable(name, getattr(options, name)) for name in ("json", "html") if getattr(options, name)}
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
@@ -51,17 +56,16 @@ def run(arguments: Sequence[str]) -> int:
             raise UsageError("--search is of train steps; a config of `t5x_like rl` takes it with --program=train")
         return plan_search.run(config_arguments, dimensions, options)
 
-    from t5x_like.planner import iteration, report
+    from t5x_like.planner import iteration, page, report
 
-    plan: report.Plan | iteration.Iteration = _planned(program, config, overrides, options)
+    plan: report.Plan | iteration.Iteration = _planned(program, config, overrides, options, price)
     details = options.details
     if isinstance(plan, iteration.Iteration):
         content, text = iteration.to_json(plan), iteration.to_text(plan, details=details)
     else:
         content, text = report.to_json(plan), report.to_text(plan, details=details)
-    if json_path:
-        json_path.with_name(f"{json_path.name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(json_path.with_name(f"{json_path.name}.tmp"), json_path)
+    for name, path in targets.items():
+        _write(path, page.page(content) if name == "html" else json.dumps(content, indent=2) + "\n")
     print(text)
     if plan.problems:
         raise UserError(f"{plan.place.topology} is too small: {'; '.join(plan.problems)}")
@@ -76,6 +80,10 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--rows", type=int, help="decode: texts at once, over all devices")
     parser.add_argument("--length", type=int, help="decode: tokens of each text that the cache has room for")
     parser.add_argument("--json", metavar="PATH", help="also write the plan as JSON")
+    parser.add_argument("--html", metavar="PATH", help="also write it as one page with drawings")
+    parser.add_argument(
+        "--price", metavar="AMOUNT", help="of a chip for an hour, such as 4.20USD, for what a run costs"
+    )
     parser.add_argument("--cache", metavar="DIR", help="of compiled programs; `off` for none; default: ~/.cache")
     parser.add_argument(
         "--default_options", action="store_true", help="with the compiler's own options, not the config's: often faster"
@@ -99,17 +107,43 @@ def _program(config: Mapping[str, Any], given: str | None) -> str:
     return given or ("rl" if of_rl else "train")
 
 
-def _writable(path: str) -> pathlib.Path:
+def _writable(option: str, path: str) -> pathlib.Path:
     """The path, if its folder is there: better said before minutes of compiling than after."""
     if paths.is_remote(path):
-        raise UserError(f"--json={path}: a plan is written to a disk; copy it to its bucket afterwards")
+        raise UserError(f"--{option}={path}: a plan is written to a disk; copy it to its bucket afterwards")
     target = pathlib.Path(paths.normal(path))
     if not target.parent.is_dir():
-        raise UserError(f"--json={path}: {target.parent} is no folder")
+        raise UserError(f"--{option}={path}: {target.parent} is no folder")
     return target
 
 
-def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any) -> Any:
+def _write(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all, also where two plans write to one path."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _price(text: str | None) -> tuple[float, str] | None:
+    """(amount, currency) of a chip for an hour.
+
+    >>> _price("4.20USD"), _price("3 EUR"), _price(None)
+    ((4.2, 'USD'), (3.0, 'EUR'), None)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([A-Za-z]{3})?", text.strip())
+    if found is None or float(found.group(1)) == 0:
+        raise UsageError(f"--price={text} should be what a chip costs an hour, with its currency, such as 4.20USD")
+    if not found.group(2):
+        raise UsageError(f"--price={text} has no currency; write --price={text.strip()}USD, or another's three letters")
+    return float(found.group(1)), found.group(2).upper()
+
+
+def _planned(
+    program: str, config: Mapping[str, Any], overrides: Mapping[str, Any], options: Any, price: tuple[float, str] | None
+) -> Any:
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import DoesNotFit, compile_program
@@ -138,29 +172,41 @@ def _planned(program: str, config: Mapping[str, Any], overrides: Mapping[str, An
         for name, source in assumed.items():
             print(f"config.roles.{name}.source={source} is not there: taken to be like config.model", file=sys.stderr)
         if program == "rl":
-            return _iteration(experiment, built, place, assumed, kept=_kept(options))
+            return _iteration(experiment, built, place, assumed, kept=_kept(options), price=price)
         step, step_arguments = built.step, (built.layout.state, built.layout.frozen, built.batch)
         work = planned.train_work(experiment, built)
     options_of = experiment.runtime.compiler_options.of("tpu")
     problem = ""
     try:
         compiled = compile_program(
-            step, step_arguments, mesh=mesh, options=options_of, kept=_kept(options), anyway=True
+            step,
+            step_arguments,
+            mesh=mesh,
+            options=options_of,
+            kept=_kept(options),
+            anyway=True,
+            stage=functools.partial(_waiting, f"the {program} step"),
         )
     except DoesNotFit as error:
         if error.compiled is None:
             raise
         compiled, problem = error.compiled, str(error)
     found = cost(compiled.text, place.mesh)
-    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work), problem)
+    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work, price), problem)
 
 
-def _estimate(found: Any, mesh: Any, place: Any, work: Any) -> Any:
+def _estimate(found: Any, mesh: Any, place: Any, work: Any, price: tuple[float, str] | None) -> Any:
     """The time of a program of this cost."""
-    from t5x_like.planner.estimate import estimate
+    from t5x_like.planner.estimate import Price, estimate
     from t5x_like.planner.network import fabric
 
-    return estimate(found, fabric(list(mesh.devices.flat), place.mesh), chips=place.chips, work=work)
+    return estimate(
+        found,
+        fabric(list(mesh.devices.flat), place.mesh),
+        chips=place.chips,
+        work=work,
+        price=Price(*price) if price else None,
+    )
 
 
 def _slices(given: int | None, mesh: Any) -> tuple[int, Any]:
@@ -178,6 +224,10 @@ def _with_default_options(experiment: Any) -> Any:
     return dataclasses.replace(experiment, runtime=dataclasses.replace(experiment.runtime, compiler_options=plain))
 
 
+def _waiting(what: str, doing: str) -> Waiting:
+    return Waiting(f"{doing} {what}")
+
+
 def _kept(options: Any) -> pathlib.Path | None:
     """Where compiled programs lie, None for nowhere."""
     from t5x_like.planner import cache
@@ -188,7 +238,13 @@ def _kept(options: Any) -> pathlib.Path | None:
 
 
 def _iteration(
-    experiment: Any, built: Any, place: Any, assumed: Mapping[str, str], *, kept: pathlib.Path | None
+    experiment: Any,
+    built: Any,
+    place: Any,
+    assumed: Mapping[str, str],
+    *,
+    kept: pathlib.Path | None,
+    price: tuple[float, str] | None,
 ) -> Any:
     """All programs of an iteration, compiled one after the other; one that does not fit does not hide the others."""
     from t5x_like.parallel.sharding import device_bytes
@@ -201,7 +257,7 @@ def _iteration(
     held = device_bytes((built.layout.state, built.layout.frozen))
     stages, parts = rl_program.stages(experiment, built), []
     for number, stage in enumerate(stages, start=1):
-        print(f"compiling {stage.name}, {number} of {len(stages)}", file=sys.stderr)
+        named = f"{stage.name}, {number} of {len(stages)}"
         found, time, problem, beside = None, None, "", held - device_bytes(stage.reads)
         try:
             compiled = compile_program(
@@ -210,12 +266,14 @@ def _iteration(
                 mesh=built.mesh,
                 options=experiment.runtime.compiler_options.of("tpu"),
                 kept=kept,
+                anyway=True,
+                stage=functools.partial(_waiting, named),
             )
         except DoesNotFit as error:
-            problem = str(error)
-        else:
+            compiled, problem = error.compiled, str(error)
+        if compiled is not None:
             found = (compiled, cost(compiled.text, place.mesh))
-            time = _estimate(found[1], built.mesh, place, planned.stage_work(experiment, built, stage))
+            time = _estimate(found[1], built.mesh, place, planned.stage_work(experiment, built, stage), price)
         parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem, time))
     facts = [f"{name}: {fact}" for name, fact in rl_program.facts(experiment).items()]
     facts += [f"role {name}: {source} is not there, planned like config.model" for name, source in assumed.items()]

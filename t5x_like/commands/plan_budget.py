@@ -9,12 +9,12 @@ The compute is said in one of these ways. Needs no compiler. All figures are est
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from t5x_like.commands import plan_file
 from t5x_like.core import accelerators, environment
 from t5x_like.core.errors import UsageError
 from t5x_like.core.terminal import format_count, format_duration
@@ -35,6 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"{config_arguments[0]} changes a config, and none is named; give --config=FILE")
     chips = None if options.chips is None else _slice(options.chips)
     _check(options, has_config=has_config)
+    path = plan_file.writable(options.json) if options.json else None
     if has_config:
         found = _of_config(config_arguments, options, chips)
     elif options.family:
@@ -43,12 +44,8 @@ def run(arguments: Sequence[str]) -> int:
         flops, origin, given = _compute(options, chips)
         found = Budget(flops, origin, given, served=options.served)
     print(budget_report.to_text(found))
-    if options.json:
-        from t5x_like.storage.paths import writing
-
-        with writing(options.json), open(options.json, "w", encoding="utf-8") as file:
-            json.dump(budget_report.to_json(found), file, indent=2)
-            file.write("\n")
+    if path:
+        plan_file.write(path, budget_report.to_json(found))
     return 0
 
 
@@ -156,7 +153,7 @@ def _of_config(arguments: Sequence[str], options: Any, chips: accelerators.Slice
     sizes = meshes.axis_sizes(experiment.mesh, devices)
     footprints = _footprints(chips)
     by_remat: dict[str, Footprint] = {}
-    for remat in _policies():
+    for remat in dict.fromkeys([*_policies(), experiment.model.remat]):
         chosen = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=remat))
         by_remat[remat] = footprints.of(chosen, sizes)
     data, program = experiment.data, footprints.program(experiment, sizes)
@@ -253,9 +250,9 @@ def _footprints(chips: accelerators.Slice | None) -> Any:
 
 
 def _policies() -> list[str]:
-    from t5x_like.layers.stack import REMAT
+    from t5x_like.layers.remat import POLICIES
 
-    return list(REMAT)
+    return list(POLICIES)
 
 
 def _on_cpu() -> None:

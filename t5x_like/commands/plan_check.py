@@ -8,14 +8,13 @@ where it could not start.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_like.commands import plan_file
 from t5x_like.core import accelerators, environment
 from t5x_like.core.errors import UsageError
 from t5x_like.runs.arguments import ConfigParser, load_config, split_config
-from t5x_like.storage import paths
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -29,18 +28,16 @@ def run(arguments: Sequence[str]) -> int:
     if options.slices < 1 or (options.slices > 1 and not options.topology):
         raise UsageError(f"--slices={options.slices} should be at least 1, and needs --topology")
     chips = accelerators.parse(options.topology) if options.topology else None
+    path = plan_file.writable(options.json) if options.json else None
     config, overrides = load_config(config_arguments)
     environment.apply(dataclasses.replace(environment.READING, platform="cpu", fake_devices=0))
 
     from t5x_like.runs import doctor
 
     report = doctor.examine(config, overrides, _target(config, chips, options.slices))
-    content, text = _json(report), _text(report, options.topology or "CPU")
-    if options.json:
-        with paths.writing(options.json), open(options.json, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-    print(text)
+    if path:
+        plan_file.write(path, _json(report))
+    print(_text(report, options.topology or "CPU"))
     return UsageError.exit_status if report.errors else 0
 
 

@@ -1,7 +1,9 @@
 """THE table of TPU generations, and what follows from it: names, shapes, virtual machines and labels of a slice.
 
 A slice is written `v5p:4x4x4`: the generation, and the chips along each dimension of its network. Everything else is
-derived. `parse` also takes the other names that people have for a slice, such as v5p-128 and tpu-v5p-slice:4x4x4. Not here: devices that programs compile for (planner/topology.py) and meshes over them (parallel/mesh.py).
+derived. `parse` also takes the other names that people have for a slice, such as v5p-128 and
+tpu-v5p-slice:4x4x4. Not here: devices that programs compile for (planner/topology.py) and meshes over them
+(parallel/mesh.py).
 
 Sources: Google Cloud's TPU documentation for sizes, memory, peaks and speeds of memory and networks (its ICI bandwidth
 of a chip is that of all links, both ways: v5p 1200 GB/s = 6 links x 2 x 100); the "How To Scale Your Model" book,

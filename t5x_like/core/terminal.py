@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import IO
@@ -123,6 +124,42 @@ class Progress:
         if self._total is not None and self._done < self._total:
             text += f", ETA {format_duration((self._total - self._done) / rate if rate else math.inf)}"
         return f"{text}, {note}" if note else text
+
+
+class Waiting:
+    """That something goes on which does not say how far it is: a live line with the time since its begin on a terminal,
+    one plain line at its begin elsewhere. Use as a context manager.
+
+    >>> import io
+    >>> out = io.StringIO()
+    >>> with Waiting("compiling", stream=out):
+    ...     pass
+    >>> out.getvalue()
+    'compiling\\n'
+    """
+
+    def __init__(self, what: str, *, stream: IO[str] | None = None, seconds: float = 2.0):
+        self._what, self._seconds = what, seconds
+        self._line = StatusLine(stream if stream is not None else sys.stderr)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="waiting", daemon=True)
+
+    def _show(self) -> None:
+        begin = time.monotonic()
+        while not self._over.wait(self._seconds):
+            self._line.show(f"{self._what}: {format_duration(time.monotonic() - begin)}")
+
+    def __enter__(self) -> "Waiting":
+        self._line.show(self._what)
+        if self._line.live:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._line.end()
 
 
 class StatusLine:

@@ -1,5 +1,5 @@
-"""Pipeline stages: the layers of a stack lie on the mesh axis `stage` in parts, which work side by side, each on another
-micro-batch.
+"""Pipeline stages: the layers of a stack lie in parts on the mesh axis `stage`, and the parts work side by side, each
+on another micro-batch.
 
 A stack is cut into stages x repeats stretches of equal layers; stretch n lies on stage n % stages, so that with
 repeats=2 a micro-batch goes round the stages twice. Every turn each stage runs one stretch on one micro-batch, and what
@@ -21,7 +21,7 @@ Legend: S stages, R repeats, M micro-batches, B rows of the batch, b rows of a m
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -176,19 +176,20 @@ def run(
     as in gradient accumulation: micro-batch m has every M-th row from row m on, so that no row leaves its data shard.
     """
     s, count = schedule, len(x)
-    if count % s.micro_batches:
-        raise UsageError(
-            f"{count} rows are not divisible by the {s.micro_batches} micro-batches of the pipeline; change "
-            "config.mesh.pipeline.micro_batches or the number of rows"
-        )
     layout = _Layout(s, current_rules() if not nothing_to_place() else None)
+    if count % (s.micro_batches * layout.shards):
+        raise UsageError(
+            f"{count} rows are not divisible by the {s.micro_batches} micro-batches of the pipeline x {layout.shards} "
+            "data shards; change config.mesh.pipeline.micro_batches or the number of rows"
+        )
     weights = jax.tree.map(layout.stretches, weights)
-    own = jax.tree.map(lambda a: a.shape[0] == count, rows)
-    given = jax.tree.map(lambda a, cut: layout.on_each_stage(a) if cut else a, rows, own)
-    stage = _stage(stage_function, s, own)
+    leaves, structure = jax.tree.flatten(rows)
+    cut = [a.shape[0] == count for a in leaves]
+    given = [layout.on_each_stage(a) if own else a for a, own in zip(leaves, cut, strict=True)]
+    stage = _stage(stage_function, s, structure, cut)
     if policy is not None:
         stage = jax.checkpoint(stage, policy=policy, prevent_cse=False)  # inside of a scan
-    stage = layout.mapped(stage, in_axes=(0, 0, jax.tree.map(lambda cut: 0 if cut else None, own), 0, 0))
+    stage = layout.mapped(stage, in_axes=(0, 0, [0 if own else None for own in cut], 0, 0))
 
     def turn(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
         arrived, held = carry  # [S, b, ...], [S, M, b, ...]
@@ -210,18 +211,21 @@ def run(
     return layout.whole(held), jax.tree.map(functools.partial(_in_order, s), outputs)
 
 
-def _stage(stage_function: StageFunction, schedule: Schedule, own: Any) -> Callable[..., Any]:
-    """A stretch on one stage, with its weights and rows picked out of all that lie there."""
+def _stage(
+    stage_function: StageFunction, schedule: Schedule, structure: Any, cut: Sequence[bool]
+) -> Callable[..., Any]:
+    """A stretch on one stage, with its weights and rows picked out of all that lie there. structure: of the rows, cut:
+    which of them are those of a micro-batch."""
 
     def picked(stack: jax.Array, number: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(stack, number, 0, keepdims=False)
 
-    def stage(weights: Tree, x: jax.Array, rows: Any, repeat: jax.Array, micro: jax.Array, place: jax.Array) -> Any:
+    def stage(weights: Tree, x: jax.Array, given: Any, repeat: jax.Array, micro: jax.Array, place: jax.Array) -> Any:
         if schedule.repeats > 1:
             weights = jax.tree.map(lambda a: picked(a, repeat), weights)
         else:
             weights = jax.tree.map(lambda a: a[0], weights)
-        rows = jax.tree.map(lambda a, cut: picked(a, micro) if cut else a, rows, own)
+        rows = structure.unflatten([picked(a, micro) if own else a for a, own in zip(given, cut, strict=True)])
         return stage_function(weights, x, rows, repeat * schedule.stages + place)
 
     return stage
@@ -259,11 +263,18 @@ class _Layout:
         stack = stack.reshape(s.repeats, s.stages, -1, *stack.shape[1:])
         return self._pinned(jnp.swapaxes(stack, 0, 1), AXIS)
 
+    @property
+    def shards(self) -> int:
+        """Into how many parts the rows of a micro-batch are cut."""
+        return self._size(self._around[0]) * self._size(self._around[2])
+
     def on_each_stage(self, x: jax.Array) -> jax.Array:
         """[B, ...], whose rows lie on the stages too, as [S, M, b, ...] with all micro-batches on each stage."""
-        s, (before, after) = self.schedule, self._around
-        x = self._cut(x)  # [before, S, after, n, ...]
-        x = self._pinned(x, before or None, None, after or None, None)
+        s, (before, between, after) = self.schedule, self._around
+        sizes = [self._size(axes) for axes in (before, between, after)]
+        x = x.reshape(*sizes, -1, *x.shape[1:])  # the rows by where they lie
+        x = self._pinned(x, before, between, after, None)
+        x = self._pinned(x, before, None, after, None)
         shape = (x.shape[0], x.shape[2], -1, s.micro_batches, *x.shape[4:])
         x = jnp.moveaxis(jnp.moveaxis(x, 1, 2).reshape(shape), 3, 0)
         x = x.reshape(s.micro_batches, -1, *x.shape[4:])
@@ -276,14 +287,14 @@ class _Layout:
 
     def whole(self, held: jax.Array) -> jax.Array:
         """The rows [B, ...] that the last stage holds, on all stages again."""
-        s, (before, after) = self.schedule, self._around
+        s, (before, between, after) = self.schedule, self._around
         last = jnp.arange(s.stages) == s.stages - 1
         x = jnp.where(last.reshape(-1, *(1,) * (held.ndim - 1)), held, jnp.zeros((), held.dtype)).sum(axis=0)
-        shards = (self._size(before), self._size(after))
-        x = jnp.moveaxis(x.reshape(s.micro_batches, *shards, -1, *x.shape[2:]), 0, 3)  # [before, after, b', M, ...]
-        x = jnp.moveaxis(x.reshape(*shards, s.stages, -1, *x.shape[4:]), 2, 1)
-        x = self._pinned(x, before or None, AXIS, after or None, None)
-        return self._pinned(x.reshape(-1, *x.shape[4:]), (*before, AXIS, *after))
+        outer = (self._size(before), self._size(after))
+        x = jnp.moveaxis(x.reshape(s.micro_batches, *outer, -1, *x.shape[2:]), 0, 3)  # [before, after, b', M, ...]
+        x = jnp.moveaxis(x.reshape(*outer, self._size(between), -1, *x.shape[4:]), 2, 1)
+        x = self._pinned(x, before, between, after, None)
+        return self._pinned(x.reshape(-1, *x.shape[4:]), before + between + after)
 
     def mapped(self, stage: Callable[..., Any], *, in_axes: Any) -> Callable[..., Any]:
         """A function of one stage as one of all of them, which is told the place of each."""
@@ -299,21 +310,16 @@ class _Layout:
 
         return inside
 
-    def _cut(self, x: jax.Array) -> jax.Array:
-        """[B, ...] as [before, S, after, n, ...]: the rows of the batch by where they lie."""
-        before, after = self._around
-        x = x.reshape(self._size(before), self.schedule.stages, self._size(after), -1, *x.shape[1:])
-        return self._pinned(x, before or None, AXIS, after or None, None)
-
     @property
-    def _around(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The mesh axes larger than 1 that rows lie on before and behind that of the stages."""
+    def _around(self) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes larger than 1 that rows lie on outside of the pipeline: those before the axis of the stages,
+        that one, and those behind it."""
         if self.rules is None:
-            return (), ()
+            return (), (), ()
         sizes = free_axis_sizes()
         axes = [axis for axis in self.rules.mesh_axes("batch") if sizes.get(axis, 1) > 1]
         place = axes.index(AXIS) if AXIS in axes else len(axes)
-        return tuple(axes[:place]), tuple(axes[place + 1 :])
+        return tuple(axes[:place]), tuple(axes[place : place + 1]), tuple(axes[place + 1 :])
 
     @staticmethod
     def _size(axes: tuple[str, ...]) -> int:
@@ -329,4 +335,4 @@ class _Layout:
         if self.rules is None:
             return x
         rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(entries))
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries, *rest))
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(entry or None for entry in entries), *rest))

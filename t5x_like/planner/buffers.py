@@ -17,12 +17,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from t5x_like.planner import hlo, layouts
+from t5x_like.planner import aliases, hlo, layouts
 from t5x_like.planner.regions import classify
 
-_ALIASES = re.compile(r'"aliasing_operands":\{"lists":\[((?:\{"indices":\[[^\]]*\]\},?)*)\]\}')
-_GIVEN_ALIASES = re.compile(r"output_to_operand_aliasing=\{(.*?)\)\}")
-_DONATED = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _INDEX = re.compile(r"index=(\d+)")
@@ -30,12 +27,6 @@ _INDEX = re.compile(r"index=(\d+)")
 # What makes no buffer: it names what is there. Constants lie with the program.
 _RENAMES = ("bitcast", "optimization-barrier", "domain", "add-dependency", "async-update")
 _NOTHING = ("constant", "after-all", "partition-id", "replica-id")
-# What may overwrite its operand, where the text does not say: one element of the output for one of the operand.
-_ELEMENTWISE = frozenset(
-    "add subtract multiply divide maximum minimum power and or xor not negate abs exponential log tanh sqrt rsqrt logistic "
-    "sine cosine floor ceil sign select compare clamp convert copy all-reduce exponential-minus-one log-plus-one".split()
-)
-_CONTRACTIONS = ("dot", "convolution", "ragged-dot")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +42,12 @@ class Maker:
 
 @dataclasses.dataclass
 class Buffer:
-    """In use from `start` to `end`, both included. argument: the name of the entry's argument that lies in it, or ""; output:
-    whether the program gives it back; kinds: the arguments (numbers) that its content comes from."""
+    """In use from `start` to `end`, both included, in steps that count from 1.
+
+    text: the array, such as bf16[4,128]; argument: the name of the entry's argument that lies in it, or ""; output:
+    whether the program gives it back; reads: steps that read it; kinds: numbers of the arguments that its content comes
+    from; feeds_contraction: whether a matrix product takes its content in, at once or later.
+    """
 
     bytes: int
     space: int
@@ -300,46 +295,23 @@ class _Walk:
         value = self.fresh(instruction.shape, self.maker(instruction))
         sources, outputs = list(_flat(tuple(operands))), list(_flat(value))
         self.edges += itertools.product(sources, outputs)
-        if self.contracts(instruction) and classify(self.maker(instruction).source)[1] != "update":
+        if aliases.contracts(self.module, instruction) and classify(self.maker(instruction).source)[1] != "update":
             self.contracted.append((sources, outputs))
-        said = _ALIASES.search(instruction.attributes)
-        if said:
+        groups = aliases.listed(instruction)
+        if groups is not None:
             everything = [*sources, *outputs]
-            for numbers in re.findall(r"\[([^\]]*)\]", said.group(1)):
-                same = [everything[int(n)] for n in re.findall(r"\d+", numbers) if int(n) < len(everything)]
+            for group in groups:
+                same = [everything[number] for number in group if number < len(everything)]
                 written = [index for index in same if index in outputs]
                 for index in same if written else []:
                     self.join(index, written[0])
             return value
-        for operand, output in self.overwritten(instruction, operands, value):
-            self.join(operand, output)
-        if instruction.opcode in _ELEMENTWISE or "kind=kLoop" in instruction.attributes:
+        for operand, output in aliases.overwritten(self.module, instruction):
+            self.join(operands[operand], value[output] if output is not None and isinstance(value, tuple) else value)
+        if aliases.may_overwrite(instruction):
             time = len(self.steps)
             self.may_share += [(time, source, output) for output in outputs for source in sources]
         return value
-
-    def overwritten(
-        self, instruction: hlo.Instruction, operands: Sequence[Value], value: Value
-    ) -> list[tuple[Value, Value]]:
-        """(operand, output) that must share a buffer, where the text does not list what shares one."""
-        if instruction.opcode in ("dynamic-update-slice", "scatter"):
-            return [(operands[0], value)]
-        if instruction.opcode == "custom-call" and "output_to_operand_aliasing" in instruction.attributes:
-            pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}", instruction.attributes)
-            outputs = value if isinstance(value, tuple) else (value,)
-            return [(operands[int(number)], outputs[int(output or 0)]) for output, number in pairs]
-        if instruction.opcode != "fusion":
-            return []
-        called = self.module.computations[instruction.called("calls")[0]]
-        root = called.instructions[called.root]
-        roots = [called.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        outputs = value if isinstance(value, tuple) else (value,)
-        found = []
-        for item, output in zip(roots, outputs, strict=True):
-            number = _updated(called, item)
-            if number is not None:
-                found.append((operands[number], output))
-        return found
 
     def started(self, instruction: hlo.Instruction, operands: Sequence[Value], times: int) -> Value:
         """The value of the first half of something asynchronous: (operands, outputs, context...), or only outputs."""
@@ -360,15 +332,6 @@ class _Walk:
         source = _OP_NAME.search(instruction.attributes)
         name = source.group(1).replace("\\'", "'") if source else ""
         return Maker(len(self.steps), instruction.name, instruction.opcode, name, instruction.shape)
-
-    def contracts(self, instruction: hlo.Instruction) -> bool:
-        """Whether it is a matrix product or a kernel, itself or inside of it."""
-        if instruction.opcode in _CONTRACTIONS or "tpu_custom_call" in instruction.attributes:
-            return True
-        if instruction.opcode != "fusion":
-            return False
-        called = self.module.computations[instruction.called("calls")[0]]
-        return any(self.contracts(inner) for inner in called.instructions.values())
 
 
 _LITERALS = ("parameter", "constant", "iota")
@@ -399,15 +362,3 @@ def _finished(opcode: str, value: tuple[Value, ...]) -> Value:
         if opcode == "all-reduce-done"
         else value[-1 if opcode == "send-done" else 1]
     )
-
-
-def _updated(computation: hlo.Computation, item: hlo.Instruction) -> int | None:
-    """The number of the parameter that a fused dynamic-update-slice overwrites, None where the root is none."""
-    while item.opcode in ("bitcast", "copy", "reshape", "convert") and item.operands:
-        item = computation.instructions[item.operands[0]]
-    if item.opcode not in ("dynamic-update-slice", "scatter"):
-        return None
-    target = computation.instructions[item.operands[0]]
-    while target.opcode in ("bitcast", "reshape", "convert") and target.operands:
-        target = computation.instructions[target.operands[0]]
-    return int(target.argument) if target.opcode == "parameter" else None

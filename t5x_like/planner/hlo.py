@@ -90,7 +90,7 @@ def parse(text: str) -> Module:
 
 def _donated(header: str) -> list[tuple[int, int]]:
     """
-    >>> _donated("HloModule m, input_output_alias={ {0}: (3, {}, may-alias), {1}: (4, {}, must-alias) }, x={ {2}: (1, {}, a) }")
+    >>> _donated("HloModule m, input_output_alias={ {0}: (3, {}, may-alias), {1}: (4, {}, must-alias) }, x=1")
     [(0, 3), (1, 4)]
     """
     start = header.find("input_output_alias={")

@@ -38,7 +38,7 @@ class Part:
         return None if self.found is None else self.found[0].memory.total_bytes + self.beside_bytes
 
     def fits(self, place: Place) -> bool:
-        return self.bytes is not None and self.bytes <= place.hbm_bytes
+        return not self.problem and self.bytes is not None and self.bytes <= place.hbm_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,9 @@ def to_text(iteration: Iteration, *, details: bool = False) -> str:
     for part in iteration.parts:
         often = "once" if part.times == 1 else f"{part.times} times"
         lines += ["", f"== {part.name}: {part.does}, {often} an iteration"]
-        if part.found is None:
+        if part.problem:
             lines.append(part.problem)
-        else:
+        if part.found is not None:
             compiled, cost = part.found
             beside = part.beside_bytes
             lines += report.program_lines(

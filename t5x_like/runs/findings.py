@@ -12,7 +12,7 @@ from typing import Any
 
 from t5x_like.core import tree
 from t5x_like.core.terminal import format_bytes
-from t5x_like.layers import stack
+from t5x_like.layers import remat as remats
 from t5x_like.layers.attention import kernels
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
@@ -129,15 +129,22 @@ def _attention(experiment: Experiment, program: Program) -> Iterator[Finding]:
 
 def _remat(experiment: Experiment, names: set[str]) -> Iterator[Finding]:
     policy = experiment.model.remat
-    wanted = stack.SAVED.get(policy, ())
+    wanted = [name for share in remats.parse(policy) for name in _points(share)]
     missing = [name for name in wanted if name not in names]
     if wanted and len(missing) == len(wanted):
-        remedy = f"use one of {', '.join(other for other in stack.REMAT if other != policy)}"
+        remedy = f"use one of {', '.join(other for other in remats.POLICIES if other != policy)}"
         what = f"{policy!r} saves {', '.join(wanted)}, and no activation of this program has such a name"
         yield Finding("warning", "config.model.remat", what, remedy)
     elif missing:
         what = f"{policy!r} saves {', '.join(missing)} too, which no activation of this program is called"
         yield Finding("note", "config.model.remat", what)
+
+
+def _points(share: remats.Share) -> tuple[str, ...]:
+    """The names of activations that a policy saves, which those without names save by other rules."""
+    if share.policy in remats.POLICIES:
+        return remats.SAVED.get(share.policy, ())
+    return tuple(point.removesuffix(remats.HOST) for point in share.points)
 
 
 def _replicated(program: Program) -> Iterator[Finding]:
@@ -146,7 +153,9 @@ def _replicated(program: Program) -> Iterator[Finding]:
     axes = tree.flatten(program.layout.axes["params"]) | tree.flatten(program.layout.frozen_axes.get("base", {}))
     held = {path: device_bytes(leaf) for path, leaf in leaves.items()}
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
-    dividing = [name for name in sizes if any(name in rules.mesh_axes(a) for each in axes.values() for a in each)]
+    named = {axis for each in axes.values() for axis in each if axis is not None}
+    meant = {name for axis in named for name in (*rules.mesh_axes(axis), *sharding_rules.TABLE[axis])}
+    dividing = [name for name in sizes if name in meant]  # by the rules in force, or by the table that they change
     for field, stack_config in program.model.config.stacks.items():
         if rules.replicated_heads(stack_config.kv_heads, program.mesh.shape):
             what = f"{stack_config.kv_heads} kv heads do not divide over the {_shards(program, 'kv_heads')} shards"
@@ -155,8 +164,8 @@ def _replicated(program: Program) -> Iterator[Finding]:
     if excess > max(REPLICATED_SHARE * sum(held.values()), REPLICATED_BYTES):
         missing = {path: _missing(leaf, dividing) for path, leaf in leaves.items()}
         worst = sorted((path for path in leaves if missing[path]), key=lambda path: -held[path])[:3]
-        named = ", ".join(f"{path} ({format_bytes(held[path])} over {' x '.join(missing[path])})" for path in worst)
-        what = f"{format_bytes(excess)} a device more than if all parameters were divided alike: {named}"
+        listed = ", ".join(f"{path} ({format_bytes(held[path])} over {' x '.join(missing[path])})" for path in worst)
+        what = f"{format_bytes(excess)} a device more than if all parameters were divided alike: {listed}"
         yield Finding("warning", "config.mesh.rules", what, "place a dim of them on these axes, or use smaller ones")
     others = [name for name in sizes if name not in dividing and name in rules.mesh_axes("batch")]
     if others:

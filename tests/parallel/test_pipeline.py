@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from t5x_like.core.errors import UsageError
 from t5x_like.layers import stack
@@ -102,7 +103,7 @@ def _rows_multiplied(jaxpr, times):
             (_, _), (batch, _) = eqn.params["dimension_numbers"]
             stages = math.prod(eqn.invars[0].aval.shape[dim] for dim in batch)
             total += inside * stages * math.isqrt(math.prod(size // stages for size in sizes)) // 64
-        for sub in jax.core.jaxprs_in_params(eqn.params):
+        for sub in jaxprs_in_params(eqn.params):
             total += _rows_multiplied(sub, inside)
     return total
 

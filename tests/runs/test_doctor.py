@@ -3,14 +3,18 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
 from t5x_like.__main__ import main
 from t5x_like.core import accelerators
+from t5x_like.parallel import mesh as meshes
 from t5x_like.runs import doctor
+from t5x_like.runs import program as programs
 from t5x_like.runs.arguments import load_config
 from t5x_like.runs.doctor import Target
 from t5x_like.runs.findings import Place
+from t5x_like.runs.planned import experiment_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = f"--config={ROOT / 'configs/pretrain/test.py'}"
@@ -50,31 +54,42 @@ def test_a_sound_run_has_notes_alone():
     assert report.footprint is not None and report.footprint.parameters > 0
 
 
-WARNINGS = [
-    (("data.length=1280",), "config.data.length", "attended to in blocks of 256; use a multiple of 512 a device"),
-    (("data.length=1000",), "attention", "without a flash attention kernel (no splash: length 1000 is no multiple"),
-    (("data.length=128",), "config.data.batch_size", "2 rows of a micro-batch on a device, 256 tokens; use a larger"),
-    (("loop.micro_batches=2", "data.length=512"), "config.data.batch_size", "use fewer micro-batches"),
-    (("model.decoder.mlp=64",), "config.model.decoder.mlp", "64 columns on a device fill 50% of tiles of 128"),
-    (("model.dtype.compute=float32",), "config.model.dtype.compute", "set it to auto or bfloat16"),
-    (("model.dtype.params=bfloat16",), "config.model.dtype.params", "trained in bfloat16"),
-    (("mesh.rules=mlp=",), "config.mesh.rules", "'mlp=' changes nothing on this mesh, whose axes of more than one"),
+# Overrides of one run: the warnings that they bring, by path.
+WARNINGS = {
     (
-        ("optim.schedule.warmup_steps=40",),
-        "config.optim.schedule.warmup_steps",
-        "40 steps of warm-up, and the run ends",
-    ),
-    (("model.vocab_size=300000", "mesh.rules=embed="), "config.mesh.rules", "embed/tokens ("),
-    (("model.vocab_multiple=4", "mesh.tensor=2", "mesh.fsdp=2"), "config.model.vocab_multiple", "130 columns of"),
-]
+        "data.length=1408",
+        "model.decoder.mlp=64",
+        "model.dtype.params=bfloat16",
+        "mesh.rules=mlp=",
+        "optim.schedule.warmup_steps=40",
+    ): {
+        "config.data.length": "1408 tokens of a row on a device are attended to in blocks of 128; use a multiple",
+        "config.model.decoder.mlp": "64 columns on a device fill 50% of tiles of 128; use a multiple of 128 a device",
+        "config.model.dtype.params": "weights are trained in bfloat16: updates below a 256th of a weight are lost",
+        "config.mesh.rules": "'mlp=' changes nothing on this mesh, whose axes of more than one device are fsdp; remove",
+        "config.optim.schedule.warmup_steps": "40 steps of warm-up, and the run ends after 40",
+    },
+    ("data.length=1000", "loop.micro_batches=2", "model.dtype.compute=float32"): {
+        "attention": "runs without a flash attention kernel (no splash: length 1000 is no multiple of 128",
+        "config.data.batch_size": "1 rows of a micro-batch on a device, 1,000 tokens; 2 micro-batches",
+        "config.model.dtype.compute": "set it to auto or bfloat16",
+    },
+    ("model.vocab_size=300000", "mesh.rules=embed="): {"config.mesh.rules": "alike: embed/tokens (293 MiB over fsdp)"},
+    ("model.vocab_multiple=4", "mesh.tensor=2", "mesh.fsdp=2"): {
+        "config.model.vocab_multiple": "a device has 130 columns of the vocabulary, no multiple of 128; set it to 256"
+    },
+}
 
 
-@pytest.mark.parametrize(("overrides", "path", "says"), WARNINGS, ids=[each[0][0] for each in WARNINGS])
-def test_what_costs_is_a_warning_with_a_remedy(overrides, path, says):
+@pytest.mark.parametrize(("overrides", "told"), WARNINGS.items(), ids=[each[0] for each in WARNINGS])
+def test_what_costs_is_a_warning_with_a_remedy(overrides, told):
     changed = {each.split("=")[0] for each in overrides}
     report = examined(*(each for each in SOUND if each.split("=")[0] not in changed), *overrides)
+    warned = dict(found(report, "warning"))
     assert found(report, "error") == set()
-    assert [text for where, text in found(report, "warning") if where == path and says in text], report.findings
+    assert warned.keys() == told.keys()
+    for path, says in told.items():
+        assert says in warned[path]
 
 
 ERRORS = [
@@ -101,21 +116,19 @@ def test_faults_that_do_not_hide_each_other_are_all_told():
     assert {path for path, _ in found(both, "error")} == {"config.data.batch_size", "config"}
 
 
-def test_names_that_a_policy_saves_and_nothing_has_are_told(monkeypatch):
-    from t5x_like.layers import stack
-
-    plain = ("model.decoder.gated=False", "model.remat=minimal")
-    assert ("config.model.remat", "'minimal' saves mlp_gate too, which no activation of this program is called; ") in (
-        found(examined(*SOUND, *plain), "note")
-    )
-    monkeypatch.setitem(stack.SAVED, "minimal", ("query", "key"))
-    warned = found(examined(*SOUND, "model.remat=minimal"), "warning")
-    assert any("saves query, key, and no activation of this program has such a name" in text for _, text in warned)
-
-
-def test_replication_over_data_and_of_kv_heads_is_told():
-    notes = found(examined(*SOUND, "mesh.preset=data", "mesh.data=4"), "note")
+def test_names_that_nothing_has_and_replication_over_data_are_told():
+    plain = ("model.decoder.gated=False", "model.remat=minimal", "mesh.preset=data", "mesh.data=4")
+    notes = found(examined(*SOUND, *plain), "note")
+    said = ("config.model.remat", "'minimal' saves mlp_gate too, which no activation of this program is called; ")
+    assert said in notes
     assert any("the whole state" in text and "replicated over data=4" in text for _, text in notes)
+    warned = found(examined(*SOUND, "model.decoder.gated=False", "model.remat=mlp_gate@host"), "warning")
+    assert any(
+        "'mlp_gate@host' saves mlp_gate, and no activation of this program has such a name" in t for _, t in warned
+    )
+
+
+def test_kv_heads_that_are_replicated_are_told():
     heads = examined(*SOUND, "mesh.preset=fsdp_tensor", "mesh.tensor=4", "mesh.fsdp=1")
     assert any("2 kv heads do not divide over the 4 shards" in text for _, text in found(heads, "note"))
 
@@ -165,3 +178,14 @@ def test_every_generation_has_a_kind_and_hosts_with_memory():
     for name, row in accelerators.GENERATIONS.items():
         assert re.fullmatch(row.kind, accelerators.device_kind(name)), name
         assert all(accelerators.host_bytes(each) > 2**30 for each in accelerators.slices(name) if each.chips > 1)
+
+
+def test_a_run_that_starts_is_told_what_should_not_be_overlooked():
+    experiment = experiment_of(
+        *load_config([TINY, "--config.optim.schedule.warmup_steps=99", "--config.mesh.rules=mlp="])
+    )
+    mesh = meshes.make(experiment.mesh)
+    with jax.set_mesh(mesh):
+        lines = doctor.at_start(experiment, programs.step_program(experiment, mesh), hosts=1)
+    assert [line.split(":")[0] for line in lines] == ["config.mesh.rules", "config.optim.schedule.warmup_steps"]
+    assert lines[1].endswith("the run ends after 40; use fewer, or more config.loop.steps")

@@ -1,0 +1,1 @@
+"""What `t5x_like plan` estimates of a step, held against published runs: docs/planner.md."""
