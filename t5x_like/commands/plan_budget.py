@@ -153,7 +153,7 @@ def _of_config(arguments: Sequence[str], options: Any, chips: accelerators.Slice
     sizes = meshes.axis_sizes(experiment.mesh, devices)
     footprints = _footprints(chips)
     by_remat: dict[str, Footprint] = {}
-    for remat in _policies():
+    for remat in dict.fromkeys([*_policies(), experiment.model.remat]):
         chosen = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=remat))
         by_remat[remat] = footprints.of(chosen, sizes)
     data, program = experiment.data, footprints.program(experiment, sizes)
@@ -250,9 +250,9 @@ def _footprints(chips: accelerators.Slice | None) -> Any:
 
 
 def _policies() -> list[str]:
-    from t5x_like.layers.stack import REMAT
+    from t5x_like.layers.remat import POLICIES
 
-    return list(REMAT)
+    return list(POLICIES)
 
 
 def _on_cpu() -> None:

@@ -176,12 +176,12 @@ def run(
     as in gradient accumulation: micro-batch m has every M-th row from row m on, so that no row leaves its data shard.
     """
     s, count = schedule, len(x)
-    if count % s.micro_batches:
-        raise UsageError(
-            f"{count} rows are not divisible by the {s.micro_batches} micro-batches of the pipeline; change "
-            "config.mesh.pipeline.micro_batches or the number of rows"
-        )
     layout = _Layout(s, current_rules() if not nothing_to_place() else None)
+    if count % (s.micro_batches * layout.shards):
+        raise UsageError(
+            f"{count} rows are not divisible by the {s.micro_batches} micro-batches of the pipeline x {layout.shards} "
+            "data shards; change config.mesh.pipeline.micro_batches or the number of rows"
+        )
     weights = jax.tree.map(layout.stretches, weights)
     leaves, structure = jax.tree.flatten(rows)
     cut = [a.shape[0] == count for a in leaves]
@@ -263,11 +263,18 @@ class _Layout:
         stack = stack.reshape(s.repeats, s.stages, -1, *stack.shape[1:])
         return self._pinned(jnp.swapaxes(stack, 0, 1), AXIS)
 
+    @property
+    def shards(self) -> int:
+        """Into how many parts the rows of a micro-batch are cut."""
+        return self._size(self._around[0]) * self._size(self._around[2])
+
     def on_each_stage(self, x: jax.Array) -> jax.Array:
         """[B, ...], whose rows lie on the stages too, as [S, M, b, ...] with all micro-batches on each stage."""
-        s, (before, after) = self.schedule, self._around
-        x = self._cut(x)  # [before, S, after, n, ...]
-        x = self._pinned(x, before or None, None, after or None, None)
+        s, (before, between, after) = self.schedule, self._around
+        sizes = [self._size(axes) for axes in (before, between, after)]
+        x = x.reshape(*sizes, -1, *x.shape[1:])  # the rows by where they lie
+        x = self._pinned(x, before, between, after, None)
+        x = self._pinned(x, before, None, after, None)
         shape = (x.shape[0], x.shape[2], -1, s.micro_batches, *x.shape[4:])
         x = jnp.moveaxis(jnp.moveaxis(x, 1, 2).reshape(shape), 3, 0)
         x = x.reshape(s.micro_batches, -1, *x.shape[4:])
@@ -280,14 +287,14 @@ class _Layout:
 
     def whole(self, held: jax.Array) -> jax.Array:
         """The rows [B, ...] that the last stage holds, on all stages again."""
-        s, (before, after) = self.schedule, self._around
+        s, (before, between, after) = self.schedule, self._around
         last = jnp.arange(s.stages) == s.stages - 1
         x = jnp.where(last.reshape(-1, *(1,) * (held.ndim - 1)), held, jnp.zeros((), held.dtype)).sum(axis=0)
-        shards = (self._size(before), self._size(after))
-        x = jnp.moveaxis(x.reshape(s.micro_batches, *shards, -1, *x.shape[2:]), 0, 3)  # [before, after, b', M, ...]
-        x = jnp.moveaxis(x.reshape(*shards, s.stages, -1, *x.shape[4:]), 2, 1)
-        x = self._pinned(x, before or None, AXIS, after or None, None)
-        return self._pinned(x.reshape(-1, *x.shape[4:]), (*before, AXIS, *after))
+        outer = (self._size(before), self._size(after))
+        x = jnp.moveaxis(x.reshape(s.micro_batches, *outer, -1, *x.shape[2:]), 0, 3)  # [before, after, b', M, ...]
+        x = jnp.moveaxis(x.reshape(*outer, self._size(between), -1, *x.shape[4:]), 2, 1)
+        x = self._pinned(x, before, between, after, None)
+        return self._pinned(x.reshape(-1, *x.shape[4:]), before + between + after)
 
     def mapped(self, stage: Callable[..., Any], *, in_axes: Any) -> Callable[..., Any]:
         """A function of one stage as one of all of them, which is told the place of each."""
@@ -303,21 +310,16 @@ class _Layout:
 
         return inside
 
-    def _cut(self, x: jax.Array) -> jax.Array:
-        """[B, ...] as [before, S, after, n, ...]: the rows of the batch by where they lie."""
-        before, after = self._around
-        x = x.reshape(self._size(before), self.schedule.stages, self._size(after), -1, *x.shape[1:])
-        return self._pinned(x, before or None, AXIS, after or None, None)
-
     @property
-    def _around(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The mesh axes larger than 1 that rows lie on before and behind that of the stages."""
+    def _around(self) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes larger than 1 that rows lie on outside of the pipeline: those before the axis of the stages,
+        that one, and those behind it."""
         if self.rules is None:
-            return (), ()
+            return (), (), ()
         sizes = free_axis_sizes()
         axes = [axis for axis in self.rules.mesh_axes("batch") if sizes.get(axis, 1) > 1]
         place = axes.index(AXIS) if AXIS in axes else len(axes)
-        return tuple(axes[:place]), tuple(axes[place + 1 :])
+        return tuple(axes[:place]), tuple(axes[place : place + 1]), tuple(axes[place + 1 :])
 
     @staticmethod
     def _size(axes: tuple[str, ...]) -> int:
@@ -333,4 +335,4 @@ class _Layout:
         if self.rules is None:
             return x
         rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(entries))
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries, *rest))
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(entry or None for entry in entries), *rest))

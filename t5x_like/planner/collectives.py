@@ -37,7 +37,8 @@ class Collective:
 
     `axes` are mesh axes in mesh order; `group_size` devices exchange with each other, fewer than the axes hold where
     the compiler splits an axis. `source` is the name that jax gave the operation. `network`: "ici" within a slice,
-    "dcn" between slices.
+    "dcn" between slices. `shifts`: of a collective-permute, by how many places along its axes buffers move, each once,
+    counted the shorter way around: (1,) for each to its next neighbour.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Collective:
     bytes_each: int
     source: str
     network: str = "ici"
+    shifts: tuple[int, ...] = ()
 
 
 def kind_of(opcode: str) -> str | None:
@@ -75,7 +77,29 @@ def read(
         count=count,
         bytes_each=sum(outputs if kind in _OF_OUTPUT else inputs),
         source=source.group(1) if source else "",
+        shifts=_shifts(instruction.attributes, axes, mesh_shape),
     )
+
+
+def _shifts(attributes: str, axes: Sequence[str], mesh_shape: Mapping[str, int]) -> tuple[int, ...]:
+    """
+    >>> _shifts("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ["b"], {"a": 2, "b": 4})
+    (1,)
+    >>> _shifts("source_target_pairs={{0,6},{2,4},{1,7},{3,5}}", ["a"], {"a": 4, "b": 2})
+    (-1, 1)
+    """
+    found = _PAIRS.search(attributes)
+    if not found or not axes:
+        return ()
+    pairs = np.array([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", found.group(1))])
+    names, sizes = list(mesh_shape), list(mesh_shape.values())
+    chosen = [names.index(axis) for axis in axes]
+    length = math.prod(sizes[dim] for dim in chosen)
+    places = np.ravel_multi_index(
+        [np.unravel_index(pairs, sizes)[dim] for dim in chosen], [sizes[dim] for dim in chosen]
+    )
+    moved = (places[:, 1] - places[:, 0]) % length
+    return tuple(sorted({int(step) if step <= length / 2 else int(step) - length for step in moved}))
 
 
 # Between slices. The compiler exchanges with other slices through the hosts: `send` hands a buffer to the runtime of
@@ -165,7 +189,7 @@ def _slices_joined(attributes: str) -> int | None:
     groups = [
         [int(device) for device in re.findall(r"\d+", group)] for group in re.findall(r"\{([\d,>-]+)\}", listed[1])
     ]
-    joined = _components([pair for group in groups for pair in zip(group, group[1:], strict=False)])
+    joined = _components([list(pair) for group in groups for pair in itertools.pairwise(group)])
     return max(len({device // _DEVICES_OF_A_SLICE for device in group}) for group in joined)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,8 +24,6 @@ from t5x_like.planner import cache, memory
 from t5x_like.planner.memory import Held
 from t5x_like.planner.regions import classify
 
-# Lets a program that is too large be compiled, so that one sees what is large in it.
-_ANYWAY = {"xla_tpu_no_crash_on_oom": "true"}
 _NAMED = 3  # buffers in the line of a refusal
 _LINES = "jax_traceback_in_locations_limit"
 _CACHE = "jax_enable_compilation_cache"
@@ -34,9 +33,10 @@ _CACHE = "jax_enable_compilation_cache"
 class Memory:
     """HBM of one device in bytes, as the compiler lays it out; the runtime's own overhead is not in it.
 
-    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both. `peak_bytes` is the most that lives
-    at once, arguments and outputs included: by this the compiler takes or refuses a program. `temporaries_bytes` is
-    what XLA calls temp_size, which may be half as much again as ever lives at once.
+    Outputs that overwrite donated arguments (`aliased_bytes`) are counted in both. `peak_bytes` is the compiler's word
+    on the most that lives at once, arguments and outputs included, and the vector memory too: by this it takes or
+    refuses a program. `needed_bytes` is the same without the vector memory. `temporaries_bytes` is what XLA calls
+    temp_size, which may be half as much again as ever lives at once.
     """
 
     arguments_bytes: int
@@ -44,12 +44,13 @@ class Memory:
     outputs_bytes: int
     aliased_bytes: int
     peak_bytes: int | None = None
+    needed_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
-        """What a device must have for it."""
-        if self.peak_bytes is not None:
-            return self.peak_bytes
+        """The HBM that a device must have for it."""
+        if self.needed_bytes is not None:
+            return self.needed_bytes
         return self.arguments_bytes + self.temporaries_bytes + self.outputs_bytes - self.aliased_bytes
 
 
@@ -93,8 +94,8 @@ def compile_program(
     step: what `jax.jit` returned, with its own shardings and donation. arguments: trees of `jax.ShapeDtypeStruct` with
     shardings on `mesh`. kept: a folder where programs that were compiled before are found, and new ones left; then
     options are those of the compiler that `step` was jitted with, which tell its programs apart. anyway: of a program
-    that does not fit, DoesNotFit has what it would be, which takes as long as compiling one that fits. stage: is
-    entered for each action that takes long, which it is given as a word.
+    that does not fit, DoesNotFit has what it would be; finding out takes as long as the refusal. stage: is entered for
+    each action that takes long, which it is given as a word.
     """
     with _without_compilation_cache(), without_lines(), jax.set_mesh(mesh):
         with stage("lowering"):
@@ -103,25 +104,35 @@ def compile_program(
         if kept:
             name = cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
         known = cache.read(kept, name) if kept else None
-        if known is None or (anyway and known["error"] and not known["text"] and "anyway" not in known):
+        if known is None or (anyway and known["error"] and not known["text"]):
             known = _asked(lowered, stage, anyway=anyway)
             if kept:
                 cache.write(kept, name, known)
-    compiled = (
-        Compiled(known["text"], Memory(**known["memory"]), lower_seconds, known["seconds"]) if known["text"] else None
-    )
+    compiled = _compiled(known, lower_seconds) if known["text"] else None
     if known["error"]:
         raise _explained(known["error"], compiled)
     assert compiled is not None
-    if compiled.memory.peak_bytes is None:  # kept by an older version
-        peak = dataclasses.replace(compiled.memory, peak_bytes=compiled.held.peak_bytes)
-        compiled = dataclasses.replace(compiled, memory=peak)
     return compiled
+
+
+def _compiled(known: Mapping[str, Any], lower_seconds: float) -> Compiled:
+    """A program of what is kept of it."""
+    fields = {field.name for field in dataclasses.fields(Memory)}
+    sizes = Memory(**{name: value for name, value in known["memory"].items() if name in fields})
+    found = Compiled(known["text"], sizes, lower_seconds, known["seconds"])
+    needed = _needed(sizes.peak_bytes, found.held)
+    return dataclasses.replace(found, memory=dataclasses.replace(sizes, needed_bytes=needed))
+
+
+def _needed(peak_bytes: int | None, held: Held) -> int:
+    """The compiler's peak without the vector memory that it counts: what we read, as long as that explains the rest."""
+    if peak_bytes is None or 0 <= peak_bytes - held.peak_bytes <= held.vector_bytes + 0.01 * peak_bytes:
+        return held.peak_bytes
+    return peak_bytes
 
 
 def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManager], *, anyway: bool) -> dict[str, Any]:
     """What the compiler says of a lowered program: its text and memory, or that it is too large, or both."""
-    error = ""
     try:
         with stage("compiling"):
             compiled, seconds = _timed(lowered.compile)
@@ -129,23 +140,44 @@ def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManage
         explained = _explained(str(refusal), None)
         if not isinstance(explained, DoesNotFit):
             raise explained from None
-        error = str(refusal)
+        refused = {"error": str(refusal), "text": "", "memory": {}, "seconds": 0.0}
         if not anyway:
-            return {"error": error, "text": "", "memory": {}, "seconds": 0.0}
-        try:
-            with stage("compiling, though it does not fit,"):
-                compiled, seconds = _timed(lambda: lowered.compile(compiler_options=_ANYWAY))
-        except jax.errors.JaxRuntimeError as again:  # one buffer alone is too large
-            return {"error": f"{error}\n{again}", "text": "", "memory": {}, "seconds": 0.0, "anyway": True}
+            return refused
+        with stage("looking at what is large in"):
+            text = _refused(lowered)
+        return refused | {"text": text, "memory": _of_text(text) if text else {}}
     stats = compiled.memory_analysis()
-    memory = Memory(
+    sizes = Memory(
         arguments_bytes=stats.argument_size_in_bytes,
         temporaries_bytes=stats.temp_size_in_bytes,
         outputs_bytes=stats.output_size_in_bytes,
         aliased_bytes=stats.alias_size_in_bytes,
         peak_bytes=getattr(stats, "peak_memory_in_bytes", 0) or None,
     )
-    return {"error": error, "text": compiled.as_text(), "memory": dataclasses.asdict(memory), "seconds": seconds}
+    return {"error": "", "text": compiled.as_text(), "memory": _kept(sizes), "seconds": seconds}
+
+
+def _refused(lowered: Any) -> str:
+    """The text of a program that the compiler refuses for its size: one of the files that it can be asked for."""
+    with tempfile.TemporaryDirectory(prefix="t5x_like_plan_") as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            lowered.compile(compiler_options=options)
+        found = sorted(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        return found[-1].read_text() if found else ""
+
+
+def _of_text(text: str) -> dict[str, Any]:
+    """The memory of a program that is nothing but a text."""
+    found = memory.held(text)
+    rest = found.peak_bytes - found.arguments_bytes - found.outputs_bytes + found.aliased_bytes
+    sizes = (found.arguments_bytes, rest, found.outputs_bytes, found.aliased_bytes, found.peak_bytes)
+    return _kept(Memory(*sizes))
+
+
+def _kept(sizes: Memory) -> dict[str, Any]:
+    """What the compiler said; what follows from it is worked out again."""
+    return {name: value for name, value in dataclasses.asdict(sizes).items() if name != "needed_bytes"}
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:

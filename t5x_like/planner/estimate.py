@@ -1,7 +1,8 @@
 """The time of a step, with reasons: what is computed, what kernels take, and what of the networks is exposed.
 
     step = computing + kernels (kernels.py) + EXPOSED_SHARE x exposed collectives (overlap.py)
-    computing, of each operation = cycles / clock; of products less, see `computing_seconds`
+    computing, of an operation with products: see `computing_seconds`; of any other = its cycles / clock: most of these
+    read memory, at 72 to 81% of its speed by the compiler's estimate
 
 An estimate throughout. From it follow MFU in both usual conventions, tokens a second, and time, chip-hours and cost of
 a run. Not here: text and JSON of it (report_time.py).
@@ -23,7 +24,19 @@ CYCLE_SHARE = 0.6
 # Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
 MATRIX_SHARE = 0.91
 # Share of what the schedule leaves exposed that a step waits for; those runs were compiled with options for overlap.
-EXPOSED_SHARE = 0.25
+EXPOSED_SHARE = 0.3
+
+OPERATIONS = 20  # so many of the longest are listed
+
+# What the parts of a step are called where people read of them.
+PARTS = {
+    "compute": "computing",
+    "kernels": "kernels",
+    "exposed_ici": "waiting for ICI",
+    "exposed_dcn": "waiting for DCN",
+    "exposed_hbm": "waiting for copies",
+    "exposed_host": "waiting for the host",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +83,19 @@ class KernelTime:
 
 
 @dataclasses.dataclass(frozen=True)
+class OpTime:
+    """All executions of an instruction on one device."""
+
+    op: Op
+    count: int
+    seconds: float
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """Of one execution. parts: {name: seconds}, which add up to step_seconds; regions: {(region, pass): its time};
-    hardware_flops: of all chips, with what is computed again."""
+    hardware_flops: of all chips, with what is computed again; operations: those that compute longest, so many."""
 
     step_seconds: float
     parts: Mapping[str, float]
@@ -81,6 +104,7 @@ class Estimate:
     hardware_flops: float
     kernels: tuple[KernelTime, ...]
     flights: tuple[Flight, ...]
+    operations: tuple[OpTime, ...]
     chips: int
     devices: int
     peak: float  # FLOP/s of all of them
@@ -174,14 +198,14 @@ def estimate(
     def seconds(op: Op) -> float:
         return computing_seconds(op, row) + kernel_seconds(op)
 
-    played = overlap.play(cost.schedule, work=seconds, transfer=lambda c: network.seconds(c, fabric))
+    played = overlap.play(cost.schedule, work=seconds, transfer=lambda what: network.trip(what, fabric))
     flights = [dataclasses.replace(flight, exposed=EXPOSED_SHARE * flight.exposed) for flight in played]
     in_kernels = sum(kernel_seconds(op) * times for op, times in cost.schedule.each())
     computing = sum(computing_seconds(op, row) * times for op, times in cost.schedule.each())
     parts = {"compute": computing, "kernels": in_kernels}
     for name in (network.ICI, network.DCN, network.HBM, network.HOST):
         parts[f"exposed_{name}"] = sum((flight.exposed for flight in flights if flight.network == name), 0.0)
-    found = _region_times(cost, seconds, flights, fabric)
+    found = _region_times(cost, seconds, flights, row)
     return Estimate(
         step_seconds=sum(parts.values()),
         parts=parts,
@@ -190,12 +214,18 @@ def estimate(
         hardware_flops=float(sum(each.flops for each in found.values()) * len(fabric.places)),
         kernels=tuple(_kernel_times(cost, fabric)),
         flights=tuple(flights),
+        operations=_longest(cost, seconds, row),
         chips=chips,
         devices=len(fabric.places),
         peak=row.peak * chips,
         work=work,
         price=price,
     )
+
+
+def _longest(cost: Cost, seconds: Callable[[Op], float], row: Generation) -> tuple[OpTime, ...]:
+    each = (OpTime(op, times, seconds(op) * times, _flops(op, row) * times) for op, times in cost.schedule.each())
+    return tuple(sorted(each, key=lambda one: -one.seconds)[:OPERATIONS])
 
 
 def computing_seconds(op: Op, row: Generation) -> float:
@@ -208,20 +238,22 @@ def computing_seconds(op: Op, row: Generation) -> float:
     return max(at_peak / MATRIX_SHARE, said - min((1 - CYCLE_SHARE) * said, at_peak))
 
 
+def _flops(op: Op, row: Generation) -> int:
+    """Of an operation's products, or of a kernel's whole blocks."""
+    found = kernels.roofline(op.kernel, row) if op.kernel else None
+    return op.flops + (found.flops if found else 0)
+
+
 def _region_times(
-    cost: Cost, seconds: Callable[[Op], float], flights: Sequence[Flight], fabric: Fabric
+    cost: Cost, seconds: Callable[[Op], float], flights: Sequence[Flight], row: Generation
 ) -> dict[tuple[str, str], RegionTime]:
     """Longest first."""
     each = [(regions.classify(op.source), op, times) for op, times in cost.schedule.each()]
 
-    def flops(op: Op) -> int:
-        found = kernels.roofline(op.kernel, fabric.row) if op.kernel else None
-        return op.flops + (found.flops if found else 0)
-
     cycles = regions.sums((key, op.cycles * times) for key, op, times in each)
     spent = regions.sums((key, seconds(op) * times) for key, op, times in each)
     exposed = regions.sums((regions.classify(flight.op.source), flight.exposed) for flight in flights)
-    done = regions.sums((key, flops(op) * times) for key, op, times in each)
+    done = regions.sums((key, _flops(op, row) * times) for key, op, times in each)
     return {
         key: RegionTime(cycles.get(key, 0), spent.get(key, 0.0), exposed.get(key, 0.0), done.get(key, 0))
         for key in {**spent, **exposed}
@@ -247,7 +279,8 @@ def _kernel_times(cost: Cost, fabric: Fabric) -> list[KernelTime]:
 
 
 def _bound_by(parts: Mapping[str, float], spent: Mapping[tuple[str, str], RegionTime]) -> str:
-    """The one thing that a step takes longest for."""
+    """The one thing that a step takes longest for, in words."""
     largest = max(parts, key=lambda name: parts[name])
     region = regions.sums((region, each.seconds) for (region, _), each in spent.items())
-    return f"compute: {next(iter(region))}" if largest == "compute" and region else largest
+    inside = f" in {next(iter(region))}" if largest == "compute" and region else ""
+    return PARTS[largest] + inside

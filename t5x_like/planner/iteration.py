@@ -38,7 +38,7 @@ class Part:
         return None if self.found is None else self.found[0].memory.total_bytes + self.beside_bytes
 
     def fits(self, place: Place) -> bool:
-        return self.bytes is not None and self.bytes <= place.hbm_bytes
+        return not self.problem and self.bytes is not None and self.bytes <= place.hbm_bytes
 
 
 @dataclasses.dataclass(frozen=True)

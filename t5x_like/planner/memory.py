@@ -70,12 +70,17 @@ class Moment:
 @dataclasses.dataclass(frozen=True)
 class Held:
     """HBM of one device. peak_bytes: the most that lives at once, arguments and outputs included; parts: what that is,
-    in the order of PARTS; host_bytes: the most that the program keeps in the memory of the host."""
+    in the order of PARTS; aliased_bytes: of outputs that replace arguments; vector_bytes, host_bytes: the most that the
+    program keeps in the vector memory and in the memory of the host."""
 
     peak_bytes: int
+    arguments_bytes: int
+    outputs_bytes: int
+    aliased_bytes: int
     parts: dict[str, int]
     largest: tuple[Large, ...]
     timeline: tuple[Moment, ...]
+    vector_bytes: int
     host_bytes: int
 
 
@@ -85,14 +90,14 @@ def held(text: str) -> Held:
     named = {number: _argument(name) for number, name in enumerate(schedule.arguments)}
     steps = len(schedule.steps)
     amounts = np.zeros((len(PARTS), steps + 2), np.int64)
-    host = np.zeros(steps + 2, np.int64)
+    elsewhere = {space: np.zeros(steps + 2, np.int64) for space in (layouts.VMEM, layouts.HOST)}
     parts = {}
     for number, buffer in enumerate(schedule.buffers):
         if buffer.space == layouts.HBM:
             parts[number] = _part(buffer, schedule, named)
             line = amounts[PARTS.index(parts[number])]
-        elif buffer.space == layouts.HOST:
-            line = host
+        elif buffer.space in elsewhere:
+            line = elsewhere[buffer.space]
         else:
             continue
         line[buffer.start] += buffer.bytes
@@ -102,12 +107,17 @@ def held(text: str) -> Held:
     there = [(schedule.buffers[n], part) for n, part in parts.items()]
     there = [(buffer, part) for buffer, part in there if buffer.start <= peak <= buffer.end]
     there.sort(key=lambda item: -item[0].bytes)
+    given = [buffer for buffer in schedule.buffers if buffer.space == layouts.HBM]
     return Held(
         peak_bytes=int(amounts[:, peak].sum()),
+        arguments_bytes=sum(buffer.bytes for buffer in given if buffer.argument),
+        outputs_bytes=sum(buffer.bytes for buffer in given if buffer.output),
+        aliased_bytes=sum(buffer.bytes for buffer in given if buffer.output and buffer.argument),
         parts=_named(amounts[:, peak]),
         largest=tuple(_large(buffer, part) for buffer, part in there[:_LISTED]),
         timeline=_timeline(schedule, amounts),
-        host_bytes=int(host.cumsum().max()),
+        vector_bytes=int(elsewhere[layouts.VMEM].cumsum().max()),
+        host_bytes=int(elsewhere[layouts.HOST].cumsum().max()),
     )
 
 

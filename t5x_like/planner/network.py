@@ -60,8 +60,9 @@ def fabric(devices: Sequence[Any], mesh: Mapping[str, int]) -> Fabric:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """What a group has of one dim of the torus: `size` chips `stride` apart, around a ring or along a line."""
+    """What a group has of dim number `dim` of the torus: `size` chips `stride` apart, around a ring or along a line."""
 
+    dim: int
     size: int
     stride: int
     ring: bool
@@ -84,39 +85,59 @@ def spans(fabric: Fabric, places: np.ndarray) -> list[Span]:
         if len(stands) > 1:
             stride = min(b - a for a, b in zip(stands, stands[1:], strict=False))
             closed = fabric.wraps[dim] and length > 2 and len(stands) * stride == length
-            found.append(Span(len(stands), stride, closed))
+            found.append(Span(dim, len(stands), stride, closed))
     return found
 
 
-def seconds(what: Collective | Copy, fabric: Fabric) -> tuple[str, float]:
-    """(network, seconds of one execution)."""
+@dataclasses.dataclass(frozen=True)
+class Trip:
+    """One execution of a collective or copy. lanes: the links that it fills; what shares one waits for it."""
+
+    network: str
+    seconds: float
+    lanes: tuple[Any, ...]
+
+
+def trip(what: Collective | Copy, fabric: Fabric) -> Trip:
+    """How long a collective or a copy takes, and what it keeps busy."""
     if isinstance(what, Copy):
+        name = HOST if what.host else HBM
         speed = fabric.row.host if what.host else fabric.row.hbm_speed
-        return HOST if what.host else HBM, what.bytes / (speed / fabric.row.devices)
-    collective = what
-    places = fabric.group(collective.axes, collective.group_size)
+        return Trip(name, what.bytes / (speed / fabric.row.devices), (name,))
+    places = fabric.group(what.axes, what.group_size)
     slices = len(set(places[:, 0].tolist()))
     if slices > 1:
-        return DCN, _between_slices(collective, fabric, slices, len(places) // slices)
-    return ICI, _within(collective, fabric, places)
+        return Trip(DCN, _between_slices(what, fabric, slices, len(places) // slices), (DCN,))
+    return _within(what, fabric, places)
 
 
-def _within(collective: Collective, fabric: Fabric, places: np.ndarray) -> float:
+def _within(collective: Collective, fabric: Fabric, places: np.ndarray) -> Trip:
     """Within a slice. A chip of two devices has its links for both of them; what passes between the two is free."""
     found, size, moved = spans(fabric, places), len(places), collective.bytes_each
     cores = len(set(places[:, 4].tolist()))
     link = fabric.row.ici * LINK_SHARE * cores / fabric.row.devices
     if not found or size < 2:
-        return 0.0
-    hops = sum(span.hops for span in found) * HOP_SECONDS
+        return Trip(ICI, 0.0, ())
     if collective.kind in ("collective-permute", "collective-broadcast"):
-        return moved / link * max(span.stride for span in found) + HOP_SECONDS
+        return _along_one_way(collective, found, link)
+    hops = sum(span.hops for span in found) * HOP_SECONDS
+    lanes = tuple((span.dim, way) for span in found for way in (1, -1))
     if collective.kind in ("all-to-all", "ragged-all-to-all"):
         # A quarter of all data crosses the middle of each dim one way; the longest dim takes longest.
-        return max(span.size * moved * cores / 4 / (span.links * link) for span in found) + hops
+        return Trip(ICI, max(span.size * moved * cores / 4 / (span.links * link) for span in found) + hops, lanes)
     both_ways = 2 if collective.kind == "all-reduce" else 1
     share = (size - 1) / size
-    return both_ways * (moved * share / (link * sum(span.links for span in found)) + hops)
+    return Trip(ICI, both_ways * (moved * share / (link * sum(span.links for span in found)) + hops), lanes)
+
+
+def _along_one_way(collective: Collective, found: Sequence[Span], link: float) -> Trip:
+    """Buffers that move by so many places: a link carries all those that pass it. Neighbours along several dims are
+    neighbours in the last one."""
+    last = found[-1]
+    shifts = collective.shifts or (1,)
+    hops = last.stride * max(min(abs(shift), last.size - 1) for shift in shifts)
+    ways = {1 if shift > 0 else -1 for shift in shifts}
+    return Trip(ICI, hops * (collective.bytes_each / link + HOP_SECONDS), tuple((last.dim, way) for way in ways))
 
 
 def _between_slices(collective: Collective, fabric: Fabric, slices: int, inside: int) -> float:

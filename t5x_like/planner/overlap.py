@@ -1,7 +1,7 @@
 """What of the collectives and copies is exposed: the schedule of a program played through, with a clock.
 
 A collective is in flight from the instruction that begins it to the one that waits for it. What is not over by then
-is exposed: nothing is computed meanwhile. Those of one network take their turns. A loop's turn is played once
+is exposed: nothing is computed meanwhile. Those that need the same links take their turns. A loop's turn is played once
 and counts as often as the loop runs. Not here: what an instruction takes (kernels.py, network.py).
 """
 
@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 from t5x_like.planner.collectives import Collective
+from t5x_like.planner.network import Trip
 from t5x_like.planner.schedule import Block, Copy, Op
 
 
@@ -28,9 +29,9 @@ def play(
     schedule: Block,
     *,
     work: Callable[[Op], float],
-    transfer: Callable[[Collective | Copy], tuple[str, float]],
+    transfer: Callable[[Collective | Copy], Trip],
 ) -> list[Flight]:
-    """All of a program. work: seconds of what an instruction computes; transfer: (network, seconds)."""
+    """All of a program. work: seconds of what an instruction computes."""
     flights: list[Flight] = []
     _play(schedule, 1, work, transfer, flights)
     return flights
@@ -54,11 +55,11 @@ def _play(block: Block, times: int, work: Callable, transfer: Callable, flights:
             now += _play(item, runs, work, transfer, flights)
             continue
         for begun in item.begins:
-            network, took = transfer(begun.what)
-            took *= begun.what.count if isinstance(begun.what, Collective) else 1
-            lands = max(now, free.get(network, 0.0)) + took
-            free[network] = lands
-            flying.setdefault(begun.key, []).append((item, begun.what, network, took, lands))
+            trip = transfer(begun.what)
+            took = trip.seconds * (begun.what.count if isinstance(begun.what, Collective) else 1)
+            lands = max(now, *(free.get(lane, 0.0) for lane in trip.lanes), 0.0) + took
+            free |= dict.fromkeys(trip.lanes, lands)
+            flying.setdefault(begun.key, []).append((item, begun.what, trip.network, took, lands))
         now += work(item)
         for key in item.ends:
             land(key)

@@ -42,13 +42,15 @@ def page(plan: Mapping[str, Any]) -> str:
         f"<p>{plan['chips']} chips, mesh {_text(mesh)}</p>",
         f'<p class="note">Estimates of the TPU compiler ({_text(versions)}) and of what is derived from it; nothing '
         "was run. Figures are of one device and one step.</p>",
-        *(f"<p>{_text(fact)}</p>" for fact in plan.get("facts", ())),
+        *(f"<p>{_text(fact)}</p>" for fact in (*plan.get("notes", ()), *plan.get("facts", ()))),
     ]
     if plan.get("problem"):
         parts.append(f'<p class="bad">{_text(plan["problem"])}</p>')
     programs = plan.get("programs")
     if programs is None:
         parts += _program(plan, plan["hbm_bytes"])
+    else:
+        parts += _iteration(plan)
     for program in programs or ():
         parts.append(f"<h1>{_text(program['program'])}, {program['times']} times an iteration</h1>")
         if program.get("problem"):
@@ -70,34 +72,41 @@ def _program(content: Mapping[str, Any], hbm_bytes: int) -> list[str]:
     return parts
 
 
+def _iteration(plan: Mapping[str, Any]) -> list[str]:
+    """What all programs of an iteration come to."""
+    found = plan.get("iteration") or {}
+    parts = _estimate(plan.get("estimate"))
+    if found.get("peak_bytes") is not None:
+        size = f"{format_bytes(found['peak_bytes'])} of {format_bytes(plan['hbm_bytes'])}"
+        parts.append(f"<p>The most memory is that of {_text(found['peak_program'])}: {size} HBM.</p>")
+    return parts + _collectives(found.get("collectives", ()))
+
+
 # Time.
+
+
+_ESTIMATED = (  # key of the JSON, what it is called, how it is written
+    ("step_seconds", "a step", lambda value: f"{value:.4g} s"),
+    ("iteration_seconds", "an iteration", lambda value: f"{value:.4g} s"),
+    ("mfu", "MFU", lambda value: f"{value:.1%}"),
+    ("mfu_full_attention", "MFU, full attention counted", lambda value: f"{value:.1%}"),
+    ("hfu", "HFU", lambda value: f"{value:.1%}"),
+    ("model_flops", "model FLOPs", format_count),
+    ("hardware_flops", "hardware FLOPs", format_count),
+    ("tokens_per_second", "tokens a second", format_count),
+    ("run_seconds", "the run", format_duration),
+    ("chip_hours", "chip-hours", lambda value: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"),
+    ("bound_by", "bound by", str),
+)
 
 
 def _estimate(found: Mapping[str, Any] | None) -> list[str]:
     if not found:
         return []
-    rows = [("a step", f"{found['step_seconds']:.4g} s")]
-    for key, name in (("mfu", "MFU"), ("mfu_full_attention", "MFU, full attention counted")):
-        if found.get(key) is not None:
-            rows.append((name, f"{found[key]:.1%}"))
-    for key, name in (
-        ("model_flops", "model FLOPs"),
-        ("hardware_flops", "hardware FLOPs"),
-        ("tokens_per_second", "tokens a second"),
-    ):
-        if found.get(key) is not None:
-            rows.append((name, format_count(found[key])))
-    if found.get("run_seconds") is not None:
-        rows.append(("the run", format_duration(found["run_seconds"])))
-    if found.get("chip_hours") is not None:
-        rows.append(("chip-hours", f"{found['chip_hours']:,.0f}"))
+    rows = [(name, write(found[key])) for key, name, write in _ESTIMATED if found.get(key) is not None]
     if found.get("cost") is not None:
-        rows.append(("cost", f"{found['cost']:,.0f} {found.get('currency') or ''}"))
-    if found.get("bound_by"):
-        rows.append(("bound by", str(found["bound_by"])))
-    bar = _bar(
-        [(name, seconds) for name, seconds in (found.get("parts") or {}).items()], lambda value: f"{value:.3g} s"
-    )
+        rows.append(("cost", f"{found['cost']:,.2f} {found.get('currency') or ''}"))
+    bar = _bar(list((found.get("parts") or {}).items()), lambda value: f"{value:.3g} s")
     return ["<h2>Time, estimated</h2>", _table(("", ""), rows), *bar]
 
 
@@ -226,11 +235,11 @@ def _height(size: float, top: float) -> float:
 def _kernels(kernels: Sequence[Mapping[str, Any]]) -> list[str]:
     if not kernels:
         return []
-    rows = [
-        (item["name"], f"{item['count']}", "?" if item.get("seconds") is None else f"{item['seconds']:.4g} s")
-        for item in kernels
-    ]
-    return ["<h2>Kernels</h2>", _table(("kernel", "count", "seconds"), rows)]
+    rows = []
+    for item in kernels:
+        seconds = "?" if item.get("seconds") is None else f"{item['seconds']:.4g} s"
+        rows.append((item["name"], item.get("pass") or "", f"{item['count']}", seconds))
+    return ["<h2>Kernels</h2>", _table(("kernel", "pass", "count", "seconds"), rows, right=(2, 3))]
 
 
 def _collectives(items: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -61,13 +61,17 @@ def _touched(length: int, size: int, out: int, fields: dict[str, str]) -> int:
 
     >>> _touched(8, 1, 8, {}), _touched(4, 4, 4, {"pad": "3_3", "rhs_reversal": "1"}), _touched(4, 2, 3, {})
     (8, 10, 6)
+    >>> _touched(6, 6, 6, {"stride": "5", "lhs_dilate": "6"}), _touched(3, 4, 4, {"lhs_dilate": "2", "rhs_dilate": "3"})
+    (6, 3)
     """
     low = int(fields.get("pad", "0_0").split("_")[0])
     stride, gap, step = (int(fields.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
     starts = np.arange(out, dtype=np.int64) * stride - low
-    last = (length - 1) * gap
-    if gap == 1:
-        first = np.maximum(0, -(starts // step))
-        return int(np.maximum(0, np.minimum(size - 1, (last - starts) // step) - first + 1).sum())
-    places = starts[:, None] + np.arange(size, dtype=np.int64)[None, :] * step
-    return int(((places >= 0) & (places <= last) & (places % gap == 0)).sum())
+    # Position w of an output's window is at start + w step; elements of the input are `gap` apart.
+    first = np.maximum(0, -(starts // step))
+    last = np.minimum(size - 1, ((length - 1) * gap - starts) // step)
+    common = math.gcd(step, gap)
+    every = gap // common  # so many positions from one element to the next
+    offset = (-starts // common * pow(step // common, -1, every)) % every
+    met = np.maximum(0, (last - offset) // every - (first - 1 - offset) // every)
+    return int(met[starts % common == 0].sum())

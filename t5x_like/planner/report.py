@@ -8,6 +8,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_like.core import accelerators
 from t5x_like.core.terminal import format_bytes
 from t5x_like.parallel.pipeline import Schedule
 from t5x_like.planner import collectives, report_memory, report_time
@@ -53,10 +54,20 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def place_json(place: Place) -> dict[str, Any]:
-    found = dataclasses.asdict(place)
+    found = dataclasses.asdict(place) | {"notes": notes(place)}
     if place.pipeline is None:
         return {name: value for name, value in found.items() if name != "pipeline"}
     return found | {"pipeline": found["pipeline"] | {"turns": place.pipeline.turns, "bubble": place.pipeline.bubble}}
+
+
+def notes(place: Place) -> list[str]:
+    """What is not as it would be there."""
+    if place.slices > 1 and any(accelerators.wraps(accelerators.parse(place.topology).dims)):
+        return [
+            "libtpu compiles several slices as if their networks were no rings: within a slice all-gathers become "
+            "all-reduces, which cost more; plan one slice for these"
+        ]
+    return []
 
 
 def program_json(compiled: Compiled, cost: Cost, estimate: Estimate | None = None) -> dict[str, Any]:
@@ -84,6 +95,7 @@ def to_text(plan: Plan, *, details: bool = False) -> str:
     lines = [
         f"{plan.program} step on {where(plan.place)}",
         f"{labelled(plan.compiled.compile_seconds)}, for one device and one step; nothing was run.",
+        *notes(plan.place),
         "",
         *program_lines(plan.compiled, plan.cost, plan.place, details=details, estimate=plan.estimate),
     ]
@@ -121,7 +133,7 @@ def program_lines(
         *_caveats(cost),
         "",
         *(collective_lines(cost.collectives) if estimate is None else report_time.collective_lines(estimate)),
-        *(_instruction_lines(cost.collectives) if details else []),
+        *(_detail_lines(cost, estimate) if details else []),
     ]
 
 
@@ -152,8 +164,11 @@ def collective_lines(items: Sequence[collectives.Collective]) -> list[str]:
     return table([_HEADER, *(_row(total, total.bytes) for total in collectives.totals(items))])
 
 
-def _instruction_lines(items: Sequence[collectives.Collective]) -> list[str]:
-    """Every collective instruction by itself, the largest first."""
+def _detail_lines(cost: Cost, estimate: Estimate | None) -> list[str]:
+    """Every collective instruction by itself; with times, where these are known."""
+    if estimate is not None:
+        return report_time.detail_lines(estimate)
+    items = cost.collectives
     header = _HEADER | {"kind": "each instruction", "bytes": "bytes each", "source": "from"}
     largest = sorted(items, key=lambda item: -item.count * item.bytes_each)
     rows = [header, *({**_row(item, item.bytes_each), "source": item.source} for item in largest)]

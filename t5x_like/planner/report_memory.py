@@ -18,6 +18,7 @@ def to_json(memory: Memory, held: Held) -> dict[str, Any]:
         **dataclasses.asdict(memory),
         "total_bytes": memory.total_bytes,
         "live_peak_bytes": held.peak_bytes,
+        "vector_bytes": held.vector_bytes,
         "host_bytes": held.host_bytes,
         "parts": held.parts,
         "largest": buffers_json(held.largest),
@@ -53,11 +54,19 @@ def lines(memory: Memory, held: Held, *, hbm_bytes: int, beside_bytes: int | Non
     found.append(f"  at its peak  {_bytes(total)}   {fit(total, hbm_bytes)}")
     if held.host_bytes:
         found.append(f"  on the host  {_bytes(held.host_bytes)}")
-    found.append("  of which")
+    found += [] if not held.vector_bytes else [f"  in VMEM      {_bytes(held.vector_bytes)}   not counted above"]
+    found.append(_of_which(memory, held))
     found += [
         f"    {name:<27}{format_bytes(size):>10}" for name, size in sorted(held.parts.items(), key=lambda p: -p[1])
     ]
     return [*found, *buffer_lines(held.largest)]
+
+
+def _of_which(memory: Memory, held: Held) -> str:
+    """The head of the parts, which are ours: whether they are all of the peak."""
+    if abs(memory.total_bytes - held.peak_bytes) <= 0.01 * memory.total_bytes:
+        return "  of which"
+    return f"  of which, as far as the program's text says ({held.peak_bytes / memory.total_bytes:.0%} of the peak)"
 
 
 def buffer_lines(largest: Sequence[Large]) -> list[str]:

@@ -6,21 +6,11 @@ from typing import Any
 
 from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.planner import regions
-from t5x_like.planner.estimate import Estimate, IterationTime
-
-# What the parts of a step are called in the table.
-PARTS = {
-    "compute": "computing",
-    "kernels": "kernels",
-    "exposed_ici": "waiting for ICI",
-    "exposed_dcn": "waiting for DCN",
-    "exposed_hbm": "waiting for copies",
-    "exposed_host": "waiting for the host",
-}
+from t5x_like.planner.estimate import PARTS, Estimate, IterationTime
 
 
 def to_json(estimate: Estimate) -> dict[str, Any]:
-    """The keys "regions", "kernels", "collectives" and "estimate" of a plan. Seconds are of one execution."""
+    """Keys of a plan: regions, kernels, collectives, operations, estimate. Seconds are of one execution."""
     work, price = estimate.work, estimate.price
     return {
         "regions": [
@@ -46,6 +36,16 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
             for kernel in estimate.kernels
         ],
         "collectives": [dataclasses.asdict(total) for total in totals(estimate)],
+        "operations": [
+            {
+                "name": one.op.name,
+                "source": one.op.source,
+                "count": one.count,
+                "seconds": one.seconds,
+                "flops": one.flops,
+            }
+            for one in estimate.operations
+        ],
         "estimate": {
             "step_seconds": estimate.step_seconds,
             "parts": dict(estimate.parts),
@@ -138,8 +138,18 @@ def iteration_lines(time: IterationTime) -> list[str]:
 def _run(found: Estimate | IterationTime) -> str:
     if found.run_seconds is None or found.chip_hours is None:
         return ""
-    cost = "" if found.price is None else f", {found.cost:,.2f} {found.price.currency}"
-    return f"; the run takes {_long(found.run_seconds)}, {found.chip_hours:,.1f} chip-hours{cost}"
+    cost = "" if found.cost is None or found.price is None else f", {_amount(found.cost)} {found.price.currency}"
+    return f"; the run takes {_long(found.run_seconds)}, {_amount(found.chip_hours)} chip-hours{cost}"
+
+
+def _amount(value: float) -> str:
+    """
+    >>> _amount(50400.4), _amount(12.345), _amount(0.000123)
+    ('50,400', '12.3', '0.00012')
+    """
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 1 else f"{value:.2g}"
 
 
 def _region_lines(estimate: Estimate) -> list[str]:
@@ -180,12 +190,31 @@ def collective_lines(estimate: Estimate) -> list[str]:
     return columns(rows, left=3)
 
 
-def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """As wide as their longest cell; all but the first `left` to the right."""
+def detail_lines(estimate: Estimate) -> list[str]:
+    """The operations that compute longest, then every collective instruction, the most exposed first."""
+    rows = [["longest operations", "region", "pass", "count", "time", "of peak", "from"]]
+    for one in estimate.operations:
+        region, which = regions.classify(one.op.source)
+        reached = one.flops / max(one.seconds, 1e-30) / (estimate.peak / estimate.devices)
+        cells = [f"  {one.op.name}", region, which, str(one.count), seconds(one.seconds), f"{reached:.0%}"]
+        rows.append([*cells, one.op.source])
+    lines = columns(rows, left=3, last=True)
+    rows = [["each collective", "axes", "over", "devices", "count", "bytes each", "time", "exposed", "from"]]
+    for flight in sorted(estimate.flights, key=lambda flight: (-flight.exposed, -flight.seconds)):
+        item = flight.collective
+        if item is not None:
+            cells = [f"  {item.kind}", " x ".join(item.axes) or "none", flight.network.upper(), str(item.group_size)]
+            cells += [str(item.count), f"{format_bytes(item.bytes_each)} {item.bytes_each:,}"]
+            rows.append([*cells, seconds(flight.seconds), seconds(flight.exposed), flight.op.source])
+    return ["", *lines, *(["", *columns(rows, left=3, last=True)] if len(rows) > 1 else [])]
+
+
+def columns(rows: Sequence[Sequence[str]], *, left: int = 1, last: bool = False) -> list[str]:
+    """As wide as their longest cell; all but the first `left`, and the `last`, to the right."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
+            cell.ljust(width) if place < left or (last and place == len(widths) - 1) else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

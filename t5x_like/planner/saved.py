@@ -22,7 +22,7 @@ def saved_bytes(loss: Callable[[Any, Any], Any], params: Any, batches: tuple[Any
 
 
 def _residuals(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> list[Any]:
-    """Shapes of what lies between forward and backward pass, arguments left out."""
+    """Shapes of what lies on the device between forward and backward pass, arguments left out."""
 
     def forward(params: Any, batch: Any) -> list[Any]:
         return jax.tree.leaves(jax.vjp(lambda params: loss(params, batch), params)[1])
@@ -30,7 +30,8 @@ def _residuals(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> list
     jaxpr = jax.make_jaxpr(forward)(params, batch).jaxpr
     given = {id(variable) for variable in jaxpr.invars}
     kept = {id(variable): variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
-    return [variable.aval for key, variable in kept.items() if key not in given]
+    found = [variable.aval for key, variable in kept.items() if key not in given]
+    return [aval for aval in found if getattr(aval.memory_space, "name", "") != "Host"]
 
 
 def size(leaf: Any) -> int:

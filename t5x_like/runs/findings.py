@@ -12,7 +12,7 @@ from typing import Any
 
 from t5x_like.core import tree
 from t5x_like.core.terminal import format_bytes
-from t5x_like.layers import stack
+from t5x_like.layers import remat as remats
 from t5x_like.layers.attention import kernels
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
@@ -129,15 +129,22 @@ def _attention(experiment: Experiment, program: Program) -> Iterator[Finding]:
 
 def _remat(experiment: Experiment, names: set[str]) -> Iterator[Finding]:
     policy = experiment.model.remat
-    wanted = stack.SAVED.get(policy, ())
+    wanted = [name for share in remats.parse(policy) for name in _points(share)]
     missing = [name for name in wanted if name not in names]
     if wanted and len(missing) == len(wanted):
-        remedy = f"use one of {', '.join(other for other in stack.REMAT if other != policy)}"
+        remedy = f"use one of {', '.join(other for other in remats.POLICIES if other != policy)}"
         what = f"{policy!r} saves {', '.join(wanted)}, and no activation of this program has such a name"
         yield Finding("warning", "config.model.remat", what, remedy)
     elif missing:
         what = f"{policy!r} saves {', '.join(missing)} too, which no activation of this program is called"
         yield Finding("note", "config.model.remat", what)
+
+
+def _points(share: remats.Share) -> tuple[str, ...]:
+    """The names of activations that a policy saves, which those without names save by other rules."""
+    if share.policy in remats.POLICIES:
+        return remats.SAVED.get(share.policy, ())
+    return tuple(point.removesuffix(remats.HOST) for point in share.points)
 
 
 def _replicated(program: Program) -> Iterator[Finding]:

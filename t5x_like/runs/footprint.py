@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from t5x_like.core import tree
 from t5x_like.core.types import ParamSpec
+from t5x_like.layers import remat as remats
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.rules import MESH_AXES, Rules
@@ -50,7 +51,8 @@ class Footprints:
         local = _on_one_device(experiment, program.model.rules, sizes)
         batch = _rows_of_a_device(program, sizes, parts)
         saved = self._saved_bytes(local, batch)
-        again = max(self._layer(local, batch, "none") - self._layer(local, batch, local.model.remat), 0)
+        least = remats.parse(local.model.remat)[-1].policy  # of the layers that save least
+        again = max(self._layer(local, batch, "none") - self._layer(local, batch, least), 0)
         return Footprint(
             parameters=parameters,
             frozen=device_bytes(program.layout.frozen),

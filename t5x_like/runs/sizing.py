@@ -10,7 +10,7 @@ from typing import Any
 
 from t5x_like.core.config import Values
 from t5x_like.core.errors import UsageError, UserError
-from t5x_like.layers.stack import REMAT
+from t5x_like.layers.remat import POLICIES
 from t5x_like.models import config as model_config
 from t5x_like.models import flops
 from t5x_like.models.config import ModelConfig
@@ -142,7 +142,7 @@ def place(experiment: Experiment, devices: int, hbm_bytes: int, footprints: Foot
     """
     limit, least = (1 - _FREE) * hbm_bytes, None
     for tensor in _tensor_sizes(experiment.model, devices):
-        for remat in REMAT:
+        for remat in POLICIES:
             for parts in _micro_batches(experiment, devices // tensor):
                 chosen, sizes = _run(experiment, devices, tensor=tensor, remat=remat, parts=parts)
                 try:

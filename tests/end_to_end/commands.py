@@ -31,11 +31,12 @@ def sizes(workdir: pathlib.Path) -> dict[str, int]:
     return {name: size for name, size in paths.tree_files(str(workdir)).items() if name != "lock"}
 
 
-def unfinished(finished: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """A copy that stopped after 10 steps (an earlier checkpoint than the last row), as a kill would leave it."""
+def unfinished(finished: pathlib.Path, folder: pathlib.Path, *, last: int = 12) -> pathlib.Path:
+    """A copy that lost its last checkpoint (an earlier one than the last row), as a kill would leave it: of a run of 12
+    steps that at 12, so that it stopped after 10."""
     workdir = folder / "run"
     shutil.copytree(finished, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "12")
+    shutil.rmtree(workdir / "checkpoints" / str(last))
     manifest = json.loads((workdir / "manifest.json").read_text())
     del manifest["finished"]
     (workdir / "manifest.json").write_text(json.dumps(manifest))

@@ -1,5 +1,7 @@
 """FLOPs of splash attention's kernels against counts by hand, over shapes, masks and block sizes."""
 
+from typing import Any
+
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -12,7 +14,7 @@ BLOCKS = {"block_q": 1024, "block_kv": 1024, "block_q_dq": 1024, "block_kv_dq": 
 BLOCKS |= {"block_q_dkv": 1024, "block_kv_dkv": 1024}
 
 
-def call(name, q, k, table, *, masked=True, **settings):
+def call(name, q, k, table, *, masked=True, **settings: Any):
     """As the compiler writes it: tables of blocks, queries, keys, values, segments, numbers of the queries."""
     tables = [f"s8[{','.join(map(str, table))}]{{2,1,0:T(4,128)(4,1)}}"] * 2
     arrays = [f"bf16[{','.join(map(str, shape))}]{{3,2,1,0}}" for shape in (q, k, k)]
@@ -48,7 +50,7 @@ def test_flops_are_those_of_the_blocks_that_the_mask_leaves(name, table, masked,
 
 def test_causal_flops_come_near_the_masks_own_as_blocks_get_small():
     """At 32 blocks a row 528 of 1024 are computed, where the mask has half: 3% more."""
-    small = {"block_q": 128, "block_kv": 128}
+    small: dict[str, Any] = {"block_q": 128, "block_kv": 128}
     found = roofline(call("splash_mha_fwd", *LLAMA, (1, 32, 32), **small), V5P)
     assert found is not None
     exact = 2 * 2 * 4 * 32 * 4096 * 4096 / 2 * 128
@@ -83,14 +85,14 @@ def test_queries_that_are_a_part_of_a_causal_row_count_the_mean_of_all_parts(nam
 )
 def test_splash_itself_counts_as_many_blocks(mask, blocks):
     """Its own tables for 4096 x 4096 in blocks of 512, against the count from their shapes."""
-    sizes = splash.BlockSizes(*[512] * 8)
+    sizes = splash.BlockSizes(512, 512, 512, 512, 512, 512, 512, 512)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask((4096, 4096))]), head_shards=1, q_seq_shards=1, block_sizes=sizes
     )
     for name in ("fwd", "dq", "dkv"):
         info = getattr(kernel, f"{name}_mask_info")
         assert (info.block_mask != 0).sum() == blocks
-        settings = dict.fromkeys(BLOCKS, 512)
+        settings: dict[str, Any] = dict.fromkeys(BLOCKS, 512)
         masked, shape = info.q_sequence is not None, (1, 1, 4096, 128)
         found = roofline(call(f"splash_mha_{name}", shape, shape, info.data_next.shape, masked=masked, **settings), V5P)
         assert found is not None

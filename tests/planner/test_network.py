@@ -4,15 +4,20 @@ import pytest
 
 from t5x_like.planner import network
 from t5x_like.planner.collectives import Collective
-from t5x_like.planner.network import HOP_SECONDS, LINK_SHARE, seconds, spans
+from t5x_like.planner.network import HOP_SECONDS, LINK_SHARE, spans, trip
 from t5x_like.planner.schedule import Copy
 from tests.planner.programs import fabric
 
 GB = 10**9
 
 
-def collective(kind, axes, size, moved=GB):
-    return Collective(kind, axes, size, 1, moved, "")
+def collective(kind, axes, size, moved=GB, shifts=()):
+    return Collective(kind, axes, size, 1, moved, "", shifts=shifts)
+
+
+def seconds(what, where):
+    found = trip(what, where)
+    return found.network, found.seconds
 
 
 V5P = 100e9 * LINK_SHARE  # bytes a second of a link, one way
@@ -56,10 +61,21 @@ def test_an_exchange_of_all_with_all_crosses_the_middle_of_the_longest_dim():
     assert spent == pytest.approx(4 * GB / 4 / (50e9 * LINK_SHARE) + 3 * HOP_SECONDS)
 
 
-def test_a_permutation_sends_a_buffer_over_one_link():
+@pytest.mark.parametrize(
+    ("shifts", "times", "ways"), [((1,), 1, {1}), ((-1,), 1, {-1}), ((2,), 2, {1}), ((-1, 1), 1, {1, -1}), ((), 1, {1})]
+)
+def test_a_permutation_sends_each_buffer_over_as_many_links_as_it_moves_places(shifts, times, ways):
     where = fabric("v5p:4x4x4", {"data": 16, "fsdp": 4})
-    _, spent = seconds(collective("collective-permute", ("fsdp",), 4), where)
-    assert spent == pytest.approx(GB / V5P + HOP_SECONDS)
+    found = trip(collective("collective-permute", ("fsdp",), 4, shifts=shifts), where)
+    assert found.seconds == pytest.approx(times * (GB / V5P + HOP_SECONDS))
+    assert set(found.lanes) == {(2, way) for way in ways}
+
+
+def test_axes_on_other_dims_have_links_of_their_own():
+    where = fabric("v5p:4x4x4", {"fsdp": 16, "tensor": 4})
+    over = {axis: set(trip(collective("all-gather", (axis,), size), where).lanes) for axis, size in where.mesh.items()}
+    assert over["tensor"] == {(2, 1), (2, -1)}
+    assert over["fsdp"] == {(dim, way) for dim in (0, 1) for way in (1, -1)}
 
 
 def test_a_group_of_fewer_devices_than_its_axes_hold_has_links_too():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from t5x_like.planner.collectives import Collective
 from t5x_like.planner.cost import cost
+from t5x_like.planner.network import Trip
 from t5x_like.planner.overlap import play
 from t5x_like.planner.schedule import Copy
 from tests.planner.programs import computation, cycles, module
@@ -18,16 +18,13 @@ def played(main, computations="", *, seconds=100.0):
     schedule = cost(module("\n".join([P, *main]), computations), MESH).schedule
 
     def transfer(what):
-        return ("hbm", what.bytes / 1024) if isinstance(what, Copy) else (what_network(what), seconds)
+        if isinstance(what, Copy):
+            return Trip("hbm", what.bytes / 1024, ("hbm",))
+        return Trip(what.network, seconds, tuple((lane, way) for lane in what.axes for way in what.shifts or (1, -1)))
 
     flights = play(schedule, work=lambda op: float(op.cycles), transfer=transfer)
     kinds = [flight.collective.kind if flight.collective else flight.network for flight in flights]
     return [(kind, flight.seconds, flight.exposed) for kind, flight in zip(kinds, flights, strict=True)]
-
-
-def what_network(what):
-    assert isinstance(what, Collective)
-    return what.network
 
 
 WORK = "  %{} = f32[8,128] fusion(%p), kind=kLoop, calls=%f, " + "{}"
@@ -47,11 +44,26 @@ def test_what_is_computed_between_start_and_done_hides_as_much_of_it(work, expos
     assert played([*main, WORK.format("after", cycles(900))], F) == [("all-gather", 100, exposed)]
 
 
-def test_collectives_of_one_network_take_their_turns():
+def test_collectives_on_the_same_links_take_their_turns():
     """The second waits for the first: 200 in all, of which 120 are computed beside."""
     second = START.replace("%s ", "%s2 "), DONE.replace("%d ", "%d2 ").replace("%s)", "%s2)")
     main = [START, second[0], WORK.format("beside", cycles(120)), DONE, second[1]]
     assert played(main, F) == [("all-gather", 100, 0), ("all-gather", 100, 80)]
+
+
+def test_collectives_on_other_links_and_the_two_ways_of_a_ring_run_side_by_side():
+    """A product of which both halves go around a ring, one each way, beside a collective over another axis."""
+    permute = (
+        "  %{0}s = (f32[8,128], f32[8,128]) collective-permute-start(%p), source_target_pairs={{{{0,{1}}},{{2,{2}}}}}"
+    )
+    main = [
+        permute.format("a", 1, 3),
+        START.replace(GROUPS, "replica_groups={{0,2},{1,3}}"),
+        WORK.format("beside", cycles(100)),
+        "  %ad = f32[8,128] collective-permute-done(%as)",
+        DONE,
+    ]
+    assert played(main, F) == [("collective-permute", 100, 0), ("all-gather", 100, 0)]
 
 
 def test_a_chain_is_in_flight_from_its_first_fusion_to_its_last():
@@ -117,6 +129,10 @@ def test_an_exchange_between_slices_is_in_flight_beside_collectives_within_them(
         "  %y = (f32[8,128], token[]) recv-done(%rv), channel_id=1, is_host_transfer=true",
     ]
     schedule = cost(module("\n".join([P, *main]), F), {"slice": 2, "data": 1, "fsdp": 2}).schedule
-    flights = play(schedule, work=lambda op: float(op.cycles), transfer=lambda what: (what.network, 100.0))
+
+    def transfer(what):
+        return Trip(what.network, 100.0, (what.network,))
+
+    flights = play(schedule, work=lambda op: float(op.cycles), transfer=transfer)
     found = {(flight.network, flight.exposed) for flight in flights}
     assert found == {("ici", 100.0), ("dcn", 0.0)}

@@ -35,6 +35,21 @@ def test_a_train_step_gathers_parameters_and_reduces_gradients_over_fsdp(trained
     assert trained["unknown_loops"] == []
 
 
+def test_a_train_step_has_a_time_whose_parts_add_up(trained):
+    estimate = trained["estimate"]
+    assert estimate["step_seconds"] == pytest.approx(sum(estimate["parts"].values()))
+    assert sum(item["cycles"] for item in trained["regions"]) == trained["cycles"]
+    regions = {(item["region"], item["pass"]) for item in trained["regions"]}
+    expected = {(name, which) for name in ("attention", "mlp", "head and loss") for which in ("forward", "backward")}
+    assert expected | {("optimizer", "update")} <= regions
+    exposed = sum(item["exposed_seconds"] for item in trained["collectives"])
+    assert exposed == pytest.approx(estimate["parts"]["exposed_ici"] + estimate["parts"]["exposed_dcn"])
+    assert 0 < exposed < sum(item["seconds"] for item in trained["collectives"])  # some run beside work
+    assert 0 < estimate["mfu"] < estimate["mfu_full_attention"] < 1
+    assert estimate["tokens_per_second"] == pytest.approx(estimate["tokens"] / estimate["step_seconds"])
+    assert estimate["chip_hours"] == pytest.approx(4 * estimate["run_seconds"] / 3600)
+
+
 def test_the_train_state_is_donated(trained):
     memory = trained["memory"]
     assert memory["aliased_bytes"] > 0.9 * memory["outputs_bytes"]
@@ -65,6 +80,13 @@ def test_a_decode_step_makes_no_copy_of_the_cache(decoded):
 def test_a_decode_step_reads_the_cache_about_once(decoded):
     """v5e reads 819 GB/s at 1.5 GHz. Copies of a layer's cache, and of the whole in another order, cost 15 reads."""
     assert 1.0 < decoded["cycles"] / (CACHE / (819 / 1.5)) < 8.0
+
+
+def test_a_decode_step_gives_a_token_to_each_row(decoded):
+    estimate = decoded["estimate"]
+    assert estimate["tokens_per_second"] == pytest.approx(ROWS / estimate["step_seconds"])
+    assert estimate["run_seconds"] is None
+    assert {item["pass"] for item in decoded["regions"]} <= {"forward", ""}
 
 
 SOURCE = 2048
@@ -115,10 +137,11 @@ def test_the_table_labels_its_figures_as_estimates(trained):
         collectives.Collective(**(item | {"axes": tuple(item["axes"])})) for item in trained["collective_instructions"]
     )
     loops = (cost.Loop("while.4", 8, 400),)
+    text = "HloModule m\n\nENTRY %main (p: f32[25]) -> f32[25] {\n  ROOT %p = f32[25] parameter(0)\n}\n"
     plan = report.Plan(
         program="train",
-        place=report.Place("v5e:2x2", 4, trained["mesh"], 2**31),
-        compiled=Compiled("", Memory(2**30, 2**20, 2**30, 2**30), 1.0, 2.0),
+        place=report.Place("v5e:2x2", 1, 4, trained["mesh"], 2**31),
+        compiled=Compiled(text, Memory(2**30, 2**20, 2**30, 2**30), 1.0, 2.0),
         cost=cost.Cost(12345678, (cost.Kernel("splash", 2),), items, {"sort": 1}, ("while.3",), loops),
     )
     text = report.to_text(plan)

@@ -64,6 +64,15 @@ def test_the_iteration_is_the_sum_of_its_programs(planned):
     assert plan["iteration"]["peak_bytes"] == most < plan["hbm_bytes"]
 
 
+def test_an_iteration_takes_as_long_as_its_programs(planned):
+    plan, _ = planned
+    seconds = {part["program"]: part["times"] * part["estimate"]["step_seconds"] for part in plan["programs"]}
+    assert plan["estimate"]["parts"] == pytest.approx(seconds)
+    assert plan["estimate"]["iteration_seconds"] == pytest.approx(sum(seconds.values()))
+    assert plan["estimate"]["bound_by"].partition(":")[0] == max(seconds, key=lambda name: seconds[name])
+    assert plan["estimate"]["run_seconds"] > plan["estimate"]["iteration_seconds"]
+
+
 def test_a_rollout_counts_its_loop_for_the_most_tokens_that_an_answer_has(planned):
     plan, said = planned
     rollout = plan["programs"][0]
@@ -122,13 +131,14 @@ def test_an_iteration_with_a_program_that_does_not_fit_shows_the_others():
     from t5x_like.planner.cost import Cost
     from t5x_like.planner.report import Place
 
-    found = Compiled("", Memory(100, 20, 5, 0), 1.0, 1.0), Cost(50, (), (), {}, (), ())
+    text = "HloModule m\n\nENTRY %main (p: f32[25]) -> f32[25] {\n  ROOT %p = f32[25] parameter(0)\n}\n"
+    found = Compiled(text, Memory(100, 20, 5, 0), 1.0, 1.0), Cost(50, (), (), {}, (), ())
     parts = [
         iteration.Part("rollout", "draws", 1, 0, None, "the program does not fit"),
         iteration.Part("score", "reads", 2, 0, found, ""),
         iteration.Part("update", "trains", 2, 900, found, ""),
     ]
-    plan = iteration.Iteration("rl", Place("v5e:2x2", 4, {"fsdp": 4}, 1000), ["an iteration"], parts)
+    plan = iteration.Iteration("rl", Place("v5e:2x2", 1, 4, {"fsdp": 4}, 1000), ["an iteration"], parts)
     assert [line.partition(":")[0] for line in plan.problems] == ["rollout", "update"]
     assert (plan.cycles, plan.largest) == (200, parts[2])
     text = iteration.to_text(plan)

@@ -1,5 +1,7 @@
 """Operations become regions and passes by their names, those without a name by their neighbours; FLOPs of products."""
 
+import random
+
 import pytest
 
 from t5x_like.planner import hlo, products, regions
@@ -130,3 +132,19 @@ ENTRY %main (a: {left}, b: {right}) -> {out} {{
     parsed = hlo.parse(text)
     main = parsed.computations["main"]
     assert products.flops(parsed, main.instructions["c"], main) == flops
+
+
+def test_what_a_window_touches_is_counted_as_one_by_one():
+    draw = random.Random(0)
+    for _ in range(300):
+        length, size, out = (draw.randint(1, 9) for _ in range(3))
+        low, stride, gap, step = draw.randint(-3, 5), draw.randint(1, 5), draw.randint(1, 6), draw.randint(1, 4)
+        places = [number * stride - low + w * step for number in range(out) for w in range(size)]
+        expected = sum(0 <= place <= (length - 1) * gap and place % gap == 0 for place in places)
+        fields = {"pad": f"{low}_0", "stride": str(stride), "lhs_dilate": str(gap), "rhs_dilate": str(step)}
+        assert products._touched(length, size, out, fields) == expected, (length, size, out, fields)
+
+
+def test_rows_that_a_compiler_writes_as_a_window_take_no_room():
+    fields = {"stride": "999999", "lhs_dilate": "1000000"}
+    assert products._touched(10**6, 10**6, 10**6, fields) == 10**6

@@ -39,23 +39,27 @@ SHIPPED = sorted(
 LINES = (ROOT / "constraints.txt").read_text().splitlines()
 PINNED = dict(line.split("==") for line in LINES if line.startswith(("jax==", "libtpu==")))
 # A slice as small as the program allows, and what makes a large model fit into it: depth and rows change neither the
-# layers' program nor its axes. Configs that are not named are planned as they are.
-SMALL_TOPOLOGY, TOPOLOGY = "v5e:2x2", "v5e:2x4"
+# layers' program nor its axes. Configs that are not named are planned as they are on one of 4 chips.
+TOPOLOGY, LARGE = "v5e:2x2", "v5e:2x4"
 _SHALLOW = {"model.decoder.layers": 2, "data.batch_size": 16}
-CHANGES: dict[str, dict[str, int | str]] = {
-    "distill/test": {"roles.teacher.source": "/nowhere/teacher"},  # taken to be like the student on every machine
-    "pretrain/t5_xxl": {"model.encoder.layers": 2, "model.decoder.layers": 2, "data.batch_size": 32},
-    "rl/llama3_8b_grpo": {"model.decoder.layers": 2, "data.batch_size": 32, "rl.prompts": 16, "rl.samples": 4},
+SMALL: dict[str, tuple[str, dict[str, int | str]]] = {
+    "distill/test": (TOPOLOGY, {"roles.teacher.source": "/nowhere/teacher"}),  # like the student, on every machine
+    "instruct/llama3_8b_chat": (LARGE, _SHALLOW),
+    "instruct/llama3_8b_lora": (LARGE, _SHALLOW),
+    "pretrain/llama3_405b": ("v5e:4x8", _SHALLOW | {"data.batch_size": 32}),
+    "pretrain/llama3_70b": (LARGE, _SHALLOW | {"data.batch_size": 8}),
+    "pretrain/llama3_8b": (LARGE, _SHALLOW),
+    "pretrain/llama3_8b_128k": (LARGE, _SHALLOW | {"data.batch_size": 4, "data.length": 8192, "mesh.sequence": 2}),
+    "pretrain/t5_xxl": (LARGE, _SHALLOW | {"model.encoder.layers": 2, "data.batch_size": 32}),
+    "rl/llama3_8b_grpo": (LARGE, _SHALLOW | {"data.batch_size": 32, "rl.prompts": 16, "rl.samples": 4}),
 }
 
 
 def arguments(name):
     """(topology, the `--config...` arguments of its small form)."""
-    file = ROOT / "configs" / f"{name}.py"
-    large = "v5p" in file.read_text("utf-8")
-    changes = CHANGES.get(name, _SHALLOW if large else {})
+    topology, changes = SMALL.get(name, (TOPOLOGY, {}))
     overrides = [f"--config.{path}={value}" for path, value in changes.items()]
-    return TOPOLOGY if large else SMALL_TOPOLOGY, [f"--config={file}", *overrides]
+    return topology, [f"--config={ROOT / 'configs' / name}.py", *overrides]
 
 
 def mark(name):

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_like.core.errors import UsageError
-from t5x_like.planner import collectives, hlo
+from t5x_like.planner import collectives, hlo, report
 from t5x_like.planner.compile import compile_program
 from t5x_like.planner.cost import cost
 from t5x_like.planner.topology import topology
@@ -113,3 +113,11 @@ def test_slices_that_exchange_are_read_in_all_forms(target, size):
 def test_a_number_of_slices_that_is_none_is_one_line():
     with pytest.raises(UsageError, match="--slices=0 should be a number of slices, at least 1"):
         topology("v5e:2x2", slices=0)
+
+
+def test_a_plan_of_several_slices_says_that_they_have_no_rings():
+    def place(name, slices):
+        return report.Place(name, slices, 64 * slices, {"slice": slices, "fsdp": 64}, 2**34)
+
+    assert "no rings" in report.notes(place("v5p:4x4x4", 2))[0]
+    assert report.notes(place("v5p:4x4x4", 1)) == report.notes(place("v5e:4x4", 2)) == []

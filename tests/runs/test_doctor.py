@@ -116,17 +116,16 @@ def test_faults_that_do_not_hide_each_other_are_all_told():
     assert {path for path, _ in found(both, "error")} == {"config.data.batch_size", "config"}
 
 
-def test_names_that_nothing_has_and_replication_over_data_are_told(monkeypatch):
-    from t5x_like.layers import stack
-
+def test_names_that_nothing_has_and_replication_over_data_are_told():
     plain = ("model.decoder.gated=False", "model.remat=minimal", "mesh.preset=data", "mesh.data=4")
     notes = found(examined(*SOUND, *plain), "note")
     said = ("config.model.remat", "'minimal' saves mlp_gate too, which no activation of this program is called; ")
     assert said in notes
     assert any("the whole state" in text and "replicated over data=4" in text for _, text in notes)
-    monkeypatch.setitem(stack.SAVED, "minimal", ("query", "key"))
-    warned = found(examined(*SOUND, "model.remat=minimal"), "warning")
-    assert any("saves query, key, and no activation of this program has such a name" in text for _, text in warned)
+    warned = found(examined(*SOUND, "model.decoder.gated=False", "model.remat=mlp_gate@host"), "warning")
+    assert any(
+        "'mlp_gate@host' saves mlp_gate, and no activation of this program has such a name" in t for _, t in warned
+    )
 
 
 def test_kv_heads_that_are_replicated_are_told():

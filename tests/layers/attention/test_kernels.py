@@ -56,7 +56,16 @@ EXCHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", [*SPLASH, *(f"exchanged {name}" for name in EXCHANGED)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *SPLASH,
+        *(
+            pytest.param(f"exchanged {name}", marks=[pytest.mark.slow] * (name in ("softcap", "over_two_axes")))
+            for name in EXCHANGED
+        ),
+    ],
+)
 def test_splash_equals_the_definition(name):
     sizes, case, kv_heads = SPLASH[name] if name in SPLASH else EXCHANGED[name.removeprefix("exchanged ")]
     case = {"length": 256, "softcap": None, "rules": ""} | case
