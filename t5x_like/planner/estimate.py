@@ -23,7 +23,7 @@ from t5x_like.planner.schedule import Op
 CYCLE_SHARE = 0.6
 # Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
 MATRIX_SHARE = 0.91
-# Share of what the schedule leaves exposed that a step waits for; those runs were compiled with options for overlap.
+# Share of what the schedule leaves exposed that a step waits for; why so little, is not known (docs/planner.md).
 EXPOSED_SHARE = 0.3
 
 OPERATIONS = 20  # so many of the longest are listed
