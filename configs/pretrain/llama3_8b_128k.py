@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.update({"size": "3_1_8b", "remat": "context"})
     config.data.update({"batch_size": 8, "length": 131_072, "attend_across_documents": False})
     # A row lies on 8 chips, which all hold the same eighth of the parameters. Parts on all 64 chips, by the rule
-    # embed=fsdp+sequence, would take 17 GiB less and more traffic to gather (docs/log.md).
+    # embed=fsdp+sequence, would take 17 GiB less and, by the plan, as much time (docs/log.md).
     config.mesh.update({"preset": "fsdp", "sequence": 8})
     config.optim.learning_rate = 3e-5
     config.loop.steps = 1000
