@@ -56,6 +56,7 @@ def _target(config: Mapping[str, Any], chips: accelerators.Slice | None, slices:
         kind=accelerators.device_kind(chips.generation),
         cores=row.cores // row.devices,
         hbm_bytes=int(row.hbm * 2**30),
+        slices=slices,
         place=host,
     )
 

@@ -26,6 +26,16 @@ class DtypePolicy:
     compute: str
     products: str = COMPUTE
 
+    @property
+    def told(self) -> str:
+        """In words.
+
+        >>> DtypePolicy("float32", "bfloat16", "int8_forward").told
+        'float32 parameters, bfloat16 compute, products of layers int8_forward'
+        """
+        products = "" if self.products == COMPUTE else f", products of layers {self.products}"
+        return f"{self.params} parameters, {self.compute} compute{products}"
+
 
 def policy(*, params: str, compute: str, platform: str, products: str = COMPUTE) -> DtypePolicy:
     """`compute="auto"` is bfloat16 on tpu and gpu and float32 on cpu.

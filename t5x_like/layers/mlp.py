@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from t5x_like.layers.normed import Normed, applies
 from t5x_like.layers.param import ZEROS, param
 from t5x_like.layers.weights import einsum, value
 from t5x_like.parallel.sharding import constrain
@@ -52,10 +53,14 @@ class Mlp(nnx.Module):
             self.down_bias = param((embed,), axes=("norm",), init=ZEROS)
         self.gated, self.biased = gated, bias
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up_BTF = checkpoint_name(self._project(x_BTD, "up"), "mlp_up")
+    def reads_normed(self, norm: nnx.Module) -> bool:
+        """Whether what this norm gives may come as `Normed`."""
+        return not self.biased and applies(norm, self.up, *((self.gate,) if self.gated else ()))
+
+    def __call__(self, x_BTD: Float[Array, "B T D"] | Normed) -> Float[Array, "B T D"]:
+        up_BTF = self._project(x_BTD, "up")
         if self.gated:
-            gate_BTF = checkpoint_name(self._project(x_BTD, "gate"), "mlp_gate")
+            gate_BTF = self._project(x_BTD, "gate")
             hidden_BTF = self._activated(gate_BTF, up_BTF)
         else:
             hidden_BTF = self._activated(up_BTF)
@@ -77,11 +82,13 @@ class Mlp(nnx.Module):
 
         return jax.checkpoint(function, prevent_cse=False)(*inputs_BTF)
 
-    def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
+    def _project(self, x_BTD: jax.Array | Normed, name: str) -> jax.Array:
+        if isinstance(x_BTD, Normed):
+            return x_BTD.times("BTD,DF->BTF", getattr(self, name), f"mlp_{name}", "act_mlp")
         hidden_BTF = einsum("BTD,DF->BTF", x_BTD, getattr(self, name))
         if self.biased:
             hidden_BTF = add_bias(hidden_BTF, getattr(self, f"{name}_bias"))
-        return constrain(hidden_BTF, "batch", "length", "act_mlp")
+        return checkpoint_name(constrain(hidden_BTF, "batch", "length", "act_mlp"), f"mlp_{name}")
 
 
 def add_bias(x: jax.Array, bias: nnx.Param) -> jax.Array:

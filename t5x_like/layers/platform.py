@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import get_abstract_mesh
 
@@ -31,7 +32,7 @@ def in_order(x: jax.Array) -> jax.Array:
     Said of what passes from layer to layer, which the TPU's compiler would lay out for its first user, transposed, and
     copy for the others: 6% of the cycles of an 8B train step that saves its products (docs/log.md).
     """
-    if platform() != "tpu" or not isinstance(x, jax.core.Tracer):
+    if platform() != "tpu" or not isinstance(x, Tracer):
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 

@@ -172,8 +172,8 @@ def run(
     """x [B, ...] after all stretches, and their outputs summed over micro-batches, in the order of the layers.
 
     weights: arrays [layers of a stack, ...]; rows: a tree of arrays, those with B rows are cut like x, those with one
-    are for all. policy: of remat, what the backward pass finds saved of a turn; None for everything. Rows are dealt out
-    as in gradient accumulation: micro-batch m has every M-th row from row m on, so that no row leaves its data shard.
+    are for all. policy: of remat, what the backward pass finds saved of a turn; None for everything. Of the rows of a
+    data shard, on all stages together, micro-batch m has every M-th from row m on: none leaves its data shard.
     """
     s, count = schedule, len(x)
     layout = _Layout(s, current_rules() if not nothing_to_place() else None)

@@ -1,7 +1,8 @@
 """The time of a step, with reasons: what is computed, what kernels take, and what of the networks is exposed.
 
     step = computing + kernels (kernels.py) + EXPOSED_SHARE x exposed collectives (overlap.py)
-    computing, of each operation = max(CYCLE_SHARE x the compiler's cycles / clock, FLOPs / (MATRIX_SHARE x peak))
+    computing, of an operation with products: see `computing_seconds`; of any other = its cycles / clock: most of these
+    read memory, at 72 to 81% of its speed by the compiler's estimate
 
 An estimate throughout. From it follow MFU in both usual conventions, tokens a second, and time, chip-hours and cost of
 a run. Not here: text and JSON of it (report_time.py).
@@ -18,12 +19,12 @@ from t5x_like.planner.overlap import Flight
 from t5x_like.planner.schedule import Op
 
 # Fitted to published runs (`python -m tools.calibrate --fit`, docs/planner.md):
-# Share of the compiler's cycles that a chip takes: it estimates products, fused ones most, above what those runs need.
+# Share of the compiler's cycles that products take: it estimates them, fused ones most, above what those runs need.
 CYCLE_SHARE = 0.6
 # Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
-MATRIX_SHARE = 0.88
-# Share of what the schedule leaves exposed that a step waits for; those runs were compiled with options for overlap.
-EXPOSED_SHARE = 0.29
+MATRIX_SHARE = 0.91
+# Share of what the schedule leaves exposed that a step waits for; why so little, is not known (docs/planner.md).
+EXPOSED_SHARE = 0.3
 
 OPERATIONS = 20  # so many of the longest are listed
 
@@ -228,8 +229,13 @@ def _longest(cost: Cost, seconds: Callable[[Op], float], row: Generation) -> tup
 
 
 def computing_seconds(op: Op, row: Generation) -> float:
-    """Of one execution of an operation on one device, kernels apart."""
-    return max(CYCLE_SHARE * op.cycles / row.clock, op.flops / (MATRIX_SHARE * row.peak / row.devices))
+    """Of one execution of an operation on one device, kernels apart.
+
+    A product takes CYCLE_SHARE of its cycles, but never less than its FLOPs at MATRIX_SHARE of the peak, and is spared
+    at most the time that its FLOPs need at the peak: one that waits for memory (decoding) takes what the compiler says.
+    """
+    said, at_peak = op.cycles / row.clock, op.flops / (row.peak / row.devices)
+    return max(at_peak / MATRIX_SHARE, said - min((1 - CYCLE_SHARE) * said, at_peak))
 
 
 def _flops(op: Op, row: Generation) -> int:

@@ -26,13 +26,15 @@ _ROWS = ("dim 'batch'", "dim 'length'")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The devices that a run is looked at for. hbm_bytes: of a device, 0 for unknown: then no footprint is made."""
+    """The devices that a run is looked at for. hbm_bytes: of a device, 0 for unknown: then no footprint is made.
+    slices: of TPUs, 0 for unknown."""
 
     devices: int
     platform: str
     kind: str
     cores: int = 1
     hbm_bytes: int = 0
+    slices: int = 0
     place: Place = dataclasses.field(default_factory=Place)
 
 
@@ -66,6 +68,8 @@ def examine(config: Mapping[str, Any], overrides: Mapping[str, Any], target: Tar
     sizes = None if experiment is None else attempt(lambda: meshes.axis_sizes(experiment.mesh, target.devices))
     if experiment is None or sizes is None:
         return Report(stopped, {}, None)
+    if target.slices:
+        attempt(lambda: meshes.across_slices(sizes, target.slices))
     attempt(lambda: programs.check_mesh(experiment, sizes))
     if isinstance(experiment, RlExperiment):
         attempt(lambda: rl_program.check_rows(experiment, sizes))

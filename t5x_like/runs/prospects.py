@@ -37,10 +37,10 @@ class Prospects:
 
     def __init__(self, arguments: Sequence[str], devices: Sequence[jax.Device], *, own_options: bool):
         self._arguments, self._devices, self._own_options = tuple(arguments), list(devices), own_options
-        self._configs: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._configs: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]] | UserError] = {}
         self._states: dict[str, tuple[dict[str, int], dict[str, int], int]] = {}
         self.base = self._experiment({})
-        self._said = frozenset(f"config.{path}" for path in self._configs[()][1])
+        self._said = frozenset(each.partition("=")[0].removeprefix("--") for each in arguments) - {"config"}
 
     @property
     def around(self) -> space.Base:
@@ -85,8 +85,14 @@ class Prospects:
         """Built as `train` builds it: values that the search made are set, texts of flags are overrides."""
         texts = tuple(f"--{path}={value}" for path, value in overrides.items() if not _is_made(path))
         if texts not in self._configs:
-            self._configs[texts] = load_config([*self._arguments, *texts])
-        config, given = self._configs[texts]
+            try:
+                self._configs[texts] = load_config([*self._arguments, *texts])
+            except UserError as error:
+                self._configs[texts] = error
+        loaded = self._configs[texts]
+        if isinstance(loaded, UserError):
+            raise loaded
+        config, given = loaded
         made = {path: value for path, value in overrides.items() if _is_made(path)}
         if made:
             config = copy.deepcopy(config)

@@ -83,7 +83,7 @@ def attach(
     length = max(experiment.data.length, experiment.data.encoder_length)
     platform = program.mesh.devices.flat[0].platform
     configs = {_ROLE: experiment.roles[_ROLE]}
-    role = frozen_models(configs, length=length, platform=platform, opened=open_role)[_ROLE]
+    role = frozen_models(configs, length=length, platform=platform, pipeline=None, opened=open_role)[_ROLE]
     check_tokenizers({_ROLE: role}, data.vocabulary.fingerprint)
     dpo.check_reference(program.model, role.model)
     if session.request.check:

@@ -120,7 +120,7 @@ def _absent(templates: Tree) -> NoReturn:
 
 
 def frozen_models(
-    configs: Mapping[str, RoleConfig], *, length: int, platform: str, pipeline: PipelineConfig, opened: Opener
+    configs: Mapping[str, RoleConfig], *, length: int, platform: str, pipeline: PipelineConfig | None, opened: Opener
 ) -> dict[str, FrozenModel]:
     """The models of `config.roles`. `length`: tokens of the longest row that they read."""
     return {
@@ -141,7 +141,7 @@ def check_tokenizers(roles: Mapping[str, FrozenModel], tokenizer: str) -> None:
 
 
 def _frozen_model(
-    name: str, config: RoleConfig, *, length: int, platform: str, pipeline: PipelineConfig, opened: Opener
+    name: str, config: RoleConfig, *, length: int, platform: str, pipeline: PipelineConfig | None, opened: Opener
 ) -> FrozenModel:
     path = f"config.roles.{name}"
     try:

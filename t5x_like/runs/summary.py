@@ -134,7 +134,7 @@ def _model(experiment: Experiment, program: Program) -> dict[str, object]:
         **({"adapter": f"{experiment.adapter.name}, {format_count(adapter)} trained parameters"} if adapter else {}),
         **stacks,
         "sizes": f"width {c.width}, vocabulary {c.vocab_size} (stored {c.padded_vocab})",
-        "numbers": f"{program.model.dtypes.params} parameters, {program.model.dtypes.compute} compute, remat {c.remat}",
+        "numbers": f"{program.model.dtypes.told}, remat {c.remat}",
         **others,
     }
 

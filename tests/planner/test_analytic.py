@@ -1,13 +1,14 @@
-"""The analytic model against counts by hand, and against published counts of the compiler (docs/log.md)."""
+"""The analytic model against counts by hand, and against what the compiler said of large programs.
+
+Against small programs that are compiled here: test_plan_search.py.
+"""
 
 import dataclasses
-import json
 import math
 
 import pytest
 
 from configs import common
-from t5x_like.__main__ import main
 from t5x_like.core import accelerators
 from t5x_like.layers.remat import POINTS
 from t5x_like.models import config as models
@@ -143,34 +144,3 @@ def test_the_model_is_near_what_the_compiler_said(name):
     assert found.bytes == pytest.approx(temporaries * GB, rel=0.05)
     counted = sum(found.seconds[part] for part in ("products", "head", "memory"))
     assert counted == pytest.approx(cycles / accelerators.GENERATIONS["v5p"].clock, rel=0.06)
-
-
-@pytest.fixture(scope="module")
-def compiled(compiler, tmp_path_factory):
-    """(the plan of a tiny real step, the analytic model's view of it)."""
-    from t5x_like.planner.topology import topology
-    from t5x_like.runs.prospects import Prospects
-
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
-    arguments = ["--config=pretrain/test", "--config.data.batch_size=256", "--config.model.width=256"]
-    arguments += ["--config.data.length=128", "--config.model.decoder.mlp=1024", "--config.model.remat=minimal"]
-    assert main(["plan", *arguments, "--topology=v5e:2x2", f"--json={path}", "--cache=off"]) == 0
-    prospects = Prospects(arguments, topology("v5e:2x2").devices, own_options=True)
-    from t5x_like.planner.space import Point
-
-    made = prospects.step(Point("as it is", {}))
-    return json.loads(path.read_text()), made
-
-
-def test_state_is_counted_to_the_byte_but_for_padding(compiled):
-    plan, made = compiled
-    assert sum(made.state.values()) == pytest.approx(plan["memory"]["arguments_bytes"], rel=0.05)
-
-
-def test_memory_and_cycles_of_a_small_program_have_the_right_size(compiled):
-    plan, made = compiled
-    device = analytic.device(accelerators.parse("v5e:2x2"))
-    found = analytic.estimate(made, device)
-    assert 0.4 < found.bytes / plan["memory"]["total_bytes"] < 2.5
-    counted = sum(found.seconds[part] for part in ("products", "head", "memory"))
-    assert 0.3 < counted / (plan["cycles"] / accelerators.GENERATIONS["v5e"].clock) < 3.0

@@ -106,6 +106,21 @@ def test_the_winner_is_taken_by_plan_and_by_train(place, found, tmp_path, capsys
     assert main(["train", *words, f"--workdir={tmp_path / 'run'}", "--check"]) == 0
 
 
+def test_the_analytic_model_knows_state_and_memory_and_is_a_floor_of_time(found):
+    """Of a small program, far below the peak: the order of its points is right all the same."""
+    folder, _, _ = found
+    points = [point for point in _index(folder)["points"] if point["verdict"]]
+    for point in points:
+        plan = json.loads((folder / "points" / f"{point['name']}.json").read_text())
+        parts = point["analytic"]["memory"]
+        state = sum(parts[part] for part in ("weights", "optimizer", "batch"))
+        assert state == pytest.approx(plan["memory"]["arguments_bytes"], rel=0.05)
+        assert point["analytic"]["bytes"] == pytest.approx(plan["memory"]["total_bytes"], rel=0.15)
+        assert 0.2 < point["analytic"]["seconds"] / point["verdict"]["seconds"] < 1.0
+    by_model, by_compiler = (sorted(points, key=lambda p, of=of: p[of]["seconds"]) for of in ("analytic", "verdict"))
+    assert by_model == by_compiler and len(points) == 2
+
+
 def test_the_table_says_what_is_best_and_why_the_others_were_dropped(found):
     folder, _, again = found
     assert again.stdout.startswith(f"search of --config={folder.parent / 'wide.py'} on v5e:2x4: ")
@@ -150,7 +165,7 @@ def _best(folder):
     [
         (["--search", "--search.mesh=fsdq"], 2, "'fsdq' is no axis of a mesh"),
         (["--search", "--search.remat="], 2, "the space is empty"),
-        (["--search", "--search.config.model.widht=3"], 2, "config.model.widht is unknown"),
+        (["--search", "--search.mesh=fsdp", "--search.config.model.widht=3"], 2, "config.model.widht is unknown"),
         (["--search", "--search.mesh=fsdp", "--config.data.batch_size=7"], 2, "no point can run, such as"),
         (["--search_dir=/tmp/x"], 2, "--search_dir is of a search; give --search too"),
         (["--search.mesh=fsdp"], 2, "--search.mesh=fsdp is of a search; give --search too"),

@@ -109,6 +109,12 @@ def test_what_stops_a_run_is_an_error(overrides, path, says):
     assert report.errors >= 1 and report.findings[0].level == "error"
 
 
+def test_a_mesh_must_name_the_slices():
+    [fault] = found(examined(on=target(8, slices=2)), "error")
+    assert fault[0] == "config.mesh.slice" and "set config.mesh.slice=2" in fault[1]
+    assert found(examined("mesh.slice=2", on=target(8, slices=2)), "error") == set()
+
+
 def test_faults_that_do_not_hide_each_other_are_all_told():
     report = examined("data.batch_size=6", "mesh.tensor=4", "mesh.fsdp=1", "model.decoder.mlp=66", "data.length=33")
     assert report.errors == 1  # 6 rows do on one data shard

@@ -73,7 +73,8 @@ def token_loss(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss(layout: HeadLayout, want: Names, loss_of: LossOf, x_BTD, weight_VD, bias_V, targets_BT, weights_BT, total):
     """Without a gradient: the scores, and what the loss makes of them."""
-    loss, sums = loss_of(Scores(**score(layout, want, x_BTD, weight_VD, bias_V, targets_BT)), weights_BT)
+    found: Any = score(layout, want, x_BTD, weight_VD, bias_V, targets_BT)
+    loss, sums = loss_of(Scores(**found), weights_BT)
     return loss / total, sums
 
 
@@ -128,7 +129,8 @@ def _local(layout: HeadLayout, want: Names, loss_of: LossOf, x_BTD, weight_VD, b
         blocks = [g_Cb if layout.scale is None else layout.scale * g_Cb for g_Cb in blocks]
         blocks = [g_Cb.astype(x_CD.dtype) for g_Cb in blocks]  # as every cotangent of a matrix product
         parts = zip(layout.blocks, blocks, strict=True)
-        g_x_CD = sum(multiplied("Cb,Db->CD", g_Cb, weight_DW[:, start:end]) for (start, end), g_Cb in parts)
+        g_x = [multiplied("Cb,Db->CD", g_Cb, weight_DW[:, start:end]) for (start, end), g_Cb in parts]
+        g_x_CD = functools.reduce(jnp.add, g_x)
         g_CW = jnp.concatenate(blocks, axis=1)
         g_WD = None if kept else multiplied("CW,CD->WD", g_CW, x_CD)
         return (of_loss, g_bias, g_WD), (g_x_CD.astype(x_CD.dtype), g_CW if kept else None)
