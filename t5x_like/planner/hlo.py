@@ -18,6 +18,7 @@ _CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_c
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ELEMENT = re.compile(r"%(([\w.\-]+)#(\d+))(?![\w#])")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -104,9 +105,19 @@ def _computation(name: str, lines: Sequence[str]) -> Computation:
     for line in lines:
         found = _NAME.match(line)
         assert found is not None
-        instructions[found.group(2)] = _instruction(found.group(2), line[found.end() :])
+        instruction = _instruction(found.group(2), line[found.end() :])
+        for name, source, index in _ELEMENT.findall(instruction.argument):
+            if name not in instructions and source in instructions:  # an element that is named by its place
+                instructions[name] = _element(name, instructions[source], int(index))
+        instructions[found.group(2)] = instruction
         root = found.group(2) if found.group(1) else root
     return Computation(name, instructions, root)
+
+
+def _element(name: str, source: Instruction, index: int) -> Instruction:
+    """What the operand `%source#index` stands for, a form of dumps of libtpu 0.0.50."""
+    parts = split(_COMMENT.sub("", source.shape)[1:-1])
+    return Instruction(name, parts[index].strip(), "get-tuple-element", f"%{source.name}", f"index={index}")
 
 
 def _instruction(name: str, rest: str) -> Instruction:

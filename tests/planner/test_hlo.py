@@ -180,3 +180,16 @@ def test_text_that_is_no_module_is_refused():
 )
 def test_array_bytes_counts_every_array_of_a_shape(shape, sizes):
     assert hlo.array_bytes(shape) == sizes
+
+
+def test_an_element_of_a_tuple_may_be_named_by_its_place():
+    text = (
+        "HloModule m\n\nENTRY %main (p: (f32[4], s32[])) -> f32[4] {\n"
+        "  %p = (f32[4]{0}, /*index=1*/s32[]) parameter(0)\n"
+        '  %c = s32[] copy(%p#1)\n  ROOT %sum = f32[4]{0} add(%p#0, %p#0), metadata={op_name="a#1"}\n}\n'
+    )
+    entry = hlo.parse(text).computations["main"]
+    assert list(entry.instructions) == ["p", "p#1", "c", "p#0", "sum"]
+    element = entry.instructions["p#1"]
+    assert (element.opcode, element.shape, element.operands) == ("get-tuple-element", "s32[]", ("p",))
+    assert entry.instructions["sum"].operands == ("p#0", "p#0")

@@ -148,7 +148,8 @@ def mesh(compiler):
 
 @pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_peak_is_the_compilers_own(mesh, remat):
-    """Within 1%, or what the vector memory holds, which the compiler counts too."""
+    """Within 1%, or what the vector memory holds, which the compiler counts too. Some versions stop to count the batch
+    when it is read for the last time."""
 
     def step(params, batch):
         return trained(params, batch, remat=remat)
@@ -157,7 +158,9 @@ def test_the_peak_is_the_compilers_own(mesh, remat):
     found = compiled.held
     vmem = sum(b.bytes for b in buffers.schedule(hlo.parse(compiled.text)).buffers if b.space == layouts.VMEM)
     assert compiled.memory.peak_bytes is not None
-    assert -vmem <= found.peak_bytes - compiled.memory.peak_bytes <= 0.01 * compiled.memory.peak_bytes
+    difference, slack = found.peak_bytes - compiled.memory.peak_bytes, 0.01 * compiled.memory.peak_bytes
+    assert -vmem - slack <= difference <= slack or abs(difference - found.parts["batch"]) <= slack
+    assert compiled.memory.total_bytes == found.peak_bytes
     assert vmem < 0.02 * found.peak_bytes
     assert sum(found.parts.values()) == found.peak_bytes == max(moment.bytes for moment in found.timeline)
     assert found.parts["parameters"] == LAYERS * WIDTH * WIDTH * 2 // 4
