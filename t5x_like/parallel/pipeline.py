@@ -203,7 +203,7 @@ def run(
         # What leaves the last stage takes the place of what entered the first. Earlier repeats are written over.
         _, leaving = s.work(jnp.maximum(number - (s.stages - 1), 0))
         held = jax.lax.dynamic_update_index_in_dim(held, x, leaving, axis=1)
-        return (layout.staged(jnp.roll(x, 1, axis=0)), held), outputs
+        return (layout.staged(_moved_on(x)), held), outputs
 
     held = layout.on_each_stage(x)
     first = jax.lax.stop_gradient(held[:, 0])
@@ -229,6 +229,16 @@ def _stage(
         return stage_function(weights, x, rows, repeat * schedule.stages + place)
 
     return stage
+
+
+@jax.custom_vjp
+def _moved_on(x: jax.Array) -> jax.Array:
+    """What each stage hands on to the next, the last one to the first. Its own gradient is one roll back; autodiff
+    would take it apart into two, each a collective-permute of all."""
+    return jnp.roll(x, 1, axis=0)
+
+
+_moved_on.defvjp(lambda x: (_moved_on(x), None), lambda _, g: (jnp.roll(g, -1, axis=0),))
 
 
 def _in_order(schedule: Schedule, outputs: jax.Array) -> jax.Array:
