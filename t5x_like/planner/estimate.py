@@ -24,7 +24,7 @@ CYCLE_SHARE = 0.6
 # Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
 MATRIX_SHARE = 0.91
 # Share of what the schedule leaves exposed that a step waits for; why so little, is not known (docs/planner.md).
-EXPOSED_SHARE = 0.3
+EXPOSED_SHARE = 0.17
 
 OPERATIONS = 20  # so many of the longest are listed
 
