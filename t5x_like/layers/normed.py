@@ -51,12 +51,12 @@ def normed(norm: RmsNorm, x_BTD: jax.Array) -> Normed:
 def _inverse_rms(epsilon: float, x_BTD: jax.Array) -> jax.Array:
     """1 / rms of each token. Its gradient is written out in the result alone, so that remat may save that: the
     compiler's own reads the mean of squares too, and sums it up again."""
-    mean_BT = jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1)
-    return checkpoint_name(jax.lax.rsqrt(mean_BT + epsilon), NAME)
+    return _inverse_rms_forward(epsilon, x_BTD)[0]
 
 
 def _inverse_rms_forward(epsilon: float, x_BTD):
-    inverse_BT = _inverse_rms(epsilon, x_BTD)
+    mean_BT = jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1)
+    inverse_BT = checkpoint_name(jax.lax.rsqrt(mean_BT + epsilon), NAME)
     return inverse_BT, (x_BTD, inverse_BT)
 
 
