@@ -20,7 +20,7 @@ from tools.calibrate.rows import ROWS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=(__doc__ or "").partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--compile", nargs="*", metavar="PROGRAM", help="compile these programs, or all that are missing")
     what.add_argument("--table", action="store_true", help="print estimated beside published")

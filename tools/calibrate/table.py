@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tools.calibrate import constants, fit, published
 from tools.calibrate.applying import Applied
@@ -24,7 +24,7 @@ class Timed:
         """Estimates of a row's programs by the constants in force."""
         return sorted(each.estimate().step_seconds for each in self.programs[row])
 
-    def seconds(self, row: int, values: dict[str, float]) -> float:
+    def seconds(self, row: int, values: Mapping[str, float]) -> float:
         with constants.using(values):
             return statistics.fmean(self.ends(row))
 
