@@ -28,7 +28,6 @@ from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.layers.dropout import dropout
 from t5x_like.layers.initialization import Initialization
 from t5x_like.layers.mlp import ACTIVATIONS, Mlp, add_bias
-from t5x_like.layers.normed import normed
 from t5x_like.layers.norms import NORMS, RmsNorm
 from t5x_like.layers.param import ZEROS, param
 from t5x_like.layers.platform import in_order
@@ -338,8 +337,7 @@ class Block(nnx.Module):
                 branch_BTD = self.cross(self._enter("cross", x_BTD), rows, index=index, cache=other)
                 x_BTD = checkpoint_name(placed(self._leave("cross", x_BTD, branch_BTD, rows, key)), "attention_out")
         with jax.named_scope("mlp"):
-            read_BTD = first_BTD if self.parallel else x_BTD
-            branch_BTD = self.mlp(self._enter("mlp", read_BTD, as_normed=cache is None))
+            branch_BTD = self.mlp(self._enter("mlp", first_BTD if self.parallel else x_BTD))
             x_BTD = placed(self._leave("mlp", x_BTD, branch_BTD, rows, key))
         return x_BTD, {"cache": new, "sums": {}}
 
@@ -347,12 +345,9 @@ class Block(nnx.Module):
     def _norm(config: BlockConfig, place: BlockPlace) -> nnx.Module:
         return NORMS[config.norm](place.width, epsilon=config.norm_epsilon)
 
-    def _enter(self, branch: str, x_BTD: jax.Array, *, as_normed: bool = False) -> Any:
-        """What a branch reads; as `Normed` if asked and where that stands for the norm."""
-        if self.order not in ("pre", "sandwich"):
-            return x_BTD
-        norm = getattr(self, f"{branch}_norm")
-        return normed(norm, x_BTD) if as_normed and self.mlp.reads_normed(norm) else norm(x_BTD)
+    def _enter(self, branch: str, x_BTD: jax.Array) -> jax.Array:
+        """What a branch reads."""
+        return getattr(self, f"{branch}_norm")(x_BTD) if self.order in ("pre", "sandwich") else x_BTD
 
     def _leave(self, branch: str, x_BTD: jax.Array, out_BTD: jax.Array, rows: Rows, key: jax.Array | None) -> jax.Array:
         """What goes on behind a branch: x and its output, with the norm that NORM_ORDERS has there."""

@@ -12,7 +12,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from t5x_like.layers.normed import Normed, applies
 from t5x_like.layers.param import ZEROS, param
 from t5x_like.layers.weights import einsum, value
 from t5x_like.parallel.sharding import constrain
@@ -53,11 +52,7 @@ class Mlp(nnx.Module):
             self.down_bias = param((embed,), axes=("norm",), init=ZEROS)
         self.gated, self.biased = gated, bias
 
-    def reads_normed(self, norm: nnx.Module) -> bool:
-        """Whether what this norm gives may come as `Normed`."""
-        return not self.biased and applies(norm, self.up, *((self.gate,) if self.gated else ()))
-
-    def __call__(self, x_BTD: Float[Array, "B T D"] | Normed) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         up_BTF = self._project(x_BTD, "up")
         if self.gated:
             gate_BTF = self._project(x_BTD, "gate")
@@ -82,9 +77,7 @@ class Mlp(nnx.Module):
 
         return jax.checkpoint(function, prevent_cse=False)(*inputs_BTF)
 
-    def _project(self, x_BTD: jax.Array | Normed, name: str) -> jax.Array:
-        if isinstance(x_BTD, Normed):
-            return x_BTD.times("BTD,DF->BTF", getattr(self, name), f"mlp_{name}", "act_mlp")
+    def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
         hidden_BTF = einsum("BTD,DF->BTF", x_BTD, getattr(self, name))
         if self.biased:
             hidden_BTF = add_bias(hidden_BTF, getattr(self, f"{name}_bias"))
