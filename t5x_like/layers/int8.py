@@ -27,7 +27,7 @@ from jax.sharding import get_abstract_mesh
 from t5x_like.core import tree
 from t5x_like.core.types import Axes, Tree
 from t5x_like.layers import weights
-from t5x_like.layers.platform import platform
+from t5x_like.layers.platform import float32_products, platform
 
 LARGEST = 127
 
@@ -120,7 +120,11 @@ def _forward(equation, backward, x, w, seed):
 
 
 def _backward(equation, backward, saved, g):
-    x, w, seed = saved
+    with float32_products(g.dtype):  # which a gradient that is written out does not keep
+        return _gradients(equation, backward, *saved, g)
+
+
+def _gradients(equation, backward, x, w, seed, g):
     kept, new = weights.parse(equation)
     contracted = w.ndim - new
     k, c, n = equation[:kept], equation[kept : x.ndim], equation[x.ndim + 1 + contracted : x.ndim + 1 + w.ndim]

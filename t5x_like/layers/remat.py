@@ -22,7 +22,7 @@ from t5x_like.layers.attention.kernels import CONTEXT, CUDNN_FORWARD
 
 _policies = jax.checkpoint_policies
 
-# Names that blocks give to activations (block.NAMES), by what saves them.
+# Names that layers give to activations.
 POINTS = ("q", "k", "v", CONTEXT, "attention_out", "norm", "mlp_gate", "mlp_up")
 SAVED: dict[str, tuple[str, ...]] = {
     "products": POINTS,  # no matrix product and no kernel is computed again: norms, activations and casts are
@@ -75,10 +75,12 @@ def parse(text: str, *, path: str = "config.model.remat") -> tuple[Share, ...]:
 def _check_policy(policy: str, path: str, text: str) -> None:
     if policy in POLICIES:
         return
-    for name in policy.split("+"):
-        point = name.removesuffix(HOST)
+    points = [name.removesuffix(HOST) for name in policy.split("+")]
+    for point in points:
         if point not in POINTS:
             raise UsageError(f"{path}={text!r}: {point!r} is unknown; {nearest(point, [*POLICIES, *POINTS])}")
+        if points.count(point) > 1:
+            raise UsageError(f"{path}={text!r} names {point!r} twice; on the device or on the host, name it once")
 
 
 def by_layer(text: str, kinds: Sequence[Any]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from t5x_like.core.dtypes import INT8
 from t5x_like.core.errors import UsageError
 from t5x_like.data import reference_logp
 from t5x_like.inference.decode import decode_step
+from t5x_like.layers import remat as remats
 from t5x_like.layers.stack import stretch
 from t5x_like.models.model import Model
 from t5x_like.objectives import table as objectives
@@ -204,6 +205,17 @@ def _check_pipeline(experiment: Experiment, rules: sharding_rules.Rules, sizes: 
         raise UsageError(
             f"config.adapter.lora.dropout={lora.dropout:g} would draw the same mask for all micro-batches of "
             f"config.mesh.stage={found.stages}; set it to 0, or use no stages"
+        )
+    if experiment.model.dtype.products == "int8":
+        raise UsageError(
+            "config.model.dtype.products=int8 would round all micro-batches of "
+            f"config.mesh.stage={found.stages} by the same numbers; use int8_forward, or no stages"
+        )
+    shares = remats.parse(experiment.model.remat)
+    if len(shares) > 1 or any(remats.HOST in share.policy for share in shares):
+        raise UsageError(
+            f"config.model.remat={experiment.model.remat!r}: with config.mesh.stage={found.stages} all layers save the "
+            "same on their device; name one policy, or points, without shares and without the host"
         )
 
 

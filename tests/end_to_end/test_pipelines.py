@@ -42,6 +42,9 @@ def test_stages_come_and_go_between_starts_and_a_resume_in_stages_is_exact(finis
         (("--config.mesh.stage=8", "--config.mesh.fsdp=1"), "config.model: decoder: 2 layers do not divide into the 8"),
         (("--config.mesh.stage=2", "--config.mesh.pipeline.micro_batches=3"), "3 micro-batches of the pipeline x 4"),
         (("--config.mesh.pipeline.repeats=0",), "config.mesh.pipeline.repeats=0 should be at least 1"),
+        (("--config.mesh.stage=2", "--config.model.dtype.products=int8"), "by the same numbers; use int8_forward"),
+        (("--config.mesh.stage=2", "--config.model.remat=context:0.5"), "all layers save the same"),
+        (("--config.mesh.stage=2", "--config.model.remat=q@host"), "all layers save the same"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys, arguments, message):

@@ -27,6 +27,7 @@ def test_shares_are_of_the_last_layers_first(text, kinds, expected):
     [
         ("ful", "did you mean 'full'"),
         ("q+kk", "'kk' is unknown"),
+        ("q+q@host", "names 'q' twice"),
         ("products:0", "a share above 0"),
         ("products:half", "a share above 0"),
         ("products:0.7,context:0.5", "of the 0.3 of the layers that are left"),
