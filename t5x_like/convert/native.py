@@ -35,7 +35,7 @@ def model_config(name: str, fields: Mapping[str, Any], *, dtype: str, where: str
         "dropout": 0.0,
         "scan": True,
         "remat": "none",
-        "dtype": {"params": dtype, "compute": "auto"},
+        "dtype": {"params": dtype, "compute": "auto", "products": "compute"},
     }
     try:
         return resolve(_over(section, fields))
