@@ -25,8 +25,8 @@ from t5x_like.planner.schedule import Op
 CYCLE_SHARE = 0.35
 # Share of the peak of the matrix units that a product reaches of which the compiler expects all of it.
 MATRIX_SHARE = 0.99
-# Share of what the schedule leaves exposed within a slice (ICI, copies between HBM and VMEM) that a step waits for; why so
-# little, is not known (docs/planner.md). No row says anything of DCN and of the host: a step waits for all of these.
+# Share of what the schedule leaves exposed within a slice (ICI, copies between HBM and VMEM) that a step waits for; why
+# so little, is not known (docs/planner.md). No row says anything of DCN and of the host: a step waits for all of these.
 EXPOSED_SHARE = 0.17
 
 OPERATIONS = 20  # so many of the longest are listed
@@ -64,8 +64,8 @@ class Price:
 
 @dataclasses.dataclass(frozen=True)
 class RegionTime:
-    """Of a region in a pass on one device. seconds: of what is computed, with `in_kernels` of it; exposed: of its
-    collectives and copies, by the schedule, of which a step is taken to wait `waiting`; flops: of products and kernels."""
+    """Of a region in a pass on one device. seconds: of what is computed, `in_kernels` among them; exposed: of its
+    collectives and copies, by the schedule, of which a step waits for `waiting`; flops: of products and kernels."""
 
     cycles: int
     seconds: float
@@ -99,11 +99,13 @@ class OpTime:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one execution. parts: {name: seconds}, which add up to step_seconds; exposed: of each part that is waiting, what
-    the schedule leaves exposed, of which the part is a share; compiler_seconds: of computing, the compiler's cycles over
-    the clock; incomplete: what has no time and counts as none; constants: the fitted ones by which all this is; regions:
-    {(region, pass): its time}; hardware_flops: of all chips, with what is computed again; operations: those that compute
-    longest, so many."""
+    """Of one execution.
+
+    parts: {name: seconds}, which add up to step_seconds; exposed: of each part that is waiting, what the schedule
+    leaves exposed, of which the part is a share; compiler_seconds: of computing, by the compiler's cycles over the
+    clock; incomplete: what has no time and counts as none; constants: the fitted ones; regions: {(region, pass): its
+    time}; hardware_flops: of all chips, with what is computed again; operations: those that compute longest, so many.
+    """
 
     step_seconds: float
     parts: Mapping[str, float]
@@ -271,8 +273,8 @@ def computing_seconds(op: Op, row: Generation) -> float:
     """Of one execution of an operation on one device, kernels apart.
 
     A product takes its FLOPs at MATRIX_SHARE of the peak, and CYCLE_SHARE of what the compiler's estimate is above the
-    peak. It is spared at most as much as its FLOPs need at the peak, so one that waits for memory (decoding) takes nearly
-    what the compiler says. More cycles are always more seconds.
+    peak. It is spared at most as much as its FLOPs need at the peak, so one that waits for memory (decoding) takes
+    nearly what the compiler says. More cycles above the peak's are always more seconds.
     """
     said, at_peak = op.cycles / row.clock, op.flops / (row.peak / row.devices)
     above = max(said - at_peak, 0.0)
@@ -334,8 +336,8 @@ def _kernel_times(cost: Cost, fabric: Fabric) -> list[KernelTime]:
 
 
 def _bound_by(parts: Mapping[str, float], spent: Mapping[tuple[str, str], RegionTime]) -> str:
-    """The one thing that a step takes longest for, in words: computing, with the region that computes longest without its
-    kernels, kernels, or waiting for one network."""
+    """The one thing that a step takes longest for, in words: computing, with the region that computes longest without
+    its kernels; kernels; or waiting for one network."""
     largest = max(parts, key=lambda name: parts[name])
     region = regions.sums((region, each.seconds - each.in_kernels) for (region, _), each in spent.items())
     inside = f" in {next(iter(region))}" if largest == "compute" and region else ""

@@ -146,8 +146,8 @@ def _along_one_way(collective: Collective, found: Sequence[Span], link: float) -
 
 
 def _between_slices(collective: Collective, fabric: Fabric, slices: int, inside: int) -> float:
-    """Each device sends its part, what is left when its slice has gathered or reduced among itself: all of it to another
-    slice, or to each slice but its own. Latency grows with the logarithm of the slices."""
+    """Each device sends its part, what is left when its slice has gathered or reduced among itself: all of it to
+    another slice, or what is not for its own to all. Latency grows with the logarithm of the slices."""
     both_ways = 2 if collective.kind == "all-reduce" else 1
     part = collective.bytes_each / max(inside, 1)
     share = (slices - 1) / slices if collective.kind in _OF_ALL else 1.0

@@ -201,8 +201,8 @@ def test_the_parts_of_a_real_program_add_up_and_nothing_costs_less_than_the_peak
 
 
 def test_constants_that_are_fitted_to_published_runs_scale_their_parts(monkeypatch):
-    """A product takes its FLOPs at a share of the peak and a share of the cycles above these, and is spared no more than
-    they need at the peak; other work takes all of its cycles."""
+    """A product takes its FLOPs at a share of the peak and a share of the cycles above these, and is spared no more
+    than they need at the peak; other work takes all of its cycles."""
     row = fabric("v5p:4x4x4", {"fsdp": 64}).row
     monkeypatch.setattr(estimates, "CYCLE_SHARE", 0.5)
     monkeypatch.setattr(estimates, "MATRIX_SHARE", 0.8)
@@ -225,7 +225,7 @@ def test_exposed_is_what_the_schedule_leaves_and_a_fitted_share_of_it_is_waiting
     """A gather that nothing runs beside is exposed whole, wherever the word stands; only ICI and HBM have the share."""
     monkeypatch.setattr(estimates, "EXPOSED_SHARE", 0.25)
     source = named("jit(s)/layers/mlp/x")
-    exchange = "_xla_host_transfer_handler_name=\"xla_megascale_runtime\",_xla_megascale_transfer_type=\"ALL_REDUCE\""
+    exchange = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"'
     attributes = f'frontend_attributes={{{exchange},_xla_host_transfer_rendezvous="a"}}'
     main = [
         f"  %s = bf16[2700000000] all-gather(%p), replica_groups=[1,64]<=[64], dimensions={{0}}, {source}",
