@@ -163,6 +163,13 @@ class Estimate:
     def cost(self) -> float | None:
         return None if self.chip_hours is None or self.price is None else self.chip_hours * self.price.amount
 
+    @property
+    def cost_per_million_tokens(self) -> float | None:
+        """What a million tokens cost, which also a program has that is of no run."""
+        if self.price is None or not self.tokens_per_second:
+            return None
+        return 1e6 / self.tokens_per_second / 3600 * self.chips * self.price.amount
+
 
 @dataclasses.dataclass(frozen=True)
 class IterationTime:

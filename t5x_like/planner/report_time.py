@@ -67,6 +67,7 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
             "run_seconds": estimate.run_seconds,
             "chip_hours": estimate.chip_hours,
             "cost": estimate.cost,
+            "cost_per_million_tokens": estimate.cost_per_million_tokens,
             "currency": None if price is None else price.currency,
         },
     }
@@ -143,6 +144,8 @@ def lines(estimate: Estimate) -> list[str]:
         )
     if estimate.tokens_per_second is not None:
         found.append(f"  {format_count(estimate.tokens_per_second)} tokens a second{_run(estimate)}")
+    if estimate.cost_per_million_tokens is not None and estimate.price is not None:
+        found.append(f"  a million tokens cost {_amount(estimate.cost_per_million_tokens)} {estimate.price.currency}")
     return [*found, "", *_region_lines(estimate)]
 
 

@@ -84,6 +84,16 @@ def test_what_follows_from_a_step_of_a_second():
     assert "estimated" in text
     assert "MFU 50.0%, or 60.0% with attention counted in full" in text
     assert "2 hours, 128 chip-hours, 538 USD" in text
+    assert "a million tokens cost 0.075 USD" in text
+
+
+def test_a_price_is_also_one_of_tokens_where_nothing_says_how_often_a_program_runs():
+    """64 chips for a second a million tokens, such as those of decoding."""
+    work = Work(tokens=1_000_000, model_flops=None, full_flops=None)
+    _, time = of_text(f"  %w = f32[8,128] copy(%p), {cycles(V5P_CYCLES)}", work=work, price=Price(3.6, "USD"))
+    assert time.cost is None
+    assert report_time.to_json(time)["estimate"]["cost_per_million_tokens"] == pytest.approx(0.064, rel=1e-6)
+    assert "a million tokens cost 0.064 USD" in "\n".join(report_time.lines(time))
 
 
 @pytest.mark.parametrize(
