@@ -134,7 +134,7 @@ def lines(estimate: Estimate) -> list[str]:
             share = f"{spent / max(estimate.step_seconds, 1e-30):6.1%}"
             found.append(f"  {PARTS[name]:<21}{seconds(spent):>9}  {share}{beside}")
     if estimate.exposed_step_seconds > 1.01 * estimate.step_seconds:
-        found.append(f"  {seconds(estimate.exposed_step_seconds)} if it waits for all that is exposed")
+        found.append(f"  or {seconds(estimate.exposed_step_seconds)}, if a step waits for all that is exposed")
     if estimate.incomplete:
         found.append(f"  without      {', '.join(estimate.incomplete)}: no time is known, so a step takes longer")
     if estimate.mfu is not None and estimate.mfu_full_attention is not None:
