@@ -11,16 +11,13 @@ says its shapes; a role that is not there is taken to be like the policy. Needs 
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_like.commands import plan_search
+from t5x_like.commands import plan_file, plan_search
 from t5x_like.core import config as bridge
 from t5x_like.core import environment
 from t5x_like.core.errors import UsageError, UserError
@@ -47,7 +44,13 @@ def run(arguments: Sequence[str]) -> int:
     config, overrides = load_config(config_arguments)
     program = _program(config, options.program)
     price = _price(options.price)
-    targets = {name: _writable(name, getattr(options, name)) for name in ("json", "html") if getattr(options, name)}
+    targets = {
+        name: plan_file.writable(getattr(options, name), option=name)
+        for name in ("json", "html")
+        if getattr(options, name)
+    }
+    if len(set(targets.values())) < len(targets):
+        raise UsageError(f"--json and --html both write {options.json}; give two paths")
     runtime = bridge.build(environment.RuntimeConfig, section(config, "runtime"), path="config.runtime")
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
@@ -65,7 +68,10 @@ def run(arguments: Sequence[str]) -> int:
     else:
         content, text = report.to_json(plan), report.to_text(plan, details=details)
     for name, path in targets.items():
-        _write(path, page.page(content) if name == "html" else json.dumps(content, indent=2) + "\n")
+        if name == "html":
+            plan_file.write(path, page.page(content))
+        else:
+            plan_file.write_json(path, content)
     print(text)
     if plan.problems:
         raise UserError(f"{plan.place.topology} is too small: {'; '.join(plan.problems)}")
@@ -105,24 +111,6 @@ def _program(config: Mapping[str, Any], given: str | None) -> str:
     if given == "rl" and not of_rl:
         raise UsageError("--program=rl plans a config of `t5x_like rl`, and this one has no section rl; leave it out")
     return given or ("rl" if of_rl else "train")
-
-
-def _writable(option: str, path: str) -> pathlib.Path:
-    """The path, if its folder is there: better said before minutes of compiling than after."""
-    if paths.is_remote(path):
-        raise UserError(f"--{option}={path}: a plan is written to a disk; copy it to its bucket afterwards")
-    target = pathlib.Path(paths.normal(path))
-    if not target.parent.is_dir():
-        raise UserError(f"--{option}={path}: {target.parent} is no folder")
-    return target
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all, also where two plans write to one path."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _price(text: str | None) -> tuple[float, str] | None:

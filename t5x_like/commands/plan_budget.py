@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         found = Budget(flops, origin, given, served=options.served)
     print(budget_report.to_text(found))
     if path:
-        plan_file.write(path, budget_report.to_json(found))
+        plan_file.write_json(path, budget_report.to_json(found))
     return 0
 
 

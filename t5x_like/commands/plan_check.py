@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_like.commands import plan_file
+from t5x_like.commands import plan_file, plan_slices
 from t5x_like.core import accelerators, environment
 from t5x_like.core.errors import UsageError
 from t5x_like.runs.arguments import ConfigParser, load_config, split_config
@@ -22,10 +22,10 @@ def run(arguments: Sequence[str]) -> int:
     parser = ConfigParser(prog="t5x_like plan --check", description=__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--topology", help="such as v5p:4x4x4; default: CPU devices")
-    parser.add_argument("--slices", type=int, default=1, help="of the topology, joined by the data-centre network")
+    parser.add_argument("--slices", type=int, help="of the topology; default: config.mesh.slice, or 1")
     parser.add_argument("--json", metavar="PATH", help="also write the findings as JSON")
     options = parser.parse_args(others)
-    if options.slices < 1 or (options.slices > 1 and not options.topology):
+    if options.slices is not None and (options.slices < 1 or (options.slices > 1 and not options.topology)):
         raise UsageError(f"--slices={options.slices} should be at least 1, and needs --topology")
     chips = accelerators.parse(options.topology) if options.topology else None
     path = plan_file.writable(options.json) if options.json else None
@@ -34,9 +34,9 @@ def run(arguments: Sequence[str]) -> int:
 
     from t5x_like.runs import doctor
 
-    report = doctor.examine(config, overrides, _target(config, chips, options.slices))
+    report = doctor.examine(config, overrides, _target(config, chips, plan_slices.of(options.slices, config)))
     if path:
-        plan_file.write(path, _json(report))
+        plan_file.write_json(path, _json(report))
     print(_text(report, options.topology or "CPU"))
     return UsageError.exit_status if report.errors else 0
 

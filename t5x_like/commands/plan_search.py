@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from t5x_like.commands import plan_slices
 from t5x_like.core import accelerators
 from t5x_like.core.errors import UsageError, UserError
 from t5x_like.core.terminal import format_bytes
@@ -55,8 +56,9 @@ def check(options: argparse.Namespace, dimensions: Sequence[str]) -> None:
         return
     if options.program not in (None, "train"):
         raise UsageError(f"--search is of train steps, not of --program={options.program}; leave one out")
-    if options.json or options.details:
-        raise UsageError("--search writes its plans to --search_dir; leave out --json and --details")
+    for name in ("json", "html", "price", "details", "default_options"):
+        if getattr(options, name):
+            raise UsageError(f"--search writes plans of its own kind to --search_dir; leave out --{name}")
     for name, least in (("jobs", 1), ("points", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise UsageError(f"--{name}={getattr(options, name)} should be at least {least}")
@@ -144,9 +146,9 @@ def _prepared(
 
 
 def _slices(arguments: Sequence[str], options: argparse.Namespace) -> int:
-    from t5x_like.runs.arguments import load_config, section
+    from t5x_like.runs.arguments import load_config
 
-    return options.slices or max(section(load_config(arguments)[0], "mesh").get("slice") or 1, 1)
+    return plan_slices.of(options.slices, load_config(arguments)[0])
 
 
 def _figures(found: Any) -> dict[str, Any]:

@@ -125,9 +125,12 @@ def across_slices(sizes: Mapping[str, int], slices: int) -> str:
         return "slice"
     if sizes["slice"] == 1 and sizes["stage"] % slices == 0:
         return "stage"
+    said = f"config.mesh.slice={sizes['slice']}, but the devices are {slices} slice{'s' * (slices != 1)}"
+    if slices == 1:
+        raise UsageError(f"{said}; set config.mesh.slice=1")
     raise UsageError(
-        f"config.mesh.slice={sizes['slice']}, but the devices are {slices} slices; set config.mesh.slice={slices}, or "
-        f"config.mesh.slice=1 and config.mesh.stage to a multiple of {slices}"
+        f"{said}; set config.mesh.slice={slices}, or config.mesh.slice=1 and config.mesh.stage to a multiple of "
+        f"{slices}"
     )
 
 

@@ -168,13 +168,22 @@ def _exchange(
     arrays = recv if kind in _OF_OUTPUT else send  # the shape of both is (buffer, context, token)
     return Collective(
         kind=kind,
-        axes=("slice",),
-        group_size=_slices_joined(send.attributes) or mesh_shape["slice"],
+        axes=(_across(mesh_shape),),
+        group_size=_slices_joined(send.attributes) or mesh_shape[_across(mesh_shape)],
         count=count,
         bytes_each=hlo.array_bytes(arrays.shape)[0],
         source=_source_of(computation, send.operands[0]),
         network="dcn",
     )
+
+
+def _across(mesh_shape: Mapping[str, int]) -> str:
+    """The axis that joins slices, as parallel/mesh.across_slices has it.
+
+    >>> _across({"slice": 2, "stage": 2}), _across({"slice": 1, "stage": 2})
+    ('slice', 'stage')
+    """
+    return "stage" if mesh_shape.get("slice", 1) == 1 and mesh_shape.get("stage", 1) > 1 else "slice"
 
 
 def _slices_joined(attributes: str) -> int | None:

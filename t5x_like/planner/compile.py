@@ -65,8 +65,8 @@ class Compiled:
 
     @functools.cached_property
     def held(self) -> Held:
-        """What its memory is made of."""
-        return memory.held(self.text)
+        """What its memory is made of; memory.NOTHING where its text is not understood."""
+        return memory.held_or_nothing(self.text)
 
 
 class DoesNotFit(UserError):
@@ -121,14 +121,16 @@ def _compiled(known: Mapping[str, Any], lower_seconds: float) -> Compiled:
     sizes = Memory(**{name: value for name, value in known["memory"].items() if name in fields})
     found = Compiled(known["text"], sizes, lower_seconds, known["seconds"])
     needed = _needed(sizes.peak_bytes, found.held)
-    return dataclasses.replace(found, memory=dataclasses.replace(sizes, needed_bytes=needed))
+    again = dataclasses.replace(found, memory=dataclasses.replace(sizes, needed_bytes=needed))
+    vars(again)["held"] = found.held  # which takes seconds, and does not depend on the sizes
+    return again
 
 
-def _needed(peak_bytes: int | None, held: Held) -> int:
+def _needed(peak_bytes: int | None, held: Held) -> int | None:
     """The compiler's peak without the vector memory, which it counts, and with all arguments, which it does not count
     once they are read for the last time (when it refuses, it does): what we read, if this explains the rest."""
-    if peak_bytes is None:
-        return held.peak_bytes
+    if held is memory.NOTHING or peak_bytes is None:
+        return held.peak_bytes or peak_bytes
     more, less = held.vector_bytes + 0.01 * peak_bytes, held.arguments_bytes - held.aliased_bytes + 0.01 * peak_bytes
     return held.peak_bytes if -less <= peak_bytes - held.peak_bytes <= more else peak_bytes
 
@@ -148,7 +150,8 @@ def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManage
             return refused
         with stage("looking at what is large in"):
             text = _refused(lowered)
-        return refused | {"text": text, "memory": _of_text(text) if text else {}}
+        sizes = _of_text(text) if text else None
+        return refused | ({} if sizes is None else {"text": text, "memory": sizes})
     stats = compiled.memory_analysis()
     sizes = Memory(
         arguments_bytes=stats.argument_size_in_bytes,
@@ -170,9 +173,11 @@ def _refused(lowered: Any) -> str:
         return found[-1].read_text() if found else ""
 
 
-def _of_text(text: str) -> dict[str, Any]:
-    """The memory of a program that is nothing but a text."""
-    found = memory.held(text)
+def _of_text(text: str) -> dict[str, Any] | None:
+    """The memory of a program that is nothing but a text; None where this is not understood."""
+    found = memory.held_or_nothing(text)
+    if found is memory.NOTHING:
+        return None
     rest = found.peak_bytes - found.arguments_bytes - found.outputs_bytes + found.aliased_bytes
     sizes = (found.arguments_bytes, rest, found.outputs_bytes, found.aliased_bytes, found.peak_bytes)
     return _kept(Memory(*sizes))

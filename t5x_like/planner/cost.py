@@ -226,10 +226,13 @@ def _dearness(block: Block) -> tuple[int, int]:
     return block.cycles, sum(item.count * item.bytes_each for item in block.collectives())
 
 
+_LITERALS = ("parameter", "constant", "iota")  # whose argument names no operands
+
+
 def _begun_by(computation: hlo.Computation, done: hlo.Instruction) -> str:
-    """The name of the instruction that began what this one waits for."""
+    """The name of the instruction that began what this one waits for, as far as it is in this computation."""
     instruction = done
-    while instruction.operands and not instruction.opcode.endswith("-start"):
+    while instruction.opcode not in _LITERALS and instruction.operands and not instruction.opcode.endswith("-start"):
         instruction = computation.instructions[instruction.operands[0]]
     return instruction.name
 

@@ -1,6 +1,7 @@
 """The time of a step, with reasons: what is computed, what kernels take, and what of the networks is exposed.
 
-    step = computing + kernels (kernels.py) + EXPOSED_SHARE x exposed collectives (overlap.py)
+    step = computing + kernels (kernels.py) + waiting: for each network, its WAITED share of what of its collectives and
+        copies the schedule leaves exposed (overlap.py)
     computing, of an operation with products: see `computing_seconds`; of any other = its cycles / clock: most of these
     read memory, at 72 to 81% of its speed by the compiler's estimate
 
@@ -19,11 +20,13 @@ from t5x_like.planner.overlap import Flight
 from t5x_like.planner.schedule import Op
 
 # Fitted to published runs (`python -m tools.calibrate --fit`, docs/planner.md):
-# Share of the compiler's cycles that products take: it estimates them, fused ones most, above what those runs need.
-CYCLE_SHARE = 0.6
-# Share of the peak of the matrix units that products reach at most, whatever the compiler estimates.
-MATRIX_SHARE = 0.91
-# Share of what the schedule leaves exposed that a step waits for; why so little, is not known (docs/planner.md).
+# Of what the compiler estimates for a product above the time that its FLOPs need at the peak, the share that counts: it
+# estimates products, fused ones most, above what those runs need.
+CYCLE_SHARE = 0.35
+# Share of the peak of the matrix units that a product reaches of which the compiler expects all of it.
+MATRIX_SHARE = 0.99
+# Share of what the schedule leaves exposed within a slice (ICI, copies between HBM and VMEM) that a step waits for; why
+# so little, is not known (docs/planner.md). No row says anything of DCN and of the host: a step waits for all of these.
 EXPOSED_SHARE = 0.17
 
 OPERATIONS = 20  # so many of the longest are listed
@@ -61,12 +64,14 @@ class Price:
 
 @dataclasses.dataclass(frozen=True)
 class RegionTime:
-    """Of a region in a pass on one device. seconds: of what is computed, kernels included; exposed: of collectives and
-    copies, on top of them; flops: of products and kernels."""
+    """Of a region in a pass on one device. seconds: of what is computed, `in_kernels` among them; exposed: of its
+    collectives and copies, by the schedule, of which a step waits for `waiting`; flops: of products and kernels."""
 
     cycles: int
     seconds: float
+    in_kernels: float
     exposed: float
+    waiting: float
     flops: int
 
 
@@ -94,11 +99,20 @@ class OpTime:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one execution. parts: {name: seconds}, which add up to step_seconds; regions: {(region, pass): its time};
-    hardware_flops: of all chips, with what is computed again; operations: those that compute longest, so many."""
+    """Of one execution.
+
+    parts: {name: seconds}, which add up to step_seconds; exposed: of each part that is waiting, what the schedule
+    leaves exposed, of which the part is a share; compiler_seconds: of computing, by the compiler's cycles over the
+    clock; incomplete: what has no time and counts as none; constants: the fitted ones; regions: {(region, pass): its
+    time}; hardware_flops: of all chips, with what is computed again; operations: those that compute longest, so many.
+    """
 
     step_seconds: float
     parts: Mapping[str, float]
+    exposed: Mapping[str, float]
+    compiler_seconds: float
+    incomplete: tuple[str, ...]
+    constants: Mapping[str, float]
     bound_by: str
     regions: Mapping[tuple[str, str], RegionTime]
     hardware_flops: float
@@ -110,6 +124,11 @@ class Estimate:
     peak: float  # FLOP/s of all of them
     work: Work | None
     price: Price | None = None
+
+    @property
+    def exposed_step_seconds(self) -> float:
+        """Of a step that waits for all that the schedule leaves exposed."""
+        return self.step_seconds + sum(seconds - self.parts[name] for name, seconds in self.exposed.items())
 
     @property
     def mfu(self) -> float | None:
@@ -143,6 +162,13 @@ class Estimate:
     @property
     def cost(self) -> float | None:
         return None if self.chip_hours is None or self.price is None else self.chip_hours * self.price.amount
+
+    @property
+    def cost_per_million_tokens(self) -> float | None:
+        """What a million tokens cost, which also a program has that is of no run."""
+        if self.price is None or not self.tokens_per_second:
+            return None
+        return 1e6 / self.tokens_per_second / 3600 * self.chips * self.price.amount
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,21 +224,26 @@ def estimate(
     def seconds(op: Op) -> float:
         return computing_seconds(op, row) + kernel_seconds(op)
 
-    played = overlap.play(cost.schedule, work=seconds, transfer=lambda what: network.trip(what, fabric))
-    flights = [dataclasses.replace(flight, exposed=EXPOSED_SHARE * flight.exposed) for flight in played]
+    flights = overlap.play(cost.schedule, work=seconds, transfer=lambda what: network.trip(what, fabric))
     in_kernels = sum(kernel_seconds(op) * times for op, times in cost.schedule.each())
     computing = sum(computing_seconds(op, row) * times for op, times in cost.schedule.each())
-    parts = {"compute": computing, "kernels": in_kernels}
-    for name in (network.ICI, network.DCN, network.HBM, network.HOST):
-        parts[f"exposed_{name}"] = sum((flight.exposed for flight in flights if flight.network == name), 0.0)
-    found = _region_times(cost, seconds, flights, row)
+    parts, exposed = {"compute": computing, "kernels": in_kernels}, {}
+    for name in network.NETWORKS:
+        exposed[f"exposed_{name}"] = sum((flight.exposed for flight in flights if flight.network == name), 0.0)
+        parts[f"exposed_{name}"] = waited_share(name) * exposed[f"exposed_{name}"]
+    found = _region_times(cost, seconds, kernel_seconds, flights, row)
+    kernel_times = _kernel_times(cost, fabric)
     return Estimate(
         step_seconds=sum(parts.values()),
         parts=parts,
+        exposed=exposed,
+        compiler_seconds=cost.cycles / row.clock,
+        incomplete=_incomplete(cost, kernel_times),
+        constants=constants(),
         bound_by=_bound_by(parts, found),
         regions=found,
         hardware_flops=float(sum(each.flops for each in found.values()) * len(fabric.places)),
-        kernels=tuple(_kernel_times(cost, fabric)),
+        kernels=tuple(kernel_times),
         flights=tuple(flights),
         operations=_longest(cost, seconds, row),
         chips=chips,
@@ -223,6 +254,23 @@ def estimate(
     )
 
 
+def constants() -> dict[str, float]:
+    """The fitted constants in force."""
+    return {"CYCLE_SHARE": CYCLE_SHARE, "MATRIX_SHARE": MATRIX_SHARE, "EXPOSED_SHARE": EXPOSED_SHARE}
+
+
+def waited_share(name: str) -> float:
+    """The share of what the schedule leaves exposed of a network that a step waits for."""
+    return EXPOSED_SHARE if name in (network.ICI, network.HBM) else 1.0
+
+
+def _incomplete(cost: Cost, kernel_times: Sequence[KernelTime]) -> tuple[str, ...]:
+    """Names of what an execution does and has no time: kernels without a roofline, work without cycles, loops of a
+    length that nobody knows, which count once."""
+    unknown = dict.fromkeys(kernel.name for kernel in kernel_times if kernel.seconds is None)
+    return tuple(dict.fromkeys([*unknown, *cost.without_estimate, *cost.unknown_loops]))
+
+
 def _longest(cost: Cost, seconds: Callable[[Op], float], row: Generation) -> tuple[OpTime, ...]:
     each = (OpTime(op, times, seconds(op) * times, _flops(op, row) * times) for op, times in cost.schedule.each())
     return tuple(sorted(each, key=lambda one: -one.seconds)[:OPERATIONS])
@@ -231,11 +279,13 @@ def _longest(cost: Cost, seconds: Callable[[Op], float], row: Generation) -> tup
 def computing_seconds(op: Op, row: Generation) -> float:
     """Of one execution of an operation on one device, kernels apart.
 
-    A product takes CYCLE_SHARE of its cycles, but never less than its FLOPs at MATRIX_SHARE of the peak, and is spared
-    at most the time that its FLOPs need at the peak: one that waits for memory (decoding) takes what the compiler says.
+    A product takes its FLOPs at MATRIX_SHARE of the peak, and CYCLE_SHARE of what the compiler's estimate is above the
+    peak. It is spared at most as much as its FLOPs need at the peak, so one that waits for memory (decoding) takes
+    nearly what the compiler says. More cycles above the peak's are always more seconds.
     """
     said, at_peak = op.cycles / row.clock, op.flops / (row.peak / row.devices)
-    return max(at_peak / MATRIX_SHARE, said - min((1 - CYCLE_SHARE) * said, at_peak))
+    above = max(said - at_peak, 0.0)
+    return at_peak / MATRIX_SHARE + above - min((1 - CYCLE_SHARE) * above, at_peak)
 
 
 def _flops(op: Op, row: Generation) -> int:
@@ -245,17 +295,31 @@ def _flops(op: Op, row: Generation) -> int:
 
 
 def _region_times(
-    cost: Cost, seconds: Callable[[Op], float], flights: Sequence[Flight], row: Generation
+    cost: Cost,
+    seconds: Callable[[Op], float],
+    kernel_seconds: Callable[[Op], float],
+    flights: Sequence[Flight],
+    row: Generation,
 ) -> dict[tuple[str, str], RegionTime]:
     """Longest first."""
     each = [(regions.classify(op.source), op, times) for op, times in cost.schedule.each()]
+    waits = [(regions.classify(flight.op.source), flight) for flight in flights]
 
     cycles = regions.sums((key, op.cycles * times) for key, op, times in each)
     spent = regions.sums((key, seconds(op) * times) for key, op, times in each)
-    exposed = regions.sums((regions.classify(flight.op.source), flight.exposed) for flight in flights)
+    in_kernels = regions.sums((key, kernel_seconds(op) * times) for key, op, times in each)
+    exposed = regions.sums((key, flight.exposed) for key, flight in waits)
+    waiting = regions.sums((key, waited_share(flight.network) * flight.exposed) for key, flight in waits)
     done = regions.sums((key, _flops(op, row) * times) for key, op, times in each)
     return {
-        key: RegionTime(cycles.get(key, 0), spent.get(key, 0.0), exposed.get(key, 0.0), done.get(key, 0))
+        key: RegionTime(
+            cycles=cycles.get(key, 0),
+            seconds=spent.get(key, 0.0),
+            in_kernels=in_kernels.get(key, 0.0),
+            exposed=exposed.get(key, 0.0),
+            waiting=waiting.get(key, 0.0),
+            flops=done.get(key, 0),
+        )
         for key in {**spent, **exposed}
     }
 
@@ -279,8 +343,9 @@ def _kernel_times(cost: Cost, fabric: Fabric) -> list[KernelTime]:
 
 
 def _bound_by(parts: Mapping[str, float], spent: Mapping[tuple[str, str], RegionTime]) -> str:
-    """The one thing that a step takes longest for, in words."""
+    """The one thing that a step takes longest for, in words: computing, with the region that computes longest without
+    its kernels; kernels; or waiting for one network."""
     largest = max(parts, key=lambda name: parts[name])
-    region = regions.sums((region, each.seconds) for (region, _), each in spent.items())
+    region = regions.sums((region, each.seconds - each.in_kernels) for (region, _), each in spent.items())
     inside = f" in {next(iter(region))}" if largest == "compute" and region else ""
     return PARTS[largest] + inside

@@ -290,6 +290,7 @@ _ARITHMETIC: Mapping[str, Callable] = {
     "multiply": lambda a, b: a * b,
     "negate": lambda a: -a,
 }
+_COUNTS = re.compile(r"\(|[su]\d+\[\]")  # a tuple, or an integer
 _SAME = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "optimization-barrier")
 
 
@@ -304,6 +305,8 @@ def _value(module: Module, computation: Computation, name: str, arguments: Seque
     if opcode == "parameter":
         number = int(instruction.argument)
         return arguments[number] if number < len(arguments) else None
+    if not _COUNTS.match(instruction.shape):
+        return None  # before anything is worked out for it, such as the loop that it comes from
     if opcode == "get-tuple-element":
         index = int(re.search(r"index=(\d+)", instruction.attributes).group(1))  # type: ignore[union-attr]
         source = computation.instructions[operands[0]]
@@ -317,8 +320,6 @@ def _value(module: Module, computation: Computation, name: str, arguments: Seque
         return operand(0)
     if instruction.shape.startswith("("):
         return loop_arguments(module, computation, instruction, arguments)[0] if opcode == "while" else None
-    if not re.match(r"[su]\d+\[\]", instruction.shape):
-        return None
     if opcode == "constant":
         return int(instruction.argument) if re.fullmatch(r"-?\d+", instruction.argument) else None
     if opcode in _SAME:

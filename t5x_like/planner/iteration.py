@@ -38,7 +38,13 @@ class Part:
         return None if self.found is None else self.found[0].memory.total_bytes + self.beside_bytes
 
     def fits(self, place: Place) -> bool:
-        return not self.problem and self.bytes is not None and self.bytes <= place.hbm_bytes
+        return not self.trouble(place)
+
+    def trouble(self, place: Place) -> str:
+        """Why it cannot run, also where it is too large only with what is held beside it; "" where it can."""
+        if self.problem or (self.bytes is not None and self.bytes <= place.hbm_bytes):
+            return self.problem
+        return report_memory.fit(self.bytes or 0, place.hbm_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +60,7 @@ class Iteration:
     @property
     def problems(self) -> list[str]:
         """One line for each program that does not fit."""
-        return [
-            f"{part.name}: {part.problem or report_memory.fit(part.bytes or 0, self.place.hbm_bytes)}"
-            for part in self.parts
-            if not part.fits(self.place)
-        ]
+        return [f"{part.name}: {part.trouble(self.place)}" for part in self.parts if not part.fits(self.place)]
 
     def collectives(self) -> list[collectives.Collective]:
         """Of all programs that were compiled, as often as they run in an iteration."""
@@ -75,7 +77,9 @@ class Iteration:
 
     @property
     def time(self) -> IterationTime | None:
-        """None where a program does not fit, or has no estimate."""
+        """None where a program has no estimate, or the iteration cannot run."""
+        if self.problems:
+            return None
         parts = {part.name: (part.times, part.time) for part in self.parts if part.time is not None}
         if len(parts) < len(self.parts) or not parts:
             return None
@@ -109,7 +113,7 @@ def to_json(iteration: Iteration) -> dict[str, Any]:
 
 
 def _part_json(part: Part, place: Place) -> dict[str, Any]:
-    head = {"program": part.name, "times": part.times, "fits": part.fits(place), "problem": part.problem}
+    head = {"program": part.name, "times": part.times, "fits": part.fits(place), "problem": part.trouble(place)}
     if part.found is None:
         return head
     return head | {"beside_bytes": part.beside_bytes} | report.program_json(*part.found, part.time)
@@ -121,6 +125,7 @@ def to_text(iteration: Iteration, *, details: bool = False) -> str:
     lines = [
         f"{iteration.program} iteration on {report.where(iteration.place)}",
         f"{report.labelled(seconds)}, for one device; nothing was run.",
+        *report.notes(iteration.place),
         *iteration.facts,
     ]
     for part in iteration.parts:

@@ -121,6 +121,17 @@ def held(text: str) -> Held:
     )
 
 
+NOTHING = Held(0, 0, 0, 0, {}, (), (), 0, 0)
+
+
+def held_or_nothing(text: str) -> Held:
+    """`held`, or NOTHING where the text has a form that is not known; what the compiler says of memory stands."""
+    try:
+        return held(text)
+    except (AssertionError, KeyError, IndexError, ValueError):
+        return NOTHING
+
+
 def _named(column: np.ndarray) -> dict[str, int]:
     return {part: int(size) for part, size in zip(PARTS, column, strict=True) if size}
 

@@ -28,6 +28,9 @@ DCN_SECONDS = 1e-4  # latency between slices, an ASSUMPTION
 
 ICI, DCN = "ici", "dcn"
 HBM, HOST = "hbm", "host"
+# Kinds of which each device of a group keeps its own part, and sends the rest.
+_OF_ALL = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all")
+NETWORKS = (ICI, DCN, HBM, HOST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,8 @@ def trip(what: Collective | Copy, fabric: Fabric) -> Trip:
         name = HOST if what.host else HBM
         speed = fabric.row.host if what.host else fabric.row.hbm_speed
         return Trip(name, what.bytes / (speed / fabric.row.devices), (name,))
+    if what.network == DCN:  # the text says so, and whose axis it is matters not: bytes are what a device sends
+        return Trip(DCN, _between_slices(what, fabric, what.group_size, 1), (DCN,))
     places = fabric.group(what.axes, what.group_size)
     slices = len(set(places[:, 0].tolist()))
     if slices > 1:
@@ -141,9 +146,10 @@ def _along_one_way(collective: Collective, found: Sequence[Span], link: float) -
 
 
 def _between_slices(collective: Collective, fabric: Fabric, slices: int, inside: int) -> float:
-    """Each device sends its part, what is left when its slice has gathered or reduced among itself."""
+    """Each device sends its part, what is left when its slice has gathered or reduced among itself: all of it to
+    another slice, or what is not for its own to all. Latency grows with the logarithm of the slices."""
     both_ways = 2 if collective.kind == "all-reduce" else 1
     part = collective.bytes_each / max(inside, 1)
-    share = (slices - 1) / slices
+    share = (slices - 1) / slices if collective.kind in _OF_ALL else 1.0
     speed = fabric.row.dcn / fabric.row.devices
     return both_ways * (part * share / speed + DCN_SECONDS * math.ceil(math.log2(slices)))

@@ -42,10 +42,9 @@ def page(plan: Mapping[str, Any]) -> str:
         f"<p>{plan['chips']} chips, mesh {_text(mesh)}</p>",
         f'<p class="note">Estimates of the TPU compiler ({_text(versions)}) and of what is derived from it; nothing '
         "was run. Figures are of one device and one step.</p>",
-        *(f"<p>{_text(fact)}</p>" for fact in (*plan.get("notes", ()), *plan.get("facts", ()))),
+        *(f"<p>{_text(fact)}</p>" for fact in (*plan.get("notes", ()), *plan.get("facts", ()), *_stages(plan))),
     ]
-    if plan.get("problem"):
-        parts.append(f'<p class="bad">{_text(plan["problem"])}</p>')
+    parts += _problem(plan)
     programs = plan.get("programs")
     if programs is None:
         parts += _program(plan, plan["hbm_bytes"])
@@ -53,12 +52,22 @@ def page(plan: Mapping[str, Any]) -> str:
         parts += _iteration(plan)
     for program in programs or ():
         parts.append(f"<h1>{_text(program['program'])}, {program['times']} times an iteration</h1>")
-        if program.get("problem"):
-            parts.append(f'<p class="bad">{_text(program["problem"])}</p>')
+        parts += _problem(program)
         parts += _program(program, plan["hbm_bytes"])
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _stages(plan: Mapping[str, Any]) -> list[str]:
+    stages = plan.get("pipeline")
+    return [] if not stages else [f"A pipeline of {stages['turns']} turns, of which {stages['bubble']:.0%} is bubble."]
+
+
+def _problem(content: Mapping[str, Any]) -> list[str]:
+    """The line that says that it cannot run, in red."""
+    said = content.get("problem") or ("it does not fit" if content.get("fits") is False else "")
+    return [f'<p class="bad">{_text(said)}</p>'] if said else []
 
 
 def _program(content: Mapping[str, Any], hbm_bytes: int) -> list[str]:
@@ -66,10 +75,10 @@ def _program(content: Mapping[str, Any], hbm_bytes: int) -> list[str]:
     parts = _estimate(content.get("estimate"))
     parts += _regions(content)
     if content.get("memory"):
-        parts += _memory(content["memory"], hbm_bytes)
+        parts += _memory(content["memory"], hbm_bytes, content.get("beside_bytes"))
     parts += _kernels(content.get("kernels", ()))
     parts += _collectives(content.get("collectives", ()))
-    return parts
+    return parts + _missing(content)
 
 
 def _iteration(plan: Mapping[str, Any]) -> list[str]:
@@ -79,6 +88,8 @@ def _iteration(plan: Mapping[str, Any]) -> list[str]:
     if found.get("peak_bytes") is not None:
         size = f"{format_bytes(found['peak_bytes'])} of {format_bytes(plan['hbm_bytes'])}"
         parts.append(f"<p>The most memory is that of {_text(found['peak_program'])}: {size} HBM.</p>")
+    if found.get("fits") is False:
+        parts.append('<p class="bad">The iteration does not fit.</p>')
     return parts + _collectives(found.get("collectives", ()))
 
 
@@ -87,6 +98,8 @@ def _iteration(plan: Mapping[str, Any]) -> list[str]:
 
 _ESTIMATED = (  # key of the JSON, what it is called, how it is written
     ("step_seconds", "a step", lambda value: f"{value:.4g} s"),
+    ("exposed_step_seconds", "a step that waits for all that is exposed", lambda value: f"{value:.4g} s"),
+    ("compiler_seconds", "computing, by the compiler's cycles", lambda value: f"{value:.4g} s"),
     ("iteration_seconds", "an iteration", lambda value: f"{value:.4g} s"),
     ("mfu", "MFU", lambda value: f"{value:.1%}"),
     ("mfu_full_attention", "MFU, full attention counted", lambda value: f"{value:.1%}"),
@@ -106,6 +119,8 @@ def _estimate(found: Mapping[str, Any] | None) -> list[str]:
     rows = [(name, write(found[key])) for key, name, write in _ESTIMATED if found.get(key) is not None]
     if found.get("cost") is not None:
         rows.append(("cost", f"{found['cost']:,.2f} {found.get('currency') or ''}"))
+    if found.get("cost_per_million_tokens") is not None:
+        rows.append(("a million tokens", f"{found['cost_per_million_tokens']:.3g} {found.get('currency') or ''}"))
     bar = _bar(list((found.get("parts") or {}).items()), lambda value: f"{value:.3g} s")
     return ["<h2>Time, estimated</h2>", _table(("", ""), rows), *bar]
 
@@ -149,11 +164,17 @@ def _bar(amounts: Sequence[tuple[str, float]], said: Any) -> list[str]:
 # Memory.
 
 
-def _memory(memory: Mapping[str, Any], hbm_bytes: int) -> list[str]:
-    total = memory["total_bytes"]
+def _memory(memory: Mapping[str, Any], hbm_bytes: int, beside_bytes: int | None = None) -> list[str]:
+    """beside_bytes: what a device holds meanwhile and the program does not read."""
+    total = memory["total_bytes"] + (beside_bytes or 0)
     left = hbm_bytes - total
     verdict = f"fits, {format_bytes(left)} are free" if left >= 0 else f"does not fit, by {format_bytes(-left)}"
     parts = [f"<h2>Memory</h2><p>{format_bytes(total)} of {format_bytes(hbm_bytes)} HBM at the peak: {verdict}.</p>"]
+    if beside_bytes:
+        parts.append(
+            f"<p>{format_bytes(beside_bytes)} of it is held beside the program, which does not read it; what follows "
+            "is without.</p>"
+        )
     timeline = memory.get("timeline") or ()
     if timeline:
         parts += _timeline(timeline, hbm_bytes)
@@ -255,6 +276,23 @@ def _collectives(items: Sequence[Mapping[str, Any]]) -> list[str]:
             row.append("?" if item.get(key) is None else f"{item[key]:.4g} s")
         rows.append(tuple(row))
     return ["<h2>Collectives</h2>", _table(tuple(header), rows, right=range(3, len(header)))]
+
+
+def _missing(content: Mapping[str, Any]) -> list[str]:
+    """What the figures do not have in them, or have in another way than it will be."""
+    kernels = content.get("kernels", ()) if content.get("estimate") else ()
+    rows = [(name, f"x {count}: the compiler gives no estimate") for name, count in _items(content, "without_estimate")]
+    rows += [(item["name"], "a kernel: no time is known") for item in kernels if item.get("seconds") is None]
+    rows += [(name, "a loop whose length depends on data: counted once") for name in content.get("unknown_loops", ())]
+    rows += [
+        (loop["name"], f"a loop counted {loop['turns']} times, its limit, which data may not reach")
+        for loop in content.get("limited_loops", ())
+    ]
+    return ["<h2>Not in these figures</h2>", _table(("", ""), rows, right=())] if rows else []
+
+
+def _items(content: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    return list((content.get(key) or {}).items())
 
 
 def _table(

@@ -57,7 +57,7 @@ def lines(memory: Memory, held: Held, *, hbm_bytes: int, beside_bytes: int | Non
     if held.host_bytes:
         found.append(f"  on the host  {_bytes(held.host_bytes)}")
     found += [] if not held.vector_bytes else [f"  in VMEM      {_bytes(held.vector_bytes)}   not counted above"]
-    found.append(_of_which(memory, held))
+    found.append(_of_which(memory, held) + (", without what is held beside" if beside_bytes else ""))
     found += [
         f"    {name:<27}{format_bytes(size):>10}" for name, size in sorted(held.parts.items(), key=lambda p: -p[1])
     ]
@@ -66,6 +66,8 @@ def lines(memory: Memory, held: Held, *, hbm_bytes: int, beside_bytes: int | Non
 
 def _of_which(memory: Memory, held: Held) -> str:
     """The head of the parts, which are ours: whether they are all of the peak."""
+    if not held.peak_bytes:
+        return "  of which no parts are known: the program's text is not understood"
     if abs(memory.total_bytes - held.peak_bytes) <= 0.01 * memory.total_bytes:
         return "  of which"
     return f"  of which, as far as the program's text says ({held.peak_bytes / memory.total_bytes:.0%} of the peak)"

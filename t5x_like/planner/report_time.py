@@ -20,6 +20,7 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
                 "cycles": each.cycles,
                 "seconds": each.seconds,
                 "exposed_seconds": each.exposed,
+                "waiting_seconds": each.waiting,
                 "flops": each.flops,
             }
             for (region, which), each in estimate.regions.items()
@@ -49,6 +50,11 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         "estimate": {
             "step_seconds": estimate.step_seconds,
             "parts": dict(estimate.parts),
+            "exposed": dict(estimate.exposed),
+            "exposed_step_seconds": estimate.exposed_step_seconds,
+            "compiler_seconds": estimate.compiler_seconds,
+            "incomplete": list(estimate.incomplete),
+            "constants": dict(estimate.constants),
             "bound_by": estimate.bound_by,
             "model_flops": None if work is None else work.model_flops,
             "model_flops_full_attention": None if work is None else work.full_flops,
@@ -61,6 +67,7 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
             "run_seconds": estimate.run_seconds,
             "chip_hours": estimate.chip_hours,
             "cost": estimate.cost,
+            "cost_per_million_tokens": estimate.cost_per_million_tokens,
             "currency": None if price is None else price.currency,
         },
     }
@@ -118,8 +125,18 @@ def lines(estimate: Estimate) -> list[str]:
     """The section of the table that `plan` prints: time, its parts, what follows, and regions by pass."""
     found = [f"time           {seconds(estimate.step_seconds)} a step, estimated; bound by {estimate.bound_by}"]
     for name, spent in estimate.parts.items():
+        beside = ""
+        if name == "compute":
+            beside = f"   {seconds(estimate.compiler_seconds)} by the compiler's cycles"
+        elif estimate.exposed.get(name, 0.0) > spent:
+            beside = f"   of {seconds(estimate.exposed[name])} that the schedule leaves exposed"
         if spent > 0:
-            found.append(f"  {PARTS[name]:<21}{seconds(spent):>9}  {spent / max(estimate.step_seconds, 1e-30):6.1%}")
+            share = f"{spent / max(estimate.step_seconds, 1e-30):6.1%}"
+            found.append(f"  {PARTS[name]:<21}{seconds(spent):>9}  {share}{beside}")
+    if estimate.exposed_step_seconds > 1.01 * estimate.step_seconds:
+        found.append(f"  or {seconds(estimate.exposed_step_seconds)}, if a step waits for all that is exposed")
+    if estimate.incomplete:
+        found.append(f"  without      {', '.join(estimate.incomplete)}: no time is known, so a step takes longer")
     if estimate.mfu is not None and estimate.mfu_full_attention is not None:
         found.append(
             f"  MFU {estimate.mfu:.1%}, or {estimate.mfu_full_attention:.1%} with attention counted in full; "
@@ -127,6 +144,8 @@ def lines(estimate: Estimate) -> list[str]:
         )
     if estimate.tokens_per_second is not None:
         found.append(f"  {format_count(estimate.tokens_per_second)} tokens a second{_run(estimate)}")
+    if estimate.cost_per_million_tokens is not None and estimate.price is not None:
+        found.append(f"  a million tokens cost {_amount(estimate.cost_per_million_tokens)} {estimate.price.currency}")
     return [*found, "", *_region_lines(estimate)]
 
 
@@ -155,14 +174,14 @@ def _amount(value: float) -> str:
 def _region_lines(estimate: Estimate) -> list[str]:
     """Seconds of each region by pass, kernels included; then what it waits, and how much of the peak it reaches."""
     spent = estimate.regions
-    names = regions.sums((region, each.seconds + each.exposed) for (region, _), each in spent.items())
+    names = regions.sums((region, each.seconds + each.waiting) for (region, _), each in spent.items())
     passes = [name for name in (*regions.PASSES, "") if any(which == name for _, which in spent)]
     rows = [["regions", *(which or "no pass" for which in passes), "together", "waiting", "of peak"]]
     device_peak = estimate.peak / estimate.devices
     for name in names:
         each = [spent.get((name, which)) for which in passes]
         found = [one for one in each if one is not None]
-        together, waiting = sum(one.seconds for one in found), sum(one.exposed for one in found)
+        together, waiting = sum(one.seconds for one in found), sum(one.waiting for one in found)
         reached = sum(one.flops for one in found) / max(together, 1e-30) / device_peak
         cells = [seconds(one.seconds) if one is not None and one.seconds else "-" for one in each]
         rows.append([f"  {name}", *cells, seconds(together), seconds(waiting) if waiting else "-", f"{reached:.0%}"])

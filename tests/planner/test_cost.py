@@ -1,5 +1,7 @@
 """Adding up a program: trip counts, branches, pairs, chains, kernels, on modules that can be counted by hand."""
 
+import time
+
 from t5x_like.planner.cost import Kernel, Loop, cost
 
 MESH = {"data": 2, "fsdp": 2}
@@ -204,3 +206,47 @@ def test_a_loop_that_data_may_end_counts_at_its_limit_with_what_its_condition_as
     assert found.limited_loops == (Loop("while.l", 4, 20),)
     assert (found.cycles, found.unknown_loops) == (20, ())
     assert [(item.kind, item.count) for item in found.collectives] == [("all-reduce", 5)]
+
+
+def test_what_was_begun_outside_its_computation_ends_with_nothing_known():
+    """The `-start` is passed through a call: its `-done` waits for a parameter."""
+    called = computation("inside", A, line("ROOT %done.1 = f32[8,128] copy-done(%a)"))
+    found = cost(module("\n".join([P, line("ROOT %c = f32[8,128] call(%p), to_apply=%inside")]), called), MESH)
+    assert found.cycles == 0
+
+
+def test_loops_with_much_state_are_read_as_fast_as_those_with_little():
+    """Three loops, one in the other: what an array of their state is, is never asked of the loops inside."""
+    arrays = 40
+    state = "(" + ", ".join(["s32[]", *["bf16[8]"] * arrays]) + ")"
+    parts = []
+    for depth in range(3):
+        inner = depth < 2
+        lines = [f"%body{depth} (s: {state}) -> {state} {{", f"  %s = {state} parameter(0)"]
+        lines += ["  %i = s32[] get-tuple-element(%s), index=0", "  %one = s32[] constant(1)"]
+        lines += ["  %j = s32[] add(%i, %one)"]
+        lines += [f"  %x{n} = bf16[8] get-tuple-element(%s), index={n + 1}" for n in range(arrays)]
+        outs = [f"%x{n}" for n in range(arrays)]
+        if inner:
+            lines += ["  %zero = s32[] constant(0)", f"  %t = {state} tuple(%zero, {', '.join(outs)})"]
+            lines.append(f"  %w = {state} while(%t), condition=%cond, body=%body{depth + 1}")
+            lines += [f"  %y{n} = bf16[8] get-tuple-element(%w), index={n + 1}" for n in range(arrays)]
+            outs = [f"%y{n}" for n in range(arrays)]
+        lines += [f"  ROOT %o = {state} tuple(%j, {', '.join(outs)})", "}"]
+        parts.append("\n".join(lines))
+    condition = [f"%cond (s: {state}) -> pred[] {{", f"  %s = {state} parameter(0)"]
+    condition += ["  %i = s32[] get-tuple-element(%s), index=0", "  %n = s32[] constant(5)"]
+    condition += ["  ROOT %lt = pred[] compare(%i, %n), direction=LT", "}"]
+    main = [f"  %p = {state} parameter(0)", f"  ROOT %w = {state} while(%p), condition=%cond, body=%body0"]
+    main[1:1] = ["  %zero = s32[] constant(0)"]
+    main[1:1] = [f"  %x{n} = bf16[8] get-tuple-element(%p), index={n + 1}" for n in range(arrays)]
+    main[-1] = f"  %t = {state} tuple(%zero, {', '.join(f'%x{n}' for n in range(arrays))})\n" + main[-1].replace(
+        "%p", "%t"
+    )
+    text = (
+        "HloModule m\n" + "\n".join([*parts, *condition]) + "\nENTRY %main () -> f32[] {\n" + "\n".join(main) + "\n}\n"
+    )
+    begin = time.process_time()
+    turns = [loop.turns for loop, _ in cost(text, MESH).schedule.loops()]
+    assert turns == [5, 5, 5]
+    assert time.process_time() - begin < 1

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_like.planner import buffers, hlo, layouts, memory
+from t5x_like.planner import buffers, hlo, layouts, memory, report_memory
+from t5x_like.planner import compile as compiling
 from t5x_like.planner.compile import DoesNotFit, allocations, compile_program
 from t5x_like.planner.topology import topology
 
@@ -241,3 +242,33 @@ def test_the_compilers_own_list_of_allocations_is_read():
     (only,) = allocations(alone)
     assert (only.bytes, only.shape, only.operation) == (2**38, "bf16[8,2097152,8192]", "fusion.2")
     assert allocations("no list") == ()
+
+
+UNKNOWN = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[256]) -> f32[256] {
+  %a = f32[256] parameter(0)
+  ROOT %x = f32[256] get-tuple-element(%a), index=0
+}
+"""
+
+
+def test_a_text_that_is_not_understood_has_no_parts_and_leaves_the_compilers_memory():
+    known = {"text": UNKNOWN, "seconds": 1.0, "error": ""}
+    for peak, total in ((5000, 5000), (None, 1024 + 300 + 1024)):
+        sizes = dict(arguments_bytes=1024, temporaries_bytes=300, outputs_bytes=1024, aliased_bytes=0, peak_bytes=peak)
+        found = compiling._compiled(known | {"memory": sizes}, 1.0)
+        assert (found.held, found.memory.total_bytes) == (memory.NOTHING, total)
+        lines = "\n".join(report_memory.lines(found.memory, found.held, hbm_bytes=6000))
+        assert "text is not understood" in lines and "fits into" in lines
+
+
+def test_what_memory_is_made_of_is_worked_out_once(monkeypatch):
+    calls = []
+    held = memory.held
+    monkeypatch.setattr(memory, "held", lambda text: calls.append(text) or held(text))
+    sizes = {"arguments_bytes": 2048, "temporaries_bytes": 0, "outputs_bytes": 0, "aliased_bytes": 0}
+    text = LOOP.replace("\n%cond", f"{SUM}\n%cond", 1)
+    found = compiling._compiled({"text": text, "memory": sizes, "seconds": 1.0, "error": ""}, 1.0)
+    assert found.held.peak_bytes == found.memory.total_bytes > 0
+    assert len(calls) == 1

@@ -1,5 +1,7 @@
 """Seconds of collectives against counts by hand: rings and lines, shared links, kinds, slices."""
 
+import dataclasses
+
 import pytest
 
 from t5x_like.planner import network
@@ -99,6 +101,14 @@ def test_what_crosses_slices_goes_at_the_speed_of_their_network():
     name, spent = seconds(collective("all-reduce", ("slice",), 2), where)
     assert (name, spent) == (network.DCN, pytest.approx(2 * (GB / 2 / 6.25e9 + network.DCN_SECONDS)))
     assert seconds(collective("all-reduce", ("fsdp",), 64), where)[0] == network.ICI
+
+
+def test_a_buffer_for_another_slice_is_sent_whole_also_by_stages_that_lie_on_slices():
+    """The first two devices along `stage`, were they looked for within a slice, are neighbours: 14 times as fast."""
+    where = fabric("v5p:4x4x4", {"slice": 1, "stage": 2, "fsdp": 64}, slices=2)
+    for axis in ("stage", "slice"):
+        sent = dataclasses.replace(collective("collective-permute", (axis,), 2), network="dcn")
+        assert seconds(sent, where) == (network.DCN, pytest.approx(GB / 6.25e9 + network.DCN_SECONDS))
 
 
 def test_copies_go_at_the_speed_of_their_memory():

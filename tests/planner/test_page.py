@@ -179,3 +179,31 @@ def test_every_program_of_an_iteration_has_its_sections_and_one_that_does_not_fi
         "the program does not fit: much",
     ):
         assert said in text
+
+
+def test_what_is_held_beside_a_program_decides_whether_it_fits():
+    """12 GiB of 16 and 8 beside: too large, though the program alone is not."""
+    program = {"program": "score", "times": 1, "fits": False, "problem": "", "memory": MEMORY, "beside_bytes": 8 * GIB}
+    plan = {key: value for key, value in PLAN.items() if key not in ("memory", "collectives", "kernels")}
+    together = {"peak_bytes": 20 * GIB, "peak_program": "score", "collectives": [], "fits": False}
+    whole = page(plan | {"program": "rl", "programs": [program], "iteration": together})
+    text = "".join(read(whole).text)
+    assert "20.0 GiB of 16.0 GiB HBM at the peak: does not fit, by 4.00 GiB" in text
+    assert "8.00 GiB of it is held beside the program" in text
+    assert "are free" not in text
+    assert whole.count('class="bad"') == 2
+
+
+def test_what_has_no_time_or_may_run_less_often_is_named():
+    missing = {
+        "without_estimate": {"sort": 3},
+        "unknown_loops": ["while.1"],
+        "limited_loops": [{"name": "while.7", "turns": 6, "cycles": 60}],
+        "kernels": [{"name": "odd", "count": 1, "seconds": None}],
+        "pipeline": {"turns": 11, "bubble": 0.25},
+    }
+    text = "".join(read(page(PLAN | TIMED | missing)).text)
+    assert "Not in these figures" in text and "25% is bubble" in text
+    for said in ("sortx 3: the compiler", "odda kernel", "while.1a loop whose", "while.7a loop counted 6 times"):
+        assert said in text
+    assert "Not in these figures" not in page(PLAN | TIMED)

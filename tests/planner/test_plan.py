@@ -43,7 +43,7 @@ def test_a_train_step_has_a_time_whose_parts_add_up(trained):
     expected = {(name, which) for name in ("attention", "mlp", "head and loss") for which in ("forward", "backward")}
     assert expected | {("optimizer", "update")} <= regions
     exposed = sum(item["exposed_seconds"] for item in trained["collectives"])
-    assert exposed == pytest.approx(estimate["parts"]["exposed_ici"] + estimate["parts"]["exposed_dcn"])
+    assert exposed == pytest.approx(estimate["exposed"]["exposed_ici"] + estimate["exposed"]["exposed_dcn"])
     assert 0 < exposed < sum(item["seconds"] for item in trained["collectives"])  # some run beside work
     assert 0 < estimate["mfu"] < estimate["mfu_full_attention"] < 1
     assert estimate["tokens_per_second"] == pytest.approx(estimate["tokens"] / estimate["step_seconds"])

@@ -13,6 +13,8 @@ import xml.dom.minidom
 import pytest
 
 from t5x_like.__main__ import main
+from t5x_like.commands import plan_file
+from t5x_like.core.errors import UserError
 from t5x_like.core.terminal import Waiting
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -77,6 +79,15 @@ def test_the_page_and_the_price_are_there(planned):
         (["--topology=v5p-512"], "has several shapes; write v5p:4x4x16 or v5p:4x8x8"),
         (["--topology=h100-8"], "'h100-8' is unknown"),
         (["--topology=v5e:2x2", "--html=/no/such/folder/plan.html"], "/no/such/folder is no folder"),
+        (["--topology=v5e:2x2", "--json=/tmp"], "--json=/tmp is a folder; name a file in it"),
+        (
+            ["--topology=v5e:2x2", "--json=/tmp/no_plan", "--html=/tmp/../tmp/no_plan"],
+            "both write /tmp/no_plan; give two paths",
+        ),
+        (["--topology=v5e:2x2", "--search", "--html=/tmp/x.html"], "leave out --html"),
+        (["--topology=v5e:2x2", "--search", "--price=4USD"], "leave out --price"),
+        (["--topology=v5e:2x2", "--search", "--default_options"], "leave out --default_options"),
+        (["--topology=v5e:2x2", "--search", "--slices=0"], "--slices=0 should be a number of slices, at least 1"),
     ],
 )
 def test_bad_input_is_one_line(compiler, capsys, arguments, says):
@@ -84,6 +95,21 @@ def test_bad_input_is_one_line(compiler, capsys, arguments, says):
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if not line.startswith("planned with config.mesh.slice")]
     assert len(lines) == 1 and says in lines[0]
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(UserError, match="plan.json cannot be written"):
+        plan_file.write_json(tmp_path / "plan.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_check_is_of_as_many_slices_as_the_config_says(capsys):
+    arguments = ["--check", CONFIG, "--topology=v5e:2x2", "--config.mesh.slice=2"]
+    assert main(["plan", *arguments]) == 0, capsys.readouterr()
+    assert "mesh slice=2 fsdp=4" in capsys.readouterr().out
+    assert main(["plan", *arguments, "--slices=1"]) == 2
+    assert "the devices are 1 slice\n" in "".join(capsys.readouterr())
 
 
 def test_without_the_compiler_the_line_names_the_extra(monkeypatch, capsys):

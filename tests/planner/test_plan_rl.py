@@ -145,6 +145,16 @@ def test_an_iteration_with_a_program_that_does_not_fit_shows_the_others():
     assert "the program does not fit" in text and "does not fit into 1000 B of a device" in text
     content = iteration.to_json(plan)["iteration"]
     assert (content["complete"], content["fits"], content["peak_bytes"]) == (False, False, 1025)
+    assert "by 25 B" in iteration.to_json(plan)["programs"][2]["problem"]
+
+
+def test_an_iteration_on_several_slices_says_that_they_have_no_rings():
+    from t5x_like.planner import iteration
+    from t5x_like.planner.report import Place
+
+    parts = [iteration.Part("rollout", "draws", 1, 0, None, "the program does not fit")]
+    place = Place("v5p:4x4x4", 2, 128, {"slice": 2, "fsdp": 64}, 1000)
+    assert "no rings" in iteration.to_text(iteration.Iteration("rl", place, [], parts))
 
 
 @pytest.mark.parametrize(

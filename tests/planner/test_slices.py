@@ -110,6 +110,23 @@ def test_slices_that_exchange_are_read_in_all_forms(target, size):
     assert [(item.kind, item.group_size, item.bytes_each) for item in found] == [("all-reduce", size, 32)]
 
 
+def test_exchanges_of_stages_that_lie_on_slices_are_over_the_axis_stage():
+    runtime = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="r"'
+    target = '_xla_megascale_transfer_type="ONE_TO_ONE",_xla_megascale_target={{100000->200000}}'
+    attributes = f"channel_id=1, frontend_attributes={{{runtime},{target}}}"
+    text = (
+        "HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {\n"
+        "  %p = f32[8] parameter(0)\n  %t = token[] after-all()\n"
+        f"  %send = (f32[8], u32[], token[]) send(%p, %t), {attributes}\n"
+        f"  %recv = (f32[8], u32[], token[]) recv(%t), {attributes}\n"
+        "  %send-done = token[] send-done(%send)\n"
+        "  %recv-done = (f32[8], token[]) recv-done(%recv)\n"
+        "  ROOT %out = f32[8] get-tuple-element(%recv-done), index=0\n}\n"
+    )
+    (found,) = cost(text, {"slice": 1, "stage": 2, "fsdp": 2}).collectives
+    assert (found.kind, found.axes, found.group_size, found.network) == ("collective-permute", ("stage",), 2, "dcn")
+
+
 def test_a_number_of_slices_that_is_none_is_one_line():
     with pytest.raises(UsageError, match="--slices=0 should be a number of slices, at least 1"):
         topology("v5e:2x2", slices=0)

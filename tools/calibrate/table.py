@@ -60,13 +60,14 @@ HEADER = (
     "estimated",
     "compute",
     "kernels",
+    "waiting",
     "exposed",
 )
 
 
 def to_markdown(timed: Timed, *, missing: Sequence[Row] = ()) -> str:
     """The table of docs/planner.md. left out: the error by constants that are fitted to the other rows. MFU counts full
-    attention; seconds of the three parts are those of the first program."""
+    attention; seconds of the three parts, and what the schedule leaves exposed, are those of the first program."""
     left_out = fit.leave_one_out(constants.CONSTANTS, timed.published, timed.seconds)
     lines = [_line(HEADER), _line(["---"] * len(HEADER))]
     errors = []
@@ -74,8 +75,9 @@ def to_markdown(timed: Timed, *, missing: Sequence[Row] = ()) -> str:
         ends = timed.ends(number)
         seconds = statistics.fmean(ends)
         errors.append(seconds / time - 1)
-        parts = timed.programs[number][0].estimate().parts
-        exposed = sum(spent for name, spent in parts.items() if name.startswith("exposed"))
+        first = timed.programs[number][0].estimate()
+        parts, exposed = first.parts, sum(first.exposed.values())
+        waiting = sum(parts[name] for name in first.exposed)
         lines.append(
             _line(
                 (
@@ -89,6 +91,7 @@ def to_markdown(timed: Timed, *, missing: Sequence[Row] = ()) -> str:
                     f"{published.mfu(row, seconds):.1%}",
                     f"{parts['compute']:.4g}",
                     f"{parts['kernels']:.3g}",
+                    f"{waiting:.3g}",
                     f"{exposed:.3g}",
                 )
             )
