@@ -202,12 +202,10 @@ class _Round:
         if outcome.status == 0 and self._read(task.name, path, seconds=outcome.seconds, peak=outcome.peak):
             return
         said = outcome.said.removeprefix("t5x_like: ").removeprefix("error: ")
-        if self.confirms:
-            self.search.not_confirmed(task.name, said)
-        elif "does not fit" in said:
-            self.search.refused(task.name, said)
+        if "does not fit" in said:
+            (self.search.not_confirmed if self.confirms else self.search.refused)(task.name, said)
         else:
-            self.search.failed(task.name, said, self.limits)
+            (self.search.unconfirmed if self.confirms else self.search.failed)(task.name, said, self.limits)
         _say(f"{task.name}: {said}")
 
     def _command(self, name: str, path: str) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class Verdict:
 class Entry:
     """A point. analytic: {"bytes", "seconds", "bound_by"} of the analytic model, none of an illegal one. said: why it
     is in this state, in one line. confirmed: the verdict with the config's own compiler options, where points are
-    explored with those of the compiler. limits: memory and seconds that the judge of a failed one had."""
+    explored with those of the compiler. limits: memory and seconds of a judge that came to no end."""
 
     point: Point
     state: str
@@ -47,7 +47,8 @@ class Entry:
     analytic: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verdict: Verdict | None = None
     confirmed: Verdict | None = None
-    refused: str = ""  # what the compiler said when it was to be confirmed
+    refused: str = ""  # what the compiler said when it was to be confirmed and did not fit
+    unconfirmed: str = ""  # why its judge came to no end when it was to be confirmed
     limits: tuple[float, float] = (0.0, 0.0)
 
     @property

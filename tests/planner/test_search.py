@@ -152,3 +152,70 @@ def test_a_plan_is_judged_by_its_estimate():
     estimate = {"step_seconds": 3.0, "bound_by": "attention", "mfu": 0.4}
     plan = {"cycles": 100, "memory": {"total_bytes": 5}, "estimate": estimate}
     assert verdict(json.loads(json.dumps(plan))) == Verdict(3.0, 5, "attention", 0.4, 100)
+
+
+def search_of(folder, world, *, points=9, confirm=0):
+    return Search(opened(str(folder), SETTINGS, entries(world)), Limits(points, confirm, HBM))
+
+
+def explored(folder, seconds, *, points=9, confirm=0):
+    """A search whose points were judged with the compiler's default options, at these times."""
+    search = search_of(folder, {name: (1.0, 50, each, 50) for name, each in seconds.items()}, confirm=confirm)
+    for name, each in seconds.items():
+        search.judged(name, judged(each))
+    return search
+
+
+def test_with_more_points_a_faster_one_is_confirmed_too_and_wins(tmp_path):
+    before = explored(tmp_path, {"a": 3.0, "b": 4.0}, confirm=2)
+    for seconds in (2.8, 3.8):
+        before.confirmed(before.following_to_confirm(), judged(seconds))
+    world = {name: (1.0, 50, None, None) for name in ("a", "b", "c")}
+    search = search_of(tmp_path, world, points=3, confirm=2)
+    assert search.following() == "c"
+    search.judged("c", judged(1.0))
+    assert search.following_to_confirm() == "c" and search.following_to_confirm() is None
+    search.confirmed("c", judged(0.9))
+    assert search.following_to_confirm() is None
+    assert [entry.name for entry in ranking(search.index)] == ["c", "a", "b"]
+
+
+def test_the_next_best_is_confirmed_where_the_compiler_refuses_one_of_the_best(tmp_path):
+    search = explored(tmp_path, {"a": 1.0, "b": 2.0, "c": 3.0}, confirm=2)
+    assert {search.following_to_confirm(), search.following_to_confirm()} == {"a", "b"}
+    search.not_confirmed("a", "does not fit")
+    assert search.following_to_confirm() == "c" and search.following_to_confirm() is None
+    search.confirmed("b", judged(2.0))
+    search.confirmed("c", judged(3.0, HBM + 1))
+    assert [entry.name for entry in ranking(search.index)] == ["b"]
+    assert "2 do not fit, by the compiler" in search_report.to_text(search.index, HBM)
+
+
+def test_a_confirmation_that_comes_to_no_end_leaves_the_point_as_it_was_explored(tmp_path):
+    search = explored(tmp_path, {"a": 1.0, "b": 2.0, "c": 3.0}, confirm=2)
+    tried = []
+    while (name := search.following_to_confirm()) is not None:
+        tried.append(name)
+        search.unconfirmed(name, "it took more than 60 min", (10.0, 3600.0))
+    assert tried == ["a", "b"]
+    assert search.best().name == "a" and search.best().best == judged(1.0)
+    text = search_report.to_text(search.index, HBM)
+    assert "do not fit" not in text
+    assert "a was not judged with the config's own compiler options: it took more than 60 min" in text
+    again = search_of(tmp_path, {name: (1.0, 50, None, None) for name in "abc"}, confirm=2)
+    again.reopen((10.0, 3600.0))
+    assert again.following_to_confirm() is None
+    again.reopen((10.0, 7200.0))
+    assert again.following_to_confirm() == "a"
+    again.confirmed("a", judged(2.5))
+    assert [entry.name for entry in ranking(again.index)] == ["a", "b", "c"]
+
+
+def test_no_limit_is_more_than_any(tmp_path):
+    search, _ = run(tmp_path, stop=0)
+    search.failed("fast", "it took too long", (10.0, 60.0))
+    search.reopen((10.0, 0.0))
+    assert search.index["fast"].state == "open"
+    search.failed("fast", "out of memory", (10.0, 0.0))
+    search.reopen((10.0, 7200.0))
+    assert search.index["fast"].state == "failed"
