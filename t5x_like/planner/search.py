@@ -146,8 +146,7 @@ class Search:
         return self.index[name].state == search_index.OPEN
 
     def _asked(self) -> list[Entry]:
-        states = (search_index.JUDGED, search_index.REFUSED, search_index.FAILED)
-        return [entry for entry in self.index if entry.state in states]
+        return [entry for entry in self.index if entry.state in search_index.ASKED]
 
     def _seconds(self, name: str) -> float:
         return self.index[name].analytic["seconds"]

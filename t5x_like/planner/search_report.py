@@ -47,7 +47,7 @@ def to_markdown(index: Index, hbm_bytes: int) -> str:
 
 def head(index: Index) -> list[str]:
     counts = collections.Counter(entry.state for entry in index)
-    asked = sum(counts[state] for state in (search_index.JUDGED, search_index.REFUSED, search_index.FAILED))
+    asked = sum(counts[state] for state in search_index.ASKED)
     settings = index.settings
     options = "with the compiler's default options" if settings["default_options"] else "as they would run"
     compiler = settings["versions"].get("libtpu", "?")
