@@ -12,6 +12,7 @@ All here is pure: the same config and flags give the same points with the same n
 
 import ast
 import dataclasses
+import hashlib
 import itertools
 import math
 import re
@@ -39,6 +40,8 @@ _FIELDS = {
     "scan": "config.model.scan",
 }
 _MESH_FIELDS = tuple(f"config.mesh.{field}" for field in ("preset", *MESH_AXES))
+# The dimension that a field belongs to.
+_DIMENSION_OF = {path: name for name, path in _FIELDS.items()} | dict.fromkeys(_MESH_FIELDS, "mesh")
 _OPTIONS = "config.runtime.compiler_options."
 
 
@@ -101,6 +104,9 @@ def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space
         if name not in DIMENSIONS and not name.startswith("config."):
             hint = nearest(name, [*DIMENSIONS, "config.FIELD"])
             raise UsageError(f"{flag}: there is no dimension {name!r} of a search; {hint}")
+        dimension = _DIMENSION_OF.get(name)
+        if dimension is not None:
+            raise UsageError(f"{flag}: this field is a dimension of its own; use {FLAG}{dimension}=...")
         if not equals or name in given:
             raise UsageError(f"{flag}: give each dimension once, as {FLAG}{name}=VALUE,VALUE")
         values = (each.strip() for each in text.split(";" if name in ("rules", "remat") else ","))
@@ -160,7 +166,7 @@ def _truths(given: tuple[str, ...] | None, base: Base) -> tuple[bool, ...]:
 
 def points(space: Space, base: Base, devices: int, *, slices: int = 1) -> Iterator[Point]:
     """All points, each once. devices: over all slices."""
-    seen: set[str] = set()
+    seen: dict[str, Mapping[str, Any]] = {}
     settled = base.said & set(_MESH_FIELDS)
     for shape in [base.shape] if settled else shapes(devices, space.axes, slices=slices):
         for rules in space.rules:
@@ -181,8 +187,10 @@ def points(space: Space, base: Base, devices: int, *, slices: int = 1) -> Iterat
                 words = [_mesh_name(shape), _plain(rules), remat, f"mb{parts}" if parts > 1 else ""]
                 words += ["" if scan else "unrolled", *(_field_name(*each) for each in fields.items())]
                 name = "-".join(word for word in words if word)
+                if seen.get(name, overrides) != overrides:  # names leave out signs: -1 and 1 have one
+                    name += f"-{_mark(overrides)}"
                 if name not in seen:
-                    seen.add(name)
+                    seen[name] = overrides
                     yield Point(name, overrides)
 
 
@@ -243,6 +251,10 @@ def _mesh_name(shape: Mapping[str, int]) -> str:
 
 def _field_name(path: str, value: str) -> str:
     return f"{_plain(path.rpartition('.')[2])}-{_plain(value)}"
+
+
+def _mark(overrides: Mapping[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:6]
 
 
 def _plain(text: str) -> str:
