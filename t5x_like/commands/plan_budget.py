@@ -25,6 +25,8 @@ from t5x_like.runs.arguments import ConfigParser, load_config, split_config
 _DAY = 86_400
 _FACTORS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _MFU = 0.4
+# Bounds of what is asked, far beyond any use, within which no estimate overflows.
+_LEAST, _MOST = 1e-6, 1e30
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -73,6 +75,8 @@ def _number(flag: str) -> Any:
         value = float(match[1]) * _FACTORS[match[2]] if match else 0.0
         if not 0 < value < math.inf:
             raise UsageError(f"{flag}={text} should be a number above 0, such as 8e9 or 8B (K, M, B, T)")
+        if not _LEAST <= value <= _MOST:
+            raise UsageError(f"{flag}={text} should be from {_LEAST:g} to {_MOST:g}, such as 8e9 or 8B")
         return value
 
     return read

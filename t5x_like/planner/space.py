@@ -10,7 +10,6 @@
 All here is pure: the same config and flags give the same points with the same names.
 """
 
-import ast
 import dataclasses
 import hashlib
 import itertools
@@ -263,15 +262,3 @@ def _plain(text: str) -> str:
 
 def _text(value: Any) -> str:
     return re.sub(r"\s+", "", str(value))
-
-
-def value(text: str) -> Any:
-    """The value that a config file says for what a flag says: `4` is a number, `dots` a text.
-
-    >>> value("4"), value("dots"), value("(1, 2)")
-    (4, 'dots', (1, 2))
-    """
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
