@@ -26,7 +26,7 @@ _DAY = 86_400
 _FACTORS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _MFU = 0.4
 # Bounds of what is asked, far beyond any use, within which no estimate overflows.
-_LEAST, _MOST = 1e-6, 1e30
+_LEAST, _MOST = 1e-6, 1e40
 
 
 def run(arguments: Sequence[str]) -> int:

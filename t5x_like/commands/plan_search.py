@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -92,7 +93,7 @@ def run(arguments: Sequence[str], dimensions: Sequence[str], options: argparse.N
             )
         flags = paths.join(folder, BEST)
         paths.write_text_atomic(flags, "".join(f"{flag}\n" for flag in best.point.flags))
-    print(f"\nbest: {best.name}\n  t5x_like train {' '.join(arguments)} $(cat {flags}) --workdir=...")
+    print(f"\nbest: {best.name}\n  t5x_like train {shlex.join(arguments)} $(cat {flags}) --workdir=...")
     if pinned is not None:
         from t5x_like.runs.pinning import write_pinned
 
