@@ -210,10 +210,10 @@ def _run_of(options: Any, chips: accelerators.Slice, own: Any, flops: float) -> 
     steps = max(round(tokens / (rows * options.length)), 1)
     fields = {f"model.{name}": value for name, value in own.fields.items()}
     fields |= {"data.batch_size": rows, "data.length": options.length, "loop.steps": steps}
+    fields["optim.schedule.warmup_steps"] = min(2000, max(steps // 100, 1))
     config = common.config()
     for path, value in fields.items():
         _set(config, path, value)
-    config.optim.schedule.warmup_steps = min(2000, max(steps // 100, 1))
     hbm = int(chips.row.hbm * 2**30)
     placed = sizing.place(experiment_of(config.to_dict(), {}), chips.devices, hbm, _footprints(chips))
     chosen = placed.experiment

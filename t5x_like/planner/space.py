@@ -95,7 +95,7 @@ def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space
     """The space that `--search.DIMENSION=VALUES` flags describe, around a config. UsageError for what is wrong.
 
     idle: mesh axes on which no rule places anything. Values are separated by commas, those of rules and remat by
-    semicolons, since they may hold commas.
+    semicolons, since they may hold commas; so are those of another field whose text has a semicolon.
     """
     given: dict[str, tuple[str, ...]] = {}
     for flag in flags:
@@ -108,7 +108,10 @@ def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space
             raise UsageError(f"{flag}: this field is a dimension of its own; use {FLAG}{dimension}=...")
         if not equals or name in given:
             raise UsageError(f"{flag}: give each dimension once, as {FLAG}{name}=VALUE,VALUE")
-        values = (each.strip() for each in text.split(";" if name in ("rules", "remat") else ","))
+        by = ";" if name in ("rules", "remat") or (";" in text and name.startswith("config.")) else ","
+        values = [each.strip() for each in text.split(by)]
+        if name.startswith("config.") and any(re.search(r"\s", each) for each in values):
+            raise UsageError(f"{flag}: a value with blanks would be cut at them in best.flags; write it without")
         given[name] = tuple(dict.fromkeys(each for each in values if each or name == "rules"))
         if not given[name]:
             raise UsageError(f"{flag}: the space is empty; give at least one value")

@@ -190,7 +190,9 @@ def _rules(experiment: Experiment, program: Program) -> Iterator[Finding]:
         concerned = {*program.model.rules.mesh_axes(axis), *sharding_rules.TABLE[axis]}
         if not concerned & sizes.keys():
             what = f"{entry!r} changes nothing on this mesh, whose axes of more than one device are "
-            yield Finding("warning", "config.mesh.rules", what + (", ".join(sizes) or "none"), "remove it")
+            # On one device a config for many is not wrong.
+            level, remedy = ("warning", "remove it") if sizes else ("note", "")
+            yield Finding(level, "config.mesh.rules", what + (", ".join(sizes) or "none"), remedy)
 
 
 def _batch(experiment: Experiment, program: Program) -> Iterator[Finding]:
