@@ -55,8 +55,8 @@ def run(arguments: Sequence[str]) -> int:
     # Whatever machine the config is for: this one only compiles, on its CPU.
     environment.apply(dataclasses.replace(runtime, platform="cpu", fake_devices=0))
     if options.search:
-        if program != "train":
-            raise UsageError("--search is of train steps; a config of `t5x_like rl` takes it with --program=train")
+        if "rl" in config:
+            raise UsageError("--search is of train steps, and this is a config of `t5x_like rl`; leave it out")
         return plan_search.run(config_arguments, dimensions, options)
 
     from t5x_like.planner import iteration, page, report

@@ -25,6 +25,8 @@ from t5x_like.runs.arguments import ConfigParser, load_config, split_config
 _DAY = 86_400
 _FACTORS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _MFU = 0.4
+# Bounds of what is asked, far beyond any use, within which no estimate overflows.
+_LEAST, _MOST = 1e-6, 1e40
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -73,6 +75,8 @@ def _number(flag: str) -> Any:
         value = float(match[1]) * _FACTORS[match[2]] if match else 0.0
         if not 0 < value < math.inf:
             raise UsageError(f"{flag}={text} should be a number above 0, such as 8e9 or 8B (K, M, B, T)")
+        if not _LEAST <= value <= _MOST:
+            raise UsageError(f"{flag}={text} should be from {_LEAST:g} to {_MOST:g}, such as 8e9 or 8B")
         return value
 
     return read
@@ -206,10 +210,10 @@ def _run_of(options: Any, chips: accelerators.Slice, own: Any, flops: float) -> 
     steps = max(round(tokens / (rows * options.length)), 1)
     fields = {f"model.{name}": value for name, value in own.fields.items()}
     fields |= {"data.batch_size": rows, "data.length": options.length, "loop.steps": steps}
+    fields["optim.schedule.warmup_steps"] = min(2000, max(steps // 100, 1))
     config = common.config()
     for path, value in fields.items():
         _set(config, path, value)
-    config.optim.schedule.warmup_steps = min(2000, max(steps // 100, 1))
     hbm = int(chips.row.hbm * 2**30)
     placed = sizing.place(experiment_of(config.to_dict(), {}), chips.devices, hbm, _footprints(chips))
     chosen = placed.experiment

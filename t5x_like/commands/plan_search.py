@@ -13,10 +13,12 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from t5x_like import __version__
 from t5x_like.commands import plan_slices
 from t5x_like.core import accelerators
 from t5x_like.core.errors import UsageError, UserError
@@ -93,7 +95,7 @@ def run(arguments: Sequence[str], dimensions: Sequence[str], options: argparse.N
             )
         flags = paths.join(folder, BEST)
         paths.write_text_atomic(flags, "".join(f"{flag}\n" for flag in best.point.flags))
-    print(f"\nbest: {best.name}\n  t5x_like train {' '.join(arguments)} $(cat {flags}) --workdir=...")
+    print(f"\nbest: {best.name}\n  t5x_like train {shlex.join(arguments)} $(cat {flags}) --workdir=...")
     if pinned is not None:
         from t5x_like.runs.pinning import write_pinned
 
@@ -136,13 +138,21 @@ def _prepared(
         "slices": place.slices,
         "default_options": explores,
         "config": json.loads(json.dumps(to_dict(trial.base), default=str)),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")} | {"t5x_like": _version()},
     }
     index = search_index.opened(folder, settings, entries)
     paths.make_directory(paths.join(folder, search_index.POINTS))
     index.write()
     limits = search.Limits(options.points or 12, _CONFIRM if explores else 0, place.hbm_bytes)
     return search.Search(index, limits)
+
+
+def _version() -> str:
+    """Of this program: its number, and the commit of a source tree."""
+    from t5x_like.storage import manifest
+
+    commit = (manifest.revision() or {}).get("commit", "")
+    return f"{__version__} {commit[:12]}".strip()
 
 
 def _slices(arguments: Sequence[str], options: argparse.Namespace) -> int:
@@ -204,12 +214,10 @@ class _Round:
         if outcome.status == 0 and self._read(task.name, path, seconds=outcome.seconds, peak=outcome.peak):
             return
         said = outcome.said.removeprefix("t5x_like: ").removeprefix("error: ")
-        if self.confirms:
-            self.search.not_confirmed(task.name, said)
-        elif "does not fit" in said:
-            self.search.refused(task.name, said)
+        if "does not fit" in said:
+            (self.search.not_confirmed if self.confirms else self.search.refused)(task.name, said)
         else:
-            self.search.failed(task.name, said, self.limits)
+            (self.search.unconfirmed if self.confirms else self.search.failed)(task.name, said, self.limits)
         _say(f"{task.name}: {said}")
 
     def _command(self, name: str, path: str) -> tuple[str, ...]:
@@ -227,9 +235,13 @@ class _Round:
 
         try:
             plan = json.loads(pathlib.Path(path).read_text())
-            found = search.verdict(plan)
+            found, fits, problem = search.verdict(plan), plan["fits"], str(plan["problem"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
+        if not fits:  # the compiler's word, which counts before the bytes
+            (self.search.not_confirmed if self.confirms else self.search.refused)(name, problem)
+            _say(f"{name}: {problem}")
+            return True
         took = "kept from before" if seconds is None else f"{seconds:.0f} s, {format_bytes(peak)} of memory"
         (self.search.confirmed if self.confirms else self.search.judged)(name, found)
         _say(f"{name}: {found.seconds:.4g} s a step, {format_bytes(found.bytes)} ({took})")

@@ -1,4 +1,4 @@
-"""A train step estimated from sizes alone, in microseconds: what prunes and orders a search before any compile.
+"""A train step estimated from sizes alone, in a tenth of a millisecond: what prunes and orders a search.
 
 Memory is a sum of parts that are counted: state exactly, saved activations by what the remat policy keeps, and for the
 moment of the peak one layer and the LM head at work. Time is that of matrix products at the chip's peak, of attention,

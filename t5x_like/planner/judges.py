@@ -111,7 +111,7 @@ class Judges:
                 status = child.process.returncode
                 said = _last_line(child.task.log)
                 if status < 0:
-                    name = signal.Signals(-status).name
+                    name = _signal(-status)
                     said = f"its judge was ended by {name}{', perhaps for want of memory' if status == -9 else ''}"
                 ended(child.task, Outcome(status, said, time.monotonic() - child.begun, child.peak))
         while self._memory and sum(child.held for child in self._children) > self._memory:
@@ -128,6 +128,17 @@ class Judges:
         _end(child)
         self._children.remove(child)
         ended(child.task, Outcome(None, said, time.monotonic() - child.begun, child.peak))
+
+
+def _signal(number: int) -> str:
+    """
+    >>> _signal(9), _signal(40)
+    ('SIGKILL', 'signal 40')
+    """
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names
+        return f"signal {number}"
 
 
 def available_memory() -> int:

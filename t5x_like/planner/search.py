@@ -71,21 +71,19 @@ class Search:
 
     def following_to_confirm(self) -> str | None:
         """The next of the best that is to be judged with the config's own compiler options."""
-        done = sum(entry.confirmed is not None for entry in self.index)
-        if done + len(self._running) >= self.limits.confirm:
-            return None
-        waiting = [e for e in self.index if e.verdict and not (e.confirmed or e.refused or e.name in self._running)]
-        if not waiting:
-            return None
-        chosen = min(waiting, key=lambda entry: entry.verdict.seconds if entry.verdict else math.inf).name
-        self._running.add(chosen)
-        return chosen
+        fit = [e for e in self.index if e.state == search_index.JUDGED and e.verdict is not None and not e.refused]
+        fit.sort(key=lambda entry: (entry.verdict.seconds if entry.verdict else math.inf, entry.name))
+        for entry in fit[: self.limits.confirm]:
+            if not (entry.confirmed or entry.unconfirmed or entry.name in self._running):
+                self._running.add(entry.name)
+                return entry.name
+        return None
 
     def judged(self, name: str, verdict: Verdict) -> None:
         """A point compiled. One that compiles and still is too large is refused."""
         self._running.discard(name)
         if verdict.bytes > self.limits.hbm_bytes:
-            self.refused(name, f"it needs {format_bytes(verdict.bytes)} of {format_bytes(self.limits.hbm_bytes)}")
+            self.refused(name, self._too_large(verdict))
         else:
             self.index.change(name, state=search_index.JUDGED, verdict=verdict, said="")
 
@@ -96,12 +94,22 @@ class Search:
         self._drop_larger(name)
 
     def confirmed(self, name: str, verdict: Verdict) -> None:
+        """A point compiled with the config's own options. One that is too large with these is refused."""
         self._running.discard(name)
-        self.index.change(name, confirmed=verdict)
+        if verdict.bytes > self.limits.hbm_bytes:
+            self.not_confirmed(name, self._too_large(verdict))
+        else:
+            self.index.change(name, confirmed=verdict, unconfirmed="")
 
     def not_confirmed(self, name: str, said: str) -> None:
+        """With the config's own options the compiler refuses a point for want of memory."""
         self._running.discard(name)
-        self.index.change(name, refused=said)
+        self.index.change(name, refused=said, unconfirmed="")
+
+    def unconfirmed(self, name: str, said: str, limits: tuple[float, float]) -> None:
+        """No judgement with the config's own options: the one without them stays in force. limits: as for `failed`."""
+        self._running.discard(name)
+        self.index.change(name, unconfirmed=said, limits=limits)
 
     def failed(self, name: str, said: str, limits: tuple[float, float]) -> None:
         """No judgement. limits: bytes and seconds that the judge had; with more it is tried again."""
@@ -109,12 +117,14 @@ class Search:
         self.index.change(name, state=search_index.FAILED, said=said, limits=limits)
 
     def reopen(self, limits: tuple[float, float]) -> None:
-        """Points whose judge failed within smaller limits are open again."""
+        """Points whose judge failed within smaller limits are open again. A limit of 0 is none."""
         for entry in list(self.index):
-            if entry.state == search_index.FAILED and any(
-                new > old for new, old in zip(limits, entry.limits, strict=True)
-            ):
+            if not any((new or math.inf) > (old or math.inf) for new, old in zip(limits, entry.limits, strict=True)):
+                continue
+            if entry.state == search_index.FAILED:
                 self.index.change(entry.name, state=search_index.OPEN, said="")
+            elif entry.unconfirmed:
+                self.index.change(entry.name, unconfirmed="")
 
     def best(self) -> Entry | None:
         found = ranking(self.index)
@@ -129,12 +139,14 @@ class Search:
                 self.index.change(other, state=search_index.LARGE, said=said, write=False)
         self.index.write()
 
+    def _too_large(self, verdict: Verdict) -> str:
+        return f"it needs {format_bytes(verdict.bytes)} of {format_bytes(self.limits.hbm_bytes)}"
+
     def _is_open(self, name: str) -> bool:
         return self.index[name].state == search_index.OPEN
 
     def _asked(self) -> list[Entry]:
-        states = (search_index.JUDGED, search_index.REFUSED, search_index.FAILED)
-        return [entry for entry in self.index if entry.state in states]
+        return [entry for entry in self.index if entry.state in search_index.ASKED]
 
     def _seconds(self, name: str) -> float:
         return self.index[name].analytic["seconds"]

@@ -6,6 +6,7 @@ It is written whole or not at all after every change. What the compiler said of 
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ POINTS, EXTENSION = "points", ".json"
 # came to no end, for want of memory, of time, or by a fault.
 ILLEGAL, LARGE, OPEN = "illegal", "large", "open"
 JUDGED, REFUSED, FAILED = "judged", "refused", "failed"
-_STATES = (ILLEGAL, LARGE, OPEN, JUDGED, REFUSED, FAILED)
+ASKED = (JUDGED, REFUSED, FAILED)
+_STATES = (ILLEGAL, LARGE, OPEN, *ASKED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Verdict:
 class Entry:
     """A point. analytic: {"bytes", "seconds", "bound_by"} of the analytic model, none of an illegal one. said: why it
     is in this state, in one line. confirmed: the verdict with the config's own compiler options, where points are
-    explored with those of the compiler. limits: memory and seconds that the judge of a failed one had."""
+    explored with those of the compiler. limits: memory and seconds of a judge that came to no end."""
 
     point: Point
     state: str
@@ -47,7 +49,8 @@ class Entry:
     analytic: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verdict: Verdict | None = None
     confirmed: Verdict | None = None
-    refused: str = ""  # what the compiler said when it was to be confirmed
+    refused: str = ""  # what the compiler said when it was to be confirmed and did not fit
+    unconfirmed: str = ""  # why its judge came to no end when it was to be confirmed
     limits: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -61,11 +64,15 @@ class Entry:
 
 
 class Index:
-    """settings: what makes two searches the same, compared when one goes on."""
+    """The points of a space. settings: what makes two searches the same, compared when one goes on. earlier: points
+    that were asked about in other spaces, which are kept and count for nothing here."""
 
-    def __init__(self, folder: str, settings: Mapping[str, Any], entries: Sequence[Entry]):
+    def __init__(
+        self, folder: str, settings: Mapping[str, Any], entries: Sequence[Entry], earlier: Sequence[Entry] = ()
+    ):
         self.folder, self.settings = folder, dict(settings)
         self._entries = {entry.name: entry for entry in entries}
+        self._earlier = tuple(earlier)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
@@ -83,12 +90,16 @@ class Index:
             self.write()
 
     def write(self) -> None:
-        content = {"format": FORMAT, "settings": self.settings, "points": [_to_json(entry) for entry in self]}
+        content = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "points": [_to_json(entry) for entry in (*self, *self._earlier)],
+        }
         paths.write_json_atomic(paths.join(self.folder, NAME), content)
 
     def plan_path(self, name: str, *, confirmed: bool = False) -> str:
         """Where the plan of a point lies, as its judge has written it."""
-        return paths.join(self.folder, POINTS, f"{name}{'.confirmed' if confirmed else ''}{EXTENSION}")
+        return _plans(self.folder, name)[confirmed]
 
 
 def opened(folder: str, settings: Mapping[str, Any], entries: Sequence[Entry]) -> Index:
@@ -98,30 +109,49 @@ def opened(folder: str, settings: Mapping[str, Any], entries: Sequence[Entry]) -
     """
     path = paths.join(folder, NAME)
     if not paths.exists(path):
+        plans = paths.join(folder, POINTS)
+        if paths.exists(plans) and any(name.endswith(EXTENSION) for name in paths.list_names(plans)):
+            raise UserError(f"{folder} holds plans of a search whose {NAME} is gone; delete it, or give --search_dir")
         return Index(folder, settings, entries)
-    before = _read(path)
+    before = _read(folder)
     mine = json.loads(json.dumps(dict(settings)))
     other = _difference(before["settings"], mine)
     if other:
-        raise UserError(f"{folder} holds another search ({other}); give another --search_dir, or delete it")
+        raise UserError(f"{folder} holds another search ({other}); give another --search_dir, or delete that folder")
     known = {entry.name: entry for entry in map(_from_json, before["points"])}
     kept = []
     for entry in entries:
         old = known.get(entry.name)
         same = old is not None and dict(old.point.overrides) == json.loads(json.dumps(dict(entry.point.overrides)))
-        if same and old is not None and old.state in (JUDGED, REFUSED, FAILED) and entry.state != ILLEGAL:
+        if same and old is not None and old.state in ASKED and entry.state != ILLEGAL:
             entry = dataclasses.replace(old, point=entry.point, analytic=entry.analytic)
+        elif old is not None and not same:
+            _forget(folder, entry.name)
         kept.append(entry)
-    # Points of an earlier, wider space stay where they were judged.
     fresh = {entry.name for entry in entries}
-    kept += [entry for entry in known.values() if entry.name not in fresh and entry.state == JUDGED]
-    return Index(folder, mine, kept)
+    others = [each for each in known.values() if each.name not in fresh]
+    # Also those whose judge ended when the search was killed: a plan belongs to a point that the index knows.
+    others = [each for each in others if each.state in ASKED or any(map(paths.exists, _plans(folder, each.name)))]
+    return Index(folder, mine, kept, others)
 
 
-def _read(path: str) -> dict[str, Any]:
+def _forget(folder: str, name: str) -> None:
+    """Removes the plans of another point that had this name in an earlier space."""
+    for path in _plans(folder, name):
+        pathlib.Path(path).unlink(missing_ok=True)
+
+
+def _plans(folder: str, name: str) -> tuple[str, str]:
+    """(the plan of a point, that with the config's own compiler options)."""
+    plain, confirmed = (paths.join(folder, POINTS, f"{name}{kind}{EXTENSION}") for kind in ("", ".confirmed"))
+    return plain, confirmed
+
+
+def _read(folder: str) -> dict[str, Any]:
+    path = paths.join(folder, NAME)
     content = paths.read_json(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("format"), int):
-        raise UserError(f"{path} is no index of a search; delete it, or give another --search_dir")
+        raise UserError(f"{path} is no index of a search; delete {folder}, or give another --search_dir")
     if content["format"] > FORMAT:
         raise UserError(f"{path} has format {content['format']}, and this program reads up to {FORMAT}; update it")
     try:
@@ -129,7 +159,7 @@ def _read(path: str) -> dict[str, Any]:
         [_from_json(each) for each in found["points"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise UserError(f"{path} is damaged ({reason}); delete it, or give another --search_dir") from None
+        raise UserError(f"{path} is damaged ({reason}); delete {folder}, or give another --search_dir") from None
     return found
 
 

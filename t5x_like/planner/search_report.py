@@ -14,7 +14,7 @@ _KINDS = {
     search_index.FAILED: "could not be judged",
     search_index.LARGE: "cannot fit, by the analytic model",
     search_index.ILLEGAL: "cannot run",
-    search_index.OPEN: "were not judged, being slower by the analytic model",
+    search_index.OPEN: "were not judged",
 }
 
 
@@ -47,7 +47,7 @@ def to_markdown(index: Index, hbm_bytes: int) -> str:
 
 def head(index: Index) -> list[str]:
     counts = collections.Counter(entry.state for entry in index)
-    asked = sum(counts[state] for state in (search_index.JUDGED, search_index.REFUSED, search_index.FAILED))
+    asked = sum(counts[state] for state in search_index.ASKED)
     settings = index.settings
     options = "with the compiler's default options" if settings["default_options"] else "as they would run"
     compiler = settings["versions"].get("libtpu", "?")
@@ -82,6 +82,9 @@ def table(entries: Sequence[Entry], hbm_bytes: int) -> list[str]:
     lines = report.table(rows, right=("step", "to the best", "mfu", "memory"))
     if any(entry.confirmed for entry in entries):
         lines.append("  * judged with the config's own compiler options")
+    for entry in entries:
+        if entry.unconfirmed:
+            lines.append(f"  {entry.name} was not judged with the config's own compiler options: {entry.unconfirmed}")
     return lines
 
 

@@ -10,8 +10,8 @@
 All here is pure: the same config and flags give the same points with the same names.
 """
 
-import ast
 import dataclasses
+import hashlib
 import itertools
 import math
 import re
@@ -39,6 +39,8 @@ _FIELDS = {
     "scan": "config.model.scan",
 }
 _MESH_FIELDS = tuple(f"config.mesh.{field}" for field in ("preset", *MESH_AXES))
+# The dimension that a field belongs to.
+_DIMENSION_OF = {path: name for name, path in _FIELDS.items()} | dict.fromkeys(_MESH_FIELDS, "mesh")
 _OPTIONS = "config.runtime.compiler_options."
 
 
@@ -93,7 +95,7 @@ def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space
     """The space that `--search.DIMENSION=VALUES` flags describe, around a config. UsageError for what is wrong.
 
     idle: mesh axes on which no rule places anything. Values are separated by commas, those of rules and remat by
-    semicolons, since they may hold commas.
+    semicolons, since they may hold commas; so are those of another field whose text has a semicolon.
     """
     given: dict[str, tuple[str, ...]] = {}
     for flag in flags:
@@ -101,9 +103,15 @@ def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space
         if name not in DIMENSIONS and not name.startswith("config."):
             hint = nearest(name, [*DIMENSIONS, "config.FIELD"])
             raise UsageError(f"{flag}: there is no dimension {name!r} of a search; {hint}")
+        dimension = _DIMENSION_OF.get(name)
+        if dimension is not None:
+            raise UsageError(f"{flag}: this field is a dimension of its own; use {FLAG}{dimension}=...")
         if not equals or name in given:
             raise UsageError(f"{flag}: give each dimension once, as {FLAG}{name}=VALUE,VALUE")
-        values = (each.strip() for each in text.split(";" if name in ("rules", "remat") else ","))
+        by = ";" if name in ("rules", "remat") or (";" in text and name.startswith("config.")) else ","
+        values = [each.strip() for each in text.split(by)]
+        if name.startswith("config.") and any(re.search(r"\s", each) for each in values):
+            raise UsageError(f"{flag}: a value with blanks would be cut at them in best.flags; write it without")
         given[name] = tuple(dict.fromkeys(each for each in values if each or name == "rules"))
         if not given[name]:
             raise UsageError(f"{flag}: the space is empty; give at least one value")
@@ -160,7 +168,7 @@ def _truths(given: tuple[str, ...] | None, base: Base) -> tuple[bool, ...]:
 
 def points(space: Space, base: Base, devices: int, *, slices: int = 1) -> Iterator[Point]:
     """All points, each once. devices: over all slices."""
-    seen: set[str] = set()
+    seen: dict[str, Mapping[str, Any]] = {}
     settled = base.said & set(_MESH_FIELDS)
     for shape in [base.shape] if settled else shapes(devices, space.axes, slices=slices):
         for rules in space.rules:
@@ -181,8 +189,10 @@ def points(space: Space, base: Base, devices: int, *, slices: int = 1) -> Iterat
                 words = [_mesh_name(shape), _plain(rules), remat, f"mb{parts}" if parts > 1 else ""]
                 words += ["" if scan else "unrolled", *(_field_name(*each) for each in fields.items())]
                 name = "-".join(word for word in words if word)
+                if seen.get(name, overrides) != overrides:  # names leave out signs: -1 and 1 have one
+                    name += f"-{_mark(overrides)}"
                 if name not in seen:
-                    seen.add(name)
+                    seen[name] = overrides
                     yield Point(name, overrides)
 
 
@@ -245,21 +255,13 @@ def _field_name(path: str, value: str) -> str:
     return f"{_plain(path.rpartition('.')[2])}-{_plain(value)}"
 
 
+def _mark(overrides: Mapping[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:6]
+
+
 def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _text(value: Any) -> str:
     return re.sub(r"\s+", "", str(value))
-
-
-def value(text: str) -> Any:
-    """The value that a config file says for what a flag says: `4` is a number, `dots` a text.
-
-    >>> value("4"), value("dots"), value("(1, 2)")
-    (4, 'dots', (1, 2))
-    """
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

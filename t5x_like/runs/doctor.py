@@ -83,8 +83,8 @@ def examine(config: Mapping[str, Any], overrides: Mapping[str, Any], target: Tar
         return Report(stopped, sizes, None)
     footprint = None
     if target.hbm_bytes:
-        footprint = Footprints(platform=target.platform, kind=target.kind).of(experiment, sizes)
-        found += _memory(footprint, target)
+        footprint = attempt(lambda: Footprints(platform=target.platform, kind=target.kind).of(experiment, sizes))
+        found += stopped if footprint is None else _memory(footprint, target)
     return Report(sorted(found, key=lambda each: findings.LEVELS.index(each.level)), sizes, footprint)
 
 

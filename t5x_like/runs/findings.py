@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+
 from t5x_like.core import tree
 from t5x_like.core.terminal import format_bytes
 from t5x_like.layers import remat as remats
@@ -28,7 +30,7 @@ REPLICATED_SHARE, REPLICATED_BYTES = 0.02, 16 * 2**20
 FEW_TOKENS = 1024
 # Rows and columns of a TPU's matrix unit, and queries of attention in a block that keep it busy.
 TILE, BLOCK = 128, 512
-# Of a machine's memory for the copy of the state that an asynchronous checkpoint holds, beside data and the runtime.
+# Of a machine's memory for the copy of the state that a checkpoint holds, beside data and the runtime.
 HOST_SHARE = 0.5
 
 
@@ -188,7 +190,9 @@ def _rules(experiment: Experiment, program: Program) -> Iterator[Finding]:
         concerned = {*program.model.rules.mesh_axes(axis), *sharding_rules.TABLE[axis]}
         if not concerned & sizes.keys():
             what = f"{entry!r} changes nothing on this mesh, whose axes of more than one device are "
-            yield Finding("warning", "config.mesh.rules", what + (", ".join(sizes) or "none"), "remove it")
+            # On one device a config for many is not wrong.
+            level, remedy = ("warning", "remove it") if sizes else ("note", "")
+            yield Finding(level, "config.mesh.rules", what + (", ".join(sizes) or "none"), remedy)
 
 
 def _batch(experiment: Experiment, program: Program) -> Iterator[Finding]:
@@ -261,9 +265,11 @@ def _compiler(experiment: Experiment) -> Iterator[Finding]:
         for name in options.of(platform) or {}:
             owner = re.match(r"xla_(cpu|gpu|tpu)_", name)
             if owner and owner[1] != platform:
+                # Every compiler takes the options of all platforms but xla_tpu_*, which those for CPU and GPU refuse.
+                level, end = ("error", "refuses") if owner[1] == "tpu" else ("warning", "takes without effect")
                 path = f"config.runtime.compiler_options.{platform}"
-                what = f"{name} is an option of the compiler for {owner[1]}, which that for {platform} refuses"
-                yield Finding("error", path, what, f"move it to config.runtime.compiler_options.{owner[1]}")
+                what = f"{name} is an option of the compiler for {owner[1]}, which that for {platform} {end}"
+                yield Finding(level, path, what, f"move it to config.runtime.compiler_options.{owner[1]}")
 
 
 def _dtypes(experiment: Experiment, program: Program) -> Iterator[Finding]:
@@ -276,16 +282,24 @@ def _dtypes(experiment: Experiment, program: Program) -> Iterator[Finding]:
 
 
 def _host(experiment: Experiment, program: Program, place: Place) -> Iterator[Finding]:
-    """The host's copy of the state while an asynchronous checkpoint is written, and batches that are read ahead."""
+    """The host's copy of the state while a checkpoint is written, and batches that are read ahead. A run that waits for
+    its checkpoints (config.checkpoint.asynchronous=False) copies the state all the same."""
     devices = math.prod(program.mesh.shape.values()) // place.hosts
-    state = device_bytes(program.layout.state) * devices if experiment.checkpoint.asynchronous else 0
+    state = sum(_written(leaf, devices) for leaf in jax.tree.leaves(program.layout.state))
     batch = device_bytes(program.batch) * devices * (experiment.data.prefetch + 1)
     of = f" of {format_bytes(place.host_bytes)}" if place.host_bytes else ""
     what = f"a checkpoint and {experiment.data.prefetch} batches ahead take {format_bytes(state + batch)}{of} on a host"
     if place.host_bytes and state + batch > HOST_SHARE * place.host_bytes:
-        yield Finding("warning", "config.checkpoint", what, "use more chips, or config.checkpoint.asynchronous=False")
+        yield Finding("warning", "config.checkpoint", what, "use more chips")
     elif place.host_bytes:
         yield Finding("note", "config.checkpoint", what)
+
+
+def _written(leaf: Any, devices: int) -> int:
+    """Bytes of an array that a host with so many devices copies for a checkpoint: of replicas one is written."""
+    held = device_bytes(leaf)
+    parts = math.ceil(math.prod(leaf.shape) * leaf.dtype.itemsize / held) if held else 0
+    return held * min(devices, parts)
 
 
 def _schedule(experiment: Experiment) -> Iterator[Finding]:

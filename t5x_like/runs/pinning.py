@@ -2,18 +2,22 @@
 
 import datetime
 import importlib.metadata
+import json
+import keyword
 import pathlib
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ml_collections.config_flags import config_path
 
 from t5x_like.core import accelerators
 from t5x_like.core.errors import UserError
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import space
 from t5x_like.planner.search_index import Entry
 from t5x_like.planner.topology import Topology
-from t5x_like.runs.arguments import call_function, config_file
+from t5x_like.runs.arguments import call_function, config_file, load_config
 from t5x_like.storage import paths
 
 _SHIPPED = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -36,15 +40,27 @@ def pinned_path(arguments: Sequence[str], given: str, *, topology: str) -> pathl
 
 
 def write_pinned(target: pathlib.Path, arguments: Sequence[str], best: Entry, place: Topology) -> None:
-    """Writes the config whole or not at all. arguments: the `--config...` ones, whose overrides it holds too."""
+    """Writes the config whole or not at all. arguments: the `--config...` ones, whose overrides it holds too.
+
+    Raises UserError, and writes nothing, where the file would not be the config with these overrides and the best.
+    """
     base, given = config_file(arguments)
-    overrides = [argument.removeprefix("--").partition("=") for argument in arguments if not _names_file(argument)]
-    values = {path: space.value(text) for path, _, text in overrides}
-    values |= {
-        path: space.value(each) if isinstance(each, str) else each for path, each in best.point.overrides.items()
-    }
+    wanted, values = load_config([*arguments, *best.point.flags])
     launches, _ = call_function(arguments, "get_launch")
-    paths.write_text_atomic(str(target), _text(target, base, given, values, best, place, launches=launches))
+    text = _text(target, base, given, values, best, place, launches=launches)
+    # Beside the target, since the base may be found by its place.
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.stem}.", suffix=".py") as trial:
+        trial.write(text)
+        trial.flush()
+        try:
+            found, _ = load_config([f"--config={trial.name}"])
+            call_function([f"--config={trial.name}"], "get_launch")
+        except UserError as error:
+            reason = str(error).replace(trial.name, target.name)
+            raise UserError(f"--pin: {target} would not load ({reason}); use best.flags instead") from None
+    if found != wanted:
+        raise UserError(f"--pin: {target} would not be the config with its overrides; use best.flags instead")
+    paths.write_text_atomic(str(target), text)
 
 
 def _text(
@@ -60,7 +76,7 @@ def _text(
     verdict = best.best
     assert verdict is not None
     topology, slices = place.name, f" --slices={place.slices}" if place.slices > 1 else ""
-    items = f'{{"topology": "{topology}"{f", {chr(34)}slices{chr(34)}: {place.slices}" if slices else ""}}}'
+    items = json.dumps({"topology": topology} | ({"slices": place.slices} if slices else {}))
     launch = f"base.get_launch() | {items}" if launches else items
     memory, version = format_bytes(verdict.bytes), importlib.metadata.version("libtpu")
     called = f"base.get_config({', '.join(map(repr, given))})"
@@ -101,16 +117,26 @@ def _imports(base: pathlib.Path, target: pathlib.Path) -> str:
 
 def _assignment(path: str, value: Any) -> str:
     """
-    >>> _assignment("config.model.remat", "dots")
+    >>> _assignment("model.remat", "dots")
     '    config.model.remat = "dots"'
     """
-    sections = path.split(".")
-    text = f'"{value}"' if isinstance(value, str) and '"' not in value else repr(value)
-    if all(re.fullmatch(r"[A-Za-z_]\w*", section) for section in sections) and "compiler_options" not in sections:
-        return f"    {path} = {text}"
-    # An open section: its keys are made as they come, and its values are texts.
-    *holders, key = sections
-    return f'    {".".join(holders)}["{key}"] = "{value}"'
+    reached = "config"
+    keys = config_path.split(path.removeprefix("config."))
+    for depth, key in enumerate(keys, start=1):
+        plain = isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key)
+        # The keys of compiler options are made as they come, which only an item can be.
+        made = depth == len(keys) and "compiler_options" in keys
+        reached += f".{key}" if plain and not made else f"[{_literal(key)}]"
+    return f"    {reached} = {_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    """As a Python file says it; a JSON text is one of Python too, in double quotes and with escapes.
+
+    >>> _literal('a"b'), _literal((1, None))
+    ('"a\\\\"b"', '(1, None)')
+    """
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _shown(path: pathlib.Path) -> str:
@@ -118,7 +144,3 @@ def _shown(path: pathlib.Path) -> str:
         return str(path.resolve().relative_to(pathlib.Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _names_file(argument: str) -> bool:
-    return argument.startswith("--config=")

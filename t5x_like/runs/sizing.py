@@ -152,8 +152,13 @@ def place(experiment: Experiment, devices: int, hbm_bytes: int, footprints: Foot
                 if found.total <= limit:
                     return Placed(chosen, sizes, found)
                 least = min(least or found.total, found.total)
+    if least is None:
+        rows = experiment.data.batch_size
+        raise UserError(
+            f"no mesh of {devices} devices divides {rows} rows of a batch and this model; give other --chips"
+        )
     raise UserError(
-        f"nothing fits: with full remat and one row a device it is {least or 0:,} bytes a device by this estimate, and "
+        f"nothing fits: with full remat and one row a device it is {least:,} bytes a device by this estimate, and "
         f"{limit:,.0f} of {hbm_bytes:,} are planned with; give more --chips, or fewer --days for a smaller model"
     )
 

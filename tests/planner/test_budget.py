@@ -1,5 +1,6 @@
 """Compute-optimal sizes against what the papers print, and what `plan --budget` says and refuses."""
 
+import itertools
 import json
 import math
 
@@ -140,6 +141,10 @@ def test_a_model_and_its_tokens_are_set_beside_the_best(capsys, tmp_path):
         (["--flops=1e22", "--tokens=1T"], 2, "--flops and --parameters or --tokens say it twice"),
         (["--flops=many"], 2, "--flops=many should be a number above 0, such as 8e9 or 8B"),
         (["--flops=0"], 2, "--flops=0 should be a number above 0"),
+        (["--flops=1e300", "--served=1T"], 2, "--flops=1e300 should be from 1e-06 to 1e+40"),
+        (["--flops=1e22", "--served=1e300"], 2, "--served=1e300 should be from"),
+        (["--tokens=1e200"], 2, "--tokens=1e200 should be from"),
+        (["--parameters=1e200", "--tokens=1e200"], 2, "--parameters=1e200 should be from"),
         (["--days=3"], 2, "--days=3 needs --chips"),
         (["--chips=v5p:3x3x3", "--days=3"], 2, "--chips=v5p:3x3x3 is no slice of v5p"),
         (["--flops=1e22", "--mfu=40"], 2, "--mfu=40 should be a share of the peak"),
@@ -154,3 +159,11 @@ def test_bad_input_is_one_line(capsys, arguments, status, says):
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("numbers", list(itertools.product(("1e-6", "1e40"), repeat=3)))
+def test_the_largest_and_least_that_may_be_asked_have_an_estimate(capsys, numbers):
+    parameters, tokens, served = numbers
+    for asked in ([f"--parameters={parameters}", f"--tokens={tokens}"], [f"--flops={tokens}"], [f"--tokens={tokens}"]):
+        assert main(["plan", "--budget", *asked, f"--served={served}"]) == 0
+        assert "nan" not in capsys.readouterr().out

@@ -123,6 +123,7 @@ def test_the_analytic_model_knows_state_and_memory_and_is_a_floor_of_time(found)
 
 def test_the_table_says_what_is_best_and_why_the_others_were_dropped(found):
     folder, _, again = found
+    assert _index(folder)["settings"]["versions"].keys() == {"jax", "libtpu", "t5x_like"}
     assert again.stdout.startswith(f"search of --config={folder.parent / 'wide.py'} on v5e:2x4: ")
     assert f"best: {_best(folder)}" in again.stdout
     whole = (folder / "results.md").read_text()
@@ -182,6 +183,13 @@ def test_bad_input_is_one_line(compiler, capsys, tmp_path, monkeypatch, argument
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [[], ["--program=train"]])
+def test_a_config_of_rl_is_not_searched(capsys, tmp_path, monkeypatch, program):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--config=rl/test", TOPOLOGY, "--search", *program]) == 2
+    assert capsys.readouterr().err.endswith("this is a config of `t5x_like rl`; leave it out\n")
 
 
 def test_a_folder_that_belongs_to_another_search_is_refused(place, found, capsys):

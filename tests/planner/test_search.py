@@ -1,14 +1,18 @@
 """The logic of a search with a judge made up by the test: order, limits, what a refusal drops, what is kept."""
 
+import argparse
 import json
 
 import pytest
 
+from t5x_like import __version__
+from t5x_like.commands import plan_search
 from t5x_like.core.errors import UserError
 from t5x_like.planner import search_index, search_report
 from t5x_like.planner.search import Limits, Search, first_state, ranking, verdict
 from t5x_like.planner.search_index import Entry, Verdict, opened
 from t5x_like.planner.space import Point
+from t5x_like.storage import manifest
 
 HBM = 100
 SETTINGS = {
@@ -33,7 +37,7 @@ def entries(world=WORLD):
     for name, (seconds, size, _, _) in world.items():
         known = {"bytes": size, "seconds": seconds, "bound_by": "products"}
         state, said = first_state("", known, HBM)
-        found.append(Entry(Point(name, {"config.seed": len(found)}), state, said, known))
+        found.append(Entry(Point(name, {"config.name": name}), state, said, known))
     return found
 
 
@@ -152,3 +156,137 @@ def test_a_plan_is_judged_by_its_estimate():
     estimate = {"step_seconds": 3.0, "bound_by": "attention", "mfu": 0.4}
     plan = {"cycles": 100, "memory": {"total_bytes": 5}, "estimate": estimate}
     assert verdict(json.loads(json.dumps(plan))) == Verdict(3.0, 5, "attention", 0.4, 100)
+
+
+def search_of(folder, world, *, points=9, confirm=0):
+    return Search(opened(str(folder), SETTINGS, entries(world)), Limits(points, confirm, HBM))
+
+
+def explored(folder, seconds, *, points=9, confirm=0):
+    """A search whose points were judged with the compiler's default options, at these times."""
+    search = search_of(folder, {name: (1.0, 50, each, 50) for name, each in seconds.items()}, confirm=confirm)
+    for name, each in seconds.items():
+        search.judged(name, judged(each))
+    return search
+
+
+def test_with_more_points_a_faster_one_is_confirmed_too_and_wins(tmp_path):
+    before = explored(tmp_path, {"a": 3.0, "b": 4.0}, confirm=2)
+    for seconds in (2.8, 3.8):
+        before.confirmed(before.following_to_confirm(), judged(seconds))
+    world = {name: (1.0, 50, None, None) for name in ("a", "b", "c")}
+    search = search_of(tmp_path, world, points=3, confirm=2)
+    assert search.following() == "c"
+    search.judged("c", judged(1.0))
+    assert search.following_to_confirm() == "c" and search.following_to_confirm() is None
+    search.confirmed("c", judged(0.9))
+    assert search.following_to_confirm() is None
+    assert [entry.name for entry in ranking(search.index)] == ["c", "a", "b"]
+
+
+def test_the_next_best_is_confirmed_where_the_compiler_refuses_one_of_the_best(tmp_path):
+    search = explored(tmp_path, {"a": 1.0, "b": 2.0, "c": 3.0}, confirm=2)
+    assert {search.following_to_confirm(), search.following_to_confirm()} == {"a", "b"}
+    search.not_confirmed("a", "does not fit")
+    assert search.following_to_confirm() == "c" and search.following_to_confirm() is None
+    search.confirmed("b", judged(2.0))
+    search.confirmed("c", judged(3.0, HBM + 1))
+    assert [entry.name for entry in ranking(search.index)] == ["b"]
+    assert "2 do not fit, by the compiler" in search_report.to_text(search.index, HBM)
+
+
+def test_a_confirmation_that_comes_to_no_end_leaves_the_point_as_it_was_explored(tmp_path):
+    search = explored(tmp_path, {"a": 1.0, "b": 2.0, "c": 3.0}, confirm=2)
+    tried = []
+    while (name := search.following_to_confirm()) is not None:
+        tried.append(name)
+        search.unconfirmed(name, "it took more than 60 min", (10.0, 3600.0))
+    assert tried == ["a", "b"]
+    assert search.best().name == "a" and search.best().best == judged(1.0)
+    text = search_report.to_text(search.index, HBM)
+    assert "do not fit" not in text
+    assert "a was not judged with the config's own compiler options: it took more than 60 min" in text
+    again = search_of(tmp_path, {name: (1.0, 50, None, None) for name in "abc"}, confirm=2)
+    again.reopen((10.0, 3600.0))
+    assert again.following_to_confirm() is None
+    again.reopen((10.0, 7200.0))
+    assert again.following_to_confirm() == "a"
+    again.confirmed("a", judged(2.5))
+    assert [entry.name for entry in ranking(again.index)] == ["a", "b", "c"]
+
+
+def test_no_limit_is_more_than_any(tmp_path):
+    search, _ = run(tmp_path, stop=0)
+    search.failed("fast", "it took too long", (10.0, 60.0))
+    search.reopen((10.0, 0.0))
+    assert search.index["fast"].state == "open"
+    search.failed("fast", "out of memory", (10.0, 0.0))
+    search.reopen((10.0, 7200.0))
+    assert search.index["fast"].state == "failed"
+
+
+def test_points_of_another_space_count_for_nothing_and_are_kept(tmp_path):
+    before = explored(tmp_path, {"a": 1.0, "b": 2.0}, confirm=0)
+    before.refused("a", "does not fit")
+    other = {"x": (1.0, 50, None, None), "y": (2.0, 50, None, None)}
+    search = search_of(tmp_path, other, points=2)
+    assert search.following() == "x" and search.following() == "y"
+    search.judged("x", judged(5.0))
+    assert search.best().name == "x" and len(search.index) == 2
+    assert "b" not in search_report.to_markdown(search.index, HBM).split("`")
+    wide = search_of(tmp_path, {name: (1.0, 50, None, None) for name in ("a", "b", "x", "y")})
+    states = {entry.name: entry.state for entry in wide.index}
+    assert states == {"a": "refused", "b": "judged", "x": "judged", "y": "open"}
+    assert wide.best().name == "b"
+
+
+@pytest.mark.parametrize("confirms", [False, True])
+def test_a_plan_that_the_compiler_refused_is_not_taken_for_one_that_fits(tmp_path, confirms):
+    """As a killed search leaves it: by our reading of the text it would fit, by the compiler's word it does not."""
+    search = (
+        explored(tmp_path, {"a": 1.0}, confirm=1) if confirms else search_of(tmp_path, {"a": (1.0, 50, None, None)})
+    )
+    (tmp_path / search_index.POINTS).mkdir()
+    plan = {"fits": False, "problem": "the program does not fit", "memory": {"total_bytes": HBM - 1}, "cycles": 1}
+    plan["estimate"] = {"step_seconds": 1.0, "bound_by": "products", "mfu": 0.5}
+    with open(search.index.plan_path("a", confirmed=confirms), "w") as file:
+        json.dump(plan, file)
+    round_ = plan_search._Round(search, [], argparse.Namespace(cache=None), (0.0, 0.0), confirms=confirms)
+    assert round_.following() is None
+    assert search.best() is None
+    assert "1 do not fit, by the compiler, such as a: the program does not fit" in search_report.to_text(
+        search.index, HBM
+    )
+
+
+def test_plans_without_their_index_are_not_believed(tmp_path):
+    search = explored(tmp_path, {"a": 1.0})
+    (tmp_path / search_index.POINTS).mkdir()
+    (tmp_path / search_index.POINTS / "a.json").write_text("{}")
+    (tmp_path / search_index.NAME).unlink()
+    with pytest.raises(UserError, match="holds plans of a search whose search.json is gone; delete it") as error:
+        search_of(tmp_path, {"a": (1.0, 50, None, None)})
+    assert str(tmp_path) in str(error.value) and search.index["a"].verdict
+
+
+@pytest.mark.parametrize("judge", [True, False])
+def test_a_name_that_means_another_point_now_loses_its_plan(tmp_path, judge):
+    search = search_of(tmp_path, {"a": (1.0, 50, None, None)})
+    if judge:
+        search.judged("a", judged(1.0))
+    search.index.write()
+    (tmp_path / search_index.POINTS).mkdir()
+    for confirmed in (False, True):
+        with open(search.index.plan_path("a", confirmed=confirmed), "w") as file:
+            file.write("{}")
+    search_of(tmp_path, {"b": (1.0, 50, None, None)}).index.write()
+    other = Entry(Point("a", {"config.name": "A"}), "open", "", {"bytes": 50, "seconds": 1.0, "bound_by": "products"})
+    assert opened(str(tmp_path), SETTINGS, [other])["a"] == other
+    assert not list((tmp_path / search_index.POINTS).iterdir())
+
+
+def test_a_search_names_the_commit_of_this_program(monkeypatch):
+    """So that verdicts of another one are not believed."""
+    for found, version in (({"commit": 40 * "a", "changed": True}, f"{__version__} {12 * 'a'}"), (None, __version__)):
+        monkeypatch.setattr(manifest, "revision", lambda found=found: found)
+        assert plan_search._version() == version

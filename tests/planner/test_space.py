@@ -102,6 +102,18 @@ def test_flags_hold_no_blanks_and_are_unique():
     assert len({tuple(point.flags) for point in points()}) == len(points()) == len(of())
 
 
+def test_values_with_commas_are_separated_by_semicolons():
+    found = of(*ONE, "--search.mesh=fsdp", "--search.config.model.decoder.windows=(1,2);(3,4)")
+    assert [each["config.model.decoder.windows"] for each in found.values()] == ["(1,2)", "(3,4)"]
+
+
+@pytest.mark.parametrize(("field", "values"), [("x", "-1,1"), ("name", "a_b,a-b"), ("name", "A,a"), ("x", "1.5,1-5")])
+def test_values_that_differ_by_signs_alone_are_points_of_their_own(field, values):
+    found = of(*ONE, "--search.mesh=fsdp", f"--search.config.data.{field}={values}")
+    assert [each[f"config.data.{field}"] for each in found.values()] == values.split(",")
+    assert found == of(*ONE, "--search.mesh=fsdp", f"--search.config.data.{field}={values}")
+
+
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
@@ -112,6 +124,10 @@ def test_flags_hold_no_blanks_and_are_unique():
         ("--search.remat", "give each dimension once"),
         ("--search.micro_batches=0", "should be a number from 1"),
         ("--search.scan=perhaps", "should be True or False"),
+        ("--search.config.loop.micro_batches=2,4", "is a dimension of its own; use --search.micro_batches=..."),
+        ("--search.config.model.scan=True,False", "use --search.scan=..."),
+        ("--search.config.mesh.tensor=2", "use --search.mesh=..."),
+        ("--search.config.data.source=a b", "a value with blanks would be cut"),
         ("--search.meshes=fsdp", "no dimension 'meshes' of a search; did you mean 'mesh'"),
     ],
 )

@@ -74,6 +74,9 @@ WARNINGS = {
         "config.data.batch_size": "1 rows of a micro-batch on a device, 1,000 tokens; 2 micro-batches",
         "config.model.dtype.compute": "set it to auto or bfloat16",
     },
+    ('runtime.compiler_options.tpu["xla_gpu_autotune_level"]=4',): {
+        "config.runtime.compiler_options.tpu": "which that for tpu takes without effect; move it to"
+    },
     ("model.vocab_size=300000", "mesh.rules=embed="): {"config.mesh.rules": "alike: embed/tokens (293 MiB over fsdp)"},
     ("model.vocab_multiple=4", "mesh.tensor=2", "mesh.fsdp=2"): {
         "config.model.vocab_multiple": "a device has 130 columns of the vocabulary, no multiple of 128; set it to 256"
@@ -97,7 +100,11 @@ ERRORS = [
     (("mesh.fsdp=3",), "config.mesh", "= 3, but there are 4 devices; set one axis to -1"),
     (("mesh.tensor=4", "mesh.fsdp=1", "model.decoder.mlp=66"), "config", "dim 'mlp' of size 66 is not divisible"),
     (("model.family=lama",), "config.model.family", "config.model.family='lama' is unknown; did you mean 'llama'"),
-    (('runtime.compiler_options.tpu["xla_gpu_autotune_level"]=4',), "config.runtime.compiler_options.tpu", "move it"),
+    (
+        ('runtime.compiler_options.cpu["xla_tpu_scoped_vmem_limit_kib"]=4',),
+        "config.runtime.compiler_options.cpu",
+        "which that for cpu refuses; move it to config.runtime.compiler_options.tpu",
+    ),
     (("loop.steps=80", "optim.schedule.steps=40", "optim.schedule.name=linear"), "config.loop.steps", "goes past"),
 ]
 
@@ -145,6 +152,18 @@ def test_memory_of_devices_and_hosts_is_set_beside_what_there_is():
     assert {"memory", "config.checkpoint"} <= paths
 
 
+@pytest.mark.parametrize("overrides", [("mesh.preset=data", "mesh.data=4"), ("checkpoint.asynchronous=False",)])
+def test_a_checkpoint_copies_every_part_of_the_state_once_to_the_host(overrides):
+    """However often a device holds it too, and whether or not the run waits for its end."""
+
+    def said(*given):
+        return dict(found(examined(*SOUND, *given), "note"))["config.checkpoint"]
+
+    assert said(*overrides) == said()
+    small = examined(*SOUND, *overrides, on=target(place=Place(1, 2**20)))
+    assert dict(found(small, "warning"))["config.checkpoint"].endswith("; use more chips")
+
+
 def test_the_command_says_it_and_ends_with_2_at_errors_alone(capsys, tmp_path):
     path = tmp_path / "check.json"
     config = f"--config={ROOT / 'configs/pretrain/llama3_8b.py'}"
@@ -188,7 +207,7 @@ def test_every_generation_has_a_kind_and_hosts_with_memory():
 
 def test_a_run_that_starts_is_told_what_should_not_be_overlooked():
     experiment = experiment_of(
-        *load_config([TINY, "--config.optim.schedule.warmup_steps=99", "--config.mesh.rules=mlp="])
+        *load_config([TINY, "--config.optim.schedule.warmup_steps=40", "--config.mesh.rules=mlp="])
     )
     mesh = meshes.make(experiment.mesh)
     with jax.set_mesh(mesh):
