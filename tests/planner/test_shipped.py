@@ -128,6 +128,7 @@ def needs_pinned(*packages):
             pytest.skip(f"plans in tests/golden are of {package} {PINNED[package]}, and here is {found or 'none'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_program_that_changed_is_planned(name, tmp_path):
     needs_pinned("jax")
@@ -154,6 +155,7 @@ def test_every_plan_has_the_figures_that_are_kept(name, tmp_path):
     assert moved(golden()["plans"][name]["figures"], planned(name, tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_no_plan_is_kept_of_a_config_that_is_gone():
     assert golden()["plans"].keys() == set(SHIPPED)
 
