@@ -181,6 +181,7 @@ def _mesh(text: str) -> "Mesh | None":
     if not text:
         return None
     from t5x_like.parallel import mesh as meshes
+    from t5x_like.parallel.pipeline import NEUTRAL
     from t5x_like.parallel.rules import MESH_AXES
 
     sizes: dict[str, int | None] = dict.fromkeys(MESH_AXES)
@@ -193,7 +194,7 @@ def _mesh(text: str) -> "Mesh | None":
             sizes[axis] = int(size)
         else:
             raise UsageError(f"--mesh={text}: {part!r} should be AXIS=SIZE, AXIS one of {', '.join(MESH_AXES)}")
-    return meshes.make(meshes.MeshConfig(preset=preset, rules="", **sizes))
+    return meshes.make(meshes.MeshConfig(preset=preset, rules="", pipeline=NEUTRAL, **sizes))
 
 
 # What changes the questions of tasks, or how they are answered.

@@ -132,6 +132,7 @@ def _compute(options: Any, chips: accelerators.Slice | None) -> tuple[float, str
         flops = fit.of_parameters(parameters).flops
         words = f"for which {format_count(parameters)} parameters are best by {fit.name}"
     else:
+        assert tokens is not None, "one of the three is given"
         flops = fit.of_tokens(tokens).flops
         words = f"for which {format_count(tokens)} tokens are best by {fit.name}"
     return flops, words + _time(flops, chips, options.mfu), ()
@@ -185,7 +186,7 @@ def _of_family(options: Any, chips: accelerators.Slice | None) -> Budget:
     from t5x_like.runs import sizing
 
     flops, origin, _ = _compute(options, chips)
-    section, fit = common.config().model, budget_report.first()
+    section, fit = common.config().to_dict()["model"], budget_report.first()
     sizes = sizing.of_family(options.family, section, length=options.length)
     target = fit.of_flops(flops).parameters
     own = sizing.shaped(options.family, section, target, sizes, length=options.length)

@@ -71,7 +71,8 @@ class Int8Product:
         if get_abstract_mesh().size <= 1:  # as a plain matrix product: as in weights.einsum
             equation, size = "KC,CN->KN", math.prod(shape[:contracted])
             x, w = x.reshape(-1, size), w.reshape(size, -1)
-        return _product(equation, self.backward, x, w, self.seeds).reshape(kept_shape + new_shape)
+        product: Any = _product(equation, self.backward, x, w, self.seeds)
+        return product.reshape(kept_shape + new_shape)
 
     # Neither a lookup nor experts are multiplied in int8.
 
@@ -121,10 +122,11 @@ def _forward(equation, backward, x, w, seed):
 
 def _backward(equation, backward, saved, g):
     with float32_products(g.dtype):  # which a gradient that is written out does not keep
-        return _gradients(equation, backward, *saved, g)
+        return _gradients(equation, backward, saved, g)
 
 
-def _gradients(equation, backward, x, w, seed, g):
+def _gradients(equation, backward, saved, g):
+    x, w, seed = saved
     kept, new = weights.parse(equation)
     contracted = w.ndim - new
     k, c, n = equation[:kept], equation[kept : x.ndim], equation[x.ndim + 1 + contracted : x.ndim + 1 + w.ndim]

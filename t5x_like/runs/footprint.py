@@ -8,10 +8,11 @@ saved needs no sharding; what a sequence axis gathers meanwhile is not in it.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from t5x_like.core import tree
 from t5x_like.core.types import ParamSpec
@@ -30,7 +31,7 @@ from t5x_like.runs.train import Experiment
 # Float32 logits of a chunk of tokens and their gradient, which the loss holds at once (layers/scoring/head_layout.py).
 _LOGITS_BYTES = 2 * 2**30
 _FLOAT32 = 4
-_ONE = dict.fromkeys(MESH_AXES, 1)
+_ONE: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
 
 
 class Footprints:
@@ -89,7 +90,7 @@ class Footprints:
             return objective.loss(params, frozen, batch, None, totals)[0]
 
         batches = ((frozen, dict(batch)), (frozen, _one_row_more(batch)))
-        with jax.sharding.use_abstract_mesh(program.mesh):
+        with jax.sharding.use_abstract_mesh(cast(AbstractMesh, program.mesh)):
             return saved_bytes(loss, program.layout.state["params"], batches)
 
 

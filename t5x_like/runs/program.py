@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -39,7 +39,7 @@ from t5x_like.training.step import StepConfig, make_step
 class Program:
     """The jitted train step of a run with all that it is called with, in the abstract: nothing is allocated."""
 
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh  # of a program that is only lowered an AbstractMesh, which has all but devices
     model: Model
     policy: Role  # the model as it is trained, with its adapters
     roles: Mapping[str, FrozenModel]  # the models that are read beside it
@@ -55,6 +55,7 @@ class Program:
 def step_program(experiment: Experiment, mesh: Mesh | AbstractMesh, *, opened: Opener = open_role) -> Program:
     """The train and the evaluation step on a mesh, which may be one of devices that are not there. opened: what opens
     the models of config.roles."""
+    mesh = cast(Mesh, mesh)
     platform = meshes.platform(mesh)
     pipeline = experiment.mesh.pipeline
     model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform, pipeline=pipeline)
