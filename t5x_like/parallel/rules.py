@@ -153,8 +153,8 @@ def unused(overridden: Rules, axes_in_use: Iterable[str | None]) -> list[str]:
 def idle(table: Rules, sizes: Mapping[str, int]) -> list[str]:
     """Mesh axes larger than 1 that no rule uses: whatever lies on them is there as often, and computed as often.
 
-    >>> idle(rules(), {"data": 4, "stage": 2})
-    ['stage']
+    >>> idle(rules("length="), {"data": 4, "sequence": 2})
+    ['sequence']
     """
     used = {name for _, mesh_axes in table.table for name in mesh_axes}
     return [axis for axis, size in sizes.items() if size > 1 and axis not in used]
