@@ -128,6 +128,7 @@ def _compute(options: Any, chips: accelerators.Slice | None) -> tuple[float, str
         flops = fit.of_parameters(parameters).flops
         words = f"for which {format_count(parameters)} parameters are best by {fit.name}"
     else:
+        assert tokens is not None, "_check has seen to it"
         flops = fit.of_tokens(tokens).flops
         words = f"for which {format_count(tokens)} tokens are best by {fit.name}"
     return flops, words + _time(flops, chips, options.mfu), ()
@@ -181,7 +182,8 @@ def _of_family(options: Any, chips: accelerators.Slice | None) -> Budget:
     from t5x_like.runs import sizing
 
     flops, origin, _ = _compute(options, chips)
-    section, fit = common.config().model, budget_report.first()
+    section: Any = common.config().model
+    fit = budget_report.first()
     sizes = sizing.of_family(options.family, section, length=options.length)
     target = fit.of_flops(flops).parameters
     own = sizing.shaped(options.family, section, target, sizes, length=options.length)
@@ -201,12 +203,11 @@ def _run_of(options: Any, chips: accelerators.Slice, own: Any, flops: float) -> 
     from t5x_like.runs.planned import experiment_of
 
     tokens = flops / own.train_flops
-    wanted = budget.batch_tokens(flops) / options.length
-    rows = max(round(wanted / chips.devices), 1) * chips.devices
+    rows = sizing.rows_of(budget.batch_tokens(flops) / options.length, chips.devices)
     steps = max(round(tokens / (rows * options.length)), 1)
     fields = {f"model.{name}": value for name, value in own.fields.items()}
     fields |= {"data.batch_size": rows, "data.length": options.length, "loop.steps": steps}
-    config = common.config()
+    config: Any = common.config()
     for path, value in fields.items():
         _set(config, path, value)
     config.optim.schedule.warmup_steps = min(2000, max(steps // 100, 1))

@@ -30,7 +30,7 @@ from t5x_like.runs.train import Experiment
 # Float32 logits of a chunk of tokens and their gradient, which the loss holds at once (layers/scoring/head_layout.py).
 _LOGITS_BYTES = 2 * 2**30
 _FLOAT32 = 4
-_ONE = dict.fromkeys(MESH_AXES, 1)
+_ONE: dict[str, int] = {axis: 1 for axis in MESH_AXES}
 
 
 class Footprints:
@@ -70,8 +70,10 @@ class Footprints:
 
     def _layer(self, local: Experiment, batch: Mapping[str, jax.ShapeDtypeStruct], remat: str) -> int:
         """Bytes that one layer more leaves for the backward pass, of the deepest stack's kind, under this policy."""
+        rows = next(iter(batch.values())).shape[0]
+        row = {name: jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype) for name, array in batch.items()}
         one, two = (_of_depth(local, layers, remat) for layers in (1, 2))
-        return self._saved_bytes(two, batch) - self._saved_bytes(one, batch)
+        return rows * (self._saved_bytes(two, row) - self._saved_bytes(one, row))
 
     def _saved_bytes(self, local: Experiment, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
         mark = repr((local.model, local.objective, local.adapter, sorted(local.roles), sorted(batch.items())))

@@ -38,7 +38,7 @@ from t5x_like.training.step import StepConfig, make_step
 class Program:
     """The jitted train step of a run with all that it is called with, in the abstract: nothing is allocated."""
 
-    mesh: Mesh | AbstractMesh
+    mesh: Any  # jax's Mesh, or its AbstractMesh of devices that are not there
     model: Model
     policy: Role  # the model as it is trained, with its adapters
     roles: Mapping[str, FrozenModel]  # the models that are read beside it

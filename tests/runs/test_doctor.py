@@ -188,7 +188,7 @@ def test_every_generation_has_a_kind_and_hosts_with_memory():
 
 def test_a_run_that_starts_is_told_what_should_not_be_overlooked():
     experiment = experiment_of(
-        *load_config([TINY, "--config.optim.schedule.warmup_steps=99", "--config.mesh.rules=mlp="])
+        *load_config([TINY, "--config.optim.schedule.warmup_steps=40", "--config.mesh.rules=mlp="])
     )
     mesh = meshes.make(experiment.mesh)
     with jax.set_mesh(mesh):
