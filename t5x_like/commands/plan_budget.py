@@ -206,13 +206,12 @@ def _run_of(options: Any, chips: accelerators.Slice, own: Any, flops: float) -> 
     from t5x_like.runs.planned import experiment_of
 
     tokens = flops / own.train_flops
-    wanted = budget.batch_tokens(flops) / options.length
-    rows = max(round(wanted / chips.devices), 1) * chips.devices
+    rows = sizing.rows_of(budget.batch_tokens(flops) / options.length, chips.devices)
     steps = max(round(tokens / (rows * options.length)), 1)
     fields = {f"model.{name}": value for name, value in own.fields.items()}
     fields |= {"data.batch_size": rows, "data.length": options.length, "loop.steps": steps}
     fields["optim.schedule.warmup_steps"] = min(2000, max(steps // 100, 1))
-    config = common.config()
+    config: Any = common.config()
     for path, value in fields.items():
         _set(config, path, value)
     hbm = int(chips.row.hbm * 2**30)

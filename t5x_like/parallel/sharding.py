@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from t5x_like.core import tree
 from t5x_like.core.types import ArraySpec, Axes, Tree
@@ -76,25 +76,29 @@ def spec_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def named(mesh: Mesh, rules: Rules, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+def named(mesh: Mesh | AbstractMesh, rules: Rules, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, rules.spec(axes, shape, dict(mesh.shape)))
 
 
-def tree_shardings(mesh: Mesh, rules: Rules, specs: Tree) -> dict[str, Any]:
+def tree_shardings(mesh: Mesh | AbstractMesh, rules: Rules, specs: Tree) -> dict[str, Any]:
     """The sharding of each parameter of a tree of specs (anything with `axes` and `shape`)."""
     return tree.map_with_path(lambda _, spec: named(mesh, rules, spec.axes, spec.shape), specs)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shardings(mesh: Mesh, rules: Rules, specs: Mapping[str, ArraySpec]) -> dict[str, NamedSharding]:
+def batch_shardings(
+    mesh: Mesh | AbstractMesh, rules: Rules, specs: Mapping[str, ArraySpec]
+) -> dict[str, NamedSharding]:
     """Where the arrays of a batch lie, by their declared axes."""
     return {name: named(mesh, rules, spec.axes, spec.shape) for name, spec in specs.items()}
 
 
-def abstract_batch(mesh: Mesh, rules: Rules, specs: Mapping[str, ArraySpec]) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    mesh: Mesh | AbstractMesh, rules: Rules, specs: Mapping[str, ArraySpec]
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of a batch as a program is compiled for them: shape, dtype and sharding."""
     shardings = batch_shardings(mesh, rules, specs)
     return {

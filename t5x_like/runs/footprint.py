@@ -71,8 +71,10 @@ class Footprints:
 
     def _layer(self, local: Experiment, batch: Mapping[str, jax.ShapeDtypeStruct], remat: str) -> int:
         """Bytes that one layer more leaves for the backward pass, of the deepest stack's kind, under this policy."""
+        rows = next(iter(batch.values())).shape[0]
+        row = {name: jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype) for name, array in batch.items()}
         one, two = (_of_depth(local, layers, remat) for layers in (1, 2))
-        return self._saved_bytes(two, batch) - self._saved_bytes(one, batch)
+        return rows * (self._saved_bytes(two, row) - self._saved_bytes(one, row))
 
     def _saved_bytes(self, local: Experiment, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
         mark = repr((local.model, local.objective, local.adapter, sorted(local.roles), sorted(batch.items())))

@@ -91,7 +91,7 @@ def shaped(family: str, section: Values, target: float, sizes: list[Sized], *, l
 def _widths(near: Sized, target: float) -> list[int]:
     """Multiples of a step around that width which the cube of the ratio suggests."""
     middle = near.config.width * (target / near.parameters) ** (1 / 3)
-    step = math.lcm(_WIDTH_STEP, near.config.stack("decoder").head_size) if middle > 2 * _WIDTH_STEP else 128
+    step = math.lcm(_WIDTH_STEP if middle > 2048 else 128, near.config.stack("decoder").head_size)
     first = max(round(0.6 * middle / step), 1)
     return [step * number for number in range(first, max(round(1.7 * middle / step), first + 1) + 1)]
 
@@ -140,25 +140,30 @@ def place(experiment: Experiment, devices: int, hbm_bytes: int, footprints: Foot
 
     FSDP takes what tensor parallelism leaves. UserError where nothing fits.
     """
-    limit, least = (1 - _FREE) * hbm_bytes, None
+    limit, least = (1 - _FREE) * hbm_bytes, 0
     for tensor in _tensor_sizes(experiment.model, devices):
-        for remat in POLICIES:
-            for parts in _micro_batches(experiment, devices // tensor):
-                chosen, sizes = _run(experiment, devices, tensor=tensor, remat=remat, parts=parts)
-                try:
-                    found = footprints.of(chosen, sizes)
-                except UsageError:
-                    break  # something does not divide
-                if found.total <= limit:
-                    return Placed(chosen, sizes, found)
-                least = min(least or found.total, found.total)
-    if least is None:
+        # Those with the most micro-batches take the least memory: where these do not fit, no others are asked.
+        parts = list(_micro_batches(experiment, devices // tensor))
+        for remat in POLICIES if parts else ():
+            try:
+                smallest = _placed(experiment, devices, footprints, tensor=tensor, remat=remat, parts=parts[-1])
+            except UsageError:
+                break  # something does not divide
+            least = min(least or smallest.footprint.total, smallest.footprint.total)
+            if smallest.footprint.total > limit:
+                continue
+            for count in parts[:-1]:
+                found = _placed(experiment, devices, footprints, tensor=tensor, remat=remat, parts=count)
+                if found.footprint.total <= limit:
+                    return found
+            return smallest
+    if not least:
         rows = experiment.data.batch_size
         raise UserError(
             f"no mesh of {devices} devices divides {rows} rows of a batch and this model; give other --chips"
         )
     raise UserError(
-        f"nothing fits: with full remat and one row a device it is {least:,} bytes a device by this estimate, and "
+        f"nothing fits: with full remat and the most micro-batches it takes {least:,} bytes a device by estimate, and "
         f"{limit:,.0f} of {hbm_bytes:,} are planned with; give more --chips, or fewer --days for a smaller model"
     )
 
@@ -170,6 +175,17 @@ def _tensor_sizes(model: ModelConfig, devices: int) -> Iterator[int]:
             yield tensor
 
 
+def rows_of(wanted: float, devices: int) -> int:
+    """Rows of a batch near what is wanted, divided evenly over devices and, where there are many, over micro-batches.
+
+    >>> rows_of(1300, 4), rows_of(7, 4), rows_of(1, 4)
+    (1280, 8, 4)
+    """
+    each = max(wanted / devices, 1)
+    unit = 2 ** min(max(math.floor(math.log2(each / 4)), 0), 4)
+    return max(round(each / unit), 1) * unit * devices
+
+
 def _micro_batches(experiment: Experiment, shards: int) -> Iterator[int]:
     """One micro-batch, or several of at least one row a device and of tokens enough for a matrix unit."""
     rows = experiment.data.batch_size // shards
@@ -178,14 +194,15 @@ def _micro_batches(experiment: Experiment, shards: int) -> Iterator[int]:
             yield parts
 
 
-def _run(
-    experiment: Experiment, devices: int, *, tensor: int, remat: str, parts: int
-) -> tuple[Experiment, dict[str, int]]:
+def _placed(
+    experiment: Experiment, devices: int, footprints: Footprints, *, tensor: int, remat: str, parts: int
+) -> Placed:
     mesh = dataclasses.replace(experiment.mesh, preset="fsdp", fsdp=-1, tensor=tensor)
     model = dataclasses.replace(experiment.model, remat=remat)
     loop = dataclasses.replace(experiment.loop, micro_batches=parts)
     chosen = dataclasses.replace(experiment, mesh=mesh, model=model, loop=loop)
-    return chosen, meshes.axis_sizes(mesh, devices)
+    sizes = meshes.axis_sizes(mesh, devices)
+    return Placed(chosen, sizes, footprints.of(chosen, sizes))
 
 
 def _with(section: Values, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from t5x_like.core import tree
 from t5x_like.core.types import Tree
@@ -87,7 +87,7 @@ def fresh_progress() -> dict[str, jax.Array]:
     }
 
 
-def layout(optimizer: Optimizer, parts: Parts, *, ema: bool, mesh: Mesh) -> Layout:
+def layout(optimizer: Optimizer, parts: Parts, *, ema: bool, mesh: Mesh | AbstractMesh) -> Layout:
     """Shapes, dtypes and shardings of all that a run holds; allocates nothing."""
     trainable = parts.trained
     abstract_params = tree.map_with_path(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), trainable)

@@ -14,7 +14,7 @@ from t5x_like.runs import train as experiments
 from t5x_like.runs.footprint import Footprints
 
 LAYERS, ROWS, LENGTH, WIDTH, HEADS, HEAD, MLP = 3, 8, 128, 32, 4, 8, 64
-BF16 = 2
+BF16, FLOAT32 = 2, 4
 
 
 def experiment(*, remat="full", **mesh):
@@ -42,11 +42,11 @@ def layers_share(footprints, mesh, **changed):
 
 
 def test_a_policy_saves_what_it_names(tpu):
-    tokens = ROWS // 4 * LENGTH
-    assert layers_share(tpu, sizes(fsdp=4), remat="context") == LAYERS * tokens * HEADS * HEAD * BF16
-    kv_heads = 2
-    named = (HEADS + 2 * kv_heads + HEADS) * HEAD + 2 * MLP
-    assert layers_share(tpu, sizes(fsdp=4), remat="minimal") == LAYERS * tokens * named * BF16
+    tokens, kv_heads, log_sums = ROWS // 4 * LENGTH, 2, HEADS * FLOAT32  # the kernel's, which its backward pass reads
+    context = HEADS * HEAD * BF16 + log_sums
+    assert layers_share(tpu, sizes(fsdp=4), remat="context") == LAYERS * tokens * context
+    named = (HEADS + 2 * kv_heads) * HEAD + 2 * MLP
+    assert layers_share(tpu, sizes(fsdp=4), remat="minimal") == LAYERS * tokens * (named * BF16 + context)
 
 
 def test_full_remat_saves_the_input_of_each_layer(tpu):

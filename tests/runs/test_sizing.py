@@ -31,7 +31,7 @@ def test_sizes_are_in_order_and_count_attention(llamas):
 @pytest.mark.parametrize("target", [300e6, 3e9, 30e9, 300e9])
 def test_a_model_of_any_size_has_proportions_of_the_family(llamas, target):
     found = sizing.shaped("llama", common.config().model, target, llamas, length=LENGTH)
-    assert found.parameters == pytest.approx(target, rel=0.12)
+    assert found.parameters == pytest.approx(target, rel=0.15)
     stack = found.config.stack("decoder")
     assert found.config.width % 128 == 0 and stack.mlp % 256 == 0 and stack.heads % stack.kv_heads == 0
     assert stack.heads * stack.head_size == pytest.approx(found.config.width, rel=0.1)
