@@ -202,9 +202,15 @@ def _step(run: str, mesh_name: str = "", micro_batches: int = 1) -> Result:
     config = _config(run)
     config.loop.micro_batches = micro_batches
     config.mesh.update(MESHES[mesh_name] if mesh_name else {"preset": "data"})
+    return _stepped(run, config, jax.devices() if mesh_name else jax.devices()[:1])
+
+
+def _stepped(run: str, config: ConfigDict, devices: list[jax.Device]) -> Result:
+    """One step of a run, as its config says, on these devices."""
     experiment = experiments.from_config(config)
-    mesh = meshes.make(experiment.mesh, jax.devices() if mesh_name else jax.devices()[:1])
+    mesh = meshes.make(experiment.mesh, devices)
     with jax.set_mesh(mesh):
+        programs.check_mesh(experiment, mesh.shape)
         program = programs.step_program(experiment, mesh, opened=lambda name, source: _reference(experiment.model))
         state, frozen = programs.initialize(program, seed=0)
         state["params"] = _varied(state["params"])

@@ -6,11 +6,7 @@ import functools
 import jax
 import pytest
 
-from t5x_like.core import tree
-from t5x_like.parallel import mesh as meshes
-from t5x_like.runs import program as programs
-from t5x_like.runs import train as experiments
-from tests.training.test_parity import Result, _assert_equal, _batch, _config, _reference, _varied
+from tests.training.test_parity import Result, _assert_equal, _config, _stepped
 
 # mesh, micro-batches of the pipeline, repeats
 MESHES = {
@@ -46,19 +42,7 @@ def _step(run: str, mesh_name: str = "") -> Result:
         sizes, parts, repeats = MESHES[mesh_name]
         config.mesh.update({"data": 1} | sizes)
         config.mesh.pipeline.update({"micro_batches": parts, "repeats": repeats})
-    experiment = experiments.from_config(config)
-    mesh = meshes.make(experiment.mesh, jax.devices() if mesh_name else jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        programs.check_mesh(experiment, mesh.shape)
-        program = programs.step_program(experiment, mesh, opened=lambda name, source: _reference(experiment.model))
-        state, frozen = programs.initialize(program, seed=0)
-        state["params"] = _varied(state["params"])
-        host = _batch(run)
-        batch = {name: jax.device_put(host[name], leaf.sharding) for name, leaf in program.batch.items()}
-        compiled = program.step.lower(state, frozen, batch).compile()
-        state, metrics = compiled(state, frozen, batch)
-    gradients = tree.flatten(jax.device_get(state["optimizer"]["momentum"]))
-    return Result(float(metrics["loss"]), gradients, program, compiled.as_text())
+    return _stepped(run, config, jax.devices() if mesh_name else jax.devices()[:1])
 
 
 def _fits(run: str, name: str) -> bool:
