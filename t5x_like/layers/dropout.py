@@ -41,7 +41,8 @@ def _uniform(key: jax.Array, numbers_B: jax.Array, shape: tuple[int, ...]) -> ja
     jax's threefry hashes the place of each element in the whole array, a number of 64 bits as two of 32
     (jax_threefry_partitionable, its default), and makes a float of the upper 23 bits.
     """
-    assert jax.random.key_impl(key) == "threefry2x32" and jax.config.read("jax_threefry_partitionable")
+    partitionable = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+    assert jax.random.key_impl(key) == "threefry2x32" and partitionable
     size = int(np.prod(shape, dtype=np.int64))
     assert size < 2**32
     inside = jnp.arange(size, dtype=jnp.uint32).reshape(1, *shape)
