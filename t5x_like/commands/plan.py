@@ -135,8 +135,8 @@ def _planned(
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import DoesNotFit, compile_program
-    from t5x_like.planner.cost import cost
     from t5x_like.planner.report import Place, Plan
+    from t5x_like.planner.time.cost import cost
     from t5x_like.runs import planned
     from t5x_like.runs import program as programs
     from t5x_like.runs.roles import open_or_assume
@@ -185,8 +185,8 @@ def _planned(
 
 def _estimate(found: Any, mesh: Any, place: Any, work: Any, price: tuple[float, str] | None) -> Any:
     """The time of a program of this cost."""
-    from t5x_like.planner.estimate import Price, estimate
-    from t5x_like.planner.network import fabric
+    from t5x_like.planner.time.estimate import Price, estimate
+    from t5x_like.planner.time.network import fabric
 
     return estimate(
         found,
@@ -237,8 +237,8 @@ def _iteration(
     """All programs of an iteration, compiled one after the other; one that does not fit does not hide the others."""
     from t5x_like.parallel.sharding import device_bytes
     from t5x_like.planner.compile import DoesNotFit, compile_program
-    from t5x_like.planner.cost import cost
     from t5x_like.planner.iteration import Iteration, Part
+    from t5x_like.planner.time.cost import cost
     from t5x_like.runs import planned, rl_program
 
     rl_program.check_rows(experiment, place.mesh)

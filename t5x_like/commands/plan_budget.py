@@ -18,8 +18,8 @@ from t5x_like.commands import plan_file
 from t5x_like.core import accelerators, environment
 from t5x_like.core.errors import UsageError
 from t5x_like.core.terminal import format_count, format_duration
-from t5x_like.planner import budget, budget_report
-from t5x_like.planner.budget_report import Budget, Memory, Row, Run
+from t5x_like.planner.sizes import budget, budget_report
+from t5x_like.planner.sizes.budget_report import Budget, Memory, Row, Run
 from t5x_like.runs.arguments import ConfigParser, load_config, split_config
 
 _DAY = 86_400
@@ -150,7 +150,7 @@ def _of_config(arguments: Sequence[str], options: Any, chips: accelerators.Slice
     config, overrides = load_config(arguments)
     _on_cpu()
     from t5x_like.parallel import mesh as meshes
-    from t5x_like.planner.footprint import Footprint
+    from t5x_like.planner.sizes.footprint import Footprint
     from t5x_like.runs.planned import experiment_of, named_devices
 
     experiment = experiment_of(config, overrides)

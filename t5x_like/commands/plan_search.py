@@ -71,7 +71,7 @@ def check(options: argparse.Namespace, dimensions: Sequence[str]) -> None:
 
 def run(arguments: Sequence[str], dimensions: Sequence[str], options: argparse.Namespace) -> int:
     """arguments: the `--config...` ones. The environment stands already."""
-    from t5x_like.planner import search_report
+    from t5x_like.planner.search import report as search_report
     from t5x_like.planner.topology import topology
 
     # Opened once for the number of devices; --slices, or config.mesh.slice, says of how many slices.
@@ -109,7 +109,9 @@ def _prepared(
 ) -> Any:
     """The search with all that is known before a compile."""
     from t5x_like.parallel import rules as sharding_rules
-    from t5x_like.planner import analytic, search, search_index, space
+    from t5x_like.planner.search import analytic, space
+    from t5x_like.planner.search import course as search
+    from t5x_like.planner.search import index as search_index
     from t5x_like.runs.prospects import Prospects
     from t5x_like.runs.train import to_dict
 
@@ -176,7 +178,7 @@ def _figures(found: Any) -> dict[str, Any]:
 
 def _judge(search: Any, arguments: Sequence[str], options: Any, limits: Any) -> None:
     """Explores, then confirms the best; returns when nothing is left to be judged."""
-    from t5x_like.planner.judges import Judges
+    from t5x_like.planner.search.judges import Judges
 
     with Judges(
         _jobs(options), memory=int(limits[0]), seconds=limits[1], environment={"JAX_PLATFORMS": "cpu"}
@@ -198,7 +200,7 @@ class _Round:
 
     def following(self) -> Any:
         """The next task; a plan that a killed search left behind is taken as it is."""
-        from t5x_like.planner.judges import Task
+        from t5x_like.planner.search.judges import Task
 
         while True:
             name = self.search.following_to_confirm() if self.confirms else self.search.following()
@@ -231,7 +233,7 @@ class _Round:
 
     def _read(self, name: str, path: str, *, seconds: float | None = None, peak: int = 0) -> bool:
         """Tells the search what a plan says; whether there is one."""
-        from t5x_like.planner import search
+        from t5x_like.planner.search import course as search
 
         try:
             plan = json.loads(pathlib.Path(path).read_text())
@@ -250,7 +252,7 @@ class _Round:
 
 def _judging(options: argparse.Namespace) -> tuple[float, float]:
     """(bytes of all judges together, seconds of each); 0 for no limit."""
-    from t5x_like.planner.judges import available_memory
+    from t5x_like.planner.search.judges import available_memory
 
     memory = 0.8 * available_memory() if options.memory_gib is None else options.memory_gib * _GIB
     minutes = 60.0 if options.point_minutes is None else options.point_minutes

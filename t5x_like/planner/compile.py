@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 
 from t5x_like.core.errors import UserError
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import cache, memory
-from t5x_like.planner.memory import Held
-from t5x_like.planner.regions import classify
+from t5x_like.planner import cache
+from t5x_like.planner.memory import peak as memory
+from t5x_like.planner.memory.peak import Held
+from t5x_like.planner.time.regions import classify
 
 _NAMED = 3  # buffers in the line of a refusal
 _LINES = "jax_traceback_in_locations_limit"

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import collectives, report, report_memory, report_time
+from t5x_like.planner import report
 from t5x_like.planner.compile import Compiled
-from t5x_like.planner.cost import Cost
-from t5x_like.planner.estimate import Estimate, IterationTime
+from t5x_like.planner.memory import report as report_memory
 from t5x_like.planner.report import Place
+from t5x_like.planner.time import collectives
+from t5x_like.planner.time import report as report_time
+from t5x_like.planner.time.cost import Cost
+from t5x_like.planner.time.estimate import Estimate, IterationTime
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,12 @@ from typing import Any
 from t5x_like.core import accelerators
 from t5x_like.core.terminal import format_bytes
 from t5x_like.parallel.pipeline import Schedule
-from t5x_like.planner import collectives, report_memory, report_time
 from t5x_like.planner.compile import Compiled
-from t5x_like.planner.cost import Cost
-from t5x_like.planner.estimate import Estimate
+from t5x_like.planner.memory import report as report_memory
+from t5x_like.planner.time import collectives
+from t5x_like.planner.time import report as report_time
+from t5x_like.planner.time.cost import Cost
+from t5x_like.planner.time.estimate import Estimate
 
 
 @dataclasses.dataclass(frozen=True)

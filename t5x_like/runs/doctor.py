@@ -9,7 +9,7 @@ import jax
 
 from t5x_like.core.errors import UserError
 from t5x_like.parallel import mesh as meshes
-from t5x_like.planner.footprint import Footprint
+from t5x_like.planner.sizes.footprint import Footprint
 from t5x_like.runs import findings, rl_program
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments

@@ -1,5 +1,5 @@
 """The memory of a run's train step by part on a mesh of devices that need not be there, in a second and without a
-compiler. What the parts are is said in planner/footprint.py.
+compiler. What the parts are is said in planner/sizes/footprint.py.
 
 Traced is the step of ONE device: its rows, and the heads, columns and vocabulary that the rules leave it. So what is
 saved needs no sharding; what a sequence axis gathers meanwhile is not in it.
@@ -21,8 +21,8 @@ from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.rules import MESH_AXES, Rules
 from t5x_like.parallel.sharding import device_bytes
-from t5x_like.planner.footprint import Footprint
-from t5x_like.planner.saved import saved_bytes
+from t5x_like.planner.sizes.footprint import Footprint
+from t5x_like.planner.sizes.saved import saved_bytes
 from t5x_like.runs import program as programs
 from t5x_like.runs.program import Program
 from t5x_like.runs.roles import open_or_assume

@@ -15,7 +15,7 @@ from ml_collections.config_flags import config_path
 from t5x_like.core import accelerators
 from t5x_like.core.errors import UserError
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner.search_index import Entry
+from t5x_like.planner.search.index import Entry
 from t5x_like.planner.topology import Topology
 from t5x_like.runs.arguments import call_function, config_file, load_config
 from t5x_like.storage import paths

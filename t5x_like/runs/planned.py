@@ -9,7 +9,7 @@ from typing import Any
 from t5x_like.models import flops
 from t5x_like.models.flops import FlopsPerToken
 from t5x_like.parallel.rules import MESH_AXES, PRESETS
-from t5x_like.planner.estimate import Work
+from t5x_like.planner.time.estimate import Work
 from t5x_like.runs import rl_program, train
 from t5x_like.runs.arguments import section
 from t5x_like.runs.functions import named_functions

@@ -14,7 +14,7 @@ from t5x_like.core.errors import UserError
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import device_bytes
-from t5x_like.planner import analytic, space
+from t5x_like.planner.search import analytic, space
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.arguments import load_config

@@ -1,6 +1,6 @@
 """From an amount of compute to a model of a family, and to a run of it on given chips: sizes, batch, mesh, remat.
 
-What the published fits say of a loss stands in planner/budget.py. Numbers of the families stand in models/families.
+What the published fits say of a loss stands in planner/sizes/budget.py. Numbers of the families stand in models/families.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from t5x_like.models import flops
 from t5x_like.models.config import ModelConfig
 from t5x_like.models.families import FAMILIES
 from t5x_like.parallel import mesh as meshes
-from t5x_like.planner.footprint import Footprint
+from t5x_like.planner.sizes.footprint import Footprint
 from t5x_like.runs.footprint import Footprints
 from t5x_like.runs.roles import build_model
 from t5x_like.runs.train import Experiment

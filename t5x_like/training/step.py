@@ -110,7 +110,7 @@ def make_step(
 
 
 def _named(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss under a name: what of it stands in no scope of the model is the loss's own (planner/regions.py)."""
+    """The loss under a name: what of it stands in no scope of the model is the loss's own (planner/time/regions.py)."""
 
     def named(*arguments: Any) -> Any:
         with jax.named_scope("loss"):

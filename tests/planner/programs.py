@@ -3,7 +3,7 @@
 import numpy as np
 
 from t5x_like.core import accelerators
-from t5x_like.planner.network import Fabric
+from t5x_like.planner.time.network import Fabric
 
 
 def module(main, computations=""):

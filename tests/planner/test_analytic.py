@@ -13,7 +13,7 @@ from t5x_like.core import accelerators
 from t5x_like.layers.remat import POINTS
 from t5x_like.models import config as models
 from t5x_like.parallel.rules import MESH_AXES, rules
-from t5x_like.planner import analytic
+from t5x_like.planner.search import analytic
 
 GB = 1e9
 V5P = analytic.device(accelerators.parse("v5p:4x4x4"))

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from t5x_like.__main__ import main
-from t5x_like.planner import budget
-from t5x_like.planner.budget import BESIROGLU, FITS, HOFFMANN, Fit
+from t5x_like.planner.sizes import budget
+from t5x_like.planner.sizes.budget import BESIROGLU, FITS, HOFFMANN, Fit
 
 # Parameters: tokens that Hoffmann et al. print for approach 3 (arXiv 2203.15556, table A3).
 TABLE_A3 = {

@@ -2,7 +2,8 @@
 
 import pytest
 
-from t5x_like.planner import collectives, hlo
+from t5x_like.planner import hlo
+from t5x_like.planner.time import collectives
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 

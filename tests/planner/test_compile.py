@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_like.core.errors import UserError
 from t5x_like.planner.compile import compile_program
-from t5x_like.planner.cost import cost
+from t5x_like.planner.time.cost import cost
 from t5x_like.planner.topology import topology
 
 AXES = ("data", "fsdp", "tensor")

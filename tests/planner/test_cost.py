@@ -2,7 +2,7 @@
 
 import time
 
-from t5x_like.planner.cost import Kernel, Loop, cost
+from t5x_like.planner.time.cost import Kernel, Loop, cost
 
 MESH = {"data": 2, "fsdp": 2}
 CYCLES = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'

@@ -10,12 +10,13 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_like.planner import estimate as estimates
-from t5x_like.planner import kernels, network, regions, report_time
 from t5x_like.planner.compile import compile_program
-from t5x_like.planner.cost import cost
-from t5x_like.planner.estimate import IterationTime, Price, Work, estimate
-from t5x_like.planner.schedule import Op
+from t5x_like.planner.time import estimate as estimates
+from t5x_like.planner.time import kernels, network, regions
+from t5x_like.planner.time import report as report_time
+from t5x_like.planner.time.cost import cost
+from t5x_like.planner.time.estimate import IterationTime, Price, Work, estimate
+from t5x_like.planner.time.schedule import Op
 from t5x_like.planner.topology import topology
 from tests.planner.programs import cycles, fabric, module, named
 from tests.planner.test_cost import P as PARAMETER

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 
-from t5x_like.planner.judges import Judges, Task
+from t5x_like.planner.search.judges import Judges, Task
 
 MIB = 2**20
 HOLD = "import time; held = bytearray({} * 2**20); time.sleep({})"
@@ -57,7 +57,7 @@ def test_a_child_that_is_killed_is_a_reason(tmp_path):
 def test_children_end_with_their_parent(tmp_path):
     code = f"""
     import sys
-    from t5x_like.planner.judges import Judges, Task
+    from t5x_like.planner.search.judges import Judges, Task
     tasks = [Task("a", (sys.executable, "-c", "import time; time.sleep(60)"), {str(tmp_path / "a.log")!r})]
     judges = Judges(1, memory=0, seconds=0)
     begin = judges._start

@@ -6,8 +6,8 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from t5x_like.core.accelerators import GENERATIONS
-from t5x_like.planner.kernels import EFFICIENCY, count_blocks, roofline
-from t5x_like.planner.schedule import KernelCall
+from t5x_like.planner.time.kernels import EFFICIENCY, count_blocks, roofline
+from t5x_like.planner.time.schedule import KernelCall
 
 V5P = GENERATIONS["v5p"]
 BLOCKS = {"block_q": 1024, "block_kv": 1024, "block_q_dq": 1024, "block_kv_dq": 512}

@@ -7,9 +7,12 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_like.planner import buffers, hlo, layouts, memory, report_memory
 from t5x_like.planner import compile as compiling
+from t5x_like.planner import hlo
 from t5x_like.planner.compile import DoesNotFit, allocations, compile_program
+from t5x_like.planner.memory import buffers, layouts
+from t5x_like.planner.memory import peak as memory
+from t5x_like.planner.memory import report as report_memory
 from t5x_like.planner.topology import topology
 
 

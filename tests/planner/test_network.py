@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from t5x_like.planner import network
-from t5x_like.planner.collectives import Collective
-from t5x_like.planner.network import HOP_SECONDS, LINK_SHARE, spans, trip
-from t5x_like.planner.schedule import Copy
+from t5x_like.planner.time import network
+from t5x_like.planner.time.collectives import Collective
+from t5x_like.planner.time.network import HOP_SECONDS, LINK_SHARE, spans, trip
+from t5x_like.planner.time.schedule import Copy
 from tests.planner.programs import fabric
 
 GB = 10**9

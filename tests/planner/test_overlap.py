@@ -2,10 +2,10 @@
 
 import pytest
 
-from t5x_like.planner.cost import cost
-from t5x_like.planner.network import Trip
-from t5x_like.planner.overlap import play
-from t5x_like.planner.schedule import Copy
+from t5x_like.planner.time.cost import cost
+from t5x_like.planner.time.network import Trip
+from t5x_like.planner.time.overlap import play
+from t5x_like.planner.time.schedule import Copy
 from tests.planner.programs import computation, cycles, module
 from tests.planner.test_cost import A, P, loop_body, loop_condition, run_loop
 

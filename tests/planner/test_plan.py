@@ -130,8 +130,9 @@ def test_bad_input_is_one_line(compiler, capsys, arguments, status, says):
 
 
 def test_the_table_labels_its_figures_as_estimates(trained):
-    from t5x_like.planner import collectives, cost, report
+    from t5x_like.planner import report
     from t5x_like.planner.compile import Compiled, Memory
+    from t5x_like.planner.time import collectives, cost
 
     items = tuple(
         collectives.Collective(**(item | {"axes": tuple(item["axes"])})) for item in trained["collective_instructions"]

@@ -9,7 +9,7 @@ from configs.rl import test as tested
 from t5x_like.__main__ import main
 from t5x_like.parallel import mesh as meshes
 from t5x_like.planner.compile import compile_program
-from t5x_like.planner.cost import cost
+from t5x_like.planner.time.cost import cost
 from t5x_like.planner.topology import topology
 from t5x_like.runs import program as programs
 from t5x_like.runs import rl_program, train
@@ -128,8 +128,8 @@ def test_the_table_has_a_section_for_each_program_and_one_for_the_iteration(plan
 def test_an_iteration_with_a_program_that_does_not_fit_shows_the_others():
     from t5x_like.planner import iteration
     from t5x_like.planner.compile import Compiled, Memory
-    from t5x_like.planner.cost import Cost
     from t5x_like.planner.report import Place
+    from t5x_like.planner.time.cost import Cost
 
     text = "HloModule m\n\nENTRY %main (p: f32[25]) -> f32[25] {\n  ROOT %p = f32[25] parameter(0)\n}\n"
     found = Compiled(text, Memory(100, 20, 5, 0), 1.0, 1.0), Cost(50, (), (), {}, (), ())

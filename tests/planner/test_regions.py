@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from t5x_like.planner import hlo, products, regions
-from t5x_like.planner.cost import cost
+from t5x_like.planner import hlo
+from t5x_like.planner.time import products, regions
+from t5x_like.planner.time.cost import cost
 from tests.planner.programs import computation, cycles, module, named
 from tests.planner.test_cost import A, P, loop_body, loop_condition, run_loop
 

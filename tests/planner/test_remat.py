@@ -13,7 +13,7 @@ from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.rules import rules
 from t5x_like.parallel.sharding import named
 from t5x_like.planner.compile import compile_program
-from t5x_like.planner.cost import cost
+from t5x_like.planner.time.cost import cost
 from t5x_like.planner.topology import topology
 from tests.models import cases
 

@@ -8,10 +8,11 @@ import pytest
 from t5x_like import __version__
 from t5x_like.commands import plan_search
 from t5x_like.core.errors import UserError
-from t5x_like.planner import search_index, search_report
-from t5x_like.planner.search import Limits, Search, first_state, ranking, verdict
-from t5x_like.planner.search_index import Entry, Verdict, opened
-from t5x_like.planner.space import Point
+from t5x_like.planner.search import index as search_index
+from t5x_like.planner.search import report as search_report
+from t5x_like.planner.search.course import Limits, Search, first_state, ranking, verdict
+from t5x_like.planner.search.index import Entry, Verdict, opened
+from t5x_like.planner.search.space import Point
 from t5x_like.storage import manifest
 
 HBM = 100

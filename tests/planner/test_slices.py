@@ -8,9 +8,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_like.core.errors import UsageError
-from t5x_like.planner import collectives, hlo, report
+from t5x_like.planner import hlo, report
 from t5x_like.planner.compile import compile_program
-from t5x_like.planner.cost import cost
+from t5x_like.planner.time import collectives
+from t5x_like.planner.time.cost import cost
 from t5x_like.planner.topology import topology
 
 ROWS, WIDTH = 256, 1024  # of a device

@@ -8,8 +8,8 @@ from t5x_like.core.errors import UsageError
 from t5x_like.layers.remat import POLICIES
 from t5x_like.parallel.mesh import MeshConfig, axis_sizes
 from t5x_like.parallel.rules import MESH_AXES
-from t5x_like.planner import space
-from t5x_like.planner.space import Base
+from t5x_like.planner.search import space
+from t5x_like.planner.search.space import Base
 
 FSDP = MeshConfig("fsdp", "", None, None, None, None, None, None, None)
 BASE = Base(FSDP, axis_sizes(FSDP, 8), "none", 1, True)

@@ -6,8 +6,8 @@ import types
 import pytest
 
 from t5x_like.core.errors import UserError
-from t5x_like.planner.search_index import JUDGED, Entry, Verdict
-from t5x_like.planner.space import Point
+from t5x_like.planner.search.index import JUDGED, Entry, Verdict
+from t5x_like.planner.search.space import Point
 from t5x_like.runs import pinning
 from t5x_like.runs.arguments import call_function, load_config
 

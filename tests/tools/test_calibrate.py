@@ -8,7 +8,7 @@ import pytest
 
 from t5x_like.core import accelerators
 from t5x_like.core.errors import UsageError
-from t5x_like.planner.schedule import Block, Op
+from t5x_like.planner.time.schedule import Block, Op
 from tools.calibrate import __main__ as command
 from tools.calibrate import applying, compiling, constants, fit, published, table
 from tools.calibrate.programs import BY_NAME, PROGRAMS

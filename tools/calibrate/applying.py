@@ -12,12 +12,12 @@ import numpy as np
 
 from t5x_like.core import accelerators
 from t5x_like.core.errors import UsageError
-from t5x_like.planner import cost as costs
-from t5x_like.planner import regions
-from t5x_like.planner.cost import Cost
-from t5x_like.planner.estimate import Estimate, estimate
-from t5x_like.planner.network import Fabric
-from t5x_like.planner.schedule import Block, Op
+from t5x_like.planner.time import cost as costs
+from t5x_like.planner.time import regions
+from t5x_like.planner.time.cost import Cost
+from t5x_like.planner.time.estimate import Estimate, estimate
+from t5x_like.planner.time.network import Fabric
+from t5x_like.planner.time.schedule import Block, Op
 from tools.calibrate.programs import Program
 
 

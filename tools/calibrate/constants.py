@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
-from t5x_like.planner import estimate
+from t5x_like.planner.time import estimate
 from tools.calibrate.fit import Constant
 
 # name: (module, start, low, high). The starts are what one would say without any measurement.

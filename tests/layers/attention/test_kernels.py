@@ -18,7 +18,7 @@ from t5x_like.parallel import mesh as mesh_module
 from t5x_like.parallel import rules
 from t5x_like.parallel.sharding import named, use_rules
 from t5x_like.planner.compile import compile_program
-from t5x_like.planner.cost import cost
+from t5x_like.planner.time.cost import cost
 from t5x_like.planner.topology import topology
 from tests.layers.attention.definition import (
     PREFIX,

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes, format_count
-from t5x_like.planner import regions
-from t5x_like.planner.estimate import PARTS, Estimate, IterationTime
+from t5x_like.planner.time import regions
+from t5x_like.planner.time.estimate import PARTS, Estimate, IterationTime
 
 
 def to_json(estimate: Estimate) -> dict[str, Any]:

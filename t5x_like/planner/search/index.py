@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.errors import UserError
-from t5x_like.planner.space import Point
+from t5x_like.planner.search.space import Point
 from t5x_like.storage import paths
 
 NAME, FORMAT = "search.json", 1

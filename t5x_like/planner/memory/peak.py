@@ -13,8 +13,9 @@ import re
 
 import numpy as np
 
-from t5x_like.planner import buffers, hlo, layouts
-from t5x_like.planner.regions import classify
+from t5x_like.planner import hlo
+from t5x_like.planner.memory import buffers, layouts
+from t5x_like.planner.time.regions import classify
 
 PARTS = (
     "parameters",

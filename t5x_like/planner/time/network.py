@@ -18,8 +18,8 @@ import numpy as np
 
 from t5x_like.core import accelerators
 from t5x_like.core.accelerators import Generation
-from t5x_like.planner.collectives import Collective
-from t5x_like.planner.schedule import Copy
+from t5x_like.planner.time.collectives import Collective
+from t5x_like.planner.time.schedule import Copy
 
 # Share of a link's speed that collectives reach, an ASSUMPTION ("How To Scale Your Model" finds 4.5e10 of v5e's 5e10).
 LINK_SHARE = 0.9

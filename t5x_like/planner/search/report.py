@@ -4,9 +4,10 @@ import collections
 from collections.abc import Sequence
 
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import report, search_index
-from t5x_like.planner.search import ranking
-from t5x_like.planner.search_index import Entry, Index
+from t5x_like.planner import report
+from t5x_like.planner.search import index as search_index
+from t5x_like.planner.search.course import ranking
+from t5x_like.planner.search.index import Entry, Index
 
 SHOWN = 10
 _KINDS = {

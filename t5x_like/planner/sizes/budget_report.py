@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes, format_count
-from t5x_like.planner import budget
-from t5x_like.planner.budget import FITS, Choice, Fit
-from t5x_like.planner.footprint import Footprint
+from t5x_like.planner.sizes import budget
+from t5x_like.planner.sizes.budget import FITS, Choice, Fit
+from t5x_like.planner.sizes.footprint import Footprint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
-from t5x_like.planner.schedule import Block
+from t5x_like.planner.time.schedule import Block
 
 # Scopes by region; the innermost scope of a name decides. Norms of a block count to its attention or MLP.
 SCOPES = {

@@ -4,7 +4,7 @@ The analytic model orders the points and drops those that cannot fit; the compil
 refuses for memory drops also what the model takes to be clearly larger. Where points are explored with the compiler's
 default options, which compile several times faster, the best are judged again as they would run.
 
-Not here: the space (space.py), processes (judges.py), what is kept (search_index.py), the table (search_report.py).
+Not here: the space (space.py), processes (judges.py), what is kept (index.py), the table (report.py).
 """
 
 import collections
@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_like.core.terminal import format_bytes
-from t5x_like.planner import search_index
-from t5x_like.planner.search_index import Entry, Index, Verdict
+from t5x_like.planner.search import index as search_index
+from t5x_like.planner.search.index import Entry, Index, Verdict
 
 # The analytic model may be wrong by so much before a point is dropped on its word alone: see docs/planner.md.
 DOUBT = 1.15

@@ -1,4 +1,4 @@
-"""What a program's memory is made of, as text for people and as JSON for programs; what stands in it: memory.py."""
+"""What a program's memory is made of, as text for people and as JSON for programs; what stands in it: peak.py."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from t5x_like.core.terminal import format_bytes
 from t5x_like.planner.compile import Memory
-from t5x_like.planner.memory import Held, Large, Moment
+from t5x_like.planner.memory.peak import Held, Large, Moment
 
 _LISTED = 6  # buffers, in the text
 

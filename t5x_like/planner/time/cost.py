@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_like.planner import hlo, products
-from t5x_like.planner.collectives import Collective, Transfer, kind_of, read, transfers
-from t5x_like.planner.schedule import Begun, Block, Copy, KernelCall, Op
-from t5x_like.planner.sources import Sources
+from t5x_like.planner import hlo
+from t5x_like.planner.time import products
+from t5x_like.planner.time.collectives import Collective, Transfer, kind_of, read, transfers
+from t5x_like.planner.time.schedule import Begun, Block, Copy, KernelCall, Op
+from t5x_like.planner.time.sources import Sources
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 # The compiler writes the largest number there is where it has no estimate (gathers that the sparse core does).

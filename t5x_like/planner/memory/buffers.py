@@ -8,7 +8,7 @@ operands its outputs overwrite ("aliasing_operands"); where a text does not say 
 A loop's body is gone through once: what a turn needs is free again at the next, but for the state. What a turn needs
 is therefore counted on top of what lives around the loop, at the turn's worst moment.
 
-Not here: what buffers are for (memory.py), where the compiler lays them, which takes some more room for the gaps.
+Not here: what buffers are for (peak.py), where the compiler lays them, which takes some more room for the gaps.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from t5x_like.planner import aliases, hlo, layouts
-from t5x_like.planner.regions import classify
+from t5x_like.planner import hlo
+from t5x_like.planner.memory import aliases, layouts
+from t5x_like.planner.time.regions import classify
 
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')

@@ -6,18 +6,18 @@
     read memory, at 72 to 81% of its speed by the compiler's estimate
 
 An estimate throughout. From it follow MFU in both usual conventions, tokens a second, and time, chip-hours and cost of
-a run. Not here: text and JSON of it (report_time.py).
+a run. Not here: text and JSON of it (report.py).
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from t5x_like.core.accelerators import Generation
-from t5x_like.planner import kernels, network, overlap, regions
-from t5x_like.planner.cost import Cost
-from t5x_like.planner.network import Fabric
-from t5x_like.planner.overlap import Flight
-from t5x_like.planner.schedule import Op
+from t5x_like.planner.time import kernels, network, overlap, regions
+from t5x_like.planner.time.cost import Cost
+from t5x_like.planner.time.network import Fabric
+from t5x_like.planner.time.overlap import Flight
+from t5x_like.planner.time.schedule import Op
 
 # Fitted to published runs (`python -m tools.calibrate --fit`, docs/planner.md):
 # Of what the compiler estimates for a product above the time that its FLOPs need at the peak, the share that counts: it

@@ -8,9 +8,9 @@ and counts as often as the loop runs. Not here: what an instruction takes (kerne
 import dataclasses
 from collections.abc import Callable
 
-from t5x_like.planner.collectives import Collective
-from t5x_like.planner.network import Trip
-from t5x_like.planner.schedule import Block, Copy, Op
+from t5x_like.planner.time.collectives import Collective
+from t5x_like.planner.time.network import Trip
+from t5x_like.planner.time.schedule import Block, Copy, Op
 
 
 @dataclasses.dataclass(frozen=True)

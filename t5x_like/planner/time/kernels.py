@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t5x_like.core.accelerators import Generation
-from t5x_like.planner.schedule import KernelCall
+from t5x_like.planner.time.schedule import KernelCall
 
 # Share of the peak that the matrix units reach within kernels of attention, where softmax runs between two products.
 EFFICIENCY = 0.5

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from t5x_like.planner.collectives import Collective
+from t5x_like.planner.time.collectives import Collective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Memory and compute from sizes alone, before anything is compiled."""

@@ -1,0 +1,1 @@
+"""How long a step takes, and why: from the text of the compiled program."""
