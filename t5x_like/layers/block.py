@@ -36,6 +36,8 @@ from t5x_like.layers.weights import einsum
 from t5x_like.parallel.sharding import constrain
 
 # Where the norms of a branch stand: f is the branch, x what passes from layer to layer.
+PASSED = ("batch", "length", "act_embed")  # logical axes of what passes from layer to layer
+
 NORM_ORDERS = {
     "pre": "x + f(norm(x))",
     "post": "norm(x + f(x))",  # BERT, BART
@@ -327,7 +329,7 @@ class Block(nnx.Module):
         key = None if shared.key is None else jax.random.fold_in(shared.key, index)
         own, other = (None, None) if cache is None else (cache["self"], cache.get("cross"))
         first_BTD = x_BTD
-        placed = in_order if cache is None else lambda x_BTD: x_BTD
+        placed = _in_order if cache is None else lambda x_BTD: x_BTD
         with jax.named_scope("attention"):
             entered_BTD = self._enter("attention", x_BTD)
             branch_BTD, new = self.attention(entered_BTD, rows, shared.bias, kind=kind, index=index, cache=own)
@@ -358,4 +360,8 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(out_BTD, self.dropout, key, branch, numbers_B=rows.numbers_B)
         if self.order == "post":
             x_BTD = getattr(self, f"{branch}_norm")(x_BTD)
-        return constrain(x_BTD, "batch", "length", "act_embed")
+        return constrain(x_BTD, *PASSED)
+
+
+def _in_order(x_BTD: jax.Array) -> jax.Array:
+    return in_order(x_BTD, *PASSED)

@@ -10,6 +10,8 @@ from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import get_abstract_mesh
 
+from t5x_like.parallel import sharding
+
 
 def platform() -> str:
     """ "cpu", "gpu" or "tpu": of the mesh in context (a planner lowers for a TPU on a CPU), else jax's default."""
@@ -26,15 +28,23 @@ def matmul_precision(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 and platform() != "cpu" else None
 
 
-def in_order(x: jax.Array) -> jax.Array:
-    """x, which on a TPU lies in memory as its dims are written, the last one innermost.
+def in_order(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, which on a TPU lies in memory as its dims are written, the last one innermost. axes: the logical ones of x.
 
     Said of what passes from layer to layer, which the TPU's compiler would lay out for its first user, transposed, and
-    copy for the others: 6% of the cycles of an 8B train step that saves its products (docs/log.md).
+    copy for the others: 6% of the cycles of an 8B train step that saves its products (docs/log.md). Each device says it
+    of its own part: said of the whole, the compiler gathers x to every device where another dim than the first is cut.
     """
     if platform() != "tpu" or not isinstance(x, Tracer):
         return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def placed(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    if sharding.nothing_to_place():
+        return placed(x)
+    spec, names = sharding.activation_spec(axes, x.shape), set(sharding.free_axis_sizes())
+    return jax.shard_map(placed, in_specs=spec, out_specs=spec, axis_names=names, check_vma=False)(x)
 
 
 def float32_products(dtype: Any) -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,6 @@
 """From an amount of compute to a model of a family, and to a run of it on given chips: sizes, batch, mesh, remat.
 
-What the published fits say of a loss stands in planner/sizes/budget.py. Numbers of the families stand in models/families.
+What the published fits say of a loss stands in planner/sizes/budget.py, numbers of the families in models/families.
 """
 
 import dataclasses

@@ -1,6 +1,8 @@
-"""How often attention kernels run under each remat policy, counted in programs of the real TPU compiler."""
+"""What the real TPU compiler makes of layers: how often kernels run under each remat policy, what stays divided."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +28,14 @@ def test_every_policy_is_counted():
     assert set(POLICIES) < set(FORWARD)
 
 
-@pytest.mark.parametrize("remat", FORWARD)
-def test_the_attention_kernel_runs_once_a_layer_where_its_results_are_saved(compiler, remat):
-    sizes = meshes.MeshConfig("fsdp", "", None, None, None, None, None, None, None)
+def gradients(remat, *, overrides="", **axes):
+    """(text, mesh) of the gradient of a small decoder on four chips."""
+    names = ("slice", "stage", "data", "fsdp", "expert", "sequence", "tensor")
+    sizes = meshes.MeshConfig("fsdp", overrides, **{name: axes.get(name) for name in names})
     mesh = meshes.make(sizes, topology("v5e:2x2").devices)
     sizes = {"layers": LAYERS, "width": 128, "heads": 2, "kv_heads": 1, "head_size": 128, "max_length": 128}
     config = dataclasses.replace(cases.config("llama", **sizes), remat=remat)
-    model = Model(config, rules(), DtypePolicy("float32", "bfloat16"))
+    model = Model(config, rules(overrides), DtypePolicy("float32", "bfloat16"))
 
     def abstract(shape, dtype, axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, model.rules, axes, shape))
@@ -44,9 +47,26 @@ def test_the_attention_kernel_runs_once_a_layer_where_its_results_are_saved(comp
     def loss(params, batch):
         return jnp.square(model.apply(params, batch).hidden_BTD.astype(jnp.float32)).sum()
 
-    text = compile_program(jax.jit(jax.grad(loss)), (params, batch), mesh=mesh).text
+    return compile_program(jax.jit(jax.grad(loss)), (params, batch), mesh=mesh).text, mesh
+
+
+@pytest.mark.parametrize("remat", FORWARD)
+def test_the_attention_kernel_runs_once_a_layer_where_its_results_are_saved(compiler, remat):
+    text, mesh = gradients(remat)
     counts = {kernel.name: kernel.count for kernel in cost(text, dict(mesh.shape)).kernels}
     (forward,) = (count for name, count in counts.items() if "_fwd" in name)
     backward = {name: count for name, count in counts.items() if "_fwd" not in name}
     assert forward == FORWARD[remat] * LAYERS
     assert len(backward) == 2 and set(backward.values()) == {LAYERS}
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 2, "sequence": 2}], ids=["width", "length"])
+def test_what_passes_from_layer_to_layer_stays_divided(compiler, axes):
+    """A device has a quarter of it. The compiler would gather all, if the layout of the whole were pinned."""
+    text, _ = gradients("full", overrides="act_embed=tensor", **axes)
+    shapes = {
+        shape for line in text.splitlines() if "layers" in line for shape in re.findall(r"bf16\[([\d,]+)\]", line)
+    }
+    sizes = {math.prod(map(int, shape.split(","))) for shape in shapes}
+    assert 4 * 128 * 128 // 4 in sizes
+    assert 4 * 128 * 128 not in sizes
