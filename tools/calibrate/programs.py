@@ -137,6 +137,7 @@ PROGRAMS = (
         batch=1024,
         length=8192,
         remat="full",
+        options={_VMEM: "98304"},
         saved=("attention",),
     ),
     Program(
@@ -150,7 +151,7 @@ PROGRAMS = (
     ),
     Program(
         name="llama31_70b-v6e-256",
-        model=_llama70b(20),
+        model=_llama70b(12),
         topology="v6e:16x16",
         batch=1280,
         length=8192,
@@ -209,6 +210,7 @@ PROGRAMS = (
         batch=24,
         length=8192,
         remat="full",
+        options={_VMEM: "98304"},
         saved=("attention",),
     ),
     Program(
@@ -260,12 +262,29 @@ PROGRAMS = (
         mesh={"data": 4, "fsdp": 64},
     ),
     Program(
+        name="fuji_7b-v5p-256-full",
+        model=_FUJI_7B,
+        topology="v5p:4x8x8",
+        batch=1024,
+        length=4096,
+        remat="full",
+        mesh={"data": 4, "fsdp": 64},
+    ),
+    Program(
         name="llama2_70b-v5p-512-2",
         model={"size": "2_70b"},
         topology="v5p:8x8x8",
         batch=1024,
         length=4096,
         remat="q+k+v",
+    ),
+    Program(
+        name="llama2_70b-v5p-512-2-full",
+        model={"size": "2_70b"},
+        topology="v5p:8x8x8",
+        batch=1024,
+        length=4096,
+        remat="full",
     ),
     Program(
         name="llama2_70b-v5p-512-overlap",
@@ -294,16 +313,6 @@ PROGRAMS = (
         length=2048,
         remat="full",
         options={**_OVERLAP, **_FUSION},
-    ),
-    Program(
-        name="llama31_8b-v6e-256-vmem",
-        model=_LLAMA31_8B,
-        topology="v6e:16x16",
-        batch=1024,
-        length=8192,
-        remat="full",
-        options={_VMEM: "98304"},
-        saved=("attention",),
     ),
     Program(
         name="llama2_70b-v6e-256",
