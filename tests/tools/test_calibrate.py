@@ -135,16 +135,19 @@ def loop(name, turns, *ops):
 
 def test_a_program_of_fewer_layers_counts_as_many_as_the_row_has():
     update = Op("u", "jit(step)/optimizer/mul", cycles=6)
-    short = Block(1, (Op("a", "", cycles=7), loop("layers", 3, Op("b", "", cycles=10)), loop("loss", 5), update))
+    layer = Op("b", "jit(step)/jvp(layers)/while/body/mlp/mul", cycles=10)
+    short = Block(1, (Op("a", "", cycles=7), loop("layers", 3, layer), loop("loss", 5), update))
     deep = applying.deepened(short, 3, 12)
     assert (short.cycles, deep.cycles) == (7 + 30 + 6, 7 + 120 + 24)
     assert [found.turns for found, _ in deep.loops()] == [12, 5]
-    peeled = Block(1, (Op("a", "", cycles=10), loop("layers", 2, Op("b", "", cycles=10))))
+    peeled = Block(1, (layer, loop("layers", 2, layer)))
     assert applying.deepened(peeled, 3, 12).cycles == 120
+    one_of_two = Block(1, (loop("forward", 3, layer), layer, loop("backward", 2, layer), loop("loss", 2)))
+    assert [found.turns for found, _ in applying.deepened(one_of_two, 3, 12).loops()] == [12, 11, 2]
     recomputed = "jit(step)/transpose(jvp(layers))/while/body/checkpoint/rematted_computation/attention/dot_general"
     spared = Block(1, (loop("layers", 3, Op("q", recomputed, cycles=10), Op("b", "", cycles=1)),))
     assert (applying.without(spared, ()).cycles, applying.without(spared, ("attention",)).cycles) == (33, 3)
-    with pytest.raises(UsageError, match="no loop over 9 layers"):
+    with pytest.raises(UsageError, match="no loop over 9 layers"):  # nor over 8
         applying.deepened(short, 9, 12)
 
 

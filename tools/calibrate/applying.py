@@ -50,23 +50,31 @@ def read(program: Program, kept: Mapping[str, Any]) -> Applied:
 
 def deepened(block: Block, few: int, many: int) -> Block:
     """The schedule of a model of `many` layers, from that of one of `few`. UsageError where no loop runs over these."""
-    found = {loop.turns for loop, _ in block.loops()}
-    in_loop = few if few in found else few - 1  # a turn may have been taken out of the loop
-    if in_loop not in found:
+
+    # A turn may have been taken out of a loop. The loops of one direction need not be treated as those of the other.
+    def is_over_layers(loop: Block) -> bool:
+        return loop.turns in (few, few - 1) and _is_of_layers(loop)
+
+    if not any(is_over_layers(loop) for loop, _ in block.loops()):
         raise UsageError(f"the program has no loop over {few} layers; compile it with scanned layers")
 
     def of(item: Op | Block) -> Op | Block:
         if isinstance(item, Op):
             is_update = regions.classify(item.source)[0] == "optimizer"
             return dataclasses.replace(item, cycles=item.cycles * many // few) if is_update else item
-        if item.loop and item.turns == in_loop:
+        if item.loop and is_over_layers(item):
             turn, *asked = item.items
             assert isinstance(turn, Block) and turn.times == item.turns, item.loop
-            turns = in_loop + many - few
+            turns = item.turns + many - few
             return dataclasses.replace(item, items=(dataclasses.replace(turn, times=turns), *asked), turns=turns)
         return dataclasses.replace(item, items=tuple(map(of, item.items)))
 
     return dataclasses.replace(block, items=tuple(map(of, block.items)))
+
+
+def _is_of_layers(loop: Block) -> bool:
+    """Whether something in it has the scope of the layers."""
+    return any(_is_of_layers(item) if isinstance(item, Block) else "layers" in item.source for item in loop.items)
 
 
 def without(block: Block, saved: tuple[str, ...]) -> Block:

@@ -1,6 +1,7 @@
 """THE table of programs that are planned for published rows: our config pretrain/llama3_8b with a row's settings."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,9 +31,10 @@ class Program:
     one_of: int = 1
 
     def asked(self) -> dict[str, Any]:
-        """What decides the program, ready for JSON."""
+        """What decides the program, as JSON has it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if name not in ("name", "layers", "saved", "one_of")}
+        asked = {name: value for name, value in fields.items() if name not in ("name", "layers", "saved", "one_of")}
+        return json.loads(json.dumps(asked))  # tuples are lists there
 
 
 def _sizes(layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> dict[str, Any]:
