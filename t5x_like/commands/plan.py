@@ -4,9 +4,10 @@
     t5x_like plan --config=configs/rl/llama3_8b_grpo.py --topology=v5p:4x4x4 --json=plan.json
     t5x_like plan --config=... --topology=v5e:2x4 --program=decode --rows=32 --length=2048
 
-Compiles the real train or decode step, or all programs of an iteration of `t5x_like rl`, with abstract state, and
-prints memory, estimated cycles and collectives. Opens no file but the config, and of each model of config.roles what
-says its shapes; a role that is not there is taken to be like the policy. Needs the extra [tpu], on Linux x86-64.
+Compiles the real train step, the prefill of prompts, the step that decodes a token, or all programs of an iteration of
+`t5x_like rl`, with abstract state, and prints memory, estimated cycles and collectives. Opens no file but the config,
+and of each model of config.roles what says its shapes; a role that is not there is taken to be like the policy. Needs
+the extra [tpu], on Linux x86-64.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ from t5x_like.core.terminal import Waiting
 from t5x_like.runs.arguments import ConfigParser, load_config, section, split_config
 from t5x_like.storage import paths
 
-PROGRAMS = ("train", "decode", "rl")
+PROGRAMS = ("train", "prefill", "decode", "rl")
+OF_TEXTS = ("prefill", "decode")  # that are as large as --rows and --length say
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -83,8 +85,12 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--topology", required=True, help="a slice: v5p:4x4x4, v5p-128, v5litepod-16, ...")
     parser.add_argument("--slices", type=int, help="of this topology; default: config.mesh.slice, or 1")
     parser.add_argument("--program", choices=PROGRAMS, help="default: rl for a config of `t5x_like rl`, else train")
-    parser.add_argument("--rows", type=int, help="decode: texts at once, over all devices")
-    parser.add_argument("--length", type=int, help="decode: tokens of each text that the cache has room for")
+    parser.add_argument("--rows", type=int, help="prefill, decode: texts at once, over all devices")
+    parser.add_argument(
+        "--length",
+        type=int,
+        help="prefill, decode: tokens of each text that the cache has room for; a prefill reads so many",
+    )
     parser.add_argument("--json", metavar="PATH", help="also write the plan as JSON")
     parser.add_argument("--html", metavar="PATH", help="also write it as one page with drawings")
     parser.add_argument(
@@ -98,10 +104,12 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--details", action="store_true", help="list every collective instruction by itself")
     options = parser.parse_args(arguments)
     sizes = (options.rows, options.length)
-    if options.program == "decode" and not all(size and size > 0 for size in sizes):
-        raise UsageError("--program=decode needs --rows and --length, both at least 1")
-    if options.program != "decode" and sizes != (None, None):
-        raise UsageError("--rows and --length are for --program=decode; a train step has config.data.batch_size")
+    if options.program in OF_TEXTS and not all(size and size > 0 for size in sizes):
+        raise UsageError(f"--program={options.program} needs --rows and --length, both at least 1")
+    if options.program not in OF_TEXTS and sizes != (None, None):
+        raise UsageError(
+            "--rows and --length are for --program=prefill and decode; a train step has config.data.batch_size"
+        )
     return options
 
 
@@ -148,12 +156,15 @@ def _planned(
     topology = topologies.topology(options.topology, slices=slices)
     mesh = meshes.make(mesh_config, topology.devices)
     place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
-    if program != "decode":
-        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
-    if program == "decode":
-        step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
-        work = planned.decode_work(experiment, rows=options.rows, length=options.length)
+    if program in OF_TEXTS:
+        build, work_of = {
+            "prefill": (programs.prefill_program, planned.prefill_work),
+            "decode": (programs.decode_program, planned.decode_work),
+        }[program]
+        step, step_arguments = build(experiment, mesh, rows=options.rows, length=options.length)
+        work = work_of(experiment, rows=options.rows, length=options.length)
     else:
+        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
         programs.check_mesh(experiment, mesh.shape)
         assumed: dict[str, str] = {}
         built = programs.step_program(experiment, mesh, opened=open_or_assume(experiment.model, assumed))
