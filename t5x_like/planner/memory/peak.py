@@ -5,7 +5,8 @@ peak decides whether the compiler takes a program: it counts what lives at once,
 
 Parts follow from where a buffer's content comes from and goes to: what is made of weights alone is a weight, cast or
 gathered; what the forward pass makes and the backward pass reads was saved; what the backward pass makes and no product
-reads is a gradient of weights. Not here: seconds.
+reads is a gradient of weights. A program without a backward pass has neither, and its outputs are named as such: of a
+prefill the cache. Not here: seconds.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ PARTS = (
     "gradients",
     "logits and loss",
     "activations at work",
+    "outputs",
     "other",
 )
 # Arguments of a program by the begin of their names. `state` and `frozen` are those of a train step.
@@ -37,7 +39,7 @@ _ARGUMENTS = {
     r"frozen\b": "frozen parameters",
     r"params\b|weights\b": "parameters",
     r"cache\b": "cache",
-    r"batch\b|rows\b|tokens\b": "batch",
+    r"batch\b|source\b|rows\b|tokens(_BT?)?\b|positions_B\b|lengths_B\b": "batch",
 }
 _WEIGHTS = {"parameters", "frozen parameters"}
 _LISTED = 12  # buffers
@@ -92,10 +94,11 @@ def held(text: str) -> Held:
     steps = len(schedule.steps)
     amounts = np.zeros((len(PARTS), steps + 2), np.int64)
     elsewhere = {space: np.zeros(steps + 2, np.int64) for space in (layouts.VMEM, layouts.HOST)}
+    part_of = _part if any(_pass(step) == "backward" for step in schedule.steps) else _part_of_forward
     parts = {}
     for number, buffer in enumerate(schedule.buffers):
         if buffer.space == layouts.HBM:
-            parts[number] = _part(buffer, schedule, named)
+            parts[number] = part_of(buffer, schedule, named)
             line = amounts[PARTS.index(parts[number])]
         elif buffer.space in elsewhere:
             line = elsewhere[buffer.space]
@@ -144,6 +147,18 @@ def _argument(name: str) -> str:
     return next((part for begin, part in _ARGUMENTS.items() if re.match(begin, name)), "other")
 
 
+def _pass(step: buffers.Step) -> str:
+    return classify(_source(step.instruction))[1]
+
+
+def _part_of_forward(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, str]) -> str:
+    """Of a program without a backward pass."""
+    if buffer.output and not buffer.argument:
+        return "outputs"
+    part = _part(buffer, schedule, named)
+    return "activations at work" if part in ("gradients", "saved activations") else part
+
+
 def _part(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, str]) -> str:
     if buffer.argument:
         return _argument(buffer.argument)
@@ -155,7 +170,7 @@ def _part(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, s
     regions = [classify(maker.source) for maker in buffer.makers if maker.source]
     region = _origin(buffer)[0]
     passes = {which for _, which in regions}
-    read_by = {classify(_source(schedule.steps[step - 1].instruction))[1] for step in buffer.reads}
+    read_by = {_pass(schedule.steps[step - 1]) for step in buffer.reads}
     if "forward" in passes and read_by & {"backward", "recomputed"}:
         return "logits and loss" if region == "head and loss" and not buffer.feeds_contraction else "saved activations"
     if not buffer.feeds_contraction and ("backward" in passes or "parameters" in sources and "forward" not in passes):
