@@ -257,7 +257,7 @@ def _iteration(
     stages, parts = rl_program.stages(experiment, built), []
     for number, stage in enumerate(stages, start=1):
         named = f"{stage.name}, {number} of {len(stages)}"
-        found, time, problem, beside = None, None, "", held - device_bytes(stage.reads)
+        found, problem, beside = None, "", held - device_bytes(stage.reads)
         try:
             compiled = compile_program(
                 stage.step,
@@ -271,9 +271,10 @@ def _iteration(
         except DoesNotFit as error:
             compiled, problem = error.compiled, str(error)
         if compiled is not None:
-            found = (compiled, cost(compiled.text, place.mesh))
-            time = _estimate(found[1], built.mesh, place, planned.stage_work(experiment, built, stage), price)
-        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem, time))
+            walked = cost(compiled.text, place.mesh)
+            work = planned.stage_work(experiment, built, stage)
+            found = (compiled, walked, _estimate(walked, built.mesh, place, work, price))
+        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem))
     facts = [f"{name}: {fact}" for name, fact in rl_program.facts(experiment).items()]
     facts += [f"role {name}: {source} is not there, planned like config.model" for name, source in assumed.items()]
     return Iteration("rl", place, facts, parts, planned.iterations(experiment))

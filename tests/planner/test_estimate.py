@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_like.core.terminal import format_count
 from t5x_like.planner.compile import compile_program
 from t5x_like.planner.time import estimate as estimates
 from t5x_like.planner.time import kernels, network, regions
@@ -66,6 +67,13 @@ def test_a_step_is_what_it_computes_its_kernels_and_what_of_collectives_is_expos
     assert (total["bytes"], total["exposed_seconds"]) == (5_400_000_000, pytest.approx(gathered))
     assert sum(item["cycles"] for item in json["regions"]) == V5P_CYCLES
     assert [item["name"] for item in json["operations"]][:2] == ["w", "splash_mha_fwd.1"]
+    (item,) = json["collective_instructions"]
+    assert (item["asynchronous"], item["instructions_between"], item["computing_seconds_between"]) == (False, None, 0)
+    assert item["exposed_seconds"] == pytest.approx(gathered) and item["kind"] == "all-gather"
+    text, table = "\n".join(report_time.lines(time)), "\n".join(report_time.cycle_lines(time))
+    assert f"FLOPs of all devices: {format_count(64 * flops)} are computed (hardware FLOPs)" in text
+    assert table.splitlines()[0].split() == ["cycles", "no", "pass", "together"]
+    assert "1.751e+09 together, without collectives" in table
     details = "\n".join(report_time.detail_lines(time))
     assert "splash_mha_fwd.1" in details
     assert "5.03 GiB 5,400,000,000" in details
@@ -85,6 +93,7 @@ def test_what_follows_from_a_step_of_a_second():
     assert "estimated" in text
     assert "MFU 50.0%, or 60.0% with attention counted in full" in text
     assert "2 hours, 128 chip-hours, 538 USD" in text
+    assert "model FLOPs 14.7P a step, 17.6P with attention counted in full; 0 are computed (hardware FLOPs)" in text
     assert "a million tokens cost 0.075 USD" in text
 
 

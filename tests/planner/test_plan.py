@@ -1,11 +1,13 @@
 """`t5x_like plan` from the command line: a real train step and a real decode step for a TPU that is not there."""
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 
 from t5x_like.__main__ import main
+from tests.planner.programs import fabric
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = f"--config={ROOT / 'configs/pretrain/test.py'}"
@@ -200,23 +202,47 @@ def test_the_table_labels_its_figures_as_estimates(trained):
     from t5x_like.planner import report
     from t5x_like.planner.compile import Compiled, Memory
     from t5x_like.planner.time import collectives, cost
+    from t5x_like.planner.time.estimate import estimate
+    from t5x_like.planner.time.schedule import Begun, Block, KernelCall, Op
 
-    items = tuple(
-        collectives.Collective(**(item | {"axes": tuple(item["axes"])})) for item in trained["collective_instructions"]
-    )
-    loops = (cost.Loop("while.4", 8, 400),)
+    fields = [field.name for field in dataclasses.fields(collectives.Collective)]
+    items = [
+        collectives.Collective(**{name: item[name] for name in fields} | {"axes": tuple(item["axes"])})
+        for item in trained["collective_instructions"]
+    ]
+    ops = [Op("f", "jit(step)/jvp(layers)/mlp/mul", 12345678), Op("k", "", kernel=KernelCall("splash", (), {}))]
+    ops += [Op(f"c{n}", item.source, begins=(Begun("x", item),), ends=("x",)) for n, item in enumerate(items)]
+    kernels, loops = (cost.Kernel("splash", 1),), (cost.Loop("while.4", 8, 400),)
+    walked = cost.Cost(12345678, kernels, tuple(items), {"sort": 1}, ("while.3",), loops, Block(1, tuple(ops)))
     text = "HloModule m\n\nENTRY %main (p: f32[25]) -> f32[25] {\n  ROOT %p = f32[25] parameter(0)\n}\n"
     plan = report.Plan(
         program="train",
         place=report.Place("v5e:2x2", 1, 4, trained["mesh"], 2**31),
         compiled=Compiled(text, Memory(2**30, 2**20, 2**30, 2**30), 1.0, 2.0),
-        cost=cost.Cost(12345678, (cost.Kernel("splash", 2),), items, {"sort": 1}, ("while.3",), loops),
+        cost=walked,
+        estimate=estimate(walked, fabric("v5e:2x2", trained["mesh"]), chips=4),
     )
     text = report.to_text(plan)
     assert text.startswith("train step on v5e:2x2: 4 chips, mesh fsdp=4\nEstimates of the TPU compiler")
     held = ("1.00 GiB", "fits into 2.00 GiB")
-    for part in (*held, "1.235e+07", "splash x 2", "sort x 1", "while.3", "all-gather  fsdp"):
+    for part in (*held, "1.235e+07 together", "splash x 1", "sort x 1", "while.3", "all-gather"):
         assert part in text
     assert "while.4 x 8, its limit, which data may not reach: 50 a turn" in text
     assert "jit(step)" not in text
-    assert "jit(step)" in report.to_text(plan, details=True)
+    details = report.to_text(plan, details=True)
+    assert "jit(step)" in details and "between  beside" in details
+
+
+def test_the_table_says_cycles_and_flops_and_how_far_a_start_is_from_its_done(trained):
+    """What one instruction begins and waits for is exposed whole, or runs beside its own work."""
+    apart = [item for item in trained["collective_instructions"] if item["asynchronous"]]
+    assert apart and all(item["instructions_between"] >= 0 for item in apart)
+    hidden = [item["seconds"] - item["exposed_seconds"] for item in apart]
+    assert all(0 <= gone <= item["computing_seconds_between"] + 1e-4 for gone, item in zip(hidden, apart, strict=True))
+    assert max(item["computing_seconds_between"] for item in apart) > 0
+    together = [item for item in trained["collective_instructions"] if not item["asynchronous"]]
+    assert all(item["instructions_between"] is None for item in together)
+    sums = {(total["kind"], tuple(total["axes"])): 0 for total in trained["collectives"]}
+    for item in trained["collective_instructions"]:
+        sums[item["kind"], tuple(item["axes"])] += item["count"] * item["bytes_each"]
+    assert sums == {(total["kind"], tuple(total["axes"])): total["bytes"] for total in trained["collectives"]}
