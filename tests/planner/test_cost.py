@@ -97,6 +97,30 @@ def test_a_conditional_counts_its_dearer_branch():
     assert [(item.kind, item.axes) for item in found.collectives] == [("all-reduce", ("fsdp",))]
 
 
+def test_of_a_conditionals_branches_one_with_a_kernel_is_dearer_than_any_cycles():
+    """The compiler gives kernels none, and they are the longest work that there is."""
+    call = '  ROOT %splash.1 = f32[8,128] custom-call(%a), custom_call_target="tpu_custom_call"'
+    branches = computation("kernel", A, call) + computation("fill", A, line("ROOT %y = f32[8,128] copy(%a)", 10))
+    for order in ("%kernel, %fill", "%fill, %kernel"):
+        main = [P, f"  ROOT %c = f32[8,128] conditional(%i, %p, %p), branch_computations={{{order}}}"]
+        found = cost(module("\n".join(main), branches), {"fsdp": 2})
+        assert [kernel.name for kernel in found.kernels] == ["splash"] and found.cycles == 0
+
+
+def test_what_is_sent_and_not_answered_here_is_named():
+    """To the host, or to another slice by a runtime that waits for it elsewhere."""
+    attributes = 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    main = [
+        f"  %sd = (f32[8,128], u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true, {attributes}",
+        "  %x = token[] send-done(%sd), channel_id=2, is_host_transfer=true",
+        "  %rv = (f32[8,128], u32[], token[]) recv(%t), channel_id=3, is_host_transfer=true",
+        "  ROOT %y = (f32[8,128], token[]) recv-done(%rv), channel_id=3, is_host_transfer=true",
+    ]
+    found = cost(module("\n".join([P, *main])), {"slice": 2, "fsdp": 2})
+    assert found.without_estimate == {"send": 1, "recv": 1}
+    assert found.collectives == ()
+
+
 def test_start_and_done_are_one_collective():
     main = [
         P,

@@ -109,9 +109,14 @@ class _Walk:
         items: list[Op | Block] = []
         advanced: dict[str, int] = {}  # the last item that advances a chain
         exchanges = transfers(computation, self.mesh_shape, count=1)
+        paired = {name for exchange in exchanges for name in (exchange.send, exchange.recv)}
         for place, instruction in enumerate(computation.instructions.values()):
             items += [_exchanged(e, at_start=place == e.start) for e in exchanges if place in (e.start, e.done)]
             if instruction.opcode in ("send", "recv", "send-done", "recv-done"):
+                if instruction.opcode in ("send", "recv") and instruction.name not in paired:
+                    # To the host, or to another slice without what comes back: no time is known.
+                    source = self.sources.of(computation, instruction)
+                    items.append(Op(instruction.opcode, source, lacks_estimate=True))
                 continue
             if instruction.opcode == "while":
                 items.append(self.loop(computation, instruction, arguments))
@@ -189,7 +194,9 @@ class _Walk:
         if not (known or lacks or fused):
             return None
         done = products.flops(self.module, instruction, computation)
-        return Op(name, source, cycles if known else 0, done, lacks, begins=tuple(begins), ends=tuple(ends))
+        eight_bits = {kind: count for kind, count in done.items() if kind}
+        transfers = {"begins": tuple(begins), "ends": tuple(ends)}
+        return Op(name, source, cycles if known else 0, done.total(), eight_bits, lacks, **transfers)
 
     def fused_collectives(self, fusion: hlo.Instruction) -> list[tuple[str, Collective]]:
         """(chain, collective) of each collective inside a fusion.
@@ -223,8 +230,10 @@ def _exchanged(exchange: Transfer, *, at_start: bool) -> Op:
     return Op(exchange.send, exchange.collective.source, begins=begins, ends=() if at_start else (exchange.send,))
 
 
-def _dearness(block: Block) -> tuple[int, int]:
-    return block.cycles, sum(item.count * item.bytes_each for item in block.collectives())
+def _dearness(block: Block) -> tuple[int, int, int]:
+    """Kernels first: they are the longest work that there is, and the compiler gives them no cycles."""
+    kernels = sum(times for op, times in block.each() if op.kernel)
+    return kernels, block.cycles, sum(item.count * item.bytes_each for item in block.collectives())
 
 
 _LITERALS = ("parameter", "constant", "iota")  # whose argument names no operands

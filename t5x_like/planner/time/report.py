@@ -39,7 +39,7 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         "collectives": [dataclasses.asdict(total) for total in totals(estimate)],
         "collective_instructions": [
             {
-                **dataclasses.asdict(flight.collective),
+                **{name: value for name, value in dataclasses.asdict(flight.collective).items() if name != "devices"},
                 "seconds": flight.seconds,
                 "exposed_seconds": flight.exposed,
                 "asynchronous": flight.between is not None,

@@ -42,14 +42,16 @@ class Op:
     """An instruction that takes time. source: the name that jax gave the operation.
 
     cycles: the compiler's estimate, 0 where it has none, as for work that `lacks_estimate`. flops: of its matrix
-    products. begins: collectives and copies that are in flight from its start on; ends: keys of those that are waited
-    for when its own work is done. One that nothing else overlaps stands in both.
+    products, of which `eight_bits` {"integers" or "floats": FLOPs} are of numbers of 8 bits. begins: collectives and
+    copies that are in flight from its start on; ends: keys of those that are waited for when its own work is done. One
+    that nothing else overlaps stands in both.
     """
 
     name: str
     source: str
     cycles: int = 0
     flops: int = 0
+    eight_bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     lacks_estimate: bool = False
     kernel: KernelCall | None = None
     begins: tuple[Begun, ...] = ()
