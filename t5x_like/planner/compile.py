@@ -129,11 +129,12 @@ def _compiled(known: Mapping[str, Any], lower_seconds: float) -> Compiled:
 
 def _needed(peak_bytes: int | None, held: Held) -> int | None:
     """The compiler's peak without the vector memory, which it counts, and with all arguments, which it does not count
-    once they are read for the last time (when it refuses, it does): what we read, if this explains the rest."""
+    once they are read for the last time (when it refuses, it does): what we read, if these two explain the rest, to 1%.
+    Else the compiler's own."""
     if held is memory.NOTHING or peak_bytes is None:
         return held.peak_bytes or peak_bytes
-    more, less = held.vector_bytes + 0.01 * peak_bytes, held.arguments_bytes - held.aliased_bytes + 0.01 * peak_bytes
-    return held.peak_bytes if -less <= peak_bytes - held.peak_bytes <= more else peak_bytes
+    least, most = held.read_peak_bytes - 0.01 * peak_bytes, held.peak_bytes + held.vector_bytes + 0.01 * peak_bytes
+    return held.peak_bytes if least <= peak_bytes <= most else peak_bytes
 
 
 def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManager], *, anyway: bool) -> dict[str, Any]:

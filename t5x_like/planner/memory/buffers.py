@@ -45,6 +45,7 @@ class Maker:
 class Buffer:
     """In use from `start` to `end`, both included, in steps that count from 1.
 
+    last_use: the step that touches it last, which of an argument is no reason to let it go.
     text: the array, such as bf16[4,128]; argument: the name of the entry's argument that lies in it, or ""; output:
     whether the program gives it back; reads: steps that read it; kinds: numbers of the arguments that its content comes
     from; feeds_contraction: whether a matrix product takes its content in, at once or later.
@@ -61,6 +62,7 @@ class Buffer:
     feeds_contraction: bool = False
     reads: list[int] = dataclasses.field(default_factory=list)
     text: str = ""
+    last_use: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,7 @@ class _Walk:
         found = {self.find(index): None for index in range(len(self.buffers))}
         kept = [self.buffers[index] for index in found]
         for buffer in kept:
+            buffer.last_use = buffer.end
             if buffer.argument:  # has its place from the start, and cannot be let go of
                 buffer.start, buffer.end = 0, last
             if buffer.output:

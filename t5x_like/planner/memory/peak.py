@@ -74,7 +74,8 @@ class Moment:
 class Held:
     """HBM of one device. peak_bytes: the most that lives at once, arguments and outputs included; parts: what that is,
     in the order of PARTS; aliased_bytes: of outputs that replace arguments; vector_bytes, host_bytes: the most that the
-    program keeps in the vector memory and in the memory of the host."""
+    program keeps in the vector memory and in the memory of the host; read_peak_bytes: the most that lives at once where
+    an argument counts until it is read for the last time, unless an output replaces it."""
 
     peak_bytes: int
     arguments_bytes: int
@@ -85,6 +86,7 @@ class Held:
     timeline: tuple[Moment, ...]
     vector_bytes: int
     host_bytes: int
+    read_peak_bytes: int = 0
 
 
 def held(text: str) -> Held:
@@ -93,6 +95,7 @@ def held(text: str) -> Held:
     named = {number: _argument(name) for number, name in enumerate(schedule.arguments)}
     steps = len(schedule.steps)
     amounts = np.zeros((len(PARTS), steps + 2), np.int64)
+    let_go = np.zeros(steps + 2, np.int64)
     elsewhere = {space: np.zeros(steps + 2, np.int64) for space in (layouts.VMEM, layouts.HOST)}
     part_of = _part if any(_pass(step) == "backward" for step in schedule.steps) else _part_of_forward
     parts = {}
@@ -100,6 +103,9 @@ def held(text: str) -> Held:
         if buffer.space == layouts.HBM:
             parts[number] = part_of(buffer, schedule, named)
             line = amounts[PARTS.index(parts[number])]
+            if buffer.argument and not buffer.output:
+                let_go[buffer.last_use + 1] += buffer.bytes
+                let_go[buffer.end + 1] -= buffer.bytes
         elif buffer.space in elsewhere:
             line = elsewhere[buffer.space]
         else:
@@ -122,6 +128,7 @@ def held(text: str) -> Held:
         timeline=_timeline(schedule, amounts),
         vector_bytes=int(elsewhere[layouts.VMEM].cumsum().max()),
         host_bytes=int(elsewhere[layouts.HOST].cumsum().max()),
+        read_peak_bytes=int((amounts.sum(axis=0) - let_go.cumsum()).max()),
     )
 
 
