@@ -63,10 +63,12 @@ def run(arguments: Sequence[str]) -> int:
 
     from t5x_like.planner import iteration, page, report
 
-    plan: report.Plan | iteration.Iteration = _planned(program, config, overrides, options, price)
+    plan: report.Plan | report.Refused | iteration.Iteration = _planned(program, config, overrides, options, price)
     details = options.details
     if isinstance(plan, iteration.Iteration):
         content, text = iteration.to_json(plan), iteration.to_text(plan, details=details)
+    elif isinstance(plan, report.Refused):
+        content, text = report.refused_json(plan), report.refused_text(plan)
     else:
         content, text = report.to_json(plan), report.to_text(plan, details=details)
     for name, path in targets.items():
@@ -143,7 +145,7 @@ def _planned(
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import DoesNotFit, compile_program
-    from t5x_like.planner.report import Place, Plan
+    from t5x_like.planner.report import Place, Plan, Refused
     from t5x_like.planner.time.cost import cost
     from t5x_like.runs import planned
     from t5x_like.runs import program as programs
@@ -188,7 +190,7 @@ def _planned(
         )
     except DoesNotFit as error:
         if error.compiled is None:
-            raise
+            return Refused(program, place, str(error), error.listed)
         compiled, problem = error.compiled, str(error)
     found = cost(compiled.text, place.mesh)
     return Plan(program, place, compiled, found, _estimate(found, mesh, place, work, price), problem)
@@ -233,6 +235,8 @@ def _kept(options: Any) -> pathlib.Path | None:
 
     if options.cache == "off":
         return None
+    if options.cache and paths.is_remote(options.cache):
+        raise UsageError(f"--cache={options.cache}: compiled programs are kept on a disk; name a folder, or `off`")
     return pathlib.Path(paths.normal(options.cache)) if options.cache else cache.folder()
 
 
@@ -263,7 +267,7 @@ def _iteration(
                 stage.step,
                 stage.arguments,
                 mesh=built.mesh,
-                options=experiment.runtime.compiler_options.of("tpu"),
+                options=stage.options,
                 kept=kept,
                 anyway=True,
                 stage=functools.partial(_waiting, named),

@@ -105,7 +105,7 @@ def compile_program(
         if kept:
             name = cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
         known = cache.read(kept, name) if kept else None
-        if known is None or (anyway and known["error"] and not known["text"]):
+        if known is None or (anyway and known["error"] and not known["text"] and not known.get("looked")):
             known = _asked(lowered, stage, anyway=anyway)
             if kept:
                 cache.write(kept, name, known)
@@ -153,6 +153,7 @@ def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManage
         with stage("looking at what is large in"):
             text = _refused(lowered)
         sizes = _of_text(text) if text else None
+        refused["looked"] = True  # so that nobody does it again
         return refused | ({} if sizes is None else {"text": text, "memory": sizes})
     stats = compiled.memory_analysis()
     sizes = Memory(

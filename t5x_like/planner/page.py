@@ -76,6 +76,7 @@ def _program(content: Mapping[str, Any], hbm_bytes: int) -> list[str]:
     parts += _regions(content)
     if content.get("memory"):
         parts += _memory(content["memory"], hbm_bytes, content.get("beside_bytes"), content.get("fits"))
+    parts += _largest(content.get("largest", ()))  # of a refusal of which nothing else is known
     parts += _kernels(content.get("kernels", ()))
     parts += _collectives(content.get("collectives", ()))
     return parts + _missing(content)
@@ -186,23 +187,22 @@ def _memory(memory: Mapping[str, Any], hbm_bytes: int, beside_bytes: int | None,
     rows.sort(key=lambda row: -memory["parts"][row[0]])
     if rows:
         parts += ["<h2>What it is made of, at the peak</h2>", _table(("part", "bytes"), rows)]
-    largest = memory.get("largest") or ()
-    if largest:
-        rows = [
-            (
-                format_bytes(item["bytes"]),
-                item["shape"],
-                item["part"],
-                f"{item['region']} {item['pass']}".strip(),
-                item["operation"],
-            )
-            for item in largest
-        ]
-        parts += [
-            "<h2>Largest buffers</h2>",
-            _table(("bytes", "shape", "part", "made in", "operation"), rows, code=(1, 4), right=(0,)),
-        ]
-    return parts
+    return parts + _largest(memory.get("largest") or ())
+
+
+def _largest(buffers: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        (
+            format_bytes(item["bytes"]),
+            item["shape"],
+            item["part"],
+            f"{item['region']} {item['pass']}".strip(),
+            item["operation"],
+        )
+        for item in buffers
+    ]
+    header = ("bytes", "shape", "part", "made in", "operation")
+    return ["<h2>Largest buffers</h2>", _table(header, rows, code=(1, 4), right=(0,))] if rows else []
 
 
 def _timeline(moments: Sequence[Mapping[str, Any]], hbm_bytes: int) -> list[str]:

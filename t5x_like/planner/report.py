@@ -13,10 +13,12 @@ from t5x_like.core.terminal import format_bytes
 from t5x_like.parallel.pipeline import Schedule
 from t5x_like.planner.compile import Compiled
 from t5x_like.planner.memory import report as report_memory
+from t5x_like.planner.memory.peak import Large
 from t5x_like.planner.time import collectives
 from t5x_like.planner.time import report as report_time
 from t5x_like.planner.time.cost import Cost
 from t5x_like.planner.time.estimate import Estimate
+from t5x_like.planner.topology import compiler_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,31 @@ class Plan:
     @property
     def problems(self) -> list[str]:
         return [self.problem] if self.problem else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A program that the compiler refuses for its size, and leaves no text of. largest: buffers, as far as it says."""
+
+    program: str
+    place: Place
+    problem: str
+    largest: Sequence[Large]
+
+    @property
+    def problems(self) -> list[str]:
+        return [self.problem]
+
+
+def refused_json(refused: Refused) -> dict[str, Any]:
+    """The content of `plan --json` where nothing else is known."""
+    head = {"program": refused.program, **place_json(refused.place), "fits": False, "problem": refused.problem}
+    return head | {"largest": report_memory.buffers_json(refused.largest), "versions": versions()}
+
+
+def refused_text(refused: Refused) -> str:
+    lines = [f"{refused.program} step on {where(refused.place)}", *report_memory.buffer_lines(refused.largest)]
+    return "\n".join([*lines, "nothing else is known: the compiler left no text of the program that it refused"])
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -86,7 +113,8 @@ def program_json(compiled: Compiled, cost: Cost, estimate: Estimate) -> dict[str
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    return found | {"libtpu": compiler_version()}
 
 
 def to_text(plan: Plan, *, details: bool = False) -> str:
@@ -110,7 +138,7 @@ def where(place: Place) -> str:
 
 def labelled(seconds: float) -> str:
     """What the figures are, by whom; seconds: of compiling."""
-    return f"Estimates of the TPU compiler (libtpu {importlib.metadata.version('libtpu')}, {seconds:.0f} s)"
+    return f"Estimates of the TPU compiler (libtpu {compiler_version()}, {seconds:.0f} s)"
 
 
 def program_lines(

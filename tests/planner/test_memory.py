@@ -284,7 +284,8 @@ def test_a_text_that_is_not_understood_has_no_parts_and_leaves_the_compilers_mem
         sizes = dict(arguments_bytes=1024, temporaries_bytes=300, outputs_bytes=1024, aliased_bytes=0, peak_bytes=peak)
         found = compiling._compiled(known | {"memory": sizes}, 1.0)
         assert (found.held, found.memory.total_bytes) == (memory.NOTHING, total)
-        lines = "\n".join(report_memory.lines(found.memory, found.held, "fits"))
+        fits = report_memory.fit(total, 6000)
+        lines = "\n".join(report_memory.lines(found.memory, found.held, fits))
         assert "text is not understood" in lines and "fits into" in lines
 
 
