@@ -257,11 +257,11 @@ def _iteration(
     from t5x_like.runs import planned, rl_program
 
     rl_program.check_rows(experiment, place.mesh)
-    held = device_bytes((built.layout.state, built.layout.frozen))
+    run_bytes = device_bytes((built.layout.state, built.layout.frozen))
     stages, parts = rl_program.stages(experiment, built), []
     for number, stage in enumerate(stages, start=1):
         named = f"{stage.name}, {number} of {len(stages)}"
-        found, problem, beside = None, "", held - device_bytes(stage.reads)
+        found, problem, beside = None, "", run_bytes - device_bytes(stage.reads)
         try:
             compiled = compile_program(
                 stage.step,

@@ -206,6 +206,23 @@ def test_what_another_core_does_costs_this_one_nothing():
     assert found.cycles == 0
 
 
+def test_what_this_core_does_beside_counts_with_its_kernels_and_products():
+    """A product of [8, 128] x [128, 128], a kernel, and a collective that is in flight meanwhile and counts once."""
+    called = computation(
+        "beside",
+        A,
+        line("%w = f32[128,128] constant({...})"),
+        line("%c = f32[8,128] convolution(%a, %w), dim_labels=bf_io->bf", 50),
+        '  %splash.1 = f32[8,128] custom-call(%c), custom_call_target="tpu_custom_call"',
+        line("ROOT %r = f32[8,128] all-reduce(%splash.1), replica_groups={{0,1},{2,3}}, to_apply=%add"),
+    )
+    main = [P, "  %s = f32[8,128] call-start(%p), to_apply=%beside", "  %d = f32[8,128] call-done(%s)"]
+    found = cost(module("\n".join(main), called), MESH)
+    assert found.cycles == 50 and [kernel.name for kernel in found.kernels] == ["splash"]
+    assert sum(op.flops * times for op, times in found.schedule.each()) == 2 * 8 * 128 * 128
+    assert [(item.kind, item.count) for item in found.collectives] == [("all-reduce", 1)]
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     body = loop_body("body", line("%y = f32[8,128] copy(%x)", 5))
     condition = loop_condition("c.l", 4).replace("%n = s32[] constant(4)", "%n = s32[] get-tuple-element(%s), index=1")

@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 from t5x_like.core.terminal import format_count
 from t5x_like.planner.compile import compile_program
 from t5x_like.planner.time import estimate as estimates
-from t5x_like.planner.time import kernels, network, regions
+from t5x_like.planner.time import kernels, network
 from t5x_like.planner.time import report as report_time
 from t5x_like.planner.time.cost import cost
 from t5x_like.planner.time.estimate import IterationTime, Price, Work, estimate
 from t5x_like.planner.time.schedule import Op
 from t5x_like.planner.topology import topology
-from tests.planner.programs import cycles, fabric, module, named
+from tests.planner.programs import by_region, cycles, fabric, module, named
 from tests.planner.test_cost import P as PARAMETER
 
 V5P_CYCLES = 1_750_946_045  # of a second
@@ -216,7 +216,7 @@ def test_the_parts_of_a_real_program_add_up_and_nothing_costs_less_than_the_peak
     moved = {(f.collective.kind, f.collective.count, f.collective.bytes_each) for f in time.flights if f.collective}
     assert ("all-gather", LAYERS, WIDTH * WIDTH * 2) in moved
     assert 0 <= time.parts["exposed_ici"] <= sum(flight.seconds for flight in time.flights) * (1 + 1e-9)
-    names = {region for region, _ in regions.by_region(found.schedule)}
+    names = {region for region, _ in by_region(found.schedule)}
     assert {"attention", "mlp", "layers", "optimizer"} <= names
 
 

@@ -8,7 +8,7 @@ from t5x_like.core import accelerators
 from t5x_like.planner import hlo
 from t5x_like.planner.time import estimate, products, regions
 from t5x_like.planner.time.cost import cost
-from tests.planner.programs import computation, cycles, module, named
+from tests.planner.programs import by_region, computation, cycles, module, named
 from tests.planner.test_cost import A, P, loop_body, loop_condition, run_loop
 
 MESH = {"data": 2, "fsdp": 2}
@@ -51,12 +51,12 @@ def test_cycles_of_a_region_count_as_often_as_its_loop_runs():
     update = f"  %u = f32[8,128] fusion(%p), kind=kLoop, calls=%f, {named('jit(s)/optimizer/add')}, {cycles(11)}"
     main = "\n".join([P, *run_loop("l", "body", "p"), update])
     found = cost(module(main, F + body + loop_condition("c.l", 5)), MESH)
-    assert regions.by_region(found.schedule) == {
+    assert by_region(found.schedule) == {
         ("mlp", "forward"): 35,
         ("optimizer", "update"): 11,
         ("attention", "forward"): 10,
     }
-    assert sum(regions.by_region(found.schedule).values()) == found.cycles
+    assert sum(by_region(found.schedule).values()) == found.cycles
 
 
 def test_what_has_no_name_belongs_to_what_uses_it_or_else_to_what_it_uses():
@@ -69,7 +69,7 @@ def test_what_has_no_name_belongs_to_what_uses_it_or_else_to_what_it_uses():
         f"  %argument = f32[8,128] copy(%used), {named('state[params]')}, {cycles(20)}",
     ]
     found = cost(module("\n".join(main), F), MESH)
-    assert regions.by_region(found.schedule) == {("mlp", "forward"): 28}
+    assert by_region(found.schedule) == {("mlp", "forward"): 28}
 
 
 def test_a_fusion_without_a_name_has_that_of_what_is_in_it():
@@ -77,7 +77,7 @@ def test_a_fusion_without_a_name_has_that_of_what_is_in_it():
         "g", A, f"  ROOT %m = f32[8,128] multiply(%a, %a), {named('jit(s)/transpose(jvp(loss))/embed/mul')}"
     )
     found = cost(module(f"{P}\n  %u = f32[8,128] fusion(%p), kind=kLoop, calls=%g, {cycles(4)}", fused), MESH)
-    assert regions.by_region(found.schedule) == {("embedding", "backward"): 4}
+    assert by_region(found.schedule) == {("embedding", "backward"): 4}
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ from t5x_like.planner import hlo
 from t5x_like.planner.memory import aliases, layouts
 from t5x_like.planner.time.regions import classify
 
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _INDEX = re.compile(r"index=(\d+)")
 
 # What makes no buffer: it names what is there. Constants lie with the program.
@@ -76,8 +74,7 @@ class Step:
     @property
     def cycles(self) -> int:
         """The compiler's estimate of one execution; 0 where it has none."""
-        found = _CYCLES.search(self.instruction.attributes)
-        return int(found.group(1)) if found and int(found.group(1)) < 2**62 else 0
+        return self.instruction.cycles or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +116,7 @@ class _Walk:
         )
         values = []
         for number, item in arguments:
-            source = _OP_NAME.search(item.attributes)
-            self.names[number] = source.group(1).replace("\\'", "'") if source else item.name
+            self.names[number] = item.source or item.name
             value = self.fresh(item.shape, None)
             for buffer in self.of(value):
                 buffer.argument, buffer.kinds = self.names[number], {number}
@@ -333,9 +329,7 @@ class _Walk:
         return value
 
     def maker(self, instruction: hlo.Instruction) -> Maker:
-        source = _OP_NAME.search(instruction.attributes)
-        name = source.group(1).replace("\\'", "'") if source else ""
-        return Maker(len(self.steps), instruction.name, instruction.opcode, name, instruction.shape)
+        return Maker(len(self.steps), instruction.name, instruction.opcode, instruction.source, instruction.shape)
 
 
 _LITERALS = ("parameter", "constant", "iota")

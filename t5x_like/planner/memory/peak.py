@@ -155,7 +155,7 @@ def _argument(name: str) -> str:
 
 
 def _pass(step: buffers.Step) -> str:
-    return classify(_source(step.instruction))[1]
+    return classify(step.instruction.source)[1]
 
 
 def _part_of_forward(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, str]) -> str:
@@ -185,11 +185,6 @@ def _part(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, s
     if region == "head and loss":
         return "logits and loss"
     return "activations at work" if passes - {"", "update"} else "other"
-
-
-def _source(instruction: hlo.Instruction) -> str:
-    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return found.group(1) if found else ""
 
 
 def _origin(buffer: buffers.Buffer) -> tuple[str, str, str]:
@@ -223,7 +218,7 @@ def _timeline(schedule: buffers.Schedule, amounts: np.ndarray) -> tuple[Moment, 
     for number in np.unique(bins):
         inside = np.flatnonzero(bins == number)
         worst = int(inside[total[inside].argmax()])
-        named = [classify(_source(schedule.steps[step].instruction)) for step in inside]
+        named = [classify(schedule.steps[step].instruction.source) for step in inside]
         region, which = next((item for item in named if item[0] != "rest"), ("rest", ""))
         found.append(
             Moment(float(number + 1) / _POINTS, int(total[worst]), _named(amounts[:, worst + 1]), region, which)

@@ -27,7 +27,6 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _OF_OUTPUT = ("all-gather", "collective-permute", "collective-broadcast")
 
 
@@ -73,14 +72,13 @@ def read(
     groups = groups_of(instruction.attributes, math.prod(mesh_shape.values()))
     axes, size = axes_of(groups, mesh_shape)
     is_part = size < math.prod(mesh_shape[axis] for axis in axes)
-    source = _OP_NAME.search(instruction.attributes)
     return Collective(
         kind=kind,
         axes=axes,
         group_size=size,
         count=count,
         bytes_each=sum(outputs if kind in _OF_OUTPUT else inputs),
-        source=source.group(1) if source else "",
+        source=instruction.source,
         shifts=_shifts(instruction.attributes, axes, mesh_shape),
         devices=tuple(max(groups, key=len)) if is_part else (),
     )
@@ -211,9 +209,8 @@ def _source_of(computation: hlo.Computation, name: str) -> str:
     """The operation that made a value; what only renames it has none."""
     while name:
         instruction = computation.instructions[name]
-        source = _OP_NAME.search(instruction.attributes)
-        if source:
-            return source.group(1)
+        if instruction.source:
+            return instruction.source
         name = instruction.operands[0] if instruction.opcode != "parameter" and instruction.operands else ""
     return ""
 

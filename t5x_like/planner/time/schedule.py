@@ -62,8 +62,12 @@ class Op:
 class Block:
     """Instructions that run `times` times in a row: a loop's body, or, once, the whole program.
 
-    loop: the name of the loop that this is, "" for what is none; of a loop, times is 1, and its items are its body and
-    its condition. turns: how often it runs its body, and whether it `surely` does (data may end it before).
+    A loop is a block that runs once, with two items: its body, which runs `turns` times, and its condition, which is
+    asked once more. loop: its name, "" for what is no loop; turns: None where nobody knows them, and the body counts
+    once; surely: whether it runs so often, or data may end it before. A loop of 32 layers, and one of decoding:
+
+        Block(1, (Block(32, layer), Block(33, condition)), "while.1", turns=32)
+        Block(1, (Block(256, token), Block(257, condition)), "while.2", turns=256, surely=False)
     """
 
     times: int
