@@ -12,6 +12,7 @@ the extra [tpu], on Linux x86-64.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 import sys
@@ -103,7 +104,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         "--default_options", action="store_true", help="with the compiler's own options, not the config's: often faster"
     )
     plan_search.add_flags(parser)
-    parser.add_argument("--details", action="store_true", help="list every collective instruction by itself")
+    parser.add_argument("--details", action="store_true", help="list the longest operations and every collective")
     options = parser.parse_args(arguments)
     sizes = (options.rows, options.length)
     if options.program in OF_TEXTS and not all(size and size > 0 for size in sizes):
@@ -132,7 +133,7 @@ def _price(text: str | None) -> tuple[float, str] | None:
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([A-Za-z]{3})?", text.strip())
-    if found is None or float(found.group(1)) == 0:
+    if found is None or not 0 < float(found.group(1)) < math.inf:
         raise UsageError(f"--price={text} should be what a chip costs an hour, with its currency, such as 4.20USD")
     if not found.group(2):
         raise UsageError(f"--price={text} has no currency; write --price={text.strip()}USD, or another's three letters")
@@ -165,8 +166,9 @@ def _planned(
         }[program]
         step, step_arguments = build(experiment, mesh, rows=options.rows, length=options.length)
         work = work_of(experiment, rows=options.rows, length=options.length)
+        facts = [programs.facts_of_texts(experiment, program, rows=options.rows, length=options.length)]
     else:
-        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
+        facts, place = [], dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
         programs.check_mesh(experiment, mesh.shape)
         assumed: dict[str, str] = {}
         built = programs.step_program(experiment, mesh, opened=open_or_assume(experiment.model, assumed))
@@ -193,7 +195,7 @@ def _planned(
             return Refused(program, place, str(error), error.listed)
         compiled, problem = error.compiled, str(error)
     found = cost(compiled.text, place.mesh)
-    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work, price), problem)
+    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work, price), problem, facts)
 
 
 def _estimate(found: Any, mesh: Any, place: Any, work: Any, price: tuple[float, str] | None) -> Any:

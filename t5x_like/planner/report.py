@@ -36,7 +36,10 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a compiled program, "train", "prefill" or "decode"; problem: why it cannot run, or ""."""
+    """What is known of a compiled program, "train", "prefill" or "decode".
+
+    problem: why it cannot run, or ""; facts: what it is of, for the head of the table.
+    """
 
     program: str
     place: Place
@@ -44,6 +47,7 @@ class Plan:
     cost: Cost
     estimate: Estimate
     problem: str = ""
+    facts: Sequence[str] = ()
 
     @property
     def problems(self) -> list[str]:
@@ -78,7 +82,7 @@ def refused_text(refused: Refused) -> str:
 def to_json(plan: Plan) -> dict[str, Any]:
     """The content of `plan --json`. Later versions add keys."""
     head = {"program": plan.program, **place_json(plan.place)}
-    head |= {"fits": not plan.problem, "problem": plan.problem}
+    head |= {"fits": not plan.problem, "problem": plan.problem, "facts": list(plan.facts)}
     return head | program_json(plan.compiled, plan.cost, plan.estimate) | {"versions": versions()}
 
 
@@ -123,6 +127,7 @@ def to_text(plan: Plan, *, details: bool = False) -> str:
         f"{plan.program} step on {where(plan.place)}",
         f"{labelled(plan.compiled.compile_seconds)}, for one device and one step; nothing was run.",
         *notes(plan.place),
+        *plan.facts,
         "",
         *program_lines(plan.compiled, plan.cost, plan.place, plan.estimate, details=details, problem=plan.problem),
     ]

@@ -194,6 +194,16 @@ def prefill_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: in
     return step, (given.params, batch.pop("prompts"), given.row, batch)
 
 
+def facts_of_texts(experiment: Experiment, program: str, *, rows: int, length: int) -> str:
+    """What a "prefill" or a "decode" of these texts is, in a line."""
+    source = experiment.data.encoder_length
+    behind = f", behind sources of {source} tokens" if source else ""
+    if program == "decode":
+        return f"one more token of {rows} texts with a cache of {length} tokens each{behind}"
+    read = f"{rows} sources of {source} tokens, and a start token behind each" if source else f"{rows} prompts"
+    return f"{read}, into a cache of {length} tokens a text"
+
+
 def prompt_length(experiment: Experiment, length: int) -> int:
     """Tokens that the decoder reads of each prompt before the first new one, where texts have `length` tokens."""
     return 1 if experiment.data.encoder_length else length

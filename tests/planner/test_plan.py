@@ -131,6 +131,7 @@ def test_a_prefill_computes_all_tokens_forward_and_the_logits_of_the_last_of_eac
     assert estimate["model_flops"] == pytest.approx(tokens * (weights + half * attention) + head)
     assert estimate["tokens"] == tokens and estimate["run_seconds"] is None
     assert estimate["cost_per_million_tokens"] == pytest.approx(4 * 3 / 3600 * 1e6 / estimate["tokens_per_second"])
+    assert plan["facts"] == ["8 prompts, into a cache of 1024 tokens a text"] and plan["facts"][0] in page
     assert "a million tokens" in page and "<h1>prefill on v5e:2x2</h1>" in page
 
 
@@ -147,7 +148,9 @@ def test_a_prefill_of_an_encoder_decoder_runs_its_encoder_and_the_start_token(co
     assert plan["memory"]["outputs_bytes"] >= 2 * rows * (length + source) * 3 * 4 * 32 * 2 // 4
     assert plan["estimate"]["tokens"] == rows * (source + 1)
     assert {"attention", "cross attention", "mlp"} <= {item["region"] for item in plan["regions"]}
-    assert "prefill step on v5e:2x2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("prefill step on v5e:2x2")
+    assert "8 sources of 64 tokens, and a start token behind each, into a cache of 128 tokens a text\n" in said
 
 
 def test_a_decode_step_of_an_encoder_decoder_copies_neither_cache(compiler, tmp_path):

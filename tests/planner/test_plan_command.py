@@ -73,6 +73,7 @@ def test_the_page_and_the_price_are_there(planned):
             ["--topology=v5e:2x2", "--price=cheap"],
             "--price=cheap should be what a chip costs an hour, with its currency",
         ),
+        (["--topology=v5e:2x2", f"--price={'9' * 400}USD"], "should be what a chip costs an hour"),
         (["--topology=v5e:2x2", "--price=0USD"], "--price=0USD should be what a chip costs an hour"),
         (["--topology=v5e:2x2", "--slices=0"], "--slices=0 should be a number of slices, at least 1"),
         (["--topology=v5e:2x2", "--slices=2", "--config.mesh.slice=3"], "config.mesh"),

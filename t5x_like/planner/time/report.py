@@ -6,12 +6,13 @@ from typing import Any
 
 from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.planner.time import regions
+from t5x_like.planner.time.collectives import Collective
 from t5x_like.planner.time.estimate import PARTS, Estimate, IterationTime
+from t5x_like.planner.time.overlap import Flight
 
 
 def to_json(estimate: Estimate) -> dict[str, Any]:
     """Keys of a plan: regions, kernels, collectives, operations, estimate. Seconds are of the program, once."""
-    work, price = estimate.work, estimate.price
     return {
         "regions": [
             {
@@ -38,16 +39,7 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         ],
         "collectives": [dataclasses.asdict(total) for total in totals(estimate)],
         "collective_instructions": [
-            {
-                **{name: value for name, value in dataclasses.asdict(flight.collective).items() if name != "devices"},
-                "seconds": flight.seconds,
-                "exposed_seconds": flight.exposed,
-                "asynchronous": flight.between is not None,
-                "instructions_between": flight.between,
-                "computing_seconds_between": flight.beside,
-            }
-            for flight in estimate.flights
-            if flight.collective is not None
+            _flight_json(flight, flight.collective) for flight in estimate.flights if flight.collective is not None
         ],
         "operations": [
             {
@@ -59,29 +51,45 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
             }
             for one in estimate.operations
         ],
-        "estimate": {
-            "step_seconds": estimate.step_seconds,
-            "parts": dict(estimate.parts),
-            "exposed": dict(estimate.exposed),
-            "exposed_step_seconds": estimate.exposed_step_seconds,
-            "compiler_seconds": estimate.compiler_seconds,
-            "incomplete": list(estimate.incomplete),
-            "constants": dict(estimate.constants),
-            "bound_by": estimate.bound_by,
-            "model_flops": None if work is None else work.model_flops,
-            "model_flops_full_attention": None if work is None else work.full_flops,
-            "hardware_flops": estimate.hardware_flops,
-            "mfu": estimate.mfu,
-            "mfu_full_attention": estimate.mfu_full_attention,
-            "hfu": estimate.hardware_utilisation,
-            "tokens": None if work is None else work.tokens,
-            "tokens_per_second": estimate.tokens_per_second,
-            "run_seconds": estimate.run_seconds,
-            "chip_hours": estimate.chip_hours,
-            "cost": estimate.cost,
-            "cost_per_million_tokens": estimate.cost_per_million_tokens,
-            "currency": None if price is None else price.currency,
-        },
+        "estimate": _estimate_json(estimate),
+    }
+
+
+def _flight_json(flight: Flight, item: Collective) -> dict[str, Any]:
+    facts = {name: value for name, value in dataclasses.asdict(item).items() if name != "devices"}
+    return facts | {
+        "seconds": flight.seconds,
+        "exposed_seconds": flight.exposed,
+        "asynchronous": flight.between is not None,
+        "instructions_between": flight.between,
+        "computing_seconds_between": flight.beside,
+    }
+
+
+def _estimate_json(estimate: Estimate) -> dict[str, Any]:
+    work, price = estimate.work, estimate.price
+    return {
+        "step_seconds": estimate.step_seconds,
+        "parts": dict(estimate.parts),
+        "exposed": dict(estimate.exposed),
+        "exposed_step_seconds": estimate.exposed_step_seconds,
+        "compiler_seconds": estimate.compiler_seconds,
+        "incomplete": list(estimate.incomplete),
+        "constants": dict(estimate.constants),
+        "bound_by": estimate.bound_by,
+        "model_flops": None if work is None else work.model_flops,
+        "model_flops_full_attention": None if work is None else work.full_flops,
+        "hardware_flops": estimate.hardware_flops,
+        "mfu": estimate.mfu,
+        "mfu_full_attention": estimate.mfu_full_attention,
+        "hfu": estimate.hardware_utilisation,
+        "tokens": None if work is None else work.tokens,
+        "tokens_per_second": estimate.tokens_per_second,
+        "run_seconds": estimate.run_seconds,
+        "chip_hours": estimate.chip_hours,
+        "cost": estimate.cost,
+        "cost_per_million_tokens": estimate.cost_per_million_tokens,
+        "currency": None if price is None else price.currency,
     }
 
 
