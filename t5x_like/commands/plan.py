@@ -4,13 +4,15 @@
     t5x_like plan --config=configs/rl/llama3_8b_grpo.py --topology=v5p:4x4x4 --json=plan.json
     t5x_like plan --config=... --topology=v5e:2x4 --program=decode --rows=32 --length=2048
 
-Compiles the real train or decode step, or all programs of an iteration of `t5x_like rl`, with abstract state, and
-prints memory, estimated cycles and collectives. Opens no file but the config, and of each model of config.roles what
-says its shapes; a role that is not there is taken to be like the policy. Needs the extra [tpu], on Linux x86-64.
+Compiles the real train step, the prefill of prompts, the step that decodes a token, or all programs of an iteration of
+`t5x_like rl`, with abstract state, and prints memory, estimated cycles and collectives. Opens no file but the config,
+and of each model of config.roles what says its shapes; a role that is not there is taken to be like the policy. Needs
+the extra [tpu], on Linux x86-64.
 """
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 import sys
@@ -25,7 +27,8 @@ from t5x_like.core.terminal import Waiting
 from t5x_like.runs.arguments import ConfigParser, load_config, section, split_config
 from t5x_like.storage import paths
 
-PROGRAMS = ("train", "decode", "rl")
+PROGRAMS = ("train", "prefill", "decode", "rl")
+OF_TEXTS = ("prefill", "decode")  # that are as large as --rows and --length say
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -61,10 +64,12 @@ def run(arguments: Sequence[str]) -> int:
 
     from t5x_like.planner import iteration, page, report
 
-    plan: report.Plan | iteration.Iteration = _planned(program, config, overrides, options, price)
+    plan: report.Plan | report.Refused | iteration.Iteration = _planned(program, config, overrides, options, price)
     details = options.details
     if isinstance(plan, iteration.Iteration):
         content, text = iteration.to_json(plan), iteration.to_text(plan, details=details)
+    elif isinstance(plan, report.Refused):
+        content, text = report.refused_json(plan), report.refused_text(plan)
     else:
         content, text = report.to_json(plan), report.to_text(plan, details=details)
     for name, path in targets.items():
@@ -83,8 +88,12 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--topology", required=True, help="a slice: v5p:4x4x4, v5p-128, v5litepod-16, ...")
     parser.add_argument("--slices", type=int, help="of this topology; default: config.mesh.slice, or 1")
     parser.add_argument("--program", choices=PROGRAMS, help="default: rl for a config of `t5x_like rl`, else train")
-    parser.add_argument("--rows", type=int, help="decode: texts at once, over all devices")
-    parser.add_argument("--length", type=int, help="decode: tokens of each text that the cache has room for")
+    parser.add_argument("--rows", type=int, help="prefill, decode: texts at once, over all devices")
+    parser.add_argument(
+        "--length",
+        type=int,
+        help="prefill, decode: tokens of each text that the cache has room for; a prefill reads so many",
+    )
     parser.add_argument("--json", metavar="PATH", help="also write the plan as JSON")
     parser.add_argument("--html", metavar="PATH", help="also write it as one page with drawings")
     parser.add_argument(
@@ -95,13 +104,15 @@ def _parse(arguments: Sequence[str]) -> Any:
         "--default_options", action="store_true", help="with the compiler's own options, not the config's: often faster"
     )
     plan_search.add_flags(parser)
-    parser.add_argument("--details", action="store_true", help="list every collective instruction by itself")
+    parser.add_argument("--details", action="store_true", help="list the longest operations and every collective")
     options = parser.parse_args(arguments)
     sizes = (options.rows, options.length)
-    if options.program == "decode" and not all(size and size > 0 for size in sizes):
-        raise UsageError("--program=decode needs --rows and --length, both at least 1")
-    if options.program != "decode" and sizes != (None, None):
-        raise UsageError("--rows and --length are for --program=decode; a train step has config.data.batch_size")
+    if options.program in OF_TEXTS and not all(size and size > 0 for size in sizes):
+        raise UsageError(f"--program={options.program} needs --rows and --length, both at least 1")
+    if options.program not in OF_TEXTS and sizes != (None, None):
+        raise UsageError(
+            "--rows and --length are for --program=prefill and decode; a train step has config.data.batch_size"
+        )
     return options
 
 
@@ -122,7 +133,7 @@ def _price(text: str | None) -> tuple[float, str] | None:
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([A-Za-z]{3})?", text.strip())
-    if found is None or float(found.group(1)) == 0:
+    if found is None or not 0 < float(found.group(1)) < math.inf:
         raise UsageError(f"--price={text} should be what a chip costs an hour, with its currency, such as 4.20USD")
     if not found.group(2):
         raise UsageError(f"--price={text} has no currency; write --price={text.strip()}USD, or another's three letters")
@@ -135,7 +146,7 @@ def _planned(
     from t5x_like.parallel import mesh as meshes
     from t5x_like.planner import topology as topologies
     from t5x_like.planner.compile import DoesNotFit, compile_program
-    from t5x_like.planner.report import Place, Plan
+    from t5x_like.planner.report import Place, Plan, Refused
     from t5x_like.planner.time.cost import cost
     from t5x_like.runs import planned
     from t5x_like.runs import program as programs
@@ -148,12 +159,16 @@ def _planned(
     topology = topologies.topology(options.topology, slices=slices)
     mesh = meshes.make(mesh_config, topology.devices)
     place = Place(topology.name, topology.slices, topology.chips, dict(mesh.shape), topology.hbm_bytes)
-    if program != "decode":
-        place = dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
-    if program == "decode":
-        step, step_arguments = programs.decode_program(experiment, mesh, rows=options.rows, length=options.length)
-        work = planned.decode_work(experiment, rows=options.rows, length=options.length)
+    if program in OF_TEXTS:
+        build, work_of = {
+            "prefill": (programs.prefill_program, planned.prefill_work),
+            "decode": (programs.decode_program, planned.decode_work),
+        }[program]
+        step, step_arguments = build(experiment, mesh, rows=options.rows, length=options.length)
+        work = work_of(experiment, rows=options.rows, length=options.length)
+        facts = [programs.facts_of_texts(experiment, program, rows=options.rows, length=options.length)]
     else:
+        facts, place = [], dataclasses.replace(place, pipeline=programs.schedule(experiment, place.mesh))
         programs.check_mesh(experiment, mesh.shape)
         assumed: dict[str, str] = {}
         built = programs.step_program(experiment, mesh, opened=open_or_assume(experiment.model, assumed))
@@ -177,10 +192,10 @@ def _planned(
         )
     except DoesNotFit as error:
         if error.compiled is None:
-            raise
+            return Refused(program, place, str(error), error.listed)
         compiled, problem = error.compiled, str(error)
     found = cost(compiled.text, place.mesh)
-    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work, price), problem)
+    return Plan(program, place, compiled, found, _estimate(found, mesh, place, work, price), problem, facts)
 
 
 def _estimate(found: Any, mesh: Any, place: Any, work: Any, price: tuple[float, str] | None) -> Any:
@@ -222,6 +237,8 @@ def _kept(options: Any) -> pathlib.Path | None:
 
     if options.cache == "off":
         return None
+    if options.cache and paths.is_remote(options.cache):
+        raise UsageError(f"--cache={options.cache}: compiled programs are kept on a disk; name a folder, or `off`")
     return pathlib.Path(paths.normal(options.cache)) if options.cache else cache.folder()
 
 
@@ -242,17 +259,17 @@ def _iteration(
     from t5x_like.runs import planned, rl_program
 
     rl_program.check_rows(experiment, place.mesh)
-    held = device_bytes((built.layout.state, built.layout.frozen))
+    run_bytes = device_bytes((built.layout.state, built.layout.frozen))
     stages, parts = rl_program.stages(experiment, built), []
     for number, stage in enumerate(stages, start=1):
         named = f"{stage.name}, {number} of {len(stages)}"
-        found, time, problem, beside = None, None, "", held - device_bytes(stage.reads)
+        found, problem, beside = None, "", run_bytes - device_bytes(stage.reads)
         try:
             compiled = compile_program(
                 stage.step,
                 stage.arguments,
                 mesh=built.mesh,
-                options=experiment.runtime.compiler_options.of("tpu"),
+                options=stage.options,
                 kept=kept,
                 anyway=True,
                 stage=functools.partial(_waiting, named),
@@ -260,9 +277,10 @@ def _iteration(
         except DoesNotFit as error:
             compiled, problem = error.compiled, str(error)
         if compiled is not None:
-            found = (compiled, cost(compiled.text, place.mesh))
-            time = _estimate(found[1], built.mesh, place, planned.stage_work(experiment, built, stage), price)
-        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem, time))
+            walked = cost(compiled.text, place.mesh)
+            work = planned.stage_work(experiment, built, stage)
+            found = (compiled, walked, _estimate(walked, built.mesh, place, work, price))
+        parts.append(Part(stage.name, stage.does, stage.times, beside, found, problem))
     facts = [f"{name}: {fact}" for name, fact in rl_program.facts(experiment).items()]
     facts += [f"role {name}: {source} is not there, planned like config.model" for name, source in assumed.items()]
     return Iteration("rl", place, facts, parts, planned.iterations(experiment))

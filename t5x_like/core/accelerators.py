@@ -41,6 +41,7 @@ class Generation:
     hbm: GiB of a device that the compiler gives to programs, as it says when one is too large
     kind: regular expression of jax's device_kind
     peak: dense bf16 FLOP/s of a chip
+    twice_as_fast: numbers of 8 bits ("integers", "floats") that the matrix units multiply at twice the bf16 peak
     cycle_flops: dense bf16 FLOPs of a device in one cycle of the compiler's estimates
     mxu: rows and columns of a matrix unit (MXU): products with smaller dims leave a part of it idle
     hbm_speed: bytes a second between a chip and its memory
@@ -64,6 +65,7 @@ class Generation:
     hbm: float
     kind: str
     peak: float
+    twice_as_fast: tuple[str, ...]
     cycle_flops: int
     mxu: int
     hbm_speed: float
@@ -94,6 +96,7 @@ GENERATIONS = {
         hbm=30.75,
         kind=r"TPU v4",
         peak=275e12,
+        twice_as_fast=(),
         cycle_flops=262_144,
         mxu=128,
         hbm_speed=1228e9,
@@ -117,6 +120,7 @@ GENERATIONS = {
         hbm=15.75,
         kind=r"TPU v5 lite|TPU v5e",
         peak=197e12,
+        twice_as_fast=("integers",),
         cycle_flops=131_072,
         mxu=128,
         hbm_speed=819e9,
@@ -137,9 +141,10 @@ GENERATIONS = {
         chip="megacore",
         largest=8960,
         sorted=True,
-        hbm=95.73,
+        hbm=95.74,
         kind=r"TPU v5p?",
         peak=459e12,
+        twice_as_fast=("integers",),
         cycle_flops=262_144,
         mxu=128,
         hbm_speed=2765e9,
@@ -163,6 +168,7 @@ GENERATIONS = {
         hbm=31.24,
         kind=r"TPU v6 lite|TPU v6e",
         peak=918e12,
+        twice_as_fast=("integers",),
         cycle_flops=524_288,
         mxu=256,
         hbm_speed=1638e9,
@@ -186,6 +192,7 @@ GENERATIONS = {
         hbm=94.74,
         kind=r"TPU7x",
         peak=2307e12,
+        twice_as_fast=("floats",),
         cycle_flops=524_288,
         mxu=256,
         hbm_speed=7380e9,

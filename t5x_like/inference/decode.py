@@ -49,6 +49,21 @@ def prefill(
     return logits(*model.score_input(params, last))[:, 0], output.cache
 
 
+def read_prompts(
+    model: Model,
+    params: Tree,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, " B"],
+    source: Mapping[str, Array],
+    *,
+    length: int,
+) -> tuple[Float[Array, "B V"], Any]:
+    """What decoding begins with: float32 logits after each prompt, and a cache of `length` tokens a row that holds it.
+    source: what an encoder reads, {} without one."""
+    cache = model.start(params, source, rows=len(tokens_BT), length=length)
+    return prefill(model, params, cache, tokens_BT, lengths_B)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Continued:
@@ -84,8 +99,7 @@ def continue_rows(
     temperature; top-k and top-p do not enter it.
     """
     rows, length = len(keys_R), tokens_BT.shape[1]
-    cache = model.start(params, source, rows=len(tokens_BT), length=length + steps)
-    logits_BV, cache = prefill(model, params, cache, tokens_BT, lengths_B)
+    logits_BV, cache = read_prompts(model, params, tokens_BT, lengths_B, source, length=length + steps)
     if samples > 1:
         cache = {name: part.repeated(samples) for name, part in cache.items()}
         logits_BV, lengths_B = (jnp.repeat(x, samples, axis=0) for x in (logits_BV, lengths_B))

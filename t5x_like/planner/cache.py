@@ -11,13 +11,18 @@ import json
 import os
 import pathlib
 import tempfile
+import time
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from t5x_like.planner.topology import compiler_version
+
 # More than this is thrown away, the longest unread first.
 BYTES = 4 * 2**30
 _FORM = 1  # of the files; part of every key
+_OF_OTHERS = ("--xla_cpu_", "--xla_gpu_", "--xla_force_host_platform_")  # flags of XLA that a TPU's compiler ignores
+_ABANDONED = 86400  # s after which a file that was being written is taken to be that of a process that died
 
 
 def folder() -> pathlib.Path:
@@ -33,8 +38,9 @@ def key(program: str, *, devices: Iterable[Any], options: Mapping[str, Any]) -> 
     """
     devices = list(devices)
     places = [(d.device_kind, getattr(d, "slice_index", 0), tuple(d.coords), d.core_on_chip) for d in devices]
-    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
+    versions = [importlib.metadata.version("jax"), compiler_version()]
     versions.append(os.environ.get("LIBTPU_INIT_ARGS", ""))  # more options
+    versions += [flag for flag in sorted(os.environ.get("XLA_FLAGS", "").split()) if not flag.startswith(_OF_OTHERS)]
     parts = (_FORM, versions, sorted(options.items()), places, program)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -68,4 +74,7 @@ def _prune(where: pathlib.Path) -> None:
     for path in files:
         held += path.stat().st_size
         if held > BYTES:
+            path.unlink(missing_ok=True)
+    for path in where.glob("*.tmp"):
+        if time.time() - path.stat().st_mtime > _ABANDONED:
             path.unlink(missing_ok=True)

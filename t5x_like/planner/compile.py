@@ -105,7 +105,7 @@ def compile_program(
         if kept:
             name = cache.key(lowered.as_text(debug_info=True), devices=mesh.devices.flat, options=options or {})
         known = cache.read(kept, name) if kept else None
-        if known is None or (anyway and known["error"] and not known["text"]):
+        if known is None or (anyway and known["error"] and not known["text"] and not known.get("looked")):
             known = _asked(lowered, stage, anyway=anyway)
             if kept:
                 cache.write(kept, name, known)
@@ -129,11 +129,12 @@ def _compiled(known: Mapping[str, Any], lower_seconds: float) -> Compiled:
 
 def _needed(peak_bytes: int | None, held: Held) -> int | None:
     """The compiler's peak without the vector memory, which it counts, and with all arguments, which it does not count
-    once they are read for the last time (when it refuses, it does): what we read, if this explains the rest."""
+    once they are read for the last time (when it refuses, it does): what we read, if these two explain the rest, to 1%.
+    Else the compiler's own."""
     if held is memory.NOTHING or peak_bytes is None:
         return held.peak_bytes or peak_bytes
-    more, less = held.vector_bytes + 0.01 * peak_bytes, held.arguments_bytes - held.aliased_bytes + 0.01 * peak_bytes
-    return held.peak_bytes if -less <= peak_bytes - held.peak_bytes <= more else peak_bytes
+    least, most = held.read_peak_bytes - 0.01 * peak_bytes, held.peak_bytes + held.vector_bytes + 0.01 * peak_bytes
+    return held.peak_bytes if least <= peak_bytes <= most else peak_bytes
 
 
 def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManager], *, anyway: bool) -> dict[str, Any]:
@@ -152,6 +153,7 @@ def _asked(lowered: Any, stage: Callable[[str], contextlib.AbstractContextManage
         with stage("looking at what is large in"):
             text = _refused(lowered)
         sizes = _of_text(text) if text else None
+        refused["looked"] = True  # so that nobody does it again
         return refused | ({} if sizes is None else {"text": text, "memory": sizes})
     stats = compiled.memory_analysis()
     sizes = Memory(

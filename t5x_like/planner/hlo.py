@@ -18,6 +18,9 @@ _CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_c
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_NO_ESTIMATE = 2**62  # the largest number there is stands where the compiler has none (gathers of the sparse core)
 _ELEMENT = re.compile(r"%(([\w.\-]+)#(\d+))(?![\w#])")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
@@ -36,6 +39,19 @@ class Instruction:
     def operands(self) -> tuple[str, ...]:
         """Names of the operands, in order."""
         return tuple(part.split()[-1].lstrip("%") for part in split(_COMMENT.sub("", self.argument)) if part.strip())
+
+    @functools.cached_property
+    def source(self) -> str:
+        """The name that jax gave the operation, such as jit(step)/mlp/mul; "" where it has none."""
+        found = _OP_NAME.search(self.attributes)
+        return found.group(1).replace("\\'", "'") if found else ""
+
+    @functools.cached_property
+    def cycles(self) -> int | None:
+        """The compiler's estimate of one execution on the TensorCore; None where it has none."""
+        found = _CYCLES.search(self.attributes)
+        cycles = int(found.group(1)) if found else _NO_ESTIMATE
+        return cycles if cycles < _NO_ESTIMATE else None
 
     def called(self, *kinds: str) -> tuple[str, ...]:
         """Names of the computations it refers to as `kinds` (such as "calls", "body")."""

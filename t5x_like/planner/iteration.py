@@ -24,16 +24,16 @@ from t5x_like.planner.time.estimate import Estimate, IterationTime
 class Part:
     """One program of an iteration. times: executions; beside_bytes: held meanwhile, and not among its arguments.
 
-    found: what the compiler made of it, None where memory is too small for it, as `problem` then says.
+    found: what the compiler made of it, and how long that should take; None where memory is too small for it, as
+    `problem` then says.
     """
 
     name: str
     does: str
     times: int
     beside_bytes: int
-    found: tuple[Compiled, Cost] | None
+    found: tuple[Compiled, Cost, Estimate] | None
     problem: str
-    time: Estimate | None = None
 
     @property
     def bytes(self) -> int | None:
@@ -44,8 +44,9 @@ class Part:
         return not self.trouble(place)
 
     def trouble(self, place: Place) -> str:
-        """Why it cannot run, also where it is too large only with what is held beside it; "" where it can."""
-        if self.problem or (self.bytes is not None and self.bytes <= place.hbm_bytes):
+        """Why it cannot run, also where it is too large only with what is held beside it; "" where it can. Of a program
+        alone it is the compiler that decides."""
+        if self.problem or not self.beside_bytes or (self.bytes is not None and self.bytes <= place.hbm_bytes):
             return self.problem
         return report_memory.fit(self.bytes or 0, place.hbm_bytes)
 
@@ -80,12 +81,10 @@ class Iteration:
 
     @property
     def time(self) -> IterationTime | None:
-        """None where a program has no estimate, or the iteration cannot run."""
-        if self.problems:
+        """None where the iteration cannot run."""
+        if self.problems or not self.parts:
             return None
-        parts = {part.name: (part.times, part.time) for part in self.parts if part.time is not None}
-        if len(parts) < len(self.parts) or not parts:
-            return None
+        parts = {part.name: (part.times, part.found[2]) for part in self.parts if part.found is not None}
         return IterationTime(parts, self.executions)
 
     @property
@@ -119,7 +118,7 @@ def _part_json(part: Part, place: Place) -> dict[str, Any]:
     head = {"program": part.name, "times": part.times, "fits": part.fits(place), "problem": part.trouble(place)}
     if part.found is None:
         return head
-    return head | {"beside_bytes": part.beside_bytes} | report.program_json(*part.found, part.time)
+    return head | {"beside_bytes": part.beside_bytes} | report.program_json(*part.found)
 
 
 def to_text(iteration: Iteration, *, details: bool = False) -> str:
@@ -137,10 +136,10 @@ def to_text(iteration: Iteration, *, details: bool = False) -> str:
         if part.problem:
             lines.append(part.problem)
         if part.found is not None:
-            compiled, cost = part.found
-            beside = part.beside_bytes
+            compiled, cost, time = part.found
+            trouble, beside = part.trouble(iteration.place), part.beside_bytes
             lines += report.program_lines(
-                compiled, cost, iteration.place, details=details, beside_bytes=beside, estimate=part.time
+                compiled, cost, iteration.place, time, details=details, problem=trouble, beside_bytes=beside
             )
     return "\n".join(line.rstrip() for line in [*lines, "", *_sums(iteration)])
 

@@ -75,7 +75,8 @@ def _program(content: Mapping[str, Any], hbm_bytes: int) -> list[str]:
     parts = _estimate(content.get("estimate"))
     parts += _regions(content)
     if content.get("memory"):
-        parts += _memory(content["memory"], hbm_bytes, content.get("beside_bytes"))
+        parts += _memory(content["memory"], hbm_bytes, content.get("beside_bytes"), content.get("fits"))
+    parts += _largest(content.get("largest", ()))  # of a refusal of which nothing else is known
     parts += _kernels(content.get("kernels", ()))
     parts += _collectives(content.get("collectives", ()))
     return parts + _missing(content)
@@ -164,11 +165,15 @@ def _bar(amounts: Sequence[tuple[str, float]], said: Any) -> list[str]:
 # Memory.
 
 
-def _memory(memory: Mapping[str, Any], hbm_bytes: int, beside_bytes: int | None = None) -> list[str]:
-    """beside_bytes: what a device holds meanwhile and the program does not read."""
+def _memory(memory: Mapping[str, Any], hbm_bytes: int, beside_bytes: int | None, fits: bool | None) -> list[str]:
+    """beside_bytes: what a device holds meanwhile and the program does not read; fits: the compiler's word, whose
+    measure is up to 1% from ours, None where a plan has none."""
     total = memory["total_bytes"] + (beside_bytes or 0)
     left = hbm_bytes - total
-    verdict = f"fits, {format_bytes(left)} are free" if left >= 0 else f"does not fit, by {format_bytes(-left)}"
+    if fits is None:
+        fits = left >= 0
+    by = f"by {format_bytes(-left)}" if left < 0 else "by the compiler"
+    verdict = f"fits, {format_bytes(max(left, 0))} are free" if fits else f"does not fit, {by}"
     parts = [f"<h2>Memory</h2><p>{format_bytes(total)} of {format_bytes(hbm_bytes)} HBM at the peak: {verdict}.</p>"]
     if beside_bytes:
         parts.append(
@@ -182,23 +187,22 @@ def _memory(memory: Mapping[str, Any], hbm_bytes: int, beside_bytes: int | None 
     rows.sort(key=lambda row: -memory["parts"][row[0]])
     if rows:
         parts += ["<h2>What it is made of, at the peak</h2>", _table(("part", "bytes"), rows)]
-    largest = memory.get("largest") or ()
-    if largest:
-        rows = [
-            (
-                format_bytes(item["bytes"]),
-                item["shape"],
-                item["part"],
-                f"{item['region']} {item['pass']}".strip(),
-                item["operation"],
-            )
-            for item in largest
-        ]
-        parts += [
-            "<h2>Largest buffers</h2>",
-            _table(("bytes", "shape", "part", "made in", "operation"), rows, code=(1, 4), right=(0,)),
-        ]
-    return parts
+    return parts + _largest(memory.get("largest") or ())
+
+
+def _largest(buffers: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        (
+            format_bytes(item["bytes"]),
+            item["shape"],
+            item["part"],
+            f"{item['region']} {item['pass']}".strip(),
+            item["operation"],
+        )
+        for item in buffers
+    ]
+    header = ("bytes", "shape", "part", "made in", "operation")
+    return ["<h2>Largest buffers</h2>", _table(header, rows, code=(1, 4), right=(0,))] if rows else []
 
 
 def _timeline(moments: Sequence[Mapping[str, Any]], hbm_bytes: int) -> list[str]:

@@ -13,10 +13,12 @@ from t5x_like.core.terminal import format_bytes
 from t5x_like.parallel.pipeline import Schedule
 from t5x_like.planner.compile import Compiled
 from t5x_like.planner.memory import report as report_memory
+from t5x_like.planner.memory.peak import Large
 from t5x_like.planner.time import collectives
 from t5x_like.planner.time import report as report_time
 from t5x_like.planner.time.cost import Cost
 from t5x_like.planner.time.estimate import Estimate
+from t5x_like.planner.topology import compiler_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +36,53 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a compiled program. `program` is "train" or "decode"; problem: why it cannot run, or ""."""
+    """What is known of a compiled program, "train", "prefill" or "decode".
+
+    problem: why it cannot run, or ""; facts: what it is of, for the head of the table.
+    """
 
     program: str
     place: Place
     compiled: Compiled
     cost: Cost
-    estimate: Estimate | None = None
+    estimate: Estimate
     problem: str = ""
+    facts: Sequence[str] = ()
 
     @property
     def problems(self) -> list[str]:
         return [self.problem] if self.problem else []
 
 
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A program that the compiler refuses for its size, and leaves no text of. largest: buffers, as far as it says."""
+
+    program: str
+    place: Place
+    problem: str
+    largest: Sequence[Large]
+
+    @property
+    def problems(self) -> list[str]:
+        return [self.problem]
+
+
+def refused_json(refused: Refused) -> dict[str, Any]:
+    """The content of `plan --json` where nothing else is known."""
+    head = {"program": refused.program, **place_json(refused.place), "fits": False, "problem": refused.problem}
+    return head | {"largest": report_memory.buffers_json(refused.largest), "versions": versions()}
+
+
+def refused_text(refused: Refused) -> str:
+    lines = [f"{refused.program} step on {where(refused.place)}", *report_memory.buffer_lines(refused.largest)]
+    return "\n".join([*lines, "nothing else is known: the compiler left no text of the program that it refused"])
+
+
 def to_json(plan: Plan) -> dict[str, Any]:
     """The content of `plan --json`. Later versions add keys."""
     head = {"program": plan.program, **place_json(plan.place)}
-    head |= {"fits": not plan.problem, "problem": plan.problem}
+    head |= {"fits": not plan.problem, "problem": plan.problem, "facts": list(plan.facts)}
     return head | program_json(plan.compiled, plan.cost, plan.estimate) | {"versions": versions()}
 
 
@@ -72,24 +103,22 @@ def notes(place: Place) -> list[str]:
     return []
 
 
-def program_json(compiled: Compiled, cost: Cost, estimate: Estimate | None = None) -> dict[str, Any]:
-    content = {
+def program_json(compiled: Compiled, cost: Cost, estimate: Estimate) -> dict[str, Any]:
+    return {
         "memory": report_memory.to_json(compiled.memory, compiled.held),
         "cycles": cost.cycles,
-        "collectives": [dataclasses.asdict(total) for total in collectives.totals(cost.collectives)],
-        "collective_instructions": [dataclasses.asdict(item) for item in cost.collectives],
-        "kernels": [dataclasses.asdict(kernel) for kernel in cost.kernels],
+        **report_time.to_json(estimate),
         "without_estimate": cost.without_estimate,
         "unknown_loops": list(cost.unknown_loops),
         "limited_loops": [dataclasses.asdict(loop) for loop in cost.limited_loops],
         "lower_seconds": round(compiled.lower_seconds, 1),
         "compile_seconds": round(compiled.compile_seconds, 1),
     }
-    return content if estimate is None else content | report_time.to_json(estimate)
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    return found | {"libtpu": compiler_version()}
 
 
 def to_text(plan: Plan, *, details: bool = False) -> str:
@@ -98,8 +127,9 @@ def to_text(plan: Plan, *, details: bool = False) -> str:
         f"{plan.program} step on {where(plan.place)}",
         f"{labelled(plan.compiled.compile_seconds)}, for one device and one step; nothing was run.",
         *notes(plan.place),
+        *plan.facts,
         "",
-        *program_lines(plan.compiled, plan.cost, plan.place, details=details, estimate=plan.estimate),
+        *program_lines(plan.compiled, plan.cost, plan.place, plan.estimate, details=details, problem=plan.problem),
     ]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -113,29 +143,33 @@ def where(place: Place) -> str:
 
 def labelled(seconds: float) -> str:
     """What the figures are, by whom; seconds: of compiling."""
-    return f"Estimates of the TPU compiler (libtpu {importlib.metadata.version('libtpu')}, {seconds:.0f} s)"
+    return f"Estimates of the TPU compiler (libtpu {compiler_version()}, {seconds:.0f} s)"
 
 
 def program_lines(
     compiled: Compiled,
     cost: Cost,
     place: Place,
+    estimate: Estimate,
     *,
     details: bool,
+    problem: str = "",
     beside_bytes: int | None = None,
-    estimate: Estimate | None = None,
 ) -> list[str]:
-    """Memory, time, cycles and collectives of one program. beside_bytes: what a device holds meanwhile besides."""
+    """Memory, time, cycles and collectives of one program. problem: why it cannot run, "" where it can; beside_bytes:
+    what a device holds meanwhile besides."""
+    verdict = report_memory.verdict(compiled.memory.total_bytes + (beside_bytes or 0), place.hbm_bytes, problem)
     return [
-        *report_memory.lines(compiled.memory, compiled.held, hbm_bytes=place.hbm_bytes, beside_bytes=beside_bytes),
+        *report_memory.lines(compiled.memory, compiled.held, verdict, beside_bytes=beside_bytes),
         "",
-        *([] if estimate is None else [*report_time.lines(estimate), ""]),
-        f"cycles         {cost.cycles:.4g}, without collectives and the kernels below",
-        *(_kernel_lines(cost) if estimate is None else report_time.kernel_lines(estimate)),
+        *report_time.lines(estimate),
+        "",
+        *report_time.cycle_lines(estimate),
+        *report_time.kernel_lines(estimate),
         *_caveats(cost),
         "",
-        *(collective_lines(cost.collectives) if estimate is None else report_time.collective_lines(estimate)),
-        *(_detail_lines(cost, estimate) if details else []),
+        *report_time.collective_lines(estimate),
+        *(report_time.detail_lines(estimate) if details else []),
     ]
 
 
@@ -152,10 +186,6 @@ def _caveats(cost: Cost) -> list[str]:
     return lines
 
 
-def _kernel_lines(cost: Cost) -> list[str]:
-    return [f"  kernel       {kernel.name} x {kernel.count}" for kernel in cost.kernels]
-
-
 _HEADER = {"kind": "collectives", "axes": "axes", "network": "over"}
 _HEADER |= {"group": "devices", "count": "count", "bytes": "bytes"}
 
@@ -163,28 +193,17 @@ _HEADER |= {"group": "devices", "count": "count", "bytes": "bytes"}
 def collective_lines(items: Sequence[collectives.Collective]) -> list[str]:
     if not items:
         return ["collectives    none"]
-    return table([_HEADER, *(_row(total, total.bytes) for total in collectives.totals(items))])
+    return table([_HEADER, *map(_row, collectives.totals(items))])
 
 
-def _detail_lines(cost: Cost, estimate: Estimate | None) -> list[str]:
-    """Every collective instruction by itself; with times, where these are known."""
-    if estimate is not None:
-        return report_time.detail_lines(estimate)
-    items = cost.collectives
-    header = _HEADER | {"kind": "each instruction", "bytes": "bytes each", "source": "from"}
-    largest = sorted(items, key=lambda item: -item.count * item.bytes_each)
-    rows = [header, *({**_row(item, item.bytes_each), "source": item.source} for item in largest)]
-    return ["", *table(rows)] if items else []
-
-
-def _row(item: collectives.Total | collectives.Collective, size: int) -> dict[str, str]:
+def _row(item: collectives.Total) -> dict[str, str]:
     return {
         "kind": f"  {item.kind}",
         "axes": " x ".join(item.axes) or "none",
         "network": item.network.upper(),
         "group": str(item.group_size),
         "count": str(item.count),
-        "bytes": f"{format_bytes(size)} {size:,}",
+        "bytes": f"{format_bytes(item.bytes)} {item.bytes:,}",
     }
 
 

@@ -5,6 +5,8 @@ The compiler is in `libtpu` from PyPI, which runs on any Linux x86-64 machine. N
 """
 
 import dataclasses
+import functools
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -57,6 +59,17 @@ def topology(name: str, *, slices: int = 1) -> Topology:
         raise UserError(f"--topology={name}: libtpu refuses it: {' '.join(str(error).split())[:300]}") from None
     hbm_bytes = int(asked.row.hbm * 2**30)
     return Topology(asked.spelled, slices, slices * asked.chips, tuple(description.devices), hbm_bytes)
+
+
+@functools.cache
+def compiler_version() -> str:
+    """Of libtpu, which a nightly build calls by another name."""
+    for name in ("libtpu", "libtpu-nightly"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 def _find_compiler() -> None:

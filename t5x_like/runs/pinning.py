@@ -1,7 +1,6 @@
 """Writes what a search found as a config file beside its own: the base config with some fields set."""
 
 import datetime
-import importlib.metadata
 import json
 import keyword
 import pathlib
@@ -16,7 +15,7 @@ from t5x_like.core import accelerators
 from t5x_like.core.errors import UserError
 from t5x_like.core.terminal import format_bytes
 from t5x_like.planner.search.index import Entry
-from t5x_like.planner.topology import Topology
+from t5x_like.planner.topology import Topology, compiler_version
 from t5x_like.runs.arguments import call_function, config_file, load_config
 from t5x_like.storage import paths
 
@@ -78,7 +77,7 @@ def _text(
     topology, slices = place.name, f" --slices={place.slices}" if place.slices > 1 else ""
     items = json.dumps({"topology": topology} | ({"slices": place.slices} if slices else {}))
     launch = f"base.get_launch() | {items}" if launches else items
-    memory, version = format_bytes(verdict.bytes), importlib.metadata.version("libtpu")
+    memory, version = format_bytes(verdict.bytes), compiler_version()
     called = f"base.get_config({', '.join(map(repr, given))})"
     return f'''"""{base.name} for {topology}, as `t5x_like plan --search` chose it on {datetime.date.today()}.
 

@@ -13,7 +13,7 @@ from t5x_like.planner.time.estimate import Work
 from t5x_like.runs import rl_program, train
 from t5x_like.runs.arguments import section
 from t5x_like.runs.functions import named_functions
-from t5x_like.runs.program import Program
+from t5x_like.runs.program import Program, prompt_length
 from t5x_like.runs.rl_program import RlExperiment
 from t5x_like.runs.train import Experiment
 
@@ -64,6 +64,20 @@ def decode_work(experiment: Experiment, *, rows: int, length: int) -> Work:
     """Of one more token for each of `rows` texts, whose cache of `length` is full."""
     needed = rows * flops.of_new_token(experiment.model, length=length, source_length=experiment.data.encoder_length)
     return Work(tokens=rows, model_flops=needed, full_flops=needed)
+
+
+def prefill_work(experiment: Experiment, *, rows: int, length: int) -> Work:
+    """Of reading `rows` prompts of `length` tokens, of an encoder-decoder its sources and start tokens: forward alone,
+    and logits of the last token of each."""
+    source = experiment.data.encoder_length
+    read = prompt_length(experiment, length)
+    each = flops.per_token(experiment.model, length=read, source_length=source)
+
+    def needed(attention: float) -> float:
+        return rows * (read * (each.weights + attention) + each.head)
+
+    tokens = rows * (read + source)
+    return Work(tokens, needed(each.attention), needed(each.full_attention))
 
 
 def stage_work(experiment: Any, program: Program, stage: rl_program.Stage) -> Work:

@@ -15,8 +15,9 @@ from jax.sharding import AbstractMesh, Mesh
 from t5x_like.core import tree
 from t5x_like.core.dtypes import INT8
 from t5x_like.core.errors import UsageError
+from t5x_like.core.types import ArraySpec
 from t5x_like.data import reference_logp
-from t5x_like.inference.decode import decode_step
+from t5x_like.inference.decode import decode_step, read_prompts
 from t5x_like.layers import remat as remats
 from t5x_like.layers.stack import stretch
 from t5x_like.models.model import Model
@@ -118,11 +119,30 @@ def _policy(experiment: Experiment, model: Model) -> tuple[dict[str, Role], dict
     return {POLICY: policy(model, adapter.attach), BASE: frozen_role(model, BASE)}, trainable, frozen
 
 
-def decode_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: int) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step that adds one token to each row, and its abstract arguments. The cache is donated."""
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """The model of a run as it decodes, with the abstract arguments that its programs share."""
+
+    model: Model
+    params: Any
+    cache: Any
+    row: jax.ShapeDtypeStruct  # one number a row
+    out_shardings: tuple[Any, ...]  # of (logits, cache)
+    options: Any  # of the compiler
+
+
+def _decoding(experiment: Experiment, mesh: Mesh, *, rows: int, length: int) -> _Decoding:
+    """UsageError where the rows do not lie on the mesh, or the model reads no texts of this length."""
     platform = meshes.platform(mesh)
     model = build_model(experiment.model, rules=experiment.mesh.rules, platform=platform)
-    source_length = experiment.data.encoder_length
+    if length > model.config.max_length:
+        raise UsageError(
+            f"--length={length} is longer than the texts of this model, config.model.max_length="
+            f"{model.config.max_length}; give fewer, or a larger max_length"
+        )
+    shards = math.prod(mesh.shape[axis] for axis in model.rules.mesh_axes("batch"))
+    if rows % shards:
+        raise UsageError(f"--rows={rows} is not divisible by the {shards} data shards; use {multiples(rows, shards)}")
 
     def abstract(specs: Any) -> Any:
         return jax.tree.map(
@@ -132,15 +152,61 @@ def decode_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: int
             specs,
         )
 
-    cache = abstract(model.cache_specs(rows, length, source_length))
+    cache = abstract(model.cache_specs(rows, length, experiment.data.encoder_length))
     row = jax.ShapeDtypeStruct((rows,), "int32", sharding=named(mesh, model.rules, ("batch",), (rows,)))
+    outputs = (None, jax.tree.map(lambda leaf: leaf.sharding, cache))
+    options = experiment.runtime.compiler_options.of(platform)
+    return _Decoding(model, abstract(model.specs()), cache, row, outputs, options)
+
+
+def decode_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: int) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted step that adds one token to each row, and its abstract arguments. The cache is donated."""
+    given = _decoding(experiment, mesh, rows=rows, length=length)
     step = jax.jit(
-        functools.partial(decode_step, model),
+        functools.partial(decode_step, given.model),
         donate_argnums=1,
-        out_shardings=(None, jax.tree.map(lambda leaf: leaf.sharding, cache)),
-        compiler_options=experiment.runtime.compiler_options.of(platform),
+        out_shardings=given.out_shardings,
+        compiler_options=given.options,
     )
-    return step, (abstract(model.specs()), cache, row, row)
+    return step, (given.params, given.cache, given.row, given.row)
+
+
+def prefill_program(experiment: Experiment, mesh: Mesh, *, rows: int, length: int) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted program that reads prompts into a cache of `length` tokens a row, and its abstract arguments.
+
+    A decoder's prompts fill the cache. An encoder-decoder reads sources of config.data.encoder_length, of which the
+    cache keeps the keys and values of cross-attention, and the decoder's start token (`prompt_length`).
+    """
+    given = _decoding(experiment, mesh, rows=rows, length=length)
+    inputs = {"prompts": prompt_length(experiment, length)}
+    if "encoder_inputs" in given.model.inputs:
+        inputs |= dict.fromkeys(("encoder_inputs", "encoder_segment_ids"), experiment.data.encoder_length)
+    batch = abstract_batch(
+        mesh,
+        given.model.rules,
+        {n: ArraySpec((rows, size), "int32", ("batch", "length")) for n, size in inputs.items()},
+    )
+    step = jax.jit(
+        functools.partial(read_prompts, given.model, length=length),
+        out_shardings=given.out_shardings,
+        compiler_options=given.options,
+    )
+    return step, (given.params, batch.pop("prompts"), given.row, batch)
+
+
+def facts_of_texts(experiment: Experiment, program: str, *, rows: int, length: int) -> str:
+    """What a "prefill" or a "decode" of these texts is, in a line."""
+    source = experiment.data.encoder_length
+    behind = f", behind sources of {source} tokens" if source else ""
+    if program == "decode":
+        return f"one more token of {rows} texts with a cache of {length} tokens each{behind}"
+    read = f"{rows} sources of {source} tokens, and a start token behind each" if source else f"{rows} prompts"
+    return f"{read}, into a cache of {length} tokens a text"
+
+
+def prompt_length(experiment: Experiment, length: int) -> int:
+    """Tokens that the decoder reads of each prompt before the first new one, where texts have `length` tokens."""
+    return 1 if experiment.data.encoder_length else length
 
 
 def initialize(

@@ -180,7 +180,8 @@ def _gathered(program: Program) -> Role:
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One program of an iteration with its abstract arguments. times: executions in an iteration; reads: what it reads
-    of the state and the frozen parameters of the run, all of which a device holds meanwhile."""
+    of the state and the frozen parameters of the run, all of which a device holds meanwhile; options: of the compiler,
+    with which `step` is jitted."""
 
     name: str
     does: str
@@ -188,6 +189,7 @@ class Stage:
     step: Any
     arguments: tuple[Any, ...]
     reads: Any
+    options: Mapping[str, Any]
 
 
 def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
@@ -197,10 +199,11 @@ def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
     rows = f"{answers} rows" if rl.answers_per_row == 1 else f"{experiment.rows} rows of {rl.answers_per_row} answers"
     made = rl_programs(experiment, program, end_ids=tuple(range(len(rl.end_tokens))))
     params, frozen = layout.state["params"], layout.frozen
+    options = experiment.runtime.compiler_options.of(meshes.platform(program.mesh))
     policy, batches, sample = (params, frozen["base"]), -(-rl.answers // answers), made.sample
 
     def scores(name: str, does: str, step: Any, batch: Any, reads: Any) -> list[Stage]:
-        return [] if step is None else [Stage(name, does, batches, step, (params, frozen, batch), reads)]
+        return [] if step is None else [Stage(name, does, batches, step, (params, frozen, batch), reads, options)]
 
     prompts = sample.shape.rows // sample.shape.samples
     drawn = (
@@ -211,11 +214,11 @@ def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
     which = "base" if named(experiment.objective).reference == "base" else REFERENCE
     update, trained = (layout.state, frozen, program.batch), (layout.state, frozen["base"])
     return (
-        Stage("rollout", drawn, rl.answers // sample.shape.rows, sample.run, arguments, policy),
+        Stage("rollout", drawn, rl.answers // sample.shape.rows, sample.run, arguments, policy, {}),
         *scores("reward", f"the reward model on {answers} texts", made.reward, made.judged, frozen.get(REWARD)),
         *scores("score", f"the policy on {rows}", score, made.scored, policy),
         *scores("reference", f"the reference on {rows}", made.reference, made.scored, frozen.get(which)),
-        Stage("update", f"a train step on {rows}", updates(experiment), program.step, update, trained),
+        Stage("update", f"a train step on {rows}", updates(experiment), program.step, update, trained, options),
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from t5x_like.core import accelerators
+from t5x_like.planner.time import regions
 from t5x_like.planner.time.network import Fabric
 
 
@@ -20,6 +21,11 @@ def cycles(count):
 
 def named(source):
     return f'metadata={{op_name="{source}"}}'
+
+
+def by_region(schedule):
+    """Cycles of each (region, pass) of a program, largest first."""
+    return regions.sums((regions.classify(op.source), op.cycles * times) for op, times in schedule.each())
 
 
 def fabric(name, mesh, *, slices=1):

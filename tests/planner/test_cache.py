@@ -1,6 +1,7 @@
 """Programs that were compiled before are found again, and nothing else is."""
 
 import os
+import time
 import types
 
 import jax
@@ -35,6 +36,11 @@ def test_what_decides_what_a_compiler_says_is_in_the_name(monkeypatch):
     ]
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_x=1")
     assert len({first, *others, name()}) == 7
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_x=1")
+    assert name() == first
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_x=1 --xla_some_pass=false")
+    assert name() not in {first, *others}
 
 
 @pytest.mark.parametrize("damage", [b"", b"no gzip", None])
@@ -61,6 +67,29 @@ def test_the_longest_unread_goes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "BYTES", 3 * (tmp_path / "a.json.gz").stat().st_size)
     cache.write(tmp_path, "d", CONTENT)
     assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["a", "c", "d"]
+
+
+def test_what_a_process_that_died_was_writing_goes_after_a_day(tmp_path):
+    for name, age in (("old", 2 * 86400), ("new", 60)):
+        (tmp_path / f"{name}.tmp").write_bytes(b"half")
+        os.utime(tmp_path / f"{name}.tmp", (time.time() - age,) * 2)
+    cache.write(tmp_path, "a", CONTENT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json.gz", "new.tmp"]
+
+
+def test_a_refusal_that_leaves_no_text_is_asked_for_once(compiler, tmp_path, monkeypatch):
+    """A refusal of 160 GB for 16, of which the compiler wrote no text."""
+    mesh = Mesh(topology("v5e:1x1").devices, ("data",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((200_000, 200_000), jnp.float32, sharding=NamedSharding(mesh, P()))
+    asked, looked = [], []
+    ask = compile._asked
+    monkeypatch.setattr(compile, "_asked", lambda *given, **more: asked.append(1) or ask(*given, **more))
+    monkeypatch.setattr(compile, "_refused", lambda lowered: looked.append(1) and "")
+    for anyway, times in ((False, (1, 0)), (True, (2, 1)), (True, (2, 1)), (False, (2, 1))):
+        with pytest.raises(compile.DoesNotFit) as refusal:
+            compile.compile_program(jax.jit(jnp.sin), (x,), mesh=mesh, options={}, kept=tmp_path, anyway=anyway)
+        assert refusal.value.compiled is None
+        assert (len(asked), len(looked)) == times
 
 
 def test_a_program_is_compiled_once(compiler, tmp_path, monkeypatch):

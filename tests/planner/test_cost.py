@@ -97,6 +97,30 @@ def test_a_conditional_counts_its_dearer_branch():
     assert [(item.kind, item.axes) for item in found.collectives] == [("all-reduce", ("fsdp",))]
 
 
+def test_of_a_conditionals_branches_one_with_a_kernel_is_dearer_than_any_cycles():
+    """The compiler gives kernels none, and they are the longest work that there is."""
+    call = '  ROOT %splash.1 = f32[8,128] custom-call(%a), custom_call_target="tpu_custom_call"'
+    branches = computation("kernel", A, call) + computation("fill", A, line("ROOT %y = f32[8,128] copy(%a)", 10))
+    for order in ("%kernel, %fill", "%fill, %kernel"):
+        main = [P, f"  ROOT %c = f32[8,128] conditional(%i, %p, %p), branch_computations={{{order}}}"]
+        found = cost(module("\n".join(main), branches), {"fsdp": 2})
+        assert [kernel.name for kernel in found.kernels] == ["splash"] and found.cycles == 0
+
+
+def test_what_is_sent_and_not_answered_here_is_named():
+    """To the host, or to another slice by a runtime that waits for it elsewhere."""
+    attributes = 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    main = [
+        f"  %sd = (f32[8,128], u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true, {attributes}",
+        "  %x = token[] send-done(%sd), channel_id=2, is_host_transfer=true",
+        "  %rv = (f32[8,128], u32[], token[]) recv(%t), channel_id=3, is_host_transfer=true",
+        "  ROOT %y = (f32[8,128], token[]) recv-done(%rv), channel_id=3, is_host_transfer=true",
+    ]
+    found = cost(module("\n".join([P, *main])), {"slice": 2, "fsdp": 2})
+    assert found.without_estimate == {"send": 1, "recv": 1}
+    assert found.collectives == ()
+
+
 def test_start_and_done_are_one_collective():
     main = [
         P,
@@ -180,6 +204,23 @@ def test_what_another_core_does_costs_this_one_nothing():
     start = '%s = f32[8,128] call-start(%p), async_execution_thread="sparsecore", to_apply=%offloaded'
     found = cost(module(f"{P}\n  {start}\n  %d = f32[8,128] call-done(%s)", called), MESH)
     assert found.cycles == 0
+
+
+def test_what_this_core_does_beside_counts_with_its_kernels_and_products():
+    """A product of [8, 128] x [128, 128], a kernel, and a collective that is in flight meanwhile and counts once."""
+    called = computation(
+        "beside",
+        A,
+        line("%w = f32[128,128] constant({...})"),
+        line("%c = f32[8,128] convolution(%a, %w), dim_labels=bf_io->bf", 50),
+        '  %splash.1 = f32[8,128] custom-call(%c), custom_call_target="tpu_custom_call"',
+        line("ROOT %r = f32[8,128] all-reduce(%splash.1), replica_groups={{0,1},{2,3}}, to_apply=%add"),
+    )
+    main = [P, "  %s = f32[8,128] call-start(%p), to_apply=%beside", "  %d = f32[8,128] call-done(%s)"]
+    found = cost(module("\n".join(main), called), MESH)
+    assert found.cycles == 50 and [kernel.name for kernel in found.kernels] == ["splash"]
+    assert sum(op.flops * times for op, times in found.schedule.each()) == 2 * 8 * 128 * 128
+    assert [(item.kind, item.count) for item in found.collectives] == [("all-reduce", 1)]
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_named():

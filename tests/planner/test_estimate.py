@@ -10,15 +10,16 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_like.core.terminal import format_count
 from t5x_like.planner.compile import compile_program
 from t5x_like.planner.time import estimate as estimates
-from t5x_like.planner.time import kernels, network, regions
+from t5x_like.planner.time import kernels, network
 from t5x_like.planner.time import report as report_time
 from t5x_like.planner.time.cost import cost
 from t5x_like.planner.time.estimate import IterationTime, Price, Work, estimate
 from t5x_like.planner.time.schedule import Op
 from t5x_like.planner.topology import topology
-from tests.planner.programs import cycles, fabric, module, named
+from tests.planner.programs import by_region, cycles, fabric, module, named
 from tests.planner.test_cost import P as PARAMETER
 
 V5P_CYCLES = 1_750_946_045  # of a second
@@ -66,6 +67,13 @@ def test_a_step_is_what_it_computes_its_kernels_and_what_of_collectives_is_expos
     assert (total["bytes"], total["exposed_seconds"]) == (5_400_000_000, pytest.approx(gathered))
     assert sum(item["cycles"] for item in json["regions"]) == V5P_CYCLES
     assert [item["name"] for item in json["operations"]][:2] == ["w", "splash_mha_fwd.1"]
+    (item,) = json["collective_instructions"]
+    assert (item["asynchronous"], item["instructions_between"], item["computing_seconds_between"]) == (False, None, 0)
+    assert item["exposed_seconds"] == pytest.approx(gathered) and item["kind"] == "all-gather"
+    text, table = "\n".join(report_time.lines(time)), "\n".join(report_time.cycle_lines(time))
+    assert f"FLOPs of all devices: {format_count(64 * flops)} are computed (hardware FLOPs)" in text
+    assert table.splitlines()[0].split() == ["cycles", "no", "pass", "together"]
+    assert "1.751e+09 together, without collectives" in table
     details = "\n".join(report_time.detail_lines(time))
     assert "splash_mha_fwd.1" in details
     assert "5.03 GiB 5,400,000,000" in details
@@ -85,6 +93,7 @@ def test_what_follows_from_a_step_of_a_second():
     assert "estimated" in text
     assert "MFU 50.0%, or 60.0% with attention counted in full" in text
     assert "2 hours, 128 chip-hours, 538 USD" in text
+    assert "model FLOPs 14.7P a step, 17.6P with attention counted in full; 0 are computed (hardware FLOPs)" in text
     assert "a million tokens cost 0.075 USD" in text
 
 
@@ -207,7 +216,7 @@ def test_the_parts_of_a_real_program_add_up_and_nothing_costs_less_than_the_peak
     moved = {(f.collective.kind, f.collective.count, f.collective.bytes_each) for f in time.flights if f.collective}
     assert ("all-gather", LAYERS, WIDTH * WIDTH * 2) in moved
     assert 0 <= time.parts["exposed_ici"] <= sum(flight.seconds for flight in time.flights) * (1 + 1e-9)
-    names = {region for region, _ in regions.by_region(found.schedule)}
+    names = {region for region, _ in by_region(found.schedule)}
     assert {"attention", "mlp", "layers", "optimizer"} <= names
 
 

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from t5x_like.planner.time import network
+from t5x_like.planner import hlo
+from t5x_like.planner.time import collectives, network
 from t5x_like.planner.time.collectives import Collective
 from t5x_like.planner.time.network import HOP_SECONDS, LINK_SHARE, spans, trip
 from t5x_like.planner.time.schedule import Copy
-from tests.planner.programs import fabric
+from tests.planner.programs import fabric, module
 
 GB = 10**9
 
@@ -85,6 +86,23 @@ def test_a_group_of_fewer_devices_than_its_axes_hold_has_links_too():
     where = fabric("v5p:4x4x4", {"fsdp": 16, "tensor": 4})
     assert len(where.group(("fsdp", "tensor"), 3)) == 3
     assert seconds(collective("collective-permute", ("fsdp", "tensor"), 3), where)[1] > 0
+
+
+def test_a_group_that_the_compiler_takes_from_its_axes_in_strides_has_the_links_of_its_own_devices():
+    """Every second of 16 in rows of 4: two columns, two links apart, where the first eight would be two whole rows."""
+    groups = "replica_groups={{0,2,4,6,8,10,12,14},{1,3,5,7,9,11,13,15}}"
+    text = module(f"  %p = f32[250000000] parameter(0)\n  ROOT %r = f32[250000000] all-reduce(%p), {groups}")
+    instruction = hlo.parse(text).computations["main"].instructions["r"]
+    found = collectives.read(instruction, ["f32[250000000]"], {"fsdp": 16}, count=1)
+    assert (found.axes, found.group_size, found.devices) == (("fsdp",), 8, (0, 2, 4, 6, 8, 10, 12, 14))
+    where = fabric("v5e:4x4", {"fsdp": 16})
+    strided = trip(found, where).seconds
+    link, sent = 50e9 * LINK_SHARE, 2 * GB * 7 / 8
+    assert strided == pytest.approx(sent / (link * (1 + 1 / 2)) + 2 * (3 + 2) * HOP_SECONDS)
+    together = trip(dataclasses.replace(found, devices=()), where).seconds
+    assert together == pytest.approx(sent / (link * (1 + 1)) + 2 * (3 + 1) * HOP_SECONDS)
+    whole = dataclasses.replace(instruction, attributes="replica_groups=[1,16]<=[16]")
+    assert collectives.read(whole, ["f32[250000000]"], {"fsdp": 16}, count=1).devices == ()
 
 
 def test_two_devices_of_a_chip_share_its_links_and_reach_each_other_for_nothing():

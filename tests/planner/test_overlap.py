@@ -44,6 +44,32 @@ def test_what_is_computed_between_start_and_done_hides_as_much_of_it(work, expos
     assert played([*main, WORK.format("after", cycles(900))], F) == [("all-gather", 100, exposed)]
 
 
+def flown(main, computations=""):
+    """[(instructions between start and done, seconds of computing between them)] of collectives of 100 seconds."""
+    schedule = cost(module("\n".join([P, *main]), computations), MESH).schedule
+    flights = play(schedule, work=lambda op: float(op.cycles), transfer=lambda what: Trip("ici", 100.0, (what,)))
+    return [(flight.between, flight.beside) for flight in flights]
+
+
+def test_start_and_done_are_as_far_apart_as_instructions_stand_between_them():
+    """Waiting is no computing: of two gathers the one that ends later has waited for the other meanwhile."""
+    second = START.replace("%s ", "%s2 "), DONE.replace("%d ", "%d2 ").replace("%s)", "%s2)")
+    work = [WORK.format("one", cycles(20)), WORK.format("two", cycles(10))]
+    assert flown([WORK.format("w", cycles(9)), START, *work, DONE], F) == [(2, 30)]
+    assert flown([START, second[0], *work, DONE, second[1]], F) == [(3, 30), (3, 30)]
+    loop = loop_body("body", f"  %y = f32[8,128] copy(%x), {cycles(15)}") + loop_condition("c.l", 4)
+    assert flown([START, *run_loop("l", "body", "p"), WORK.format("w", cycles(5)), DONE], F + loop) == [(2, 65)]
+
+
+def test_what_one_instruction_begins_and_waits_for_has_no_distance():
+    fused = computation(
+        "matmul", A, f"  %g = f32[16,128] all-gather(%a), {GROUPS}", "  ROOT %x = f32[8,128] add(%a, %a)"
+    )
+    main = [f"  %f1 = f32[8,128] fusion(%p), kind=kOutput, calls=%matmul, {cycles(60)}"]
+    assert flown(main, fused) == [(None, 60)]
+    assert flown([f"  %r = f32[8,128] all-reduce(%p), {GROUPS}, to_apply=%add"]) == [(None, 0)]
+
+
 def test_collectives_on_the_same_links_take_their_turns():
     """The second waits for the first: 200 in all, of which 120 are computed beside."""
     second = START.replace("%s ", "%s2 "), DONE.replace("%d ", "%d2 ").replace("%s)", "%s2)")

@@ -181,6 +181,14 @@ def test_every_program_of_an_iteration_has_its_sections_and_one_that_does_not_fi
         assert said in text
 
 
+def test_a_page_says_what_the_compiler_says_where_our_measure_is_a_little_off():
+    """12 GiB by our reading: refused all the same on 16, and taken on 11.9."""
+    refused = "".join(read(page(PLAN | {"fits": False, "problem": "the program does not fit"})).text)
+    assert "12.0 GiB of 16.0 GiB HBM at the peak: does not fit, by the compiler." in refused
+    taken = "".join(read(page(PLAN | {"fits": True, "hbm_bytes": int(11.9 * GIB)})).text)
+    assert "12.0 GiB of 11.9 GiB HBM at the peak: fits, 0 B are free." in taken
+
+
 def test_what_is_held_beside_a_program_decides_whether_it_fits():
     """12 GiB of 16 and 8 beside: too large, though the program alone is not."""
     program = {"program": "score", "times": 1, "fits": False, "problem": "", "memory": MEMORY, "beside_bytes": 8 * GIB}

@@ -1,11 +1,13 @@
 """`t5x_like plan` from the command line: a real train step and a real decode step for a TPU that is not there."""
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 
 from t5x_like.__main__ import main
+from tests.planner.programs import fabric
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = f"--config={ROOT / 'configs/pretrain/test.py'}"
@@ -89,7 +91,66 @@ def test_a_decode_step_gives_a_token_to_each_row(decoded):
     assert {item["pass"] for item in decoded["regions"]} <= {"forward", ""}
 
 
+READ_ROWS, READ_LENGTH = 8, 1024
+
+
+@pytest.fixture(scope="module")
+def read(compiler, tmp_path_factory):
+    """(JSON, page) of the prefill of prompts for a model of 4 layers with 4 heads of 128, fsdp over 4 chips."""
+    folder = tmp_path_factory.mktemp("plan")
+    sizes = {"layers": LAYERS, "heads": KV_HEADS, "kv_heads": KV_HEADS, "head_size": HEAD}
+    model = [f"--config.model.max_length={READ_LENGTH}", *(f"--config.model.decoder.{k}={v}" for k, v in sizes.items())]
+    asked = ["--program=prefill", f"--rows={READ_ROWS}", f"--length={READ_LENGTH}", "--price=3USD"]
+    files = [f"--json={folder / 'plan.json'}", f"--html={folder / 'plan.html'}"]
+    assert main(["plan", CONFIG, "--topology=v5e:2x2", *asked, *model, *files]) == 0
+    return json.loads((folder / "plan.json").read_text()), (folder / "plan.html").read_text()
+
+
+def test_a_prefill_gives_the_cache_of_its_prompts(read):
+    plan, _ = read
+    cache = 2 * READ_ROWS * READ_LENGTH * LAYERS * KV_HEADS * HEAD * 2 // 4
+    memory = plan["memory"]
+    assert cache < memory["outputs_bytes"] < 1.1 * cache
+    assert memory["arguments_bytes"] < 0.1 * cache and memory["aliased_bytes"] == 0
+    assert cache <= memory["parts"]["outputs"] < 1.1 * cache
+    assert not {"gradients", "saved activations", "cache"} & memory["parts"].keys()
+    # Attention of whole prompts, not through the cache: the kernel of training, without its backward pass.
+    assert [(kernel["count"], kernel["pass"]) for kernel in plan["kernels"]] == [(LAYERS, "forward")]
+    assert {item["pass"] for item in plan["regions"]} <= {"forward", ""}
+
+
+def test_a_prefill_computes_all_tokens_forward_and_the_logits_of_the_last_of_each(read):
+    """Width 32, an MLP of 3 x 64, 259 tokens of vocabulary."""
+    plan, page = read
+    estimate, tokens = plan["estimate"], READ_ROWS * READ_LENGTH
+    weights = 2 * LAYERS * (4 * 32 * KV_HEADS * HEAD + 3 * 32 * 64)
+    attention = 4 * LAYERS * KV_HEADS * HEAD * READ_LENGTH
+    head = READ_ROWS * 2 * 32 * 259
+    assert estimate["model_flops_full_attention"] == tokens * (weights + attention) + head
+    half = (READ_LENGTH + 1) / 2 / READ_LENGTH
+    assert estimate["model_flops"] == pytest.approx(tokens * (weights + half * attention) + head)
+    assert estimate["tokens"] == tokens and estimate["run_seconds"] is None
+    assert estimate["cost_per_million_tokens"] == pytest.approx(4 * 3 / 3600 * 1e6 / estimate["tokens_per_second"])
+    assert plan["facts"] == ["8 prompts, into a cache of 1024 tokens a text"] and plan["facts"][0] in page
+    assert "a million tokens" in page and "<h1>prefill on v5e:2x2</h1>" in page
+
+
 SOURCE = 2048
+
+
+def test_a_prefill_of_an_encoder_decoder_runs_its_encoder_and_the_start_token(compiler, tmp_path, capsys):
+    """Its cache has room for answers, and the keys and values of sources, of 4 heads of 32 in 3 layers."""
+    path, rows, length, source = tmp_path / "plan.json", 8, 128, 64
+    config = f"--config={ROOT / 'configs/pretrain/t5_tiny.py'}"
+    rest = ["--program=prefill", f"--rows={rows}", f"--length={length}", f"--config.data.encoder_length={source}"]
+    assert main(["plan", config, "--topology=v5e:2x2", *rest, f"--json={path}"]) == 0
+    plan = json.loads(path.read_text())
+    assert plan["memory"]["outputs_bytes"] >= 2 * rows * (length + source) * 3 * 4 * 32 * 2 // 4
+    assert plan["estimate"]["tokens"] == rows * (source + 1)
+    assert {"attention", "cross attention", "mlp"} <= {item["region"] for item in plan["regions"]}
+    said = capsys.readouterr().out
+    assert said.startswith("prefill step on v5e:2x2")
+    assert "8 sources of 64 tokens, and a start token behind each, into a cache of 128 tokens a text\n" in said
 
 
 def test_a_decode_step_of_an_encoder_decoder_copies_neither_cache(compiler, tmp_path):
@@ -115,7 +176,18 @@ def test_a_decode_step_of_an_encoder_decoder_copies_neither_cache(compiler, tmp_
         (["--topology=v5p:3x3x3"], 2, "is no slice of v5p"),
         ([], 2, "--topology"),
         (["--topology=v5e:2x2", "--program=decode"], 2, "needs --rows and --length"),
-        (["--topology=v5e:2x2", "--rows=4"], 2, "are for --program=decode"),
+        (["--topology=v5e:2x2", "--program=prefill", "--rows=4"], 2, "--program=prefill needs --rows and --length"),
+        (["--topology=v5e:2x2", "--rows=4"], 2, "are for --program=prefill and decode"),
+        (
+            ["--topology=v5e:2x2", "--program=prefill", "--rows=6", "--length=64"],
+            2,
+            "--rows=6 is not divisible by the 4 data shards; use 4 or 8",
+        ),
+        (
+            ["--topology=v5e:2x2", "--program=prefill", "--rows=4", "--length=129"],
+            2,
+            "--length=129 is longer than the texts of this model, config.model.max_length=128",
+        ),
         (["--topology=v5e:2x2", "--program=fly"], 2, "invalid choice: 'fly'"),
         (["--topology=v5e:2x2", "--json=/no/such/folder/plan.json"], 1, "/no/such/folder is no folder"),
         (["--topology=v5e:2x2", "--config.data.batch_size=6"], 2, "is not divisible by the 4 data shards"),
@@ -133,23 +205,47 @@ def test_the_table_labels_its_figures_as_estimates(trained):
     from t5x_like.planner import report
     from t5x_like.planner.compile import Compiled, Memory
     from t5x_like.planner.time import collectives, cost
+    from t5x_like.planner.time.estimate import estimate
+    from t5x_like.planner.time.schedule import Begun, Block, KernelCall, Op
 
-    items = tuple(
-        collectives.Collective(**(item | {"axes": tuple(item["axes"])})) for item in trained["collective_instructions"]
-    )
-    loops = (cost.Loop("while.4", 8, 400),)
+    fields = [field.name for field in dataclasses.fields(collectives.Collective)]
+    items = [
+        collectives.Collective(**{name: item[name] for name in fields} | {"axes": tuple(item["axes"])})
+        for item in trained["collective_instructions"]
+    ]
+    ops = [Op("f", "jit(step)/jvp(layers)/mlp/mul", 12345678), Op("k", "", kernel=KernelCall("splash", (), {}))]
+    ops += [Op(f"c{n}", item.source, begins=(Begun("x", item),), ends=("x",)) for n, item in enumerate(items)]
+    kernels, loops = (cost.Kernel("splash", 1),), (cost.Loop("while.4", 8, 400),)
+    walked = cost.Cost(12345678, kernels, tuple(items), {"sort": 1}, ("while.3",), loops, Block(1, tuple(ops)))
     text = "HloModule m\n\nENTRY %main (p: f32[25]) -> f32[25] {\n  ROOT %p = f32[25] parameter(0)\n}\n"
     plan = report.Plan(
         program="train",
         place=report.Place("v5e:2x2", 1, 4, trained["mesh"], 2**31),
         compiled=Compiled(text, Memory(2**30, 2**20, 2**30, 2**30), 1.0, 2.0),
-        cost=cost.Cost(12345678, (cost.Kernel("splash", 2),), items, {"sort": 1}, ("while.3",), loops),
+        cost=walked,
+        estimate=estimate(walked, fabric("v5e:2x2", trained["mesh"]), chips=4),
     )
     text = report.to_text(plan)
     assert text.startswith("train step on v5e:2x2: 4 chips, mesh fsdp=4\nEstimates of the TPU compiler")
     held = ("1.00 GiB", "fits into 2.00 GiB")
-    for part in (*held, "1.235e+07", "splash x 2", "sort x 1", "while.3", "all-gather  fsdp"):
+    for part in (*held, "1.235e+07 together", "splash x 1", "sort x 1", "while.3", "all-gather"):
         assert part in text
     assert "while.4 x 8, its limit, which data may not reach: 50 a turn" in text
     assert "jit(step)" not in text
-    assert "jit(step)" in report.to_text(plan, details=True)
+    details = report.to_text(plan, details=True)
+    assert "jit(step)" in details and "between  beside" in details
+
+
+def test_the_table_says_cycles_and_flops_and_how_far_a_start_is_from_its_done(trained):
+    """What one instruction begins and waits for is exposed whole, or runs beside its own work."""
+    apart = [item for item in trained["collective_instructions"] if item["asynchronous"]]
+    assert apart and all(item["instructions_between"] >= 0 for item in apart)
+    hidden = [item["seconds"] - item["exposed_seconds"] for item in apart]
+    assert all(0 <= gone <= item["computing_seconds_between"] + 1e-4 for gone, item in zip(hidden, apart, strict=True))
+    assert max(item["computing_seconds_between"] for item in apart) > 0
+    together = [item for item in trained["collective_instructions"] if not item["asynchronous"]]
+    assert all(item["instructions_between"] is None for item in together)
+    sums = {(total["kind"], tuple(total["axes"])): 0 for total in trained["collectives"]}
+    for item in trained["collective_instructions"]:
+        sums[item["kind"], tuple(item["axes"])] += item["count"] * item["bytes_each"]
+    assert sums == {(total["kind"], tuple(total["axes"])): total["bytes"] for total in trained["collectives"]}

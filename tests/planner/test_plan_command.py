@@ -16,6 +16,8 @@ from t5x_like.__main__ import main
 from t5x_like.commands import plan_file
 from t5x_like.core.errors import UserError
 from t5x_like.core.terminal import Waiting
+from t5x_like.planner.compile import DoesNotFit
+from t5x_like.planner.memory.peak import Large
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = f"--config={ROOT / 'configs/pretrain/test.py'}"
@@ -71,6 +73,7 @@ def test_the_page_and_the_price_are_there(planned):
             ["--topology=v5e:2x2", "--price=cheap"],
             "--price=cheap should be what a chip costs an hour, with its currency",
         ),
+        (["--topology=v5e:2x2", f"--price={'9' * 400}USD"], "should be what a chip costs an hour"),
         (["--topology=v5e:2x2", "--price=0USD"], "--price=0USD should be what a chip costs an hour"),
         (["--topology=v5e:2x2", "--slices=0"], "--slices=0 should be a number of slices, at least 1"),
         (["--topology=v5e:2x2", "--slices=2", "--config.mesh.slice=3"], "config.mesh"),
@@ -79,6 +82,10 @@ def test_the_page_and_the_price_are_there(planned):
         (["--topology=v5p-512"], "has several shapes; write v5p:4x4x16 or v5p:4x8x8"),
         (["--topology=h100-8"], "'h100-8' is unknown"),
         (["--topology=v5e:2x2", "--html=/no/such/folder/plan.html"], "/no/such/folder is no folder"),
+        (
+            ["--topology=v5e:2x2", "--cache=gs://bucket/plans"],
+            "--cache=gs://bucket/plans: compiled programs are kept on",
+        ),
         (["--topology=v5e:2x2", "--json=/tmp"], "--json=/tmp is a folder; name a file in it"),
         (
             ["--topology=v5e:2x2", "--json=/tmp/no_plan", "--html=/tmp/../tmp/no_plan"],
@@ -175,3 +182,24 @@ def test_on_a_terminal_one_line_counts_the_seconds():
     text = out.getvalue()
     assert text.count("compiling: ") >= 2 and text.count("\n") == 1
     assert all(part.startswith("\x1b[2Kcompiling") for part in text.strip().split("\r")[1:])
+
+
+def test_of_a_refusal_without_a_text_the_files_say_what_the_compiler_said(compiler, monkeypatch, tmp_path, capsys):
+    """In place of those of an earlier plan, which would be read as if they were of this one."""
+    large = Large(2**40, "bf16[8,128]", "", "jit(step)/dot", "mlp", "forward")
+
+    def refuse(*arguments, **options):
+        raise DoesNotFit("the program does not fit: much", listed=[large])
+
+    monkeypatch.setattr("t5x_like.planner.compile.compile_program", refuse)
+    files = {"json": tmp_path / "plan.json", "html": tmp_path / "plan.html"}
+    for path in files.values():
+        path.write_text("of an earlier plan")
+    asked = [f"--{name}={path}" for name, path in files.items()]
+    assert main(["plan", CONFIG, "--topology=v5e:2x2", *asked]) == 1
+    plan, page = json.loads(files["json"].read_text()), files["html"].read_text()
+    assert (plan["fits"], plan["problem"], plan["mesh"]["fsdp"]) == (False, "the program does not fit: much", 4)
+    assert plan["largest"][0]["shape"] == "bf16[8,128]"
+    said = capsys.readouterr()
+    assert all("bf16[8,128]" in text for text in (page, said.out))
+    assert "v5e:2x2 is too small: the program does not fit: much" in said.err

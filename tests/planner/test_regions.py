@@ -4,10 +4,11 @@ import random
 
 import pytest
 
+from t5x_like.core import accelerators
 from t5x_like.planner import hlo
-from t5x_like.planner.time import products, regions
+from t5x_like.planner.time import estimate, products, regions
 from t5x_like.planner.time.cost import cost
-from tests.planner.programs import computation, cycles, module, named
+from tests.planner.programs import by_region, computation, cycles, module, named
 from tests.planner.test_cost import A, P, loop_body, loop_condition, run_loop
 
 MESH = {"data": 2, "fsdp": 2}
@@ -50,12 +51,12 @@ def test_cycles_of_a_region_count_as_often_as_its_loop_runs():
     update = f"  %u = f32[8,128] fusion(%p), kind=kLoop, calls=%f, {named('jit(s)/optimizer/add')}, {cycles(11)}"
     main = "\n".join([P, *run_loop("l", "body", "p"), update])
     found = cost(module(main, F + body + loop_condition("c.l", 5)), MESH)
-    assert regions.by_region(found.schedule) == {
+    assert by_region(found.schedule) == {
         ("mlp", "forward"): 35,
         ("optimizer", "update"): 11,
         ("attention", "forward"): 10,
     }
-    assert sum(regions.by_region(found.schedule).values()) == found.cycles
+    assert sum(by_region(found.schedule).values()) == found.cycles
 
 
 def test_what_has_no_name_belongs_to_what_uses_it_or_else_to_what_it_uses():
@@ -68,7 +69,7 @@ def test_what_has_no_name_belongs_to_what_uses_it_or_else_to_what_it_uses():
         f"  %argument = f32[8,128] copy(%used), {named('state[params]')}, {cycles(20)}",
     ]
     found = cost(module("\n".join(main), F), MESH)
-    assert regions.by_region(found.schedule) == {("mlp", "forward"): 28}
+    assert by_region(found.schedule) == {("mlp", "forward"): 28}
 
 
 def test_a_fusion_without_a_name_has_that_of_what_is_in_it():
@@ -76,7 +77,7 @@ def test_a_fusion_without_a_name_has_that_of_what_is_in_it():
         "g", A, f"  ROOT %m = f32[8,128] multiply(%a, %a), {named('jit(s)/transpose(jvp(loss))/embed/mul')}"
     )
     found = cost(module(f"{P}\n  %u = f32[8,128] fusion(%p), kind=kLoop, calls=%g, {cycles(4)}", fused), MESH)
-    assert regions.by_region(found.schedule) == {("embedding", "backward"): 4}
+    assert by_region(found.schedule) == {("embedding", "backward"): 4}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,35 @@ ENTRY %main (a: bf16[8,16], b: bf16[16,32]) -> f32[8,32] {{
 """
     parsed = hlo.parse(text)
     main = parsed.computations["main"]
-    assert products.flops(parsed, main.instructions["c"], main) == flops
+    assert products.flops(parsed, main.instructions["c"], main) == {"": flops}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name"),
+    [
+        (("s8", "s8"), "integers"),
+        (("u8", "s8"), "integers"),
+        (("f8e4m3fn", "f8e5m2"), "floats"),
+        (("s8", "bf16"), ""),
+        (("s8", "f8e4m3fn"), ""),
+    ],
+)
+def test_products_of_eight_bits_are_told_apart_and_faster_where_the_generation_says_so(kinds, name):
+    """Half of their FLOPs count on v5p for integers, on Ironwood for floats, and on v4 for neither."""
+    text = f"""HloModule m
+ENTRY %main (a: {kinds[0]}[8,16], b: {kinds[1]}[16,32]) -> f32[8,32] {{
+  %a = {kinds[0]}[8,16] parameter(0)
+  %b = {kinds[1]}[16,32] parameter(1)
+  ROOT %c = f32[8,32] convolution(%a, %b), dim_labels=bf_io->bf, {cycles(1)}
+}}
+"""
+    main = (parsed := hlo.parse(text)).computations["main"]
+    total = 2 * 8 * 16 * 32
+    assert products.flops(parsed, main.instructions["c"], main) == {name: total}
+    ((op, _),) = cost(text, {"fsdp": 1}).schedule.each()
+    counted = {place: estimate._flops(op, accelerators.GENERATIONS[place]) for place in ("v4", "v5p", "v6e", "tpu7x")}
+    fast = {"integers": ("v5p", "v6e"), "floats": ("tpu7x",), "": ()}[name]
+    assert op.flops == total and counted == {place: total // (1 + (place in fast)) for place in counted}
 
 
 @pytest.mark.parametrize(
@@ -117,8 +146,6 @@ ENTRY %main (a: bf16[8,16], b: bf16[16,32]) -> f32[8,32] {{
             "window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf",
             6 * 2 * 8 * 16 * 32,
         ),
-        # Of int8, at twice the speed.
-        (("s8[8,16]", "s8[16,32]", "s32[8,32]"), "dim_labels=bf_io->bf", 8 * 16 * 32),
     ],
 )
 def test_a_products_spatial_dims_count_where_they_meet_the_input(shapes, attributes, flops):
@@ -132,7 +159,7 @@ ENTRY %main (a: {left}, b: {right}) -> {out} {{
 """
     parsed = hlo.parse(text)
     main = parsed.computations["main"]
-    assert products.flops(parsed, main.instructions["c"], main) == flops
+    assert products.flops(parsed, main.instructions["c"], main) == {"": flops}
 
 
 def test_what_a_window_touches_is_counted_as_one_by_one():

@@ -194,7 +194,11 @@ def test_the_table_shows_kept_programs_and_names_the_others(tmp_path, capsys):
     seconds = 1.75e9 * 262_144 / 459e12
     assert f"| 7.3 | {seconds:.4g} |" in found
     assert sum("not planned" in line for line in lines) == len(ROWS) - 1
-    assert lines[-1].startswith("In force: median error")
+    assert lines[-3].startswith("In force: median error")
+    assert lines[-1] == "Compiled at unknown (max32b-v5p-64)."
+    keep(tmp_path, "max32b-v5p-64", commit="1a2b3c4")
+    assert command.main(["--table", "--kept", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Compiled at 1a2b3c4 (max32b-v5p-64)."
     assert command.main(["--fit", "--kept", str(tmp_path)]) == 0
     assert "CYCLE_SHARE" in capsys.readouterr().out
 
@@ -206,6 +210,24 @@ def test_a_program_of_other_settings_is_not_read(tmp_path):
         command.main(["--table", "--kept", str(tmp_path)])
     with pytest.raises(UsageError, match="did you mean"):
         command.main(["--compile", "max32b-v5p-6", "--kept", str(tmp_path)])
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"{}"), gzip.compress(b"[1]")])
+def test_a_file_of_somebody_else_is_no_program(tmp_path, content):
+    compiling.path(BY_NAME["max32b-v5p-64"], tmp_path).write_bytes(content)
+    with pytest.raises(UsageError, match="holds no program"):
+        command.main(["--table", "--kept", str(tmp_path)])
+
+
+def test_what_is_compiled_where_nothing_is_named_belongs_to_a_row(tmp_path, monkeypatch):
+    """Programs beside the rows, such as those with other options, are compiled by name."""
+    asked = []
+    monkeypatch.setattr(compiling, "compile_and_keep", lambda program, where: asked.append(program.name))
+    assert command.main(["--compile", "--kept", str(tmp_path)]) == 0
+    assert set(asked) == {name for row in ROWS for name in row.programs} and len(asked) == len(set(asked))
+    for other in [name for name in BY_NAME if name not in asked]:
+        assert command.main(["--compile", other, "--kept", str(tmp_path)]) == 0
+        assert asked[-1] == other
 
 
 def test_summary_of_errors():

@@ -1,6 +1,6 @@
 """Estimated beside published step times: how far `t5x_like plan` can be trusted, by rows that others measured.
 
-    python -m tools.calibrate --compile            # each program that is not there yet: minutes of a CPU each
+    python -m tools.calibrate --compile            # each program of a row that is not there yet: minutes of a CPU each
     python -m tools.calibrate --table              # what docs/planner.md shows; seconds, nothing is compiled
     python -m tools.calibrate --fit                # constants fitted to the rows, beside those in force
 
@@ -22,7 +22,9 @@ from tools.calibrate.rows import ROWS
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=(__doc__ or "").partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--compile", nargs="*", metavar="PROGRAM", help="compile these programs, or all that are missing")
+    what.add_argument(
+        "--compile", nargs="*", metavar="PROGRAM", help="compile these programs, or those of rows that are missing"
+    )
     what.add_argument("--table", action="store_true", help="print estimated beside published")
     what.add_argument("--fit", action="store_true", help="print fitted constants")
     parser.add_argument("--kept", metavar="DIR", type=pathlib.Path, default=compiling.folder(), help="of programs")
@@ -46,7 +48,8 @@ def _compile(names: Sequence[str], where: pathlib.Path) -> int:
         if name not in BY_NAME:
             raise UsageError(f"--compile {name}: there is no such program; {nearest(name, BY_NAME)}")
     failed = 0
-    for program in [BY_NAME[name] for name in names] or PROGRAMS:
+    of_rows = dict.fromkeys(name for row in ROWS for name in row.programs)
+    for program in [BY_NAME[name] for name in names or of_rows]:
         if compiling.read(program, where) is not None:
             continue
         print(f"compiling {program.name}", file=sys.stderr)

@@ -23,12 +23,14 @@ from tools.calibrate.programs import Program
 
 @dataclasses.dataclass(frozen=True)
 class Applied:
-    """A kept program ready to be timed: what it does, and where its devices stand."""
+    """A kept program ready to be timed: what it does, and where its devices stand. commit: of the step that was
+    compiled, "unknown" where nobody wrote it down."""
 
     program: Program
     cost: Cost
     fabric: Fabric
     chips: int
+    commit: str = "unknown"
 
     def estimate(self) -> Estimate:
         return estimate(self.cost, self.fabric, chips=self.chips)
@@ -45,7 +47,7 @@ def read(program: Program, kept: Mapping[str, Any]) -> Applied:
         schedule = deepened(schedule, program.model["decoder.layers"], program.layers)
     schedule = without(schedule, program.saved)
     found = dataclasses.replace(found, schedule=schedule, cycles=schedule.cycles)
-    return Applied(program, found, fabric, asked.chips * program.slices)
+    return Applied(program, found, fabric, asked.chips * program.slices, kept.get("commit") or "unknown")
 
 
 def deepened(block: Block, few: int, many: int) -> Block:

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import subprocess
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from t5x_like.core import environment
 from tools.calibrate.programs import Program
 
 BASE = "pretrain/llama3_8b"
+_READ = {"asked", "mesh", "places", "text"}  # of what is kept
 
 
 def folder() -> pathlib.Path:
@@ -29,11 +31,13 @@ def path(program: Program, where: pathlib.Path) -> pathlib.Path:
 
 
 def read(program: Program, where: pathlib.Path) -> dict[str, Any] | None:
-    """What was kept of a program; None where there is nothing, or it was compiled with other settings."""
+    """What was kept of a program; None where there is nothing that can be read, or it is of other settings."""
     try:
         content = json.loads(gzip.decompress(path(program, where).read_bytes()))
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return None
+    if not isinstance(content, dict) or not _READ <= content.keys():
+        return None  # a file of somebody else
     return content if content["asked"] == program.asked() else None
 
 

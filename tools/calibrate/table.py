@@ -98,7 +98,16 @@ def to_markdown(timed: Timed, *, missing: Sequence[Row] = ()) -> str:
         )
     lines += [_line([row.name, row.remat, f"{published.step_seconds(row):.4g}", "not planned"]) for row in missing]
     lines += ["", f"In force: {summary(errors)}; each row left out of the fit in turn: {summary(left_out)}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", compiled_at(timed)])
+
+
+def compiled_at(timed: Timed) -> str:
+    """Which step the programs are of: kept ones stay while the step changes."""
+    commits: dict[str, list[str]] = {}
+    for program in (each for programs in timed.programs for each in programs):
+        commits.setdefault(program.commit, []).append(program.program.name)
+    each = (f"{commit} ({', '.join(dict.fromkeys(names))})" for commit, names in sorted(commits.items()))
+    return f"Compiled at {'; '.join(each)}."
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -21,8 +21,6 @@ from t5x_like.planner import hlo
 from t5x_like.planner.memory import aliases, layouts
 from t5x_like.planner.time.regions import classify
 
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _INDEX = re.compile(r"index=(\d+)")
 
 # What makes no buffer: it names what is there. Constants lie with the program.
@@ -45,6 +43,7 @@ class Maker:
 class Buffer:
     """In use from `start` to `end`, both included, in steps that count from 1.
 
+    last_use: the step that touches it last, which of an argument is no reason to let it go.
     text: the array, such as bf16[4,128]; argument: the name of the entry's argument that lies in it, or ""; output:
     whether the program gives it back; reads: steps that read it; kinds: numbers of the arguments that its content comes
     from; feeds_contraction: whether a matrix product takes its content in, at once or later.
@@ -61,6 +60,7 @@ class Buffer:
     feeds_contraction: bool = False
     reads: list[int] = dataclasses.field(default_factory=list)
     text: str = ""
+    last_use: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Step:
     @property
     def cycles(self) -> int:
         """The compiler's estimate of one execution; 0 where it has none."""
-        found = _CYCLES.search(self.instruction.attributes)
-        return int(found.group(1)) if found and int(found.group(1)) < 2**62 else 0
+        return self.instruction.cycles or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +116,7 @@ class _Walk:
         )
         values = []
         for number, item in arguments:
-            source = _OP_NAME.search(item.attributes)
-            self.names[number] = source.group(1).replace("\\'", "'") if source else item.name
+            self.names[number] = item.source or item.name
             value = self.fresh(item.shape, None)
             for buffer in self.of(value):
                 buffer.argument, buffer.kinds = self.names[number], {number}
@@ -135,6 +133,7 @@ class _Walk:
         found = {self.find(index): None for index in range(len(self.buffers))}
         kept = [self.buffers[index] for index in found]
         for buffer in kept:
+            buffer.last_use = buffer.end
             if buffer.argument:  # has its place from the start, and cannot be let go of
                 buffer.start, buffer.end = 0, last
             if buffer.output:
@@ -330,9 +329,7 @@ class _Walk:
         return value
 
     def maker(self, instruction: hlo.Instruction) -> Maker:
-        source = _OP_NAME.search(instruction.attributes)
-        name = source.group(1).replace("\\'", "'") if source else ""
-        return Maker(len(self.steps), instruction.name, instruction.opcode, name, instruction.shape)
+        return Maker(len(self.steps), instruction.name, instruction.opcode, instruction.source, instruction.shape)
 
 
 _LITERALS = ("parameter", "constant", "iota")

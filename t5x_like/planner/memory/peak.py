@@ -5,7 +5,8 @@ peak decides whether the compiler takes a program: it counts what lives at once,
 
 Parts follow from where a buffer's content comes from and goes to: what is made of weights alone is a weight, cast or
 gathered; what the forward pass makes and the backward pass reads was saved; what the backward pass makes and no product
-reads is a gradient of weights. Not here: seconds.
+reads is a gradient of weights. A program without a backward pass has neither, and its outputs are named as such: of a
+prefill the cache. Not here: seconds.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ PARTS = (
     "gradients",
     "logits and loss",
     "activations at work",
+    "outputs",
     "other",
 )
 # Arguments of a program by the begin of their names. `state` and `frozen` are those of a train step.
@@ -37,7 +39,7 @@ _ARGUMENTS = {
     r"frozen\b": "frozen parameters",
     r"params\b|weights\b": "parameters",
     r"cache\b": "cache",
-    r"batch\b|rows\b|tokens\b": "batch",
+    r"batch\b|source\b|rows\b|tokens(_BT?)?\b|positions_B\b|lengths_B\b": "batch",
 }
 _WEIGHTS = {"parameters", "frozen parameters"}
 _LISTED = 12  # buffers
@@ -72,7 +74,8 @@ class Moment:
 class Held:
     """HBM of one device. peak_bytes: the most that lives at once, arguments and outputs included; parts: what that is,
     in the order of PARTS; aliased_bytes: of outputs that replace arguments; vector_bytes, host_bytes: the most that the
-    program keeps in the vector memory and in the memory of the host."""
+    program keeps in the vector memory and in the memory of the host; read_peak_bytes: the most that lives at once where
+    an argument counts until it is read for the last time, unless an output replaces it."""
 
     peak_bytes: int
     arguments_bytes: int
@@ -83,6 +86,7 @@ class Held:
     timeline: tuple[Moment, ...]
     vector_bytes: int
     host_bytes: int
+    read_peak_bytes: int = 0
 
 
 def held(text: str) -> Held:
@@ -91,12 +95,17 @@ def held(text: str) -> Held:
     named = {number: _argument(name) for number, name in enumerate(schedule.arguments)}
     steps = len(schedule.steps)
     amounts = np.zeros((len(PARTS), steps + 2), np.int64)
+    let_go = np.zeros(steps + 2, np.int64)
     elsewhere = {space: np.zeros(steps + 2, np.int64) for space in (layouts.VMEM, layouts.HOST)}
+    part_of = _part if any(_pass(step) == "backward" for step in schedule.steps) else _part_of_forward
     parts = {}
     for number, buffer in enumerate(schedule.buffers):
         if buffer.space == layouts.HBM:
-            parts[number] = _part(buffer, schedule, named)
+            parts[number] = part_of(buffer, schedule, named)
             line = amounts[PARTS.index(parts[number])]
+            if buffer.argument and not buffer.output:
+                let_go[buffer.last_use + 1] += buffer.bytes
+                let_go[buffer.end + 1] -= buffer.bytes
         elif buffer.space in elsewhere:
             line = elsewhere[buffer.space]
         else:
@@ -119,6 +128,7 @@ def held(text: str) -> Held:
         timeline=_timeline(schedule, amounts),
         vector_bytes=int(elsewhere[layouts.VMEM].cumsum().max()),
         host_bytes=int(elsewhere[layouts.HOST].cumsum().max()),
+        read_peak_bytes=int((amounts.sum(axis=0) - let_go.cumsum()).max()),
     )
 
 
@@ -144,6 +154,18 @@ def _argument(name: str) -> str:
     return next((part for begin, part in _ARGUMENTS.items() if re.match(begin, name)), "other")
 
 
+def _pass(step: buffers.Step) -> str:
+    return classify(step.instruction.source)[1]
+
+
+def _part_of_forward(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, str]) -> str:
+    """Of a program without a backward pass."""
+    if buffer.output and not buffer.argument:
+        return "outputs"
+    part = _part(buffer, schedule, named)
+    return "activations at work" if part in ("gradients", "saved activations") else part
+
+
 def _part(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, str]) -> str:
     if buffer.argument:
         return _argument(buffer.argument)
@@ -155,7 +177,7 @@ def _part(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, s
     regions = [classify(maker.source) for maker in buffer.makers if maker.source]
     region = _origin(buffer)[0]
     passes = {which for _, which in regions}
-    read_by = {classify(_source(schedule.steps[step - 1].instruction))[1] for step in buffer.reads}
+    read_by = {_pass(schedule.steps[step - 1]) for step in buffer.reads}
     if "forward" in passes and read_by & {"backward", "recomputed"}:
         return "logits and loss" if region == "head and loss" and not buffer.feeds_contraction else "saved activations"
     if not buffer.feeds_contraction and ("backward" in passes or "parameters" in sources and "forward" not in passes):
@@ -163,11 +185,6 @@ def _part(buffer: buffers.Buffer, schedule: buffers.Schedule, named: dict[int, s
     if region == "head and loss":
         return "logits and loss"
     return "activations at work" if passes - {"", "update"} else "other"
-
-
-def _source(instruction: hlo.Instruction) -> str:
-    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return found.group(1) if found else ""
 
 
 def _origin(buffer: buffers.Buffer) -> tuple[str, str, str]:
@@ -201,7 +218,7 @@ def _timeline(schedule: buffers.Schedule, amounts: np.ndarray) -> tuple[Moment, 
     for number in np.unique(bins):
         inside = np.flatnonzero(bins == number)
         worst = int(inside[total[inside].argmax()])
-        named = [classify(_source(schedule.steps[step].instruction)) for step in inside]
+        named = [classify(schedule.steps[step].instruction.source) for step in inside]
         region, which = next((item for item in named if item[0] != "rest"), ("rest", ""))
         found.append(
             Moment(float(number + 1) / _POINTS, int(total[worst]), _named(amounts[:, worst + 1]), region, which)

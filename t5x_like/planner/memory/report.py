@@ -38,8 +38,9 @@ def _renamed(item: dict[str, Any]) -> dict[str, Any]:
     return {"pass" if key == "which" else key: value for key, value in item.items()}
 
 
-def lines(memory: Memory, held: Held, *, hbm_bytes: int, beside_bytes: int | None = None) -> list[str]:
-    """The section of the table that `plan` prints. beside_bytes: what a device holds meanwhile besides."""
+def lines(memory: Memory, held: Held, verdict: str, *, beside_bytes: int | None = None) -> list[str]:
+    """The section of the table that `plan` prints. verdict: whether it fits, in words; beside_bytes: what a device
+    holds meanwhile besides."""
     total = memory.total_bytes + (beside_bytes or 0)
     beside = "what the run holds and this program does not read"
     more = memory.arguments_bytes + memory.temporaries_bytes > 1.01 * memory.total_bytes
@@ -53,7 +54,7 @@ def lines(memory: Memory, held: Held, *, hbm_bytes: int, beside_bytes: int | Non
     ]
     if beside_bytes is not None:
         found.append(f"  beside       {_bytes(beside_bytes)}   {beside}")
-    found.append(f"  at its peak  {_bytes(total)}   {fit(total, hbm_bytes)}")
+    found.append(f"  at its peak  {_bytes(total)}   {verdict}")
     if held.host_bytes:
         found.append(f"  on the host  {_bytes(held.host_bytes)}")
     found += [] if not held.vector_bytes else [f"  in VMEM      {_bytes(held.vector_bytes)}   not counted above"]
@@ -86,6 +87,20 @@ def buffer_lines(largest: Sequence[Large]) -> list[str]:
 
 def _end(operation: str, most: int = 60) -> str:
     return operation if len(operation) <= most else f"...{operation[3 - most :]}"
+
+
+def verdict(total: int, hbm_bytes: int, problem: str) -> str:
+    """Whether a program fits, in words. Where it cannot run (`problem`) the compiler's word stands, whose measure is up
+    to 1% above ours; where it can, ours never says the contrary.
+
+    >>> verdict(2**34 - 2**20, 2**34, "the program does not fit: ..."), verdict(2**34 + 2**20, 2**34, "")
+    ('does not fit into 16.0 GiB, by the compiler', 'fits into 16.0 GiB, 0 B are free')
+    """
+    if not problem:
+        return fit(min(total, hbm_bytes), hbm_bytes)
+    return (
+        fit(total, hbm_bytes) if total > hbm_bytes else f"does not fit into {format_bytes(hbm_bytes)}, by the compiler"
+    )
 
 
 def fit(total: int, hbm_bytes: int) -> str:

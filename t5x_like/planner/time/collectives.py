@@ -27,7 +27,6 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _OF_OUTPUT = ("all-gather", "collective-permute", "collective-broadcast")
 
 
@@ -38,7 +37,8 @@ class Collective:
     `axes` are mesh axes in mesh order; `group_size` devices exchange with each other, fewer than the axes hold where
     the compiler splits an axis. `source` is the name that jax gave the operation. `network`: "ici" within a slice,
     "dcn" between slices. `shifts`: of a collective-permute, by how many places along its axes buffers move, each once,
-    counted the shorter way around: (1,) for each to its next neighbour.
+    counted the shorter way around: (1,) for each to its next neighbour. `devices`: the numbers of one group, where it
+    has fewer than its axes hold; () where these say it.
     """
 
     kind: str
@@ -49,6 +49,7 @@ class Collective:
     source: str
     network: str = "ici"
     shifts: tuple[int, ...] = ()
+    devices: tuple[int, ...] = ()
 
 
 def kind_of(opcode: str) -> str | None:
@@ -68,16 +69,18 @@ def read(
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
         # The shape of these is (inputs, outputs, context...).
         outputs = outputs[len(inputs) : 2 * len(inputs)]
-    axes, size = axes_of(groups_of(instruction.attributes, math.prod(mesh_shape.values())), mesh_shape)
-    source = _OP_NAME.search(instruction.attributes)
+    groups = groups_of(instruction.attributes, math.prod(mesh_shape.values()))
+    axes, size = axes_of(groups, mesh_shape)
+    is_part = size < math.prod(mesh_shape[axis] for axis in axes)
     return Collective(
         kind=kind,
         axes=axes,
         group_size=size,
         count=count,
         bytes_each=sum(outputs if kind in _OF_OUTPUT else inputs),
-        source=source.group(1) if source else "",
+        source=instruction.source,
         shifts=_shifts(instruction.attributes, axes, mesh_shape),
+        devices=tuple(max(groups, key=len)) if is_part else (),
     )
 
 
@@ -206,9 +209,8 @@ def _source_of(computation: hlo.Computation, name: str) -> str:
     """The operation that made a value; what only renames it has none."""
     while name:
         instruction = computation.instructions[name]
-        source = _OP_NAME.search(instruction.attributes)
-        if source:
-            return source.group(1)
+        if instruction.source:
+            return instruction.source
         name = instruction.operands[0] if instruction.opcode != "parameter" and instruction.operands else ""
     return ""
 

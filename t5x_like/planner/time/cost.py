@@ -18,9 +18,6 @@ from t5x_like.planner.time.collectives import Collective, Transfer, kind_of, rea
 from t5x_like.planner.time.schedule import Begun, Block, Copy, KernelCall, Op
 from t5x_like.planner.time.sources import Sources
 
-_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
-# The compiler writes the largest number there is where it has no estimate (gathers that the sparse core does).
-_NO_ESTIMATE = 2**62
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _THREAD = re.compile(r'async_execution_thread="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
@@ -109,9 +106,14 @@ class _Walk:
         items: list[Op | Block] = []
         advanced: dict[str, int] = {}  # the last item that advances a chain
         exchanges = transfers(computation, self.mesh_shape, count=1)
+        paired = {name for exchange in exchanges for name in (exchange.send, exchange.recv)}
         for place, instruction in enumerate(computation.instructions.values()):
             items += [_exchanged(e, at_start=place == e.start) for e in exchanges if place in (e.start, e.done)]
             if instruction.opcode in ("send", "recv", "send-done", "recv-done"):
+                if instruction.opcode in ("send", "recv") and instruction.name not in paired:
+                    # To the host, or to another slice without what comes back: no time is known.
+                    source = self.sources.of(computation, instruction)
+                    items.append(Op(instruction.opcode, source, lacks_estimate=True))
                 continue
             if instruction.opcode == "while":
                 items.append(self.loop(computation, instruction, arguments))
@@ -121,7 +123,7 @@ class _Walk:
             elif instruction.opcode == "call":
                 items += [self.called(name) for name in instruction.called("calls", "to_apply")]
             elif instruction.opcode in ("call-start", "async-start"):
-                items.append(self.elsewhere(computation, instruction))
+                items += self.elsewhere(computation, instruction)
             else:
                 op = self.op(computation, instruction, advanced, number=len(items))
                 items += [op] if op else []
@@ -145,12 +147,14 @@ class _Walk:
         exact = trips is not None and trips.exact
         return Block(1, (turn, asked), loop.name, None if trips is None else turns, surely=exact)
 
-    def elsewhere(self, computation: hlo.Computation, start: hlo.Instruction) -> Op:
-        """A computation that runs beside what follows; what another core computes costs this one nothing."""
+    def elsewhere(self, computation: hlo.Computation, start: hlo.Instruction) -> list[Op | Block]:
+        """A computation that runs beside what follows: its collectives are in flight from here on, and what it computes
+        comes first, unless another core does: that costs this one nothing."""
         blocks = [self.called(name) for name in start.called("calls", "to_apply")]
         begins = [Begun(start.name, collective) for block in blocks for collective in block.collectives()]
-        here = 0 if _THREAD.search(start.attributes) else sum(block.cycles for block in blocks)
-        return Op(start.name, self.sources.of(computation, start), here, begins=tuple(begins))
+        here = [] if _THREAD.search(start.attributes) else [_computing(block) for block in blocks]
+        op = Op(start.name, self.sources.of(computation, start), begins=tuple(begins))
+        return [op, *(block for block in here if block.items)]
 
     def op(
         self, computation: hlo.Computation, instruction: hlo.Instruction, advanced: dict[str, int], *, number: int
@@ -182,14 +186,14 @@ class _Walk:
                 begins.append(Begun(key, collective))
             if chain:
                 advanced[chain] = number
-        estimate = _CYCLES.search(instruction.attributes)
-        cycles = int(estimate.group(1)) if estimate else _NO_ESTIMATE
-        known = cycles < _NO_ESTIMATE
+        known = instruction.cycles is not None
         lacks = not known and opcode in _WORK and not fused and _is_array(instruction.shape)
         if not (known or lacks or fused):
             return None
         done = products.flops(self.module, instruction, computation)
-        return Op(name, source, cycles if known else 0, done, lacks, begins=tuple(begins), ends=tuple(ends))
+        eight_bits = {kind: count for kind, count in done.items() if kind}
+        transfers = {"begins": tuple(begins), "ends": tuple(ends)}
+        return Op(name, source, instruction.cycles or 0, done.total(), eight_bits, lacks, **transfers)
 
     def fused_collectives(self, fusion: hlo.Instruction) -> list[tuple[str, Collective]]:
         """(chain, collective) of each collective inside a fusion.
@@ -217,14 +221,27 @@ class _Walk:
         return read(instruction, shapes, self.mesh_shape, count=1)
 
 
+def _computing(block: Block) -> Block:
+    """What of a block is work: without its collectives, which are counted where they begin."""
+    items: list[Op | Block] = []
+    for item in block.items:
+        if isinstance(item, Block):
+            items.append(_computing(item))
+        elif item.cycles or item.kernel or item.lacks_estimate:
+            items.append(dataclasses.replace(item, begins=(), ends=()))
+    return dataclasses.replace(block, items=tuple(items))
+
+
 def _exchanged(exchange: Transfer, *, at_start: bool) -> Op:
     """The first or the last instruction of an exchange between slices."""
     begins = (Begun(exchange.send, exchange.collective),) if at_start else ()
     return Op(exchange.send, exchange.collective.source, begins=begins, ends=() if at_start else (exchange.send,))
 
 
-def _dearness(block: Block) -> tuple[int, int]:
-    return block.cycles, sum(item.count * item.bytes_each for item in block.collectives())
+def _dearness(block: Block) -> tuple[int, int, int]:
+    """Kernels first: they are the longest work that there is, and the compiler gives them no cycles."""
+    kernels = sum(times for op, times in block.each() if op.kernel)
+    return kernels, block.cycles, sum(item.count * item.bytes_each for item in block.collectives())
 
 
 _LITERALS = ("parameter", "constant", "iota")  # whose argument names no operands

@@ -283,15 +283,21 @@ def computing_seconds(op: Op, row: Generation) -> float:
     peak. It is spared at most as much as its FLOPs need at the peak, so one that waits for memory (decoding) takes
     nearly what the compiler says. More cycles above the peak's are always more seconds.
     """
-    said, at_peak = op.cycles / row.clock, op.flops / (row.peak / row.devices)
+    said, at_peak = op.cycles / row.clock, _product_flops(op, row) / (row.peak / row.devices)
     above = max(said - at_peak, 0.0)
     return at_peak / MATRIX_SHARE + above - min((1 - CYCLE_SHARE) * above, at_peak)
+
+
+def _product_flops(op: Op, row: Generation) -> int:
+    """Of an operation's products, such that FLOPs over the bf16 peak are a time: half of those of numbers that the
+    generation multiplies twice as fast."""
+    return op.flops - sum(flops for kind, flops in op.eight_bits.items() if kind in row.twice_as_fast) // 2
 
 
 def _flops(op: Op, row: Generation) -> int:
     """Of an operation's products, or of a kernel's whole blocks."""
     found = kernels.roofline(op.kernel, row) if op.kernel else None
-    return op.flops + (found.flops if found else 0)
+    return _product_flops(op, row) + (found.flops if found else 0)
 
 
 def _region_times(

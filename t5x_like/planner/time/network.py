@@ -44,8 +44,11 @@ class Fabric:
     dims: tuple[int, ...]
     wraps: tuple[bool, ...]
 
-    def group(self, axes: Sequence[str], size: int) -> np.ndarray:
-        """Places of the devices of one group along `axes`; of fewer devices than these hold, the first."""
+    def group(self, axes: Sequence[str], size: int, devices: Sequence[int] = ()) -> np.ndarray:
+        """Places of the devices of one group: those of these numbers in the mesh, where they are given; else `size`
+        along `axes`, the first of them where these hold more."""
+        if devices:
+            return self.places[list(devices)]
         names = list(self.mesh)
         numbers = np.arange(len(self.places)).reshape(tuple(self.mesh.values()))
         chosen = [names.index(axis) for axis in axes]
@@ -109,7 +112,7 @@ def trip(what: Collective | Copy, fabric: Fabric) -> Trip:
         return Trip(name, what.bytes / (speed / fabric.row.devices), (name,))
     if what.network == DCN:  # the text says so, and whose axis it is matters not: bytes are what a device sends
         return Trip(DCN, _between_slices(what, fabric, what.group_size, 1), (DCN,))
-    places = fabric.group(what.axes, what.group_size)
+    places = fabric.group(what.axes, what.group_size, what.devices)
     slices = len(set(places[:, 0].tolist()))
     if slices > 1:
         return Trip(DCN, _between_slices(what, fabric, slices, len(places) // slices), (DCN,))

@@ -1,42 +1,53 @@
 """FLOPs of the matrix products in a compiled program, where a TPU's compiler writes each as a convolution.
 
-Two for a multiply-add, padding not counted; one where both are numbers of 8 bits, which the matrix units multiply twice
-as fast, so that FLOPs over the bf16 peak stay a time. Not here: kernels (kernels.py), how often each runs (cost.py).
+Two for a multiply-add, padding not counted. Those of two numbers of 8 bits are told apart, since some generations
+multiply them twice as fast (core/accelerators.py). Not here: kernels (kernels.py), how often each runs (cost.py).
 """
 
+import collections
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
 from t5x_like.planner import hlo
 
-_EIGHT_BITS = re.compile(r"[suf]8")
+# What is multiplied, by the begin of both shapes; "" for all else.
+_EIGHT_BITS = {"integers": re.compile(r"[su]8\["), "floats": re.compile(r"f8\w*\[")}
 _DIMS = re.compile(r"\[([\d,<=]*)\]")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
-def flops(module: hlo.Module, instruction: hlo.Instruction, computation: hlo.Computation) -> int:
-    """Of an instruction of `computation`, with all that is fused into it."""
+def flops(module: hlo.Module, instruction: hlo.Instruction, computation: hlo.Computation) -> "collections.Counter[str]":
+    """Of an instruction of `computation`, with all that is fused into it, by what is multiplied: "integers" or "floats"
+    of 8 bits, "" for what is wider."""
+    found: collections.Counter[str] = collections.Counter()
     if instruction.opcode == "fusion":
         called = module.computations[instruction.called("calls")[0]]
-        return sum(flops(module, inner, called) for inner in called.instructions.values())
-    if instruction.opcode not in ("convolution", "dot"):
-        return 0
-    shapes = [computation.instructions[name].shape for name in instruction.operands[:2]]
+        for inner in called.instructions.values():
+            found += flops(module, inner, called)
+    elif instruction.opcode in ("convolution", "dot"):
+        shapes = [computation.instructions[name].shape for name in instruction.operands[:2]]
+        kinds = (kind for kind, form in _EIGHT_BITS.items() if all(map(form.match, shapes)))
+        found[next(kinds, "")] = _of_product(instruction, shapes)
+    return found
+
+
+def _of_product(instruction: hlo.Instruction, shapes: Sequence[str]) -> int:
+    """shapes: of its two operands."""
     left, right, out = _sizes(shapes[0]), _sizes(shapes[1]), _sizes(instruction.shape)
-    each = 1 if all(map(_EIGHT_BITS.match, shapes)) else 2
     if instruction.opcode == "dot":
         contracted = _CONTRACTED.search(instruction.attributes)
         dims = [int(dim) for dim in contracted.group(1).split(",") if dim] if contracted else []
-        return each * math.prod(out) * math.prod(left[dim] for dim in dims)
+        return 2 * math.prod(out) * math.prod(left[dim] for dim in dims)
     labels = _LABELS.search(instruction.attributes)
     if labels is None:
         return 0
     of_left, of_right, of_out = labels.groups()
-    total = each * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
+    total = 2 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
     window = _window(instruction.attributes)
     for dim in range(len(of_out) - 2):
         place = str(dim)

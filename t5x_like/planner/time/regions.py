@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
-from t5x_like.planner.time.schedule import Block
-
 # Scopes by region; the innermost scope of a name decides. Norms of a block count to its attention or MLP.
 SCOPES = {
     "embed": "embedding",
@@ -52,11 +50,6 @@ def classify(source: str) -> tuple[str, str]:
     if not source:
         return region, ""
     return region, "update" if region == "optimizer" else "forward" if region != "rest" else ""
-
-
-def by_region(schedule: Block) -> dict[tuple[str, str], int]:
-    """Cycles of each (region, pass) of a program, largest first."""
-    return sums((classify(op.source), op.cycles * times) for op, times in schedule.each())
 
 
 def sums(items: Iterable[tuple[K, V]]) -> dict[K, V]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from t5x_like.core.terminal import format_bytes, format_count
 from t5x_like.planner.time import regions
+from t5x_like.planner.time.collectives import Collective
 from t5x_like.planner.time.estimate import PARTS, Estimate, IterationTime
+from t5x_like.planner.time.overlap import Flight
 
 
 def to_json(estimate: Estimate) -> dict[str, Any]:
-    """Keys of a plan: regions, kernels, collectives, operations, estimate. Seconds are of one execution."""
-    work, price = estimate.work, estimate.price
+    """Keys of a plan: regions, kernels, collectives, operations, estimate. Seconds are of the program, once."""
     return {
         "regions": [
             {
@@ -37,6 +38,9 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
             for kernel in estimate.kernels
         ],
         "collectives": [dataclasses.asdict(total) for total in totals(estimate)],
+        "collective_instructions": [
+            _flight_json(flight, flight.collective) for flight in estimate.flights if flight.collective is not None
+        ],
         "operations": [
             {
                 "name": one.op.name,
@@ -47,29 +51,45 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
             }
             for one in estimate.operations
         ],
-        "estimate": {
-            "step_seconds": estimate.step_seconds,
-            "parts": dict(estimate.parts),
-            "exposed": dict(estimate.exposed),
-            "exposed_step_seconds": estimate.exposed_step_seconds,
-            "compiler_seconds": estimate.compiler_seconds,
-            "incomplete": list(estimate.incomplete),
-            "constants": dict(estimate.constants),
-            "bound_by": estimate.bound_by,
-            "model_flops": None if work is None else work.model_flops,
-            "model_flops_full_attention": None if work is None else work.full_flops,
-            "hardware_flops": estimate.hardware_flops,
-            "mfu": estimate.mfu,
-            "mfu_full_attention": estimate.mfu_full_attention,
-            "hfu": estimate.hardware_utilisation,
-            "tokens": None if work is None else work.tokens,
-            "tokens_per_second": estimate.tokens_per_second,
-            "run_seconds": estimate.run_seconds,
-            "chip_hours": estimate.chip_hours,
-            "cost": estimate.cost,
-            "cost_per_million_tokens": estimate.cost_per_million_tokens,
-            "currency": None if price is None else price.currency,
-        },
+        "estimate": _estimate_json(estimate),
+    }
+
+
+def _flight_json(flight: Flight, item: Collective) -> dict[str, Any]:
+    facts = {name: value for name, value in dataclasses.asdict(item).items() if name != "devices"}
+    return facts | {
+        "seconds": flight.seconds,
+        "exposed_seconds": flight.exposed,
+        "asynchronous": flight.between is not None,
+        "instructions_between": flight.between,
+        "computing_seconds_between": flight.beside,
+    }
+
+
+def _estimate_json(estimate: Estimate) -> dict[str, Any]:
+    work, price = estimate.work, estimate.price
+    return {
+        "step_seconds": estimate.step_seconds,
+        "parts": dict(estimate.parts),
+        "exposed": dict(estimate.exposed),
+        "exposed_step_seconds": estimate.exposed_step_seconds,
+        "compiler_seconds": estimate.compiler_seconds,
+        "incomplete": list(estimate.incomplete),
+        "constants": dict(estimate.constants),
+        "bound_by": estimate.bound_by,
+        "model_flops": None if work is None else work.model_flops,
+        "model_flops_full_attention": None if work is None else work.full_flops,
+        "hardware_flops": estimate.hardware_flops,
+        "mfu": estimate.mfu,
+        "mfu_full_attention": estimate.mfu_full_attention,
+        "hfu": estimate.hardware_utilisation,
+        "tokens": None if work is None else work.tokens,
+        "tokens_per_second": estimate.tokens_per_second,
+        "run_seconds": estimate.run_seconds,
+        "chip_hours": estimate.chip_hours,
+        "cost": estimate.cost,
+        "cost_per_million_tokens": estimate.cost_per_million_tokens,
+        "currency": None if price is None else price.currency,
     }
 
 
@@ -142,11 +162,21 @@ def lines(estimate: Estimate) -> list[str]:
             f"  MFU {estimate.mfu:.1%}, or {estimate.mfu_full_attention:.1%} with attention counted in full; "
             f"with what is computed again (HFU) {estimate.hardware_utilisation or 0:.1%}"
         )
+    found.append(_flops(estimate))
     if estimate.tokens_per_second is not None:
         found.append(f"  {format_count(estimate.tokens_per_second)} tokens a second{_run(estimate)}")
     if estimate.cost_per_million_tokens is not None and estimate.price is not None:
         found.append(f"  a million tokens cost {_amount(estimate.cost_per_million_tokens)} {estimate.price.currency}")
     return [*found, "", *_region_lines(estimate)]
+
+
+def _flops(estimate: Estimate) -> str:
+    """What a step needs by its mathematics, and what the program computes for it, over all devices."""
+    computed = f"{format_count(estimate.hardware_flops)} are computed (hardware FLOPs)"
+    if estimate.work is None or estimate.work.model_flops is None or estimate.work.full_flops is None:
+        return f"  FLOPs of all devices: {computed}"
+    model, full = (format_count(flops) for flops in (estimate.work.model_flops, estimate.work.full_flops))
+    return f"  model FLOPs {model} a step, {full} with attention counted in full; {computed}"
 
 
 def iteration_lines(time: IterationTime) -> list[str]:
@@ -171,11 +201,30 @@ def _amount(value: float) -> str:
     return f"{value:.3g}" if value >= 1 else f"{value:.2g}"
 
 
+def cycle_lines(estimate: Estimate) -> list[str]:
+    """The compiler's cycles of each region by pass."""
+    spent = estimate.regions
+    names, passes = _named(estimate)
+    rows = [["cycles", *(which or "no pass" for which in passes), "together"]]
+    for name in names:
+        each = [spent[name, which].cycles if (name, which) in spent else 0 for which in passes]
+        if sum(each):
+            rows.append([f"  {name}", *(f"{cycles:.4g}" if cycles else "-" for cycles in each), f"{sum(each):.4g}"])
+    total = sum(one.cycles for one in spent.values())
+    return [*columns(rows), f"  {total:.4g} together, without collectives and the kernels below"]
+
+
+def _named(estimate: Estimate) -> tuple[list[str], list[str]]:
+    """(regions, longest first; passes that a program has)."""
+    spent = estimate.regions
+    names = regions.sums((region, each.seconds + each.waiting) for (region, _), each in spent.items())
+    return list(names), [name for name in (*regions.PASSES, "") if any(which == name for _, which in spent)]
+
+
 def _region_lines(estimate: Estimate) -> list[str]:
     """Seconds of each region by pass, kernels included; then what it waits, and how much of the peak it reaches."""
     spent = estimate.regions
-    names = regions.sums((region, each.seconds + each.waiting) for (region, _), each in spent.items())
-    passes = [name for name in (*regions.PASSES, "") if any(which == name for _, which in spent)]
+    names, passes = _named(estimate)
     rows = [["regions", *(which or "no pass" for which in passes), "together", "waiting", "of peak"]]
     device_peak = estimate.peak / estimate.devices
     for name in names:
@@ -218,14 +267,20 @@ def detail_lines(estimate: Estimate) -> list[str]:
         cells = [f"  {one.op.name}", region, which, str(one.count), seconds(one.seconds), f"{reached:.0%}"]
         rows.append([*cells, one.op.source])
     lines = columns(rows, left=3, last=True)
-    rows = [["each collective", "axes", "over", "devices", "count", "bytes each", "time", "exposed", "from"]]
+    header = ["each collective", "axes", "over", "devices", "count", "bytes each", "time", "exposed"]
+    rows = [[*header, "between", "beside", "from"]]  # start and done: instructions, and what is computed meanwhile
     for flight in sorted(estimate.flights, key=lambda flight: (-flight.exposed, -flight.seconds)):
         item = flight.collective
         if item is not None:
             cells = [f"  {item.kind}", " x ".join(item.axes) or "none", flight.network.upper(), str(item.group_size)]
             cells += [str(item.count), f"{format_bytes(item.bytes_each)} {item.bytes_each:,}"]
-            rows.append([*cells, seconds(flight.seconds), seconds(flight.exposed), flight.op.source])
-    return ["", *lines, *(["", *columns(rows, left=3, last=True)] if len(rows) > 1 else [])]
+            cells += [seconds(flight.seconds), seconds(flight.exposed)]
+            cells += ["-" if flight.between is None else str(flight.between), seconds(flight.beside)]
+            rows.append([*cells, flight.op.source])
+    if len(rows) == 1:
+        return ["", *lines]
+    said = "between: instructions from start to done, - for one that does both; beside: what is computed meanwhile"
+    return ["", *lines, "", *columns(rows, left=3, last=True), f"  {said}"]
 
 
 def columns(rows: Sequence[Sequence[str]], *, left: int = 1, last: bool = False) -> list[str]:

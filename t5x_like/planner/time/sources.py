@@ -5,11 +5,9 @@ in an instruction's metadata), paths of scopes; those of arguments are no such p
 """
 
 import collections
-import re
 
 from t5x_like.planner import hlo
 
-_SOURCE = re.compile(r'op_name="([^"]*)"')
 _STEPS = 5  # so many neighbours away
 
 
@@ -28,9 +26,8 @@ class Sources:
         return self._near(computation, instruction, self._used_by(computation)) or self._near(computation, instruction)
 
     def _own(self, instruction: hlo.Instruction) -> str:
-        found = _SOURCE.search(instruction.attributes)
-        if found and "/" in found.group(1):
-            return found.group(1)
+        if "/" in instruction.source:
+            return instruction.source
         if instruction.opcode == "fusion":
             fused = self.module.computations[instruction.called("calls")[0]]
             for inner in reversed(list(fused.instructions.values())):
