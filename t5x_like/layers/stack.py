@@ -22,7 +22,7 @@ from t5x_like.layers import remat as remats
 from t5x_like.parallel import pipeline as pipelines
 from t5x_like.parallel.pipeline import Schedule, on_all_stages
 
-# What a layer reads, which is kept of a turn of a pipeline whatever is computed again.
+# What a layer reads, which is kept of a turn of a pipeline whatever is computed again. No other policy knows the name.
 _LAYER_INPUT = "layer_input"
 # Primitives that pick, cast and reshape. What they make of weights is made again, where repeats pick other ones in each
 # turn: `remat="none"` would keep a copy of a stretch for every turn.

@@ -1,5 +1,6 @@
 """A run in pipeline stages: it is resumed to the bit, and its checkpoints are read without stages and the other way."""
 
+import jax
 import pytest
 
 from tests.end_to_end.commands import rows, train, unfinished, values
@@ -51,3 +52,10 @@ def test_stages_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys, argume
     assert train(tmp_path / "run", *arguments, "--check") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_dropout_in_stages_is_refused_where_jax_draws_otherwise(tmp_path, capsys):
+    with jax.default_prng_impl("rbg"):
+        assert train(tmp_path / "run", "--config.mesh.stage=2", "--config.model.dropout=0.1", "--check") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.model.dropout=0.1 in stages" in line and "jax_default_prng_impl=rbg" in line

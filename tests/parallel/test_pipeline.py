@@ -122,11 +122,12 @@ def test_some_rows_draw_the_dropout_that_they_have_in_the_whole_batch():
 
 
 def test_places_of_more_than_32_bits():
-    numbers, factor = np.array([0, 1, 3, 255, 65535], np.uint32), 2**32 - 5
-    exact = numbers.astype(np.uint64) * np.uint64(factor)
-    high, low = _times(jnp.asarray(numbers), factor)
-    np.testing.assert_array_equal(high, exact >> np.uint64(32))
-    np.testing.assert_array_equal(low, exact & np.uint64(0xFFFFFFFF))
+    numbers = np.array([0, 1, 3, 255, 65535, 65536, 100_000, 2**32 - 1], np.uint32)
+    for factor in (7, 100_000, 2**32 - 5):
+        exact = numbers.astype(np.uint64) * np.uint64(factor)
+        high, low = _times(jnp.asarray(numbers), factor)
+        np.testing.assert_array_equal(high, exact >> np.uint64(32))
+        np.testing.assert_array_equal(low, exact & np.uint64(0xFFFFFFFF))
 
 
 @pytest.mark.parametrize(
