@@ -1,17 +1,23 @@
 """The compiled train step in pipeline stages against one device: same loss, same gradients, whatever is trained and
 however the stages lie among other axes of the mesh. The case of every change are CASES; `make nightly` compares all."""
 
+import dataclasses
 import functools
+from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 
+from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel.mesh import MeshConfig
+from t5x_like.parallel.rules import MESH_AXES
 from tests.training.test_parity import Result, _assert_equal, _config, _stepped
 
 # mesh, micro-batches of the pipeline, repeats
 MESHES = {
     "stage=2 data=2 tensor=2": ({"stage": 2, "data": 2, "tensor": 2}, 2, 1),
-    "stage=4, repeated": ({"fsdp": 2, "stage": 4}, 4, 2),
+    "stage=4 over two slices, repeated": ({"fsdp": 2, "stage": 4}, 4, 2),
     "stage=2 fsdp=2 tensor=2, repeated": ({"stage": 2, "fsdp": 2, "tensor": 2}, 4, 2),
     "slice=2 stage=2 fsdp=2": ({"slice": 2, "stage": 2, "fsdp": 2}, 2, 1),
     "stage=2 sequence=2 tensor=2": ({"stage": 2, "sequence": 2, "tensor": 2}, 8, 1),
@@ -42,7 +48,40 @@ def _step(run: str, mesh_name: str = "") -> Result:
         sizes, parts, repeats = MESHES[mesh_name]
         config.mesh.update({"data": 1} | sizes)
         config.mesh.pipeline.update({"micro_batches": parts, "repeats": repeats})
-    return _stepped(run, config, jax.devices() if mesh_name else jax.devices()[:1])
+    with mock.patch.object(meshes, "_arrange", _over_slices if mesh_name == FOUR else meshes._arrange):
+        return _stepped(run, config, jax.devices() if mesh_name else jax.devices()[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU as meshes see it: one of two slices of 2 x 2 chips, which are numbered by turns."""
+
+    id: int
+    platform = "tpu"
+    device_kind = "TPU v5 lite"
+    core_on_chip = 0
+
+    @property
+    def slice_index(self) -> int:
+        return self.id % 2
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id // 2 % 2, self.id // 4, 0
+
+
+def _over_slices(shape, devices, arrange=meshes._arrange):
+    """CPU devices in the places of the chips of two slices."""
+    chips = arrange(shape, [Chip(number) for number in range(len(devices))])
+    return np.vectorize(lambda chip: devices[chip.id])(chips)
+
+
+def test_stages_over_slices_have_whole_stages_in_each():
+    sizes = MeshConfig("data", "", **(dict.fromkeys(MESH_AXES) | {"data": 1} | MESHES[FOUR][0]))
+    with mock.patch.object(meshes, "_arrange", _over_slices):
+        mesh = meshes.make(sizes)
+    ids = np.vectorize(lambda device: device.id)(mesh.devices).reshape(4, 2)
+    assert (ids % 2).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
 
 
 def _fits(run: str, name: str) -> bool:
