@@ -23,31 +23,34 @@ MESHES = {
     "stage=2 sequence=2 tensor=2": ({"stage": 2, "sequence": 2, "tensor": 2}, 8, 1),
 }
 TWO, FOUR, MIXED, SLICES, SEQUENCE = MESHES
-# With dropout, windows of a period of two, which all stretches have, and accumulation (loop.micro_batches).
+# With dropout, and windows of a period of two, which all stretches have.
 CHANGES = {
-    "llama": {"dropout": 0.1, "remat": "full", "windows": (8, 0), "parts": 1},
-    "gpt2": {"dropout": 0.1, "remat": "none", "parts": 2},
-    "t5": {"dropout": 0.1, "remat": "minimal", "parts": 1},
+    "llama": {"dropout": 0.1, "remat": "full", "windows": (8, 0)},
+    "gpt2": {"dropout": 0.1, "remat": "none"},
+    "t5": {"dropout": 0.1, "remat": "minimal"},
 }
-OTHERS = {"dropout": 0.0, "remat": "dots", "windows": (0,), "parts": 1}
+OTHERS = {"dropout": 0.0, "remat": "dots", "windows": (0,)}
+ACCUMULATED = {("llama", TWO): 2, ("gpt2", TWO): 2}  # config.loop.micro_batches
 RUNS = [*CHANGES, "lora", "dpo beside a model", "grpo", "sft of t5"]
-CASES = [("llama", SLICES), ("gpt2", TWO), ("t5", MIXED), ("lora", FOUR)]
+CASES = [("llama", TWO), ("t5", FOUR), ("lora", SLICES)]
 
 
 @functools.cache
-def _step(run: str, mesh_name: str = "") -> Result:
-    """On a mesh of MESHES, or on one device."""
+def _step(run: str, parts: int, mesh_name: str = "") -> Result:
+    """On a mesh of MESHES, or on one device. parts: config.loop.micro_batches."""
     config, changes = _config(run), dict(CHANGES.get(run, OTHERS))
-    config.loop.micro_batches = changes.pop("parts")
+    config.loop.micro_batches = parts
+    if run.startswith("dpo"):  # means: sums of some -150 are known to 1e-5 in float32, and so is their difference
+        config.objective.dpo.length_normalized = True
     config.model.update({name: changes.pop(name) for name in ("dropout", "remat")})
     config.model.decoder.update(changes | {"layers": 8})
     if run.endswith("t5"):
         config.model.encoder.layers = 8
     config.mesh.preset = "data"
     if mesh_name:
-        sizes, parts, repeats = MESHES[mesh_name]
+        sizes, count, repeats = MESHES[mesh_name]
         config.mesh.update({"data": 1} | sizes)
-        config.mesh.pipeline.update({"micro_batches": parts, "repeats": repeats})
+        config.mesh.pipeline.update({"micro_batches": count, "repeats": repeats})
     with mock.patch.object(meshes, "_arrange", _over_slices if mesh_name == FOUR else meshes._arrange):
         return _stepped(run, config, jax.devices() if mesh_name else jax.devices()[:1])
 
@@ -100,4 +103,5 @@ def _fits(run: str, name: str) -> bool:
     ],
 )
 def test_stages_give_the_loss_and_every_gradient_of_one_device(run, name):
-    _assert_equal(_step(run), _step(run, name))
+    parts = ACCUMULATED.get((run, name), 1)
+    _assert_equal(_step(run, parts), _step(run, parts, name))
