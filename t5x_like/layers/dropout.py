@@ -4,6 +4,8 @@ its rows draws for each of them what the whole batch would.
 Legend: B rows.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ def dropout(
 ) -> jax.Array:
     """Sets a share `rate` of x [B, ...] to zero and scales the rest to keep the mean; the identity without a key.
 
-    numbers_B: the numbers, below 2^16, that these rows have in the whole batch; None where they are all of it.
+    numbers_B: the numbers that these rows have in the whole batch; None where they are all of it.
     """
     if key is None or rate == 0.0:
         return x
@@ -35,14 +37,19 @@ def dropout(
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
+def draws_by_row() -> bool:
+    """Whether jax's numbers are a function of an element's place, as it is set here, so that some rows can be drawn."""
+    config: Any = jax.config
+    return config.jax_default_prng_impl == "threefry2x32" and config.jax_threefry_partitionable
+
+
 def _uniform(key: jax.Array, numbers_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The rows of these numbers of `jax.random.uniform(key, (any number of rows, *shape))`, in float32.
 
     jax's threefry hashes the place of each element in the whole array, a number of 64 bits as two of 32
     (jax_threefry_partitionable, its default), and makes a float of the upper 23 bits.
     """
-    partitionable = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
-    assert jax.random.key_impl(key) == "threefry2x32" and partitionable
+    assert draws_by_row() and jax.random.key_impl(key) == "threefry2x32"
     size = int(np.prod(shape, dtype=np.int64))
     assert size < 2**32
     inside = jnp.arange(size, dtype=jnp.uint32).reshape(1, *shape)
@@ -56,8 +63,9 @@ def _uniform(key: jax.Array, numbers_B: jax.Array, shape: tuple[int, ...]) -> ja
 
 
 def _times(numbers: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
-    """numbers x factor, of numbers below 2^16 and a factor below 2^32: the upper and the lower 32 bits."""
-    lower = numbers * np.uint32(factor & 0xFFFF)
-    upper = numbers * np.uint32(factor >> 16)
-    low = lower + (upper << 16)
-    return (upper >> 16) + (low < lower).astype(jnp.uint32), low
+    """numbers x factor, of numbers and a factor below 2^32: the upper and the lower 32 bits."""
+    low, high = numbers & 0xFFFF, numbers >> 16
+    factor_low, factor_high = np.uint32(factor & 0xFFFF), np.uint32(factor >> 16)
+    one, other = high * factor_low, low * factor_high  # both count from bit 16 on
+    middle = (low * factor_low >> 16) + (one & 0xFFFF) + (other & 0xFFFF)
+    return high * factor_high + (one >> 16) + (other >> 16) + (middle >> 16), numbers * np.uint32(factor)

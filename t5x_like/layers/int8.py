@@ -3,12 +3,13 @@
     x W  ~  s_x s_w (q_x q_w),   q = round(a / s),   s = max|a| / 127 over what the product sums
 
 Scales are found anew in every call (dynamic): one a token of x, one an output channel of W; the sum of products of
-whole numbers is exact in int32. Gradients go straight through the rounding: they are those of x W as if nothing were
-rounded. "int8_forward" multiplies them in the compute type. "int8" also has dx = g W^T in int8, with g rounded
-stochastically, floor(g / s + u) with u uniform in [0, 1), so that what dx is on average is g W'^T, W' the rounded
-weight. dW = x^T g stays in the compute type, where its sum is over all tokens of a batch: SwitchBack (arXiv 2304.13013,
-section 2) does so for its noise, and the TPU compiler counts more cycles for it in int8 (docs/log.md). Dynamic scales
-and stochastic rounding in both passes are those of AQT (github.com/google/aqt, arXiv 2105.03536).
+whole numbers is exact in int32 (on a CPU it is made in float32, exact for up to 1,040 terms). Gradients go straight
+through the rounding: they are those of x W as if nothing were rounded. "int8_forward" multiplies them in the compute
+type. "int8" also has dx = g W^T in int8, with g rounded stochastically, floor(g / s + u) with u uniform in [0, 1), so
+that what dx is on average is g W'^T, W' the rounded weight. dW = x^T g stays in the compute type, where its sum is over
+all tokens of a batch: SwitchBack (arXiv 2304.13013, section 2) does so for its noise, and the TPU compiler counts more
+cycles for it in int8 (docs/log.md). Dynamic scales and stochastic rounding in both passes are those of AQT
+(github.com/google/aqt, arXiv 2105.03536).
 
 Which weights: matrices of layers. Embeddings, LM head, norms and biases are NOT, nor a layer that reads a cache.
 
@@ -30,6 +31,7 @@ from t5x_like.layers import weights
 from t5x_like.layers.platform import float32_products, platform
 
 LARGEST = 127
+SMALLEST = 1e-30  # below it 127 / max|a| would come near the end of float32
 
 
 @jax.tree_util.register_dataclass
@@ -146,11 +148,12 @@ _product.defvjp(_forward, _backward)
 def quantized(x: jax.Array, dims: tuple[int, ...], seed: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """(int8 values, float32 scales of size 1 in `dims`) of x, rounded to nearest, or stochastically with a seed.
 
-    What is not finite gives a scale that is not, and so a product that is not. Zeros have the scale 1 / 127.
+    What is not finite gives a scale that is not, and so a product that is not. Where nothing reaches SMALLEST all is 0,
+    with the scale 1 / 127.
     """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=dims, keepdims=True)
-    largest = jnp.where(largest == 0.0, 1.0, largest)
+    largest = jnp.where(largest < SMALLEST, 1.0, largest)
     steps = x * (LARGEST / largest)
     steps = jnp.round(steps) if seed is None else jnp.floor(steps + uniform(x.shape, seed))
     return jnp.clip(steps, -LARGEST, LARGEST).astype(jnp.int8), largest / LARGEST
@@ -159,18 +162,39 @@ def quantized(x: jax.Array, dims: tuple[int, ...], seed: jax.Array | None = None
 def uniform(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
     """Numbers in [0, 1), float32: a hash of the seed and of an element's place, the same on any mesh.
 
-    A generator would write its numbers out and read them again; a hash is fused into what uses it (docs/log.md). Its
-    constants are of "lowbias32" (github.com/skeeto/hash-prospector, public domain).
+    A generator would write its numbers out and read them again; a hash is fused into what uses it (docs/log.md). Places
+    count in 32 bits: of larger arrays the leading dims are hashed apart. Two seeds give the same numbers in another
+    order. The constants are of "lowbias32" (github.com/skeeto/hash-prospector, public domain).
     """
+    outer = _outer(shape)
+    bits = _hashed(_places(shape, range(outer, len(shape))) ^ seed)
+    if outer:
+        bits = _hashed(_places(shape, range(outer)) ^ bits)
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24  # TPUs convert signed numbers alone
+
+
+def _outer(shape: tuple[int, ...]) -> int:
+    """How many leading dims a place of 32 bits does not count.
+
+    >>> _outer((64, 4096, 16384)), _outer((128, 4096, 16384))
+    (0, 1)
+    """
+    return next(dims for dims in range(len(shape) + 1) if math.prod(shape[dims:]) <= 2**32)
+
+
+def _places(shape: tuple[int, ...], dims: range) -> jax.Array:
+    """The place of each element among those that differ in these dims."""
     place, stride = jnp.zeros(shape, jnp.uint32), 1
-    for dim in reversed(range(len(shape))):
+    for dim in reversed(dims):
         place += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride % 2**32)
         stride *= shape[dim]
-    bits = place ^ seed
+    return place
+
+
+def _hashed(bits: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    bits ^= bits >> 16
-    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24  # TPUs convert signed numbers alone
+    return bits ^ (bits >> 16)
 
 
 def _whole_numbers(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

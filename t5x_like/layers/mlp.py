@@ -66,8 +66,9 @@ class Mlp(nnx.Module):
         """activation(first) * the others.
 
         Between the matrix products in float32, said once: casts between every two operations cost the TPU 4% of the
-        backward pass and twice its temporaries. Nothing of it is stored: the backward pass computes it again from its
-        inputs, which are there anyway.
+        backward pass and twice its temporaries. The backward pass computes it again from its inputs, which are there
+        anyway: nothing of it is stored, unless layers are written out (scan=False) without remat, where the compiler
+        may find it to be what the forward pass has.
         """
 
         def function(*inputs_BTF):

@@ -22,8 +22,20 @@ from t5x_like.layers import remat as remats
 from t5x_like.parallel import pipeline as pipelines
 from t5x_like.parallel.pipeline import Schedule, on_all_stages
 
-# What a layer reads, which is kept of a turn of a pipeline whatever is computed again.
+# What a layer reads, which is kept of a turn of a pipeline whatever is computed again. No other policy knows the name.
 _LAYER_INPUT = "layer_input"
+# Primitives that pick, cast and reshape. What they make of weights is made again, where repeats pick other ones in each
+# turn: `remat="none"` would keep a copy of a stretch for every turn.
+_MOVES = (
+    "dynamic_slice",
+    "gather",
+    "slice",
+    "squeeze",
+    "convert_element_type",
+    "reshape",
+    "transpose",
+    "broadcast_in_dim",
+)
 
 
 class Kind(Protocol):
@@ -214,7 +226,14 @@ def _in_stages(
     policy = jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT)
     for each in policies:
         policy = None if policy is None or each is None else both(each, policy)
+    if policy is None and schedule.repeats > 1:
+        policy = _all_but_moves
     return pipelines.run(stage, weights, x, rows, schedule=schedule, policy=policy)
+
+
+def _all_but_moves(primitive: Any, *_: Any, **__: Any) -> bool:
+    """For `jax.checkpoint`: saves what is computed."""
+    return primitive.name not in _MOVES
 
 
 def _steps(

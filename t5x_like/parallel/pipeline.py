@@ -193,7 +193,9 @@ def run(
 
     def turn(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
         arrived, held = carry  # [S, b, ...], [S, M, b, ...]
-        items_S = (number - jnp.arange(s.stages)) % s.items  # with nothing to do, as if the batch came once more
+        # A stage with nothing to do takes what is there: of the batch once more, or of a result. Nobody reads what it
+        # makes of that, and its gradient is 0 times finite numbers.
+        items_S = (number - jnp.arange(s.stages)) % s.items
         repeats_S, micro_S = s.work(items_S)
         enters = (jnp.arange(s.stages) == 0) & (repeats_S == 0)
         entering = jax.lax.dynamic_index_in_dim(held, s.work(number % s.items)[1], axis=1, keepdims=False)

@@ -18,9 +18,10 @@ from t5x_like.layers import remat as remats
 from t5x_like.layers.attention import kernels
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
+from t5x_like.parallel.pipeline import NEUTRAL
 from t5x_like.parallel.sharding import device_bytes, spec_names
 from t5x_like.runs import summary
-from t5x_like.runs.program import Program
+from t5x_like.runs.program import Program, schedule
 from t5x_like.runs.train import Experiment
 
 LEVELS = ("error", "warning", "note")
@@ -77,6 +78,7 @@ def look(experiment: Experiment, program: Program, names: set[str], place: Place
         *_remat(experiment, names),
         *_replicated(program),
         *_rules(experiment, program),
+        *_pipeline(experiment, program),
         *_batch(experiment, program),
         *_matrices(experiment, program),
         *_lengths(experiment, program),
@@ -140,6 +142,14 @@ def _remat(experiment: Experiment, names: set[str]) -> Iterator[Finding]:
     elif missing:
         what = f"{policy!r} saves {', '.join(missing)} too, which no activation of this program is called"
         yield Finding("note", "config.model.remat", what)
+    for name, stack_config in experiment.model.stacks.items():
+        kinds = stack_config.kinds
+        used = {"full", *remats.by_layer(policy, kinds)}
+        for share in remats.parse(policy):
+            if share.policy not in used:
+                what = f"{share.policy}:{share.layers:g} is of none of the {len(kinds)} layers of the {name}"
+                remedy = "shares are of whole periods of the pattern of layers: use a larger share, or no share"
+                yield Finding("warning", "config.model.remat", what, remedy)
 
 
 def _points(share: remats.Share) -> tuple[str, ...]:
@@ -193,6 +203,16 @@ def _rules(experiment: Experiment, program: Program) -> Iterator[Finding]:
             # On one device a config for many is not wrong.
             level, remedy = ("warning", "remove it") if sizes else ("note", "")
             yield Finding(level, "config.mesh.rules", what + (", ".join(sizes) or "none"), remedy)
+
+
+def _pipeline(experiment: Experiment, program: Program) -> Iterator[Finding]:
+    sizes, given = _sizes(program), experiment.mesh.pipeline
+    changed = [name for name, value in dataclasses.asdict(given).items() if value != getattr(NEUTRAL, name)]
+    if changed and schedule(experiment, program.mesh.shape) is None:
+        said = ", ".join(f"{name}={getattr(given, name)}" for name in changed)
+        # On one device a config for many is not wrong.
+        level, remedy = ("warning", "set config.mesh.stage, or remove it") if sizes else ("note", "")
+        yield Finding(level, "config.mesh.pipeline", f"{said} changes nothing on a mesh without stages", remedy)
 
 
 def _batch(experiment: Experiment, program: Program) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from t5x_like.core.types import ArraySpec
 from t5x_like.data import reference_logp
 from t5x_like.inference.decode import decode_step, read_prompts
 from t5x_like.layers import remat as remats
+from t5x_like.layers.dropout import draws_by_row
 from t5x_like.layers.stack import stretch
 from t5x_like.models.model import Model
 from t5x_like.objectives import table as objectives
@@ -273,7 +274,13 @@ def _check_pipeline(experiment: Experiment, rules: sharding_rules.Rules, sizes: 
             f"config.adapter.lora.dropout={lora.dropout:g} would draw the same mask for all micro-batches of "
             f"config.mesh.stage={found.stages}; set it to 0, or use no stages"
         )
-    if experiment.model.dtype.products == "int8":
+    if experiment.model.dropout > 0 and not draws_by_row():
+        raise UsageError(
+            f"config.model.dropout={experiment.model.dropout:g} in stages draws each row by its number, which jax does "
+            f"by threefry2x32 alone, and here jax_default_prng_impl={jax.config.jax_default_prng_impl}; leave "  # pyright: ignore[reportAttributeAccessIssue]
+            "JAX_DEFAULT_PRNG_IMPL and JAX_THREEFRY_PARTITIONABLE as jax has them, or set dropout to 0"
+        )
+    if experiment.model.dtype.products == INT8:
         raise UsageError(
             "config.model.dtype.products=int8 would round all micro-batches of "
             f"config.mesh.stage={found.stages} by the same numbers; use int8_forward, or no stages"

@@ -1,9 +1,11 @@
 """A run in pipeline stages: it is resumed to the bit, and its checkpoints are read without stages and the other way."""
 
+import jax
 import pytest
 
 from tests.end_to_end.commands import rows, train, unfinished, values
 
+T5 = "configs/pretrain/t5_tiny.py"
 STAGES = (
     "--config.mesh.stage=2",
     "--config.mesh.fsdp=2",
@@ -51,3 +53,17 @@ def test_stages_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys, argume
     assert train(tmp_path / "run", *arguments, "--check") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_of_two_stacks_the_one_that_does_not_divide_is_named(tmp_path, capsys):
+    layers = ("--config.model.encoder.layers=3", "--config.model.decoder.layers=4")
+    assert train(tmp_path / "run", *layers, "--config.mesh.stage=2", "--check", config=T5) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.model: encoder: 3 layers do not divide into the 2 stretches" in line
+
+
+def test_dropout_in_stages_is_refused_where_jax_draws_otherwise(tmp_path, capsys):
+    with jax.default_prng_impl("rbg"):
+        assert train(tmp_path / "run", "--config.mesh.stage=2", "--config.model.dropout=0.1", "--check") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.model.dropout=0.1 in stages" in line and "jax_default_prng_impl=rbg" in line

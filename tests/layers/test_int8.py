@@ -88,6 +88,21 @@ def test_stochastic_rounding_has_the_right_mean():
     assert nearest.tolist() == [[127, 0, 0, 5, -127, 0]]
 
 
+def test_rows_of_arrays_with_more_than_32_bits_of_places_have_numbers_of_their_own():
+    """Rows 0 and 64 lie 2^32 elements apart. No other element of the array is made."""
+    cut = (slice(0, 65, 64), slice(5, 6), slice(0, 4096))
+    program = jax.jit(lambda seed: int8.uniform((65, 4096, 16384), seed)[cut]).lower(jnp.uint32(7)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**20
+    first, last = np.asarray(program(jnp.uint32(7)), np.float64)[:, 0]
+    assert abs(np.corrcoef(first, last)[0, 1]) < 0.1
+
+
+def test_what_is_too_small_for_a_scale_is_zero():
+    values, scales = int8.quantized(jnp.asarray([[1e-38, -4e-37], [1e-20, 0.0]]), (1,))
+    np.testing.assert_array_equal(values, [[0, 0], [127, 0]])
+    assert np.isfinite(np.asarray(scales)).all()
+
+
 def test_numbers_of_the_hash_are_uniform_and_independent_of_their_neighbours():
     u = np.asarray(int8.uniform((400, 500), jnp.uint32(12345)), np.float64)
     assert 0 <= u.min() and u.max() < 1

@@ -1,6 +1,7 @@
 """The same loss and gradients of a model on every mesh, from parameters that are really sharded. The train step as a
 whole has its own matrix (tests/training); this one stops at the model, so that a difference is found where it is."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from t5x_like.core import tree
 from t5x_like.core.types import ArraySpec
+from t5x_like.parallel.pipeline import PipelineConfig
 from t5x_like.parallel.rules import MESH_AXES
 from t5x_like.parallel.sharding import batch_shardings, tree_shardings
 from tests.models import cases
@@ -33,13 +35,18 @@ def make_mesh(sizes):
 
 
 CASES = {"local_and_global": {"kv_heads": 8}, "t5_gated": {"kv_heads": 8}}
+ENCODER = {"kv_heads": 8, "architecture": "encoder", "layers": 4}
 
 
 @functools.cache
 def one_device(case):
     """The model, its parameters and batch, and what one device makes of them."""
-    sizes = {"heads": 8, "head_size": 4, "mlp": 64, "vocab_size": 250, "tied": True} | CASES[case]
-    model = cases.model(case, **sizes)
+    sizes = {"heads": 8, "head_size": 4, "mlp": 64, "vocab_size": 250, "tied": True}
+    if case == "encoder":
+        model = cases.model("t5_gated", **sizes, **ENCODER)
+        model = dataclasses.replace(model, pipeline=PipelineConfig(micro_batches=4, repeats=2))
+    else:
+        model = cases.model(case, **sizes, **CASES[case])
     params = cases.random_params(model)
     batch = packed("", 11) | {"inputs": cases.tokens(model, ROWS, LENGTH)}
     if "encoder_inputs" in model.inputs:
@@ -68,14 +75,23 @@ def run(model, params, batch, out_shardings=None):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", MESHES)
 def test_loss_and_every_gradient_equal_those_of_one_device(case, name):
-    model, params, batch, (value, gradients) = one_device(case)
-    mesh = make_mesh(MESHES[name])
+    _compare(one_device(case), MESHES[name])
+
+
+def test_an_encoder_alone_in_stages_gives_them_too():
+    """T5's, whose relative positions belong to no layer, with documents that do not see each other."""
+    _compare(one_device("encoder"), {"stage": 2, "fsdp": 2, "tensor": 2})
+
+
+def _compare(one, sizes):
+    model, params, batch, (value, gradients) = one
+    mesh = make_mesh(sizes)
     shardings = tree_shardings(mesh, model.rules, model.specs())
     placed = jax.tree.map(jax.device_put, params, shardings)
     specs = {key: ArraySpec(leaf.shape, "int32", ("batch", "length")) for key, leaf in batch.items()}
     rows = batch_shardings(mesh, model.rules, specs)
     placed_batch = {key: jax.device_put(leaf, rows[key]) for key, leaf in batch.items()}
-    if set(MESHES[name]) != {"data"}:
+    if set(sizes) != {"data"}:
         for path, leaf in tree.leaves(placed):
             assert "layers/mlp/up" not in path or not leaf.sharding.is_fully_replicated
     with jax.set_mesh(mesh):

@@ -70,11 +70,12 @@ def test_layers_in_stages_give_what_they_give_one_after_the_other(schedule):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_backward_pass_computes_each_layer_again_once_and_keeps_no_weights_of_a_turn(remat):
-    """Matrix products of a step in stages that never idle, counted: as many as without stages."""
+    """Matrix products of a step in stages that never idle, counted: as many as without stages. Of what waits for the
+    backward pass the matrices are counted: one of each layer, though each is cast in its turn."""
     schedule, width, layers, rows = Schedule(2, 2, 2), 8, 8, 4
 
     def block(w, x, rows, *, kind, index, cache):
-        return jnp.tanh(x @ w["w"]) + rows, {"cache": None, "sums": {}}
+        return jnp.tanh(x @ w["w"].astype(x.dtype)) + rows, {"cache": None, "sums": {}}
 
     def loss(pipeline, w, x, rows):
         kinds = kinds_of("a" * layers)
@@ -82,15 +83,19 @@ def test_the_backward_pass_computes_each_layer_again_once_and_keeps_no_weights_o
         return jnp.sum(y**2)
 
     shapes = {"small": {"w": jax.ShapeDtypeStruct((layers, width, width), jnp.float32)}}
-    x = jax.ShapeDtypeStruct((rows, width), jnp.float32)
-    count = {}
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+    count, matrices = {}, {}
     for name, pipeline in (("plain", None), ("stages", schedule)):
-        jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, pipeline), argnums=(0, 1)))(shapes, x, x)
+        function = functools.partial(loss, pipeline)
+        jaxpr = jax.make_jaxpr(jax.grad(function, argnums=(0, 1)))(shapes, x, x)
         count[name] = _rows_multiplied(jaxpr.jaxpr, 1)
+        kept = jax.tree.leaves(jax.eval_shape(lambda *given, f=function: jax.vjp(f, *given)[1], shapes, x, x))
+        matrices[name] = sum(math.prod(a.shape[:-2]) for a in kept if a.shape[-2:] == (width, width))
     per_pass = layers * rows
     assert count["plain"] == (3 if remat == "none" else 4) * per_pass
     turns = schedule.turns / schedule.items  # of which some do nothing
     assert count["stages"] == pytest.approx(count["plain"] * turns)
+    assert matrices == {"plain": layers, "stages": layers}
 
 
 def _rows_multiplied(jaxpr, times):
@@ -117,11 +122,12 @@ def test_some_rows_draw_the_dropout_that_they_have_in_the_whole_batch():
 
 
 def test_places_of_more_than_32_bits():
-    numbers, factor = np.array([0, 1, 3, 255, 65535], np.uint32), 2**32 - 5
-    exact = numbers.astype(np.uint64) * np.uint64(factor)
-    high, low = _times(jnp.asarray(numbers), factor)
-    np.testing.assert_array_equal(high, exact >> np.uint64(32))
-    np.testing.assert_array_equal(low, exact & np.uint64(0xFFFFFFFF))
+    numbers = np.array([0, 1, 3, 255, 65535, 65536, 100_000, 2**32 - 1], np.uint32)
+    for factor in (7, 100_000, 2**32 - 5):
+        exact = numbers.astype(np.uint64) * np.uint64(factor)
+        high, low = _times(jnp.asarray(numbers), factor)
+        np.testing.assert_array_equal(high, exact >> np.uint64(32))
+        np.testing.assert_array_equal(low, exact & np.uint64(0xFFFFFFFF))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from t5x_like.core.dtypes import DtypePolicy
 from t5x_like.layers.remat import POLICIES
 from t5x_like.models.model import Model
 from t5x_like.parallel import mesh as meshes
+from t5x_like.parallel.pipeline import PipelineConfig, Schedule
 from t5x_like.parallel.rules import rules
 from t5x_like.parallel.sharding import named
 from t5x_like.planner.compile import compile_program
@@ -28,21 +29,21 @@ def test_every_policy_is_counted():
     assert set(POLICIES) < set(FORWARD)
 
 
-def gradients(remat, *, overrides="", **axes):
+def gradients(remat, *, layers=LAYERS, rows=4, pipeline=None, overrides="", **axes):
     """(text, mesh) of the gradient of a small decoder on four chips."""
     names = ("slice", "stage", "data", "fsdp", "expert", "sequence", "tensor")
     sizes = meshes.MeshConfig("fsdp", overrides, **{name: axes.get(name) for name in names})
     mesh = meshes.make(sizes, topology("v5e:2x2").devices)
-    sizes = {"layers": LAYERS, "width": 128, "heads": 2, "kv_heads": 1, "head_size": 128, "max_length": 128}
+    sizes = {"layers": layers, "width": 128, "heads": 2, "kv_heads": 1, "head_size": 128, "max_length": 128}
     config = dataclasses.replace(cases.config("llama", **sizes), remat=remat)
-    model = Model(config, rules(overrides), DtypePolicy("float32", "bfloat16"))
+    model = Model(config, rules(overrides), DtypePolicy("float32", "bfloat16"), pipeline)
 
     def abstract(shape, dtype, axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, model.rules, axes, shape))
 
     is_spec = lambda leaf: hasattr(leaf, "init")  # noqa: E731
     params = jax.tree.map(lambda s: abstract(s.shape, s.dtype, s.axes), model.specs(), is_leaf=is_spec)
-    batch = {"inputs": abstract((4, 128), jnp.int32, ("batch", "length"))}
+    batch = {"inputs": abstract((rows, 128), jnp.int32, ("batch", "length"))}
 
     def loss(params, batch):
         return jnp.square(model.apply(params, batch).hidden_BTD.astype(jnp.float32)).sum()
@@ -70,3 +71,28 @@ def test_what_passes_from_layer_to_layer_stays_divided(compiler, axes):
     sizes = {math.prod(map(int, shape.split(","))) for shape in shapes}
     assert 4 * 128 * 128 // 4 in sizes
     assert 4 * 128 * 128 not in sizes
+
+
+@pytest.mark.parametrize(
+    "axis,overrides",
+    [
+        ("fsdp", ""),
+        pytest.param("tensor", "act_embed=tensor", marks=pytest.mark.slow),
+        pytest.param("sequence", "", marks=pytest.mark.slow),
+    ],
+)
+def test_in_the_turns_of_a_pipeline_stages_exchange_what_they_hand_on_and_nothing_else(compiler, axis, overrides):
+    """The layout of all stages, pinned, would have each gather what the others hold, in every layer."""
+    schedule, rows = Schedule(stages=2, micro_batches=2, repeats=1), 8
+    pipeline = PipelineConfig(schedule.micro_batches, schedule.repeats)
+    axes = {"fsdp": 1, "stage": 2} | {axis: 2}
+    text, mesh = gradients("full", layers=2, rows=rows, pipeline=pipeline, overrides=overrides, **axes)
+    every_turn = [item for item in cost(text, dict(mesh.shape)).collectives if item.count == schedule.turns]
+    micro_batch = rows // schedule.micro_batches * 128 * 128 * 2  # bytes
+    between = [item for item in every_turn if "stage" in item.axes]
+    handed_on = ("collective-permute", ("stage",), micro_batch // 2)  # by each of two devices, forward and backward
+    assert [(item.kind, item.axes, item.bytes_each) for item in between] == 2 * [handed_on]
+    gathered = [item.bytes_each for item in every_turn if item.kind == "all-gather"]
+    assert gathered
+    if axis == "fsdp":  # weights; along the others attention and products read whole rows
+        assert max(gathered) < micro_batch

@@ -61,18 +61,21 @@ WARNINGS = {
         "model.decoder.mlp=64",
         "model.dtype.params=bfloat16",
         "mesh.rules=mlp=",
+        "mesh.pipeline.repeats=2",
         "optim.schedule.warmup_steps=40",
     ): {
         "config.data.length": "1408 tokens of a row on a device are attended to in blocks of 128; use a multiple",
         "config.model.decoder.mlp": "64 columns on a device fill 50% of tiles of 128; use a multiple of 128 a device",
         "config.model.dtype.params": "weights are trained in bfloat16: updates below a 256th of a weight are lost",
         "config.mesh.rules": "'mlp=' changes nothing on this mesh, whose axes of more than one device are fsdp; remove",
+        "config.mesh.pipeline": "repeats=2 changes nothing on a mesh without stages; set config.mesh.stage, or remove",
         "config.optim.schedule.warmup_steps": "40 steps of warm-up, and the run ends after 40",
     },
-    ("data.length=1000", "loop.micro_batches=2", "model.dtype.compute=float32"): {
+    ("data.length=1000", "loop.micro_batches=2", "model.dtype.compute=float32", "model.remat=q:0.2"): {
         "attention": "runs without a flash attention kernel (no splash: length 1000 is no multiple of 128",
         "config.data.batch_size": "1 rows of a micro-batch on a device, 1,000 tokens; 2 micro-batches",
         "config.model.dtype.compute": "set it to auto or bfloat16",
+        "config.model.remat": "q:0.2 is of none of the 2 layers of the decoder; shares are of whole periods",
     },
     ('runtime.compiler_options.tpu["xla_gpu_autotune_level"]=4',): {
         "config.runtime.compiler_options.tpu": "which that for tpu takes without effect; move it to"

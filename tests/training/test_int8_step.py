@@ -20,7 +20,7 @@ def _run(products, mesh_fields=(("preset", "data"),), devices=1, micro_batches=1
     """((loss, gradient norm) of two steps with one batch, the same of a second start, the program as lowered)."""
     config = test_config.get_config()
     config.model.dtype.products = products
-    config.model.decoder.update({"layers": 1})
+    config.model.decoder.update({"layers": 2})
     config.data.update({"batch_size": ROWS, "length": LENGTH})
     config.optim.update({"name": "sgd", "learning_rate": 0.0, "weight_decay": 0.0, "clip_norm": 0.0})
     config.optim.sgd.momentum = 0.0
@@ -65,6 +65,13 @@ def test_products_in_int8_train_like_others_and_alike_each_time():
 def test_they_do_on_a_mesh_with_micro_batches():
     (exact, _), _, _ = _run("int8")
     (row, _), _, text = _run("int8", (("preset", "fsdp_tensor"), ("fsdp", 2), ("tensor", 2)), 4, micro_batches=2)
+    assert "xi8>" in text
+    assert row == pytest.approx(exact, rel=5e-3)
+
+
+def test_the_forward_pass_in_int8_runs_in_stages():
+    (exact, _), _, _ = _run("int8_forward")
+    (row, _), _, text = _run("int8_forward", (("stage", 2), ("fsdp", 2)), 4)
     assert "xi8>" in text
     assert row == pytest.approx(exact, rel=5e-3)
 

@@ -64,15 +64,9 @@ def head_gradients(
 
     def chunk(sums, slices):
         x_CD, rest = slices
-        g_x, g_weight, g_bias = [], [], []
-        for (start, end), g_Cb in zip(layout.blocks, gradients_of(x_CD, rest), strict=True):
-            g_bias.append(g_Cb.sum(axis=0))
-            g_Cb = g_Cb if layout.scale is None else layout.scale * g_Cb
-            g_Cb = g_Cb.astype(x_CD.dtype)  # as every cotangent of a matrix product; the sums are in float32
-            g_x.append(multiplied("Cb,Db->CD", g_Cb, weight_DW[:, start:end]))
-            g_weight.append(multiplied("CD,Cb->Db", x_CD, g_Cb))
-        new = (jnp.concatenate(g_weight, axis=1), None if bias_W is None else jnp.concatenate(g_bias))
-        g_x_CD = functools.reduce(jnp.add, g_x).astype(x_CD.dtype)
+        g_x_CD, blocks, g_bias_W = chunk_gradients(layout, x_CD, weight_DW, gradients_of(x_CD, rest))
+        g_weight = [multiplied("CD,Cb->Db", x_CD, g_Cb) for g_Cb in blocks]
+        new = (jnp.concatenate(g_weight, axis=1), None if bias_W is None else g_bias_W)
         return new if sums is None else jax.tree.map(jnp.add, sums, new), g_x_CD
 
     inputs = jax.tree.map(flat, (x_BTD, arrays))
@@ -87,6 +81,24 @@ def head_gradients(
     if layout.vocab_axes:
         g_x_MD = jax.lax.psum(g_x_MD, layout.vocab_axes)
     return g_x_MD.reshape(x_BTD.shape), *sums
+
+
+def chunk_gradients(
+    layout: HeadLayout, x_CD, weight_DW, gradients: Iterable[jax.Array]
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """(the gradient of x [C, D] in its type, those of the matrix products [C, b], that of the bias [W]), of a chunk.
+
+    gradients: of `products`, float32 [C, b], block by block. Those of the matrix products have the type of x, as every
+    cotangent of one; what is made of them is summed in float32.
+    """
+    g_x, g_bias, multiplicands = [], [], []
+    for (start, end), g_Cb in zip(layout.blocks, gradients, strict=True):
+        g_bias.append(g_Cb.sum(axis=0))
+        g_Cb = g_Cb if layout.scale is None else layout.scale * g_Cb
+        g_Cb = g_Cb.astype(x_CD.dtype)
+        g_x.append(multiplied("Cb,Db->CD", g_Cb, weight_DW[:, start:end]))
+        multiplicands.append(g_Cb)
+    return functools.reduce(jnp.add, g_x).astype(x_CD.dtype), multiplicands, jnp.concatenate(g_bias)
 
 
 def scattered(layout: HeadLayout, g_DW, g_W, weight_VD, bias_V):

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.layers.scoring.head import Head
 from t5x_like.layers.scoring.head_layout import HeadLayout, head_layout
-from t5x_like.layers.scoring.products import flat, in_chunks, multiplied, products
+from t5x_like.layers.scoring.products import chunk_gradients, flat, in_chunks, multiplied, products
 from t5x_like.layers.scoring.token_scores import (
     Names,
     Scores,
@@ -124,16 +124,11 @@ def _local(layout: HeadLayout, want: Names, loss_of: LossOf, x_BTD, weight_VD, b
     kept = x_MD.dtype.itemsize * M < 4 * D
 
     def chunk(x_CD, *rest):
-        of_loss, blocks = slopes(x_CD, *rest)
-        g_bias = None if bias_W is None else jnp.concatenate([g_Cb.sum(axis=0) for g_Cb in blocks])
-        blocks = [g_Cb if layout.scale is None else layout.scale * g_Cb for g_Cb in blocks]
-        blocks = [g_Cb.astype(x_CD.dtype) for g_Cb in blocks]  # as every cotangent of a matrix product
-        parts = zip(layout.blocks, blocks, strict=True)
-        g_x = [multiplied("Cb,Db->CD", g_Cb, weight_DW[:, start:end]) for (start, end), g_Cb in parts]
-        g_x_CD = functools.reduce(jnp.add, g_x)
+        of_loss, gradients = slopes(x_CD, *rest)
+        g_x_CD, blocks, g_W = chunk_gradients(layout, x_CD, weight_DW, gradients)
         g_CW = jnp.concatenate(blocks, axis=1)
         g_WD = None if kept else multiplied("CW,CD->WD", g_CW, x_CD)
-        return (of_loss, g_bias, g_WD), (g_x_CD.astype(x_CD.dtype), g_CW if kept else None)
+        return (of_loss, None if bias_W is None else g_W, g_WD), (g_x_CD, g_CW if kept else None)
 
     (of_loss, g_W, g_WD), (g_x_MD, g_MW) = in_chunks(chunk, layout.rows, x_MD, targets_M, weights_M)
     loss, others = jax.tree.map(lambda a: jax.lax.psum(a, layout.token_axes) if layout.token_axes else a, of_loss)
