@@ -73,7 +73,8 @@ def splash(
     block: int = BLOCK,
     interpret: bool = False,
 ) -> jax.Array:
-    """Splash attention. block: of queries and keys, made smaller where a row does not divide. interpret: runs on any platform, slowly, for tests."""
+    """Splash attention. block: of queries and keys, made smaller where a row does not divide. interpret: runs on any
+    platform, slowly, for tests."""
     place = _place(q_BTNH, k_BSKH)
     alike = mask.q_segments_BT is mask.k_segments_BS
     shards, length = place.shards(1), q_BTNH.shape[1]
