@@ -16,7 +16,7 @@ from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import device_bytes
 from t5x_like.planner.search import analytic, space
-from t5x_like.planner.search.step import Step
+from t5x_like.planner.search.step import BIASED, Step
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.arguments import load_config
@@ -70,7 +70,7 @@ class Prospects:
         """Tokens of the rows that a TPU's attention kernels may serve."""
         data, stacks = self.base.data, self.base.model.stacks
         lengths = {"encoder": data.encoder_length if len(stacks) == 2 else data.length, "decoder": data.length}
-        found = {lengths[name] for name, stack in stacks.items() if stack.position not in analytic.BIASED}
+        found = {lengths[name] for name, stack in stacks.items() if stack.position not in BIASED}
         return tuple(sorted(length for length in found if length % kernels.LANES == 0))
 
     def step(self, point: space.Point) -> Step:

@@ -21,6 +21,7 @@ from t5x_like.layers.attention import splash_mask
 from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.models import flops
 from t5x_like.planner.search.step import (
+    BIASED,
     HALF,
     SINGLE,
     Step,
@@ -38,7 +39,6 @@ from t5x_like.planner.search.step import (
 from t5x_like.planner.time import kernels
 
 BESIDE = ("fsdp", "data", "slice")  # axes whose collectives can run beside the work
-BIASED = ("relative", "alibi")  # positions that the attention kernels of TPUs do not know
 
 # Shares that were fitted to compiled programs (docs/planner.md).
 FITTED = {
@@ -302,11 +302,12 @@ def _later(step: Step, gathered: list[str], axis: str) -> int:
 def _tensor_bytes(step: Step) -> float:
     """Bytes that are all-reduced over tensor: two outputs of a layer forward, two gradients backward, and the first
     output again unless it is saved."""
-    again = 1 - sum(step.model.remat == policy for policy in ("none", "dots", "products"))
-    return sum(
-        stack.layers * (4 + again + (2 if crossed else 0)) * count * step.micro_batches * HALF * step.model.width
-        for stack, count, crossed in stacks(step)
-    )
+    total = 0.0
+    for stack, count, crossed in stacks(step):
+        again = sum(p != "none" and "attention_out" not in found_points(p) for p in policies(step, stack))
+        sums = stack.layers * (6 if crossed else 4) + again
+        total += sums * count * step.micro_batches * HALF * step.model.width
+    return total
 
 
 def _sequence_bytes(step: Step) -> float:

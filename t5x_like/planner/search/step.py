@@ -17,6 +17,7 @@ from t5x_like.parallel.rules import MAY_REPLICATE, Rules
 
 HALF = 2  # bytes of a number in the compute type of a TPU, bfloat16
 SINGLE = 4  # of float32
+BIASED = ("relative", "alibi")  # positions that the attention kernels of TPUs do not know
 # What remat "none" saves, in units of all named activations of a layer; fitted to compiled programs (docs/planner.md).
 NONE = 2.6
 
@@ -123,7 +124,8 @@ def memory(step: Step) -> dict[str, int]:
 
     gradients: of all parameters, twice while micro-batches are added up
     saved: what the remat policy keeps of every layer
-    layer: weights of two layers gathered, gradients of one, and its activations and their gradients
+    layer: weights of two layers gathered, gradients of one, its activations and their gradients, and where no kernel
+        runs the logits of its attention, their softmax and its gradient
     head: the head gathered, its float32 gradient, and a chunk of logits
     """
     found = {name: float(size) for name, size in step.state.items()}
@@ -151,7 +153,11 @@ def _working(step: Step, stack: StackConfig, count: float, crossed: bool) -> flo
     """Bytes of one layer while its backward pass runs."""
     weights = sum(layer_weights(step, stack, crossed=crossed).values())
     activations = count * sum(widths(step, stack).values())
-    return HALF * (2 * weights + weights + 2 * activations)
+    logits = 0.0
+    if stack.position in BIASED:
+        length = step.source_length if step.source_length and not crossed else step.length
+        logits = 3 * SINGLE * count * length * stack.heads / shards(step, "act_heads")
+    return HALF * (2 * weights + weights + 2 * activations) + logits
 
 
 def head_weights(step: Step) -> float:
