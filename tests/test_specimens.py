@@ -1,4 +1,4 @@
-"""What earlier formats stored is read by the code of today: runs of formats 1 and 3 load, generate and resume."""
+"""What earlier formats stored is read by the code of today: runs load, generate and resume."""
 
 import hashlib
 import json
@@ -124,8 +124,9 @@ def test_a_run_of_a_newer_format_is_one_line(workdir, capsys):
     assert "config.json is of format 99, and this program knows up to" in line
 
 
-def test_a_run_of_format_3_generates_as_it_did_and_is_resumed_to_the_same_losses(tmp_path):
-    specimen = ROOT / "tests" / "specimens" / "format3"
+@pytest.mark.parametrize("number", [3, 7])
+def test_a_run_of_a_format_generates_as_it_did_and_is_resumed_to_the_same_losses(number, tmp_path):
+    specimen = ROOT / "tests" / "specimens" / f"format{number}"
     expected = json.loads((specimen / "expected.json").read_text())
     workdir = pathlib.Path(shutil.copytree(specimen / "run", tmp_path / "run"))
     assert t5x_like.load(workdir).generate(expected["prompt"], max_new_tokens=24, temperature=0) == [expected["text"]]
@@ -135,7 +136,7 @@ def test_a_run_of_format_3_generates_as_it_did_and_is_resumed_to_the_same_losses
     assert len(rows) == len(expected["rows"])
     for row, then in zip(rows, expected["rows"], strict=True):
         assert {name: row[name] for name in then} == pytest.approx(then, rel=1e-6)
-    assert json.loads((workdir / "config.json").read_text())["format"] > 3
+    assert json.loads((workdir / "config.json").read_text())["format"] > number
 
 
 def test_reinforcement_learning_of_format_5_goes_on_with_the_answers_that_it_holds(tmp_path):

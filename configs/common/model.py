@@ -32,6 +32,7 @@ def model() -> dict:
         "dropout": 0.0,
         "scan": True,
         "remat": "none",
+        "attention_block": 1024,
         "dtype": {"params": "float32", "compute": "auto", "products": "compute"},
     }
 

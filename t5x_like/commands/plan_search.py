@@ -90,8 +90,7 @@ def run(arguments: Sequence[str], dimensions: Sequence[str], options: argparse.N
         best = search.best()
         if best is None:
             raise UserError(
-                f"no point that was judged fits {options.topology}; see {paths.join(folder, RESULTS)}, and give more "
-                "--points, more chips or a wider space"
+                f"no point that was judged fits {options.topology}: {search.why_none()} ({paths.join(folder, RESULTS)})"
             )
         flags = paths.join(folder, BEST)
         paths.write_text_atomic(flags, "".join(f"{flag}\n" for flag in best.point.flags))
@@ -127,7 +126,7 @@ def _prepared(
     for point in space.points(searched, prospects.around, len(place.devices), slices=place.slices):
         problem, found = prospects.look(point, device)
         known = {} if found is None else _figures(found)
-        state, said = search.first_state(problem, known, place.hbm_bytes)
+        state, said = search.first_state(problem, known, place.hbm_bytes, device.host_memory)
         entries.append(search_index.Entry(point, state, said, known))
     if not entries:
         raise UsageError("--search: the space is empty; give another mesh axis or another dimension")
@@ -166,6 +165,7 @@ def _slices(arguments: Sequence[str], options: argparse.Namespace) -> int:
 def _figures(found: Any) -> dict[str, Any]:
     return {
         "bytes": found.bytes,
+        "on_host": found.on_host,
         "seconds": round(found.step_seconds, 6),
         "bound_by": found.bound_by,
         "memory": found.memory,

@@ -35,6 +35,7 @@ def model_config(name: str, fields: Mapping[str, Any], *, dtype: str, where: str
         "dropout": 0.0,
         "scan": True,
         "remat": "none",
+        "attention_block": 1024,
         "dtype": {"params": dtype, "compute": "auto", "products": "compute"},
     }
     try:

@@ -372,7 +372,12 @@ _HOST_GIB = {"v4": 407, "v5e": 192, "v5p": 448, "v6e": 720, "tpu7x": 960}
 
 def host_bytes(slice_: Slice) -> int:
     """Memory of each VM of a slice."""
-    return _HOST_GIB[slice_.generation] * 2**30 * slice_.vm_chips // 4
+    return chip_host_bytes(slice_) * slice_.vm_chips
+
+
+def chip_host_bytes(slice_: Slice) -> int:
+    """A chip's part of the memory of its VM."""
+    return _HOST_GIB[slice_.generation] * 2**30 // 4
 
 
 def wraps(dims: tuple[int, ...]) -> tuple[bool, bool, bool]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from t5x_like.core.errors import UserError
 
-FORMAT = 7
+FORMAT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +122,8 @@ _ANSWERS_PER_ROW = Change(adds={"rl.answers_per_row": 1})
 _PIPELINE = Change(adds={"mesh.pipeline": {"micro_batches": None, "repeats": 1}})
 # All products were in the compute type.
 _PRODUCTS = Change(adds={"model.dtype.products": "compute"})
+# Blocks of the TPU's attention kernels had one size.
+_ATTENTION_BLOCK = Change(adds={"model.attention_block": 1024})
 # Format -> what it changed of the format before.
 TABLE: Mapping[int, tuple[Change, ...]] = {
     2: (
@@ -143,6 +145,7 @@ TABLE: Mapping[int, tuple[Change, ...]] = {
     5: (_ROLLOUT_WEIGHTS, _ANSWERS),
     6: (_ANSWERS_PER_ROW,),
     7: (_PIPELINE, _PRODUCTS),
+    8: (_ATTENTION_BLOCK,),
 }
 
 

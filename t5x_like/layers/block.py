@@ -107,6 +107,7 @@ class BlockPlace:
     """What a layer is told besides its config: the model's width and dropout, how weights begin, and its role.
 
     causal: a token sees those before it only. cross: a branch attends to the encoder's output.
+    attention_block: queries and keys of a block of a TPU's kernels.
     """
 
     width: int
@@ -114,6 +115,7 @@ class BlockPlace:
     init: Initialization
     causal: bool
     cross: bool
+    attention_block: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +190,13 @@ class Projections(nnx.Module):
         if c.qk_norm:
             self.q_norm = RmsNorm(c.head_size, epsilon=c.norm_epsilon)
             self.k_norm = RmsNorm(c.head_size, epsilon=c.norm_epsilon)
-        self.config = c
+        self.config, self.block = c, place.attention_block
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What `attention` is told besides arrays and their mask."""
+        softcap = self.config.attention_softcap or None
+        return {"scale": self.config.scale, "softcap": softcap, "block": self.block}
 
     def queries(self, x_BTD: jax.Array, rope: Any) -> jax.Array:
         c = self.config
@@ -240,14 +248,12 @@ class Attention(Projections):
         """(output, the new keys and values when there is a cache)."""
         rope = rows.ropes[kind.rope_theta] if kind.rope_theta else None
         q_BTNH, k_BTKH, v_BTKH = self.queries(x_BTD, rope), self.keys(x_BTD, rope), self.values(x_BTD)
-        scale, softcap, mask = self.config.scale, self.config.attention_softcap or None, self._mask(rows, kind)
+        mask = self._mask(rows, kind)
         if cache is None:
             attend = attention if rows.branches is None else rows.branches.attend
-            context_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap, bias=bias)
+            context_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, bias=bias, **self.how)
         else:
-            context_BTNH = cache.attend(
-                q_BTNH, k_BTKH, v_BTKH, mask, layer=index, scale=scale, softcap=softcap, bias=bias
-            )
+            context_BTNH = cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, layer=index, bias=bias, **self.how)
         return self.output(context_BTNH), None if cache is None else (k_BTKH, v_BTKH)
 
     def _mask(self, rows: Rows, kind: LayerKind) -> MaskSpec:
@@ -269,10 +275,9 @@ class CrossAttention(Projections):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], rows: Rows, *, index: int | Array, cache: Cross | None
     ) -> Float[Array, "B T D"]:
-        scale, softcap = self.config.scale, self.config.attention_softcap or None
         q_BTNH, segments_BT, memory = self.queries(x_BTD, None), rows.segments_BT, rows.memory
         if cache is not None:
-            context_BTNH = cache.attend(q_BTNH, segments_BT, layer=index, scale=scale, softcap=softcap)
+            context_BTNH = cache.attend(q_BTNH, segments_BT, layer=index, **self.how)
             return self.output(context_BTNH)
         assert memory is not None, "cross-attention reads the encoder's output, or a cache that holds it"
         if segments_BT is None and memory.segments_BS is not None:
@@ -281,7 +286,7 @@ class CrossAttention(Projections):
             segments_BT = None  # one source, which every token sees
         mask = MaskSpec(causal=False, q_segments_BT=segments_BT, k_segments_BS=memory.segments_BS)
         k_BSKH, v_BSKH = self.remember(memory.hidden_BSD)
-        return self.output(attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap))
+        return self.output(attention(q_BTNH, k_BSKH, v_BSKH, mask, **self.how))
 
     def remember(self, hidden_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of the encoder's output."""

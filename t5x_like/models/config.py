@@ -15,6 +15,7 @@ from t5x_like.core import config as bridge
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.layers import remat
+from t5x_like.layers.attention import kernels
 from t5x_like.layers.block import BlockConfig, LayerKind
 from t5x_like.layers.initialization import InitConfig
 from t5x_like.layers.positions import RopeScaling
@@ -174,7 +175,8 @@ class ModelConfig:
     what passes from layer to layer. scalar_heads: names in SCALAR_HEADS, each of which gives a token one number.
     dropout: share of the embedding's and of each branch's output that is set to zero in training (attention weights are
     never dropped). scan, remat: how the layers are run; what remat may be says
-    layers/remat.py.
+    layers/remat.py. attention_block: queries and keys of a block of the TPU's attention kernels, or fewer where a row
+    does not divide into such blocks; nothing on other platforms.
     """
 
     family: str
@@ -193,6 +195,7 @@ class ModelConfig:
     dropout: float
     scan: bool
     remat: str
+    attention_block: int
     dtype: DtypeConfig
 
     @property
@@ -220,6 +223,8 @@ class ModelConfig:
         for field in ("vocab_size", "vocab_multiple", "max_length", "width"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{path}.{field}={getattr(self, field)} should be at least 1")
+        if self.attention_block < kernels.LANES or self.attention_block % kernels.LANES:
+            raise UsageError(f"{path}.attention_block={self.attention_block} should be a multiple of {kernels.LANES}")
         if not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"{path}.dropout={self.dropout} should be at least 0 and below 1")
 

@@ -83,7 +83,12 @@ class Tower:
     @functools.cached_property
     def _layer(self) -> tuple[nnx.GraphDef, dict[str, Any]]:
         place = BlockPlace(
-            width=self.model.width, dropout=self.model.dropout, init=self._init, causal=self.causal, cross=self.cross
+            width=self.model.width,
+            dropout=self.model.dropout,
+            init=self._init,
+            causal=self.causal,
+            cross=self.cross,
+            attention_block=self.model.attention_block,
         )
         return declare(lambda: Block(self.stack, place), dtype=self.dtypes.params)
 

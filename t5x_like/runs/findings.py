@@ -260,10 +260,16 @@ def _lengths(experiment: Experiment, program: Program) -> Iterator[Finding]:
         length = getattr(experiment.data, field) // _shards(program, "length")
         if length < kernels.LANES or length % kernels.LANES:
             continue  # then another path runs, which is told
-        block = max(size for size in range(kernels.LANES, kernels.BLOCK + 1, kernels.LANES) if length % size == 0)
-        if block < min(BLOCK, length):
-            what = f"{length} tokens of a row on a device are attended to in blocks of {block}"
-            yield Finding("warning", f"config.data.{field}", what, f"use a multiple of {BLOCK} a device")
+        asked = experiment.model.attention_block
+        block = kernels.block_sizes(length, asked).block_q
+        what = f"{length} tokens of a row on a device are attended to in blocks of {block}"
+        if block < min(BLOCK, asked, length):
+            yield Finding("warning", f"config.data.{field}", what, f"use a multiple of {min(BLOCK, asked)} a device")
+        elif block < min(asked, length):
+            yield Finding("note", "config.model.attention_block", f"{what}: {asked} does not divide them")
+        elif block < BLOCK:
+            remedy = f"blocks below {BLOCK} take longer by the planner's estimate"
+            yield Finding("note", "config.model.attention_block", what, remedy)
 
 
 def _vocabulary(experiment: Experiment, program: Program) -> Iterator[Finding]:

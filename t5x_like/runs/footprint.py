@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from t5x_like.core import tree
 from t5x_like.core.types import ParamSpec
 from t5x_like.layers import remat as remats
+from t5x_like.layers.scoring.head_layout import CHUNK_BYTES
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.rules import MESH_AXES, Rules
@@ -28,8 +29,8 @@ from t5x_like.runs.program import Program
 from t5x_like.runs.roles import open_or_assume
 from t5x_like.runs.train import Experiment
 
-# Float32 logits of a chunk of tokens and their gradient, which the loss holds at once (layers/scoring/head_layout.py).
-_LOGITS_BYTES = 2 * 2**30
+# Float32 logits of a chunk of tokens and their gradient, which the loss holds at once.
+_LOGITS_BYTES = 2 * CHUNK_BYTES
 _FLOAT32 = 4
 _ONE: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
 

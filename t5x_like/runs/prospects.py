@@ -11,10 +11,12 @@ from typing import Any
 import jax
 
 from t5x_like.core.errors import UserError
+from t5x_like.layers.attention import kernels
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel import rules as sharding_rules
 from t5x_like.parallel.sharding import device_bytes
 from t5x_like.planner.search import analytic, space
+from t5x_like.planner.search.step import BIASED, Step
 from t5x_like.runs import program as programs
 from t5x_like.runs import train as experiments
 from t5x_like.runs.arguments import load_config
@@ -22,7 +24,8 @@ from t5x_like.runs.roles import open_or_assume
 from t5x_like.runs.train import Experiment
 
 _MADE = (
-    *("config.model.remat", "config.model.scan", "config.loop.micro_batches", "config.mesh.rules"),
+    *("config.model.remat", "config.model.scan", "config.model.attention_block"),
+    *("config.loop.micro_batches", "config.mesh.rules"),
     *(f"config.mesh.{axis}" for axis in sharding_rules.MESH_AXES),
 )
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
@@ -51,16 +54,33 @@ class Prospects:
             if any(path.startswith("config.mesh.") for path in self._said):
                 raise
             shape = {}
-        return space.Base(self.base.mesh, shape, model.remat, loop.micro_batches, model.scan, self._said)
+        return space.Base(
+            self.base.mesh,
+            shape,
+            model.remat,
+            loop.micro_batches,
+            model.scan,
+            self._said,
+            attention_block=model.attention_block,
+            lengths=self._lengths,
+        )
 
-    def step(self, point: space.Point) -> analytic.Step:
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """Tokens of the rows that a TPU's attention kernels may serve."""
+        data, stacks = self.base.data, self.base.model.stacks
+        lengths = {"encoder": data.encoder_length if len(stacks) == 2 else data.length, "decoder": data.length}
+        found = {lengths[name] for name, stack in stacks.items() if stack.position not in BIASED}
+        return tuple(sorted(length for length in found if length % kernels.LANES == 0))
+
+    def step(self, point: space.Point) -> Step:
         """The step of a point for the analytic model. UserError, in one line, where `train` would refuse the point."""
         experiment = self._experiment(point.overrides)
         sizes, state, gradients = self._state(experiment)
         programs.check_mesh(experiment, sizes)
         turns = programs.schedule(experiment, sizes)
         options = experiment.runtime.compiler_options.of("tpu") or {}
-        return analytic.Step(
+        return Step(
             model=experiment.model,
             rules=sharding_rules.rules(experiment.mesh.rules),
             sizes=sizes,
@@ -108,7 +128,7 @@ class Prospects:
         """(mesh sizes, {part of the state: bytes of a device}, bytes of its gradients). Remat and micro-batches change
         neither, so each mesh is built once."""
         resolved = experiments.to_dict(experiment)
-        for section, fields in (("model", ("remat", "scan")), ("loop", ("micro_batches",))):
+        for section, fields in (("model", ("remat", "scan", "attention_block")), ("loop", ("micro_batches",))):
             resolved[section] = {name: value for name, value in resolved[section].items() if name not in fields}
         mark = repr(resolved)
         if mark not in self._states:

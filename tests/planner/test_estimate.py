@@ -31,6 +31,7 @@ def unfitted(monkeypatch):
     for name in ("CYCLE_SHARE", "MATRIX_SHARE", "EXPOSED_SHARE"):
         monkeypatch.setattr(estimates, name, 1.0)
     monkeypatch.setattr(kernels, "EFFICIENCY", 0.5)
+    monkeypatch.setattr(kernels, "STEP_SECONDS", 0.0)
 
 
 def of_text(*main, price=None, work=None):

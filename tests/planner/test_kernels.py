@@ -1,12 +1,13 @@
 """FLOPs of splash attention's kernels against counts by hand, over shapes, masks and block sizes."""
 
+import math
 from typing import Any
 
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from t5x_like.core.accelerators import GENERATIONS
-from t5x_like.planner.time.kernels import EFFICIENCY, count_blocks, roofline
+from t5x_like.planner.time.kernels import EFFICIENCY, STEP_SECONDS, count_blocks, roofline
 from t5x_like.planner.time.schedule import KernelCall
 
 V5P = GENERATIONS["v5p"]
@@ -45,7 +46,8 @@ def test_flops_are_those_of_the_blocks_that_the_mask_leaves(name, table, masked,
     found = roofline(call(name, *LLAMA, table, masked=masked), V5P)
     assert found is not None
     assert found.flops == flops
-    assert found.seconds == pytest.approx(flops / 459e12 / EFFICIENCY)
+    steps = 4 * 32 * math.prod(table) / 2  # v5p has two cores, and empty blocks have a step too
+    assert found.seconds == pytest.approx(flops / 459e12 / EFFICIENCY + steps * STEP_SECONDS)
 
 
 def test_causal_flops_come_near_the_masks_own_as_blocks_get_small():
@@ -62,7 +64,8 @@ def test_heads_smaller_than_the_matrix_unit_fill_a_part_of_it():
         row = GENERATIONS[generation]
         found = roofline(call("splash_mha_fwd", (1, 8, 4096, size), (1, 8, 4096, size), (1, 4, 4)), row)
         assert found is not None
-        assert found.flops / found.seconds == pytest.approx(row.peak / row.devices * EFFICIENCY * part)
+        computing = found.seconds - 8 * 16 * row.devices / row.cores * STEP_SECONDS
+        assert found.flops / computing == pytest.approx(row.peak / row.devices * EFFICIENCY * part)
 
 
 def test_a_window_has_as_many_blocks_as_its_table_is_wide():
@@ -102,3 +105,42 @@ def test_splash_itself_counts_as_many_blocks(mask, blocks):
 def test_what_is_no_known_kernel_has_no_roofline():
     assert roofline(KernelCall("gmm", ("bf16[8,128]",), {}), V5P) is None
     assert roofline(call("splash_mha_fwd", *LLAMA, (1, 4, 4), block_q=None), V5P) is None
+
+
+def of_blocks(size, *, length=4096, name="splash_mha_fwd", generation="v5p", masked=True):
+    settings: dict[str, Any] = dict.fromkeys(BLOCKS, size)
+    shape, count = (1, 32, length, 128), length // size
+    found = roofline(call(name, shape, shape, (1, count, count), masked=masked, **settings), GENERATIONS[generation])
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", ["splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"])
+def test_tiny_blocks_do_less_for_nothing_and_take_longer(name):
+    """Of a causal row: what lies above the diagonal is less, and the steps are more."""
+    found = {size: of_blocks(size, name=name) for size in (128, 256, 512, 1024, 2048)}
+    flops, seconds = [each.flops for each in found.values()], [each.seconds for each in found.values()]
+    assert flops == sorted(flops) and flops[-1] / flops[0] == pytest.approx((2 * 3 / 4) / (33 / 32))
+    assert seconds[0] > seconds[1] > seconds[2] > seconds[3]
+    assert seconds[0] > 2.5 * seconds[3]
+
+
+def test_large_blocks_waste_more_on_the_diagonal_of_a_short_row_than_of_a_long_one():
+    short, long = (of_blocks(2048, length=n).seconds / of_blocks(1024, length=n).seconds for n in (4096, 16384))
+    assert short > 1.02 > long
+
+
+def test_keys_and_values_are_read_anew_in_every_row_of_blocks():
+    """32 heads of 128 in bfloat16: q and the output once, k and v in each of 4 rows, where nothing is masked."""
+    row = 32 * 4096 * 128 * 2
+    assert of_blocks(1024, masked=False).bytes == 2 * row + 2 * 4 * row
+    assert of_blocks(512, masked=False).bytes == 2 * row + 2 * 8 * row
+    assert of_blocks(1024, name="splash_mha_dkv", masked=False).bytes == 4 * row + 2 * 4 * row
+    assert of_blocks(1024, name="splash_mha_dq", masked=False).bytes == 3 * row + 2 * 4 * row
+
+
+def test_blocks_of_128_wait_for_the_memory_of_a_v6e():
+    """Heads of 128 fill half of its matrix units; still it computes faster than it reads."""
+    found, row = of_blocks(128, generation="v6e", masked=False), GENERATIONS["v6e"]
+    assert found.bytes / row.hbm_speed > found.flops * 2 / row.peak / EFFICIENCY
+    assert found.seconds == pytest.approx(found.bytes / row.hbm_speed + 32 * 32 * 32 * STEP_SECONDS)

@@ -291,3 +291,40 @@ def test_a_search_names_the_commit_of_this_program(monkeypatch):
     for found, version in (({"commit": 40 * "a", "changed": True}, f"{__version__} {12 * 'a'}"), (None, __version__)):
         monkeypatch.setattr(manifest, "revision", lambda found=found: found)
         assert plan_search._version() == version
+
+
+def test_a_point_whose_activations_no_host_holds_is_never_asked_about():
+    known = {"bytes": 10, "on_host": 30}
+    state, said = first_state("", known, HBM, 20.0)
+    assert state == search_index.LARGE and said == "leaves about 30 B of 20 B of the host by the analytic model"
+    assert first_state("", known, HBM, 40.0)[0] == search_index.OPEN
+
+
+@pytest.mark.parametrize(
+    ("world", "points", "says"),
+    [
+        ({"a": (1.0, 130, None, None), "b": (2.0, 120, None, None)}, 9, "the smallest of 2, b, needs about 120 B of 100"),
+        ({"a": (1.0, 90, None, None), "b": (2.0, 80, 1.0, 80)}, 1, "b, needs about 80 B of 100 B a device by"),
+        ({"a": (1.0, 90, None, None)}, 9, "and the compiler refuses it; give more chips"),
+    ],
+)  # fmt: skip
+def test_where_nothing_fits_it_is_said_what_would_help(tmp_path, world, points, says):
+    search, _ = run(tmp_path, points=points, world=world)
+    assert search.best() is None
+    assert says in search.why_none() and "\n" not in search.why_none()
+
+
+def test_where_nothing_could_be_judged_the_reason_is_told(tmp_path):
+    search = search_of(tmp_path, {"a": (1.0, 50, None, None)}, points=1)
+    search.failed(search.following(), "it took more than 60 min to judge", (1.0, 3600.0))
+    assert search.why_none() == "1 of 1 could not be judged, such as a: it took more than 60 min to judge"
+
+
+def test_a_search_goes_on_with_a_dimension_that_an_earlier_one_did_not_have(tmp_path):
+    """The points of before, of the config's own blocks, are judged no second time."""
+    earlier, _ = run(tmp_path, world={"a": (1.0, 50, 1.0, 50), "b": (2.0, 50, 2.0, 50)})
+    assert earlier.best().name == "a"
+    wider = {"a": (1.0, 50, None, None), "b": (2.0, 50, None, None), "a-blocks512": (0.9, 50, 0.5, 50)}
+    search, asked = run(tmp_path, world=wider)
+    assert asked == ["a-blocks512"] and search.best().name == "a-blocks512"
+    assert [entry.name for entry in ranking(search.index)] == ["a-blocks512", "a", "b"]

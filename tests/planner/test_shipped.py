@@ -52,7 +52,11 @@ SMALL: dict[str, tuple[str, dict[str, int | str]]] = {
     "pretrain/llama3_8b": (LARGE, _SHALLOW),
     "pretrain/llama3_8b_128k": (LARGE, _SHALLOW | {"data.batch_size": 4, "data.length": 8192, "mesh.sequence": 2}),
     "pretrain/t5_xxl": (LARGE, _SHALLOW | {"model.encoder.layers": 2, "data.batch_size": 32}),
-    "rl/llama3_8b_grpo": (LARGE, _SHALLOW | {"data.batch_size": 32, "rl.prompts": 16, "rl.samples": 4}),
+    "rl/llama3_8b_grpo": (
+        LARGE,
+        _SHALLOW
+        | {"data.batch_size": 32, "rl.prompts": 16, "rl.samples": 4, "roles.reference.source": "/nowhere/reference"},
+    ),
 }
 
 
@@ -164,13 +168,14 @@ def test_no_plan_is_kept_of_a_config_that_is_gone():
 
 
 def test_a_fingerprint_is_that_of_another_process_from_another_folder(tmp_path):
-    """With other hashes of strings, and the checkout under another path."""
+    """With other hashes of strings, and the checkout under another path: of a program with kernels of attention."""
     needs_pinned("jax")
     os.symlink(ROOT, tmp_path / "elsewhere")
-    code = "from tests.planner.test_shipped import mark; print(mark('pretrain/test'))"
+    name = "pretrain/llama3_8b"
+    code = f"from tests.planner.test_shipped import mark; print(mark({name!r}))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(tmp_path / "elsewhere")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.split()[-1:] == [mark("pretrain/test")], run.stderr[-2000:]
+    assert run.stdout.split()[-1:] == [mark(name)], run.stderr[-2000:]
 
 
 def test_a_fingerprint_tells_programs_and_options_apart():

@@ -1,5 +1,6 @@
 """The space of a search: meshes, points, names, and what is refused."""
 
+import dataclasses
 import math
 
 import pytest
@@ -123,6 +124,9 @@ def test_values_that_differ_by_signs_alone_are_points_of_their_own(field, values
         ("--search.remat=", "the space is empty"),
         ("--search.remat", "give each dimension once"),
         ("--search.micro_batches=0", "should be a number from 1"),
+        ("--search.blocks=100", "'100' should be a multiple of 128"),
+        ("--search.blocks=0", "'0' should be a multiple of 128"),
+        ("--search.config.model.attention_block=512,1024", "use --search.blocks=..."),
         ("--search.scan=perhaps", "should be True or False"),
         ("--search.config.loop.micro_batches=2,4", "is a dimension of its own; use --search.micro_batches=..."),
         ("--search.config.model.scan=True,False", "use --search.scan=..."),
@@ -141,3 +145,24 @@ def test_a_field_is_searched_or_set():
     base = Base(FSDP, axis_sizes(FSDP, 8), "dots", 1, True, frozenset({"config.model.remat"}))
     with pytest.raises(UsageError, match="searches what --config.model.remat sets"):
         points("--search.remat=full", base=base)
+
+
+def test_blocks_of_attention_are_searched_where_they_divide_a_row():
+    base = dataclasses.replace(BASE, lengths=(4096,))
+    found = of(*ONE, "--search.mesh=fsdp", base=base)
+    assert found == {
+        "fsdp8-none": {},
+        "fsdp8-none-blocks512": {"config.model.attention_block": 512},
+        "fsdp8-none-blocks2048": {"config.model.attention_block": 2048},
+    }
+    assert list(of(*ONE, "--search.mesh=fsdp", base=dataclasses.replace(BASE, lengths=(1536,)))) == [
+        "fsdp8-none-blocks512", "fsdp8-none"
+    ]  # fmt: skip
+    assert list(of(*ONE, "--search.mesh=fsdp")) == ["fsdp8-none"]  # no kernel serves these rows
+    said = dataclasses.replace(base, said=frozenset({"config.model.attention_block"}))
+    assert list(of(*ONE, "--search.mesh=fsdp", base=said)) == ["fsdp8-none"]
+    assert list(of(*ONE, "--search.mesh=fsdp", "--search.blocks=256,1024")) == ["fsdp8-none-blocks256", "fsdp8-none"]
+
+
+def test_a_policy_with_the_host_is_searched():
+    assert any("@host" in policy for policy in space.REMAT)

@@ -50,11 +50,14 @@ class Branches:
         scale: float,
         softcap: float | None,
         bias: Bias | None,
+        block: int,
     ) -> Float[Array, "B T N H"]:
         """Attention where a token sees its prefix and its branch. mask: of whole rows, by index."""
         q_ASNH = constrain(self.apart(q_BTNH), "batch", "length", "act_heads", "head")
         k_ASKH, v_ASKH = (constrain(self.apart(x), "batch", "length", "act_kv_heads", "head") for x in (k_BTKH, v_BTKH))
-        context_ASNH = attention(q_ASNH, k_ASKH, v_ASKH, self.mask(mask), scale=scale, softcap=softcap, bias=bias)
+        context_ASNH = attention(
+            q_ASNH, k_ASKH, v_ASKH, self.mask(mask), scale=scale, softcap=softcap, bias=bias, block=block
+        )
         return self.together(context_ASNH)
 
     def mask(self, mask: MaskSpec) -> MaskSpec:

@@ -28,12 +28,14 @@ def attention(
     scale: float,
     softcap: float | None = None,
     bias: Bias | None = None,
+    block: int = kernels.BLOCK,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped kv heads; the softmax is in float32, the output in q's dtype.
 
     scale multiplies the logits (usually H ** -0.5); softcap c makes them c * tanh(logits / c); then the bias is added,
-    then masked. Without positions in the mask, those of the bias are indices. The output has the name kernels.CONTEXT
-    for remat; where a kernel has one forward and one backward pass, so has what the latter reads besides.
+    then masked. Without positions in the mask, those of the bias are indices. block: queries and keys of a block of
+    a TPU's kernels. The output has the name kernels.CONTEXT for remat; where a kernel has one forward and one backward
+    pass, so has what the latter reads besides.
     """
     k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "k"), checkpoint_name(v_BSKH, "v")
     target, capability = platform(), compute_capability()
@@ -47,7 +49,7 @@ def attention(
         compute_capability=capability,
     )
     if name == "splash":
-        return kernels.splash(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+        return kernels.splash(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, block=block)
     q_BTNH = checkpoint_name(q_BTNH, "q")
     if name == "cudnn":
         out_BTNH = kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, bias=bias)

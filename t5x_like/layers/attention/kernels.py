@@ -26,8 +26,9 @@ from t5x_like.layers.attention.biases import Bias
 from t5x_like.layers.attention.masks import MaskSpec, allowed
 from t5x_like.parallel.sharding import activation_spec, free_axis_sizes, spec_names
 
-# Rows of queries and of keys that a TPU core holds at once, and of keys in one product. Longer blocks mean fewer passes
-# over keys and values and larger products; logits of a block are float32 in VMEM (16 MiB). LANES is the kernel's least.
+# Rows of queries and of keys that a TPU core holds at once unless somebody says otherwise, and of keys in one product.
+# Longer blocks mean fewer passes over keys and values and larger products, and more computed for nothing where a mask
+# cuts them; logits of a block are float32 in VMEM (16 MiB). LANES is the kernel's least.
 BLOCK = 1024
 BLOCK_COMPUTE = 512
 LANES = 128
@@ -69,9 +70,11 @@ def splash(
     *,
     scale: float,
     softcap: float | None,
+    block: int = BLOCK,
     interpret: bool = False,
 ) -> jax.Array:
-    """Splash attention. interpret: runs on any platform, slowly, for tests."""
+    """Splash attention. block: of queries and keys, made smaller where a row does not divide. interpret: runs on any
+    platform, slowly, for tests."""
     place = _place(q_BTNH, k_BSKH)
     alike = mask.q_segments_BT is mask.k_segments_BS
     shards, length = place.shards(1), q_BTNH.shape[1]
@@ -81,7 +84,7 @@ def splash(
         splash_library.MultiHeadMask([one_head] * q_BTNH.shape[2]),
         head_shards=place.shards(2),
         q_seq_shards=shards,
-        block_sizes=_block_sizes(length // shards // (2 if exchanged else 1)),
+        block_sizes=block_sizes(length // shards // (2 if exchanged else 1), block),
         attn_logits_soft_cap=softcap,
         # Names what its backward pass reads, the output and the log sums: from outside only the output has a name, and
         # then a backward pass that finds it saved still runs the forward kernel again for the sums.
@@ -110,11 +113,17 @@ def splash(
     return place.run(local, q_BTNH, k_BSKH, v_BSKH, mask, kernel, kernel_spec)
 
 
-def _block_sizes(length: int) -> splash_library.BlockSizes:
+def block_sizes(length: int, block: int) -> splash_library.BlockSizes:
+    """The blocks of the three kernels. length: tokens that they divide, a multiple of LANES; block: the largest.
+
+    >>> block_sizes(4096, 1024).block_q, block_sizes(4096, 256).block_kv_dq, block_sizes(1152, 1024).block_q
+    (1024, 256, 384)
+    """
+
     def divisor(limit: int) -> int:
         return max(size for size in range(LANES, limit + 1, LANES) if length % size == 0)
 
-    block, compute = divisor(BLOCK), divisor(BLOCK_COMPUTE)
+    block, compute = divisor(block), divisor(min(BLOCK_COMPUTE, block))
     block = block if block % compute == 0 else compute
     return splash_library.BlockSizes(
         block_q=block,

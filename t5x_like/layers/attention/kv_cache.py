@@ -44,6 +44,7 @@ class Cache(Protocol):
         scale: float,
         softcap: float | None,
         bias: Bias | None,
+        block: int,
     ) -> Float[Array, "R T N H"]:
         """Attention of new tokens over what `layer` has kept and over one another. mask: among the new tokens."""
         ...
@@ -53,9 +54,9 @@ class Cache(Protocol):
 class Fresh:
     """No earlier tokens: attention among those of the call, by index, so that the kernels of training serve it."""
 
-    def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: MaskSpec, *, layer, scale: float, softcap: float | None, bias):
+    def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: MaskSpec, *, layer, **how: Any):
         del layer
-        return attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap, bias=bias)
+        return attention(q_BTNH, k_BTKH, v_BTKH, mask, **how)
 
 
 @jax.tree_util.register_dataclass
@@ -105,8 +106,11 @@ class Slots:
 
     rings: dict[int, Ring]
 
-    def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: MaskSpec, *, layer, scale: float, softcap: float | None, bias):
+    def attend(
+        self, q_BTNH, k_BTKH, v_BTKH, mask: MaskSpec, *, layer, scale: float, softcap: float | None, bias, block
+    ):
         """mask says positions; its window chooses the ring."""
+        del block  # no kernel reads a cache
         ring = self.rings[mask.window or 0]
         old = MaskSpec(
             causal=True, window=mask.window, q_positions_BT=mask.q_positions_BT, k_positions_BS=ring.positions
@@ -165,6 +169,7 @@ class Cross:
         layer: int | Array,
         scale: float,
         softcap: float | None,
+        block: int,
     ) -> Float[Array, "B T N H"]:
         """segments_BT: of the queries, None for one segment."""
         k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False) for a in (self.k, self.v))
@@ -172,7 +177,7 @@ class Cross:
             segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
         mask = MaskSpec(causal=False, q_segments_BT=segments_BT, k_segments_BS=self.segments)
         k_BSKH, v_BSKH = k_BKSH.transpose(0, 2, 1, 3), v_BKSH.transpose(0, 2, 1, 3)
-        return attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+        return attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, block=block)
 
 
 # Before there are arrays: the same values, of specs.

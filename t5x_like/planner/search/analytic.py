@@ -1,27 +1,42 @@
-"""A train step estimated from sizes alone, in a tenth of a millisecond: what prunes and orders a search.
+"""A train step estimated from sizes alone, in less than a millisecond: what prunes and orders a search.
 
-Memory is a sum of parts that are counted: state exactly, saved activations by what the remat policy keeps, and for the
-moment of the peak one layer and the LM head at work. Time is that of matrix products at the chip's peak, of attention,
-of what else moves through HBM, and of collectives by mesh axis, of which those of FSDP hide behind the work. A handful
-of shares stand in FITTED, each with its meaning; docs/planner.md says how far all of it is from the compiler.
+Time is that of matrix products at the chip's peak, of attention by the roofline of its kernels, of what else moves
+through HBM, and of collectives by mesh axis, of which those of FSDP hide behind the work. A handful of shares stand in
+FITTED, each with its meaning; docs/planner.md says how far all of it is from the compiler. Sizes and memory stand in
+step.py.
 
-Legend: M tokens of one device and one micro-batch, D model, F mlp, L layers, V vocab (padded).
+Legend: M tokens of one device and one micro-batch.
 """
 
+import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from t5x_like.core import accelerators
-from t5x_like.layers import remat as remats
+from t5x_like.layers.attention import kernels as attention_kernels
+from t5x_like.layers.attention import splash_mask
+from t5x_like.layers.attention.masks import MaskSpec
 from t5x_like.models import flops
-from t5x_like.models.config import ModelConfig, StackConfig
-from t5x_like.parallel.rules import MAY_REPLICATE, Rules
-
-HALF = 2  # bytes of a number in the compute type of a TPU, bfloat16
-SINGLE = 4  # of float32
-LOGITS = 2**30  # bytes of a chunk of float32 logits (layers/scoring/head_layout.py)
-BLOCK = 1024  # queries and keys of a block of the splash kernel (layers/attention/kernels.py)
+from t5x_like.planner.search.step import (
+    BIASED,
+    HALF,
+    SINGLE,
+    Step,
+    found_points,
+    head_weights,
+    host_bytes,
+    layer_weights,
+    memory,
+    policies,
+    saved_bytes,
+    shards,
+    stacks,
+    widths,
+)
+from t5x_like.planner.time import kernels
 
 BESIDE = ("fsdp", "data", "slice")  # axes whose collectives can run beside the work
 
@@ -29,10 +44,8 @@ BESIDE = ("fsdp", "data", "slice")  # axes whose collectives can run beside the 
 FITTED = {
     "products": 0.78,  # of the peak that matrix products reach with the compiler's default options
     "products_with_vmem": 0.98,  # with 64 MiB of vector memory for a fusion
-    "attention": 0.5,  # of the peak that the splash kernel reaches
     "passes": 7.0,  # how often each activation of a layer goes through HBM besides (norms, rotary, copies, stacking)
     "hidden": 0.9,  # of the time of the work behind which FSDP's collectives can hide
-    "none": 2.6,  # what remat "none" saves, in units of all named activations of a layer
 }
 
 
@@ -40,7 +53,7 @@ FITTED = {
 class Device:
     """What a device can do in a second. peak: FLOP; memory: bytes of HBM; link: bytes one way over one link of the
     chip's network; dims: of that network, in chips, with rings where `wraps`; between: bytes to other slices; host:
-    bytes to its host."""
+    bytes to its host; host_memory: its part of that host's memory. row: of the table of generations."""
 
     peak: float
     memory: float
@@ -49,6 +62,8 @@ class Device:
     wraps: tuple[bool, ...]
     between: float
     host: float
+    host_memory: float
+    row: accelerators.Generation
 
 
 def device(topology: accelerators.Slice) -> Device:
@@ -63,37 +78,22 @@ def device(topology: accelerators.Slice) -> Device:
         wraps,
         row.dcn / row.devices,
         row.host / row.devices,
+        accelerators.chip_host_bytes(topology) / row.devices,
+        row,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One train step. sizes: of the mesh axes. state: {part: bytes of a device} of weights, optimizer and the like,
-    counted from their shardings. gradients: bytes of a device. vmem_kib: scoped vector memory, 0 for the default.
-    bubble: share of the turns of a pipeline in which a stage is idle."""
-
-    model: ModelConfig
-    rules: Rules
-    sizes: Mapping[str, int]
-    rows: int
-    length: int
-    source_length: int
-    micro_batches: int
-    state: Mapping[str, int]
-    gradients: int
-    vmem_kib: int = 0
-    bubble: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one device and one step. memory: {part: bytes}; seconds: {part: seconds}, `exposed` being what of the
-    collectives does not hide; flops: of all products, recomputation included."""
+    """Of one device and one step. memory: {part: bytes}; seconds: {part: seconds}, `exposed` and `host` being what of
+    the collectives and of the traffic with the host does not hide; flops: of all products, recomputation included;
+    on_host: bytes of activations that wait in the host's memory."""
 
     memory: dict[str, int]
     seconds: dict[str, float]
     collectives: dict[str, float]
     flops: float
+    on_host: int
 
     @property
     def bytes(self) -> int:
@@ -112,12 +112,13 @@ class Estimate:
 def estimate(step: Step, device: Device) -> Estimate:
     """Memory and time of a train step, without compiling it."""
     exchanged = collectives(step, device)
-    products, attention, head = products_flops(step)
+    products, head = products_flops(step)
+    attended = attention(step, device.row)
     share = FITTED["products_with_vmem" if step.vmem_kib >= 32768 else "products"]
     seconds = {
         "products": products / (device.peak * share),
         "head": head / (device.peak * share),
-        "attention": attention / (device.peak * FITTED["attention"]),
+        "attention": attended.seconds,
         "memory": _moved(step) / device.memory,
     }
     # Weights are gathered, and gradients reduced, beside the work of other layers; those of the first have none to hide
@@ -127,168 +128,35 @@ def estimate(step: Step, device: Device) -> Estimate:
     depth = sum(stack.layers for stack in step.model.stacks.values())
     seconds["bubble"] = step.bubble / (1 - step.bubble) * sum(seconds.values())
     hidden = FITTED["hidden"] * sum(seconds.values())
-    offloaded = 2 * sum(_on_host(step, stack, count) for stack, count, _ in _stacks(step)) * step.micro_batches
-    seconds["host"] = max(0.0, offloaded / device.host - hidden)
+    # There and back again, in every micro-batch, beside the work.
+    on_host = sum(host_bytes(step, stack, count) for stack, count, _ in stacks(step))
+    seconds["host"] = max(0.0, 2 * on_host * step.micro_batches / device.host - hidden)
     seconds["exposed"] = waiting + max(beside / depth, beside - hidden)
-    return Estimate(memory(step), seconds, exchanged, products + attention + head)
-
-
-# Sizes.
-
-
-def shards(step: Step, axis: str, dim: int = 0) -> int:
-    """Into how many parts the mesh cuts a logical axis. dim: its size; key-value heads that do not divide are whole."""
-    count = math.prod(step.sizes.get(name, 1) for name in step.rules.mesh_axes(axis))
-    return 1 if dim and axis in MAY_REPLICATE and dim % count else count
-
-
-def tokens(step: Step, length: int) -> float:
-    """M: tokens of a device in one micro-batch of rows of `length`."""
-    return step.rows * length / (shards(step, "batch") * shards(step, "length") * step.micro_batches)
-
-
-def widths(step: Step, stack: StackConfig) -> dict[str, float]:
-    """Numbers of one token that a device holds of each activation of a layer, by its point of remat; "x" is what passes
-    from layer to layer."""
-    heads, groups = shards(step, "act_heads"), shards(step, "act_kv_heads", stack.kv_heads)
-    mlp, width = stack.mlp / shards(step, "act_mlp"), step.model.width / shards(step, "act_embed")
-    query, key = stack.heads * stack.head_size / heads, stack.kv_heads * stack.head_size / groups
-    found = {"x": width, "q": query, "k": key, "v": key, "context": query, "attention_out": width, "mlp_up": mlp}
-    # Of a norm two numbers a token are kept, in float32, of each branch.
-    return found | {"norm": 8.0} | ({"mlp_gate": mlp} if stack.gated else {})
-
-
-def saved_points(policy: str) -> tuple[str, ...]:
-    """The activations of a layer, beside its input x, that the policy of one layer keeps on the device; those of "none"
-    are all and more."""
-    if policy == "dots":
-        return ("q", "k", "v", "context", "attention_out", "mlp_gate", "mlp_up")
-    points = remats.SAVED.get(policy, () if policy == "none" else tuple(policy.split("+")))
-    return tuple(point for point in points if not point.endswith(remats.HOST))
-
-
-def _policies(step: Step, stack: StackConfig) -> tuple[str, ...]:
-    """The policy of each layer."""
-    return remats.by_layer(step.model.remat, stack.kinds)
-
-
-def _on_host(step: Step, stack: StackConfig, count: float) -> float:
-    """Bytes of a stack that wait on the host for the backward pass."""
-    held = widths(step, stack)
-    moved = [point.removesuffix(remats.HOST) for policy in _policies(step, stack) for point in policy.split("+")
-             if point.endswith(remats.HOST)]  # fmt: skip
-    return HALF * count * sum(held.get(point, 0.0) for point in moved)
-
-
-def layer_weights(step: Step, stack: StackConfig, *, crossed: bool) -> dict[str, float]:
-    """Numbers in the matrices of one layer as a device multiplies with them: gathered over FSDP's axes, divided by
-    tensor's."""
-    width, size = step.model.width, stack.head_size
-    heads, groups = shards(step, "heads"), shards(step, "kv_heads", stack.kv_heads)
-    query, key = width * stack.heads * size / heads, width * stack.kv_heads * size / groups
-    mlp = width * stack.mlp / shards(step, "mlp")
-    branches = 2 if crossed else 1
-    found = {"q": branches * query, "k": branches * key, "v": branches * key, "attention_out": branches * query}
-    found |= {"mlp_up": mlp, "down": mlp}
-    return found | ({"mlp_gate": mlp} if stack.gated else {})
-
-
-def _stacks(step: Step) -> list[tuple[StackConfig, float, bool]]:
-    """(each stack, its tokens M, whether it has cross attention)."""
-    two = len(step.model.stacks) == 2
-    return [
-        (
-            stack,
-            tokens(step, step.source_length if two and name == "encoder" else step.length),
-            two and name == "decoder",
-        )
-        for name, stack in step.model.stacks.items()
-    ]
-
-
-# Memory.
-
-
-def memory(step: Step) -> dict[str, int]:
-    """Bytes of one device at the peak, by part. `state` as it is given, then:
-
-    gradients: of all parameters, twice while micro-batches are added up
-    saved: what the remat policy keeps of every layer
-    layer: weights of two layers gathered, gradients of one, and its activations and their gradients
-    head: the head gathered, its float32 gradient, and a chunk of logits
-    """
-    found = {name: float(size) for name, size in step.state.items()}
-    found["gradients"] = step.gradients * (2.0 if step.micro_batches > 1 else 1.0)
-    found["saved"] = sum(saved_bytes(step, stack, count, crossed) for stack, count, crossed in _stacks(step))
-    found["layer"] = max(_working(step, stack, count, crossed) for stack, count, crossed in _stacks(step))
-    found["head"] = _head_bytes(step)
-    return {name: round(size) for name, size in found.items()}
-
-
-def saved_bytes(step: Step, stack: StackConfig, count: float, crossed: bool = False) -> float:
-    """Bytes of `count` tokens that the backward pass finds of all layers of a stack."""
-    held = widths(step, stack)
-    every = sum(size for name, size in held.items() if name != "attention_out")
-    kept = 0.0
-    for policy in _policies(step, stack):
-        points = saved_points(policy)
-        kept += FITTED["none"] * every if policy == "none" else held["x"] + sum(held.get(p, 0.0) for p in points)
-        if crossed:
-            kept += sum(held[p] for p in ("q", "context", "attention_out") if p in points or policy == "none")
-    return HALF * count * kept
-
-
-def _working(step: Step, stack: StackConfig, count: float, crossed: bool) -> float:
-    """Bytes of one layer while its backward pass runs."""
-    weights = sum(layer_weights(step, stack, crossed=crossed).values())
-    activations = count * sum(widths(step, stack).values())
-    return HALF * (2 * weights + weights + 2 * activations)
-
-
-def head_weights(step: Step) -> float:
-    """Numbers in the head as a device scores with it."""
-    return step.model.padded_vocab * step.model.width / shards(step, "vocab")
-
-
-def _all_logits(step: Step) -> float:
-    return SINGLE * tokens(step, step.length) * step.model.padded_vocab / shards(step, "vocab")
-
-
-def _head_bytes(step: Step) -> float:
-    return (HALF + SINGLE) * head_weights(step) + min(_all_logits(step), LOGITS)
+    return Estimate(memory(step), seconds, exchanged, products + attended.flops + head, round(on_host))
 
 
 # Operations.
 
 
-def products_flops(step: Step) -> tuple[float, float, float]:
-    """FLOPs of a device and a step: (products with the layers' weights, attention, the head), each with what is
-    computed again.
+def products_flops(step: Step) -> tuple[float, float]:
+    """FLOPs of a device and a step: (products with the layers' weights, the head), with what is computed again.
 
     The last product of a layer is never computed again, since nothing in the backward pass reads it; nor is a product
-    whose result is saved. Attention runs again unless its result is saved.
+    whose result is saved.
     """
     counted = flops.per_token(step.model, length=step.length, source_length=step.source_length)
     devices = math.prod(step.sizes.values()) / _repeated(step)
     all_tokens = step.rows * step.length / devices
-    products, attention = 3 * counted.weights, 3 * counted.attention
-    products += counted.weights * _again(step)
-    attention += counted.attention * _attends_again(step)
-    # The kernel's backward pass makes the logits again, in each of its two parts: 7 products for the forward pass' 2.
-    # Blocks that a causal mask cuts are computed whole.
-    attention += 1.5 * counted.attention
-    if step.model.decoder is not None:
-        attention *= 1 + min(BLOCK, step.length) / step.length
-    return products * all_tokens, attention * all_tokens, 3 * counted.head * all_tokens
+    return counted.weights * (3 + _again(step)) * all_tokens, 3 * counted.head * all_tokens
 
 
 def _again(step: Step) -> float:
     """The share of the forward pass' products with weights that the backward pass computes again."""
     whole = again = 0.0
-    for stack, count, crossed in _stacks(step):
+    for stack, count, crossed in stacks(step):
         sizes = layer_weights(step, stack, crossed=crossed)
-        for policy in _policies(step, stack):
-            kept = {"down", *sizes} if policy == "none" else {"down", *_found(policy)}
+        for policy in policies(step, stack):
+            kept = {"down", *sizes} if policy == "none" else {"down", *found_points(policy)}
             whole += count * sum(sizes.values())
             again += count * sum(size for name, size in sizes.items() if name not in kept)
     return again / whole
@@ -296,13 +164,82 @@ def _again(step: Step) -> float:
 
 def _attends_again(step: Step) -> float:
     """The share of layers whose attention runs again in the backward pass."""
-    found = [policy for stack, _, _ in _stacks(step) for policy in _policies(step, stack)]
-    return sum(policy != "none" and "context" not in _found(policy) for policy in found) / len(found)
+    found = [policy for stack, _, _ in stacks(step) for policy in policies(step, stack)]
+    return sum(map(_runs_again, found)) / len(found)
 
 
-def _found(policy: str) -> set[str]:
-    """The points that the backward pass finds, on the device or on the host."""
-    return {point.removesuffix(remats.HOST) for point in (*saved_points(policy), *policy.split("+"))}
+def _runs_again(policy: str) -> bool:
+    """Whether the backward pass of a layer runs the kernel of its forward pass."""
+    return policy != "none" and "context" not in found_points(policy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attended:
+    flops: float
+    seconds: float
+
+
+def attention(step: Step, row: accelerators.Generation) -> _Attended:
+    """Of a device and a step: the kernels of all layers, forward, backward, and forward again unless that is saved."""
+    calls: collections.Counter[kernels.Attention] = collections.Counter()
+    for name, (stack, count, crossed) in zip(step.model.stacks, stacks(step), strict=True):
+        length = step.source_length if len(step.model.stacks) == 2 and name == "encoder" else step.length
+        rows = count * shards(step, "length") / length
+        heads = max(round(rows * stack.heads / shards(step, "act_heads")), 1)
+        for kind, policy in zip(stack.kinds, policies(step, stack), strict=True):
+            masks = [(length, length, name == "decoder", kind.window, stack.position in BIASED)]
+            masks += [(length, step.source_length, False, 0, False)] if crossed else []
+            for mask in masks:
+                for which, times in (("fwd", 2 if _runs_again(policy) else 1), ("dq", 1), ("dkv", 1)):
+                    shape = _blocks(which, *mask, shards(step, "length"), step.model.attention_block)
+                    calls[kernels.Attention(which, heads, *shape, stack.head_size)] += times * step.micro_batches
+    found = [(call.roofline(row), times) for call, times in calls.items()]
+    return _Attended(
+        sum(each.flops * times for each, times in found), sum(each.seconds * times for each, times in found)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _blocks(
+    which: str, length: int, keys: int, causal: bool, window: int, biased: bool, parts: int, block: int
+) -> tuple[tuple[int, int], tuple[int, int], float, int]:
+    """(block, grid, blocks that are computed, steps of the grid) of one head of a kernel, as its roofline reads them
+    from the program. parts: into how many the queries of a row are cut.
+
+    Where no kernel can run the whole is one block, of which what the mask leaves is computed, in no steps.
+    """
+    queries = length // parts
+    if biased or length != keys or queries % attention_kernels.LANES:
+        seen = flops.keys_seen(length, window, causal=causal) / keys if length == keys else 1.0
+        return (queries, keys), (1, 1), seen, 0
+    exchanged = splash_mask.exchanges(
+        MaskSpec(causal=causal, window=window or None), length, shards=parts, multiple=attention_kernels.LANES
+    )
+    sizes = attention_kernels.block_sizes(queries // (2 if exchanged else 1), block)
+    tall, wide = {
+        "fwd": (sizes.block_q, sizes.block_kv),
+        "dq": (sizes.block_q_dq, sizes.block_kv_dq),
+        "dkv": (sizes.block_q_dkv, sizes.block_kv_dkv),
+    }[which]
+    rows, columns = queries // tall, keys // wide
+    block_of = (tall, wide), (rows, columns)
+    if not causal and not window:
+        return *block_of, rows * columns, rows * columns
+    if which != "dkv":
+        width = min(_reach(tall, wide, window), columns)
+        return *block_of, kernels.count_blocks(rows, columns, (tall, wide), width), rows * width
+    width = min(_reach(wide, tall, window), rows)
+    if width < rows:  # of a window, counted by blocks of keys
+        return *block_of, kernels.count_blocks(columns, rows, (wide, tall), width), columns * width
+    return *block_of, kernels.count_blocks(rows, columns, (tall, wide), columns), columns * width
+
+
+def _reach(tall: int, wide: int, window: int) -> Any:
+    """Blocks of `wide` tokens that a block of `tall` sees through a window, at most; all of them without one."""
+    if not window:
+        return math.inf
+    starts = range(0, math.lcm(tall, wide), tall)
+    return max((start + tall - 1) // wide - (start - window + 1) // wide + 1 for start in starts)
 
 
 def _repeated(step: Step) -> int:
@@ -315,7 +252,7 @@ def _moved(step: Step) -> float:
     """Bytes through HBM besides matrix products: the layers' activations, what is saved of them beside those that have
     a name, the update of every parameter, and the weights again for every further micro-batch."""
     activations = saved = weights = 0.0
-    for stack, count, crossed in _stacks(step):
+    for stack, count, crossed in stacks(step):
         named = stack.layers * HALF * count * sum(widths(step, stack).values())
         activations += step.micro_batches * named
         saved += 2 * step.micro_batches * max(0.0, saved_bytes(step, stack, count, crossed) - named)
@@ -333,7 +270,7 @@ def collectives(step: Step, device: Device) -> dict[str, float]:
     batch = set(step.rules.mesh_axes("batch"))
     gathered = [axis for axis in step.rules.mesh_axes("embed") if step.sizes.get(axis, 1) > 1]
     layers = sum(
-        stack.layers * sum(layer_weights(step, stack, crossed=crossed).values()) for stack, _, crossed in _stacks(step)
+        stack.layers * sum(layer_weights(step, stack, crossed=crossed).values()) for stack, _, crossed in stacks(step)
     )
     weights = head_weights(step) + layers / shards(step, "layers")
     divided = math.prod(step.sizes[axis] for axis in gathered)
@@ -365,11 +302,12 @@ def _later(step: Step, gathered: list[str], axis: str) -> int:
 def _tensor_bytes(step: Step) -> float:
     """Bytes that are all-reduced over tensor: two outputs of a layer forward, two gradients backward, and the first
     output again unless it is saved."""
-    again = 1 - sum(step.model.remat == policy for policy in ("none", "dots", "products"))
-    return sum(
-        stack.layers * (4 + again + (2 if crossed else 0)) * count * step.micro_batches * HALF * step.model.width
-        for stack, count, crossed in _stacks(step)
-    )
+    total = 0.0
+    for stack, count, crossed in stacks(step):
+        again = sum(p != "none" and "attention_out" not in found_points(p) for p in policies(step, stack))
+        sums = stack.layers * (6 if crossed else 4) + again
+        total += sums * count * step.micro_batches * HALF * step.model.width
+    return total
 
 
 def _sequence_bytes(step: Step) -> float:
@@ -385,7 +323,7 @@ def _sequence_bytes(step: Step) -> float:
         * shards(step, "length")
         * 2
         * widths(step, stack)["k"]
-        for stack, count, _ in _stacks(step)
+        for stack, count, _ in stacks(step)
     )
 
 

@@ -126,6 +126,22 @@ class Search:
             elif entry.unconfirmed:
                 self.index.change(entry.name, unconfirmed="")
 
+    def why_none(self) -> str:
+        """What stood in the way where no point that was judged fits, and what would help, in words."""
+        legal = [entry for entry in self.index if entry.analytic]
+        least = min(legal, key=lambda entry: (entry.analytic["bytes"], entry.name))
+        needs = f"{format_bytes(least.analytic['bytes'])} of {format_bytes(self.limits.hbm_bytes)} a device"
+        smallest = f"the smallest of {len(legal):,}, {least.name}, needs about {needs} by the analytic model"
+        asked = self._asked()
+        failed = [entry for entry in asked if entry.state == search_index.FAILED]
+        if failed:
+            return f"{len(failed)} of {len(asked)} could not be judged, such as {failed[0].name}: {failed[0].said}"
+        if least.analytic["bytes"] > self.limits.hbm_bytes:
+            return f"{smallest}; give more chips, a smaller batch, or more micro-batches or full remat in the space"
+        if any(entry.state == search_index.OPEN for entry in legal):
+            return f"{smallest}; give more --points"
+        return f"{smallest}, and the compiler refuses it; give more chips, a smaller batch or a wider space"
+
     def best(self) -> Entry | None:
         found = ranking(self.index)
         return found[0] if found else None
@@ -161,13 +177,19 @@ def ranking(index: Index) -> list[Entry]:
     return sorted(found, key=lambda e: (e.confirmed is None, e.best.seconds if e.best else math.inf, e.name))
 
 
-def first_state(problem: str, analytic: Mapping[str, Any], hbm_bytes: int) -> tuple[str, str]:
-    """(state, what is said) of a point that nobody has asked the compiler about. problem: why `train` refuses it."""
+def first_state(
+    problem: str, analytic: Mapping[str, Any], hbm_bytes: int, host_bytes: float = math.inf
+) -> tuple[str, str]:
+    """(state, what is said) of a point that nobody has asked the compiler about. problem: why `train` refuses it;
+    host_bytes: a device's part of the memory of its host."""
     if problem:
         return search_index.ILLEGAL, problem
     if analytic["bytes"] > DOUBT * hbm_bytes:
         needs = f"needs about {format_bytes(analytic['bytes'])} of {format_bytes(hbm_bytes)} by the analytic model"
         return search_index.LARGE, needs
+    if analytic.get("on_host", 0) > host_bytes:
+        needs = f"{format_bytes(analytic['on_host'])} of {format_bytes(host_bytes)} of the host"
+        return search_index.LARGE, f"leaves about {needs} by the analytic model"
     return search_index.OPEN, ""
 
 

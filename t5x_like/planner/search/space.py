@@ -5,6 +5,7 @@
     remat          policies, points and shares of layers (layers/remat.py)
     micro_batches  parts of a batch
     scan           layers in a loop, or one by one
+    blocks         queries and keys of a block of the attention kernels
     config.FIELD   any other field
 
 All here is pure: the same config and flags give the same points with the same names.
@@ -21,15 +22,17 @@ from typing import Any
 from t5x_like.core.config import nearest
 from t5x_like.core.errors import UsageError
 from t5x_like.layers import remat as remats
+from t5x_like.layers.attention import kernels
 from t5x_like.parallel import mesh as meshes
 from t5x_like.parallel.rules import MESH_AXES, PRESETS
 
 FLAG = "--search."
-DIMENSIONS = ("mesh", "rules", "remat", "micro_batches", "scan")
+DIMENSIONS = ("mesh", "rules", "remat", "micro_batches", "scan", "blocks")
 AXES = ("data", "fsdp", "sequence", "tensor")  # that are searched unless somebody says otherwise
 MICRO_BATCHES = (1, 2, 4)
-# All policies, and two of which the last half of the layers saves more.
-REMAT = (*remats.POLICIES, "products:0.5,context", "minimal:0.5,full")
+BLOCKS = (512, 2048)  # beside the config's own, where they divide a row
+# All policies, two of which the last half of the layers saves more, and one that keeps attention's part on the host.
+REMAT = (*remats.POLICIES, "products:0.5,context", "minimal:0.5,full", "q@host+k@host+v@host+context@host")
 SPREAD = "spread"
 _SPREAD_AXES = ("data", "fsdp", "sequence")
 _FIELDS = {
@@ -37,6 +40,7 @@ _FIELDS = {
     "remat": "config.model.remat",
     "micro_batches": "config.loop.micro_batches",
     "scan": "config.model.scan",
+    "blocks": "config.model.attention_block",
 }
 _MESH_FIELDS = tuple(f"config.mesh.{field}" for field in ("preset", *MESH_AXES))
 # The dimension that a field belongs to.
@@ -65,7 +69,8 @@ class Point:
 @dataclasses.dataclass(frozen=True)
 class Base:
     """What a config says already. shape: sizes of its mesh on the devices, {} where it does not fit them. said: the
-    fields that somebody has set on the command line, which a search leaves alone."""
+    fields that somebody has set on the command line, which a search leaves alone. lengths: tokens of rows that the
+    attention kernels may serve."""
 
     mesh: meshes.MeshConfig
     shape: Mapping[str, int]
@@ -73,6 +78,8 @@ class Base:
     micro_batches: int
     scan: bool
     said: frozenset[str] = frozenset()
+    attention_block: int = kernels.BLOCK
+    lengths: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Space:
     remat: tuple[str, ...]
     micro_batches: tuple[int, ...]
     scan: tuple[bool, ...]
+    blocks: tuple[int, ...]
     fields: Mapping[str, tuple[str, ...]]
 
     @property
@@ -128,8 +136,9 @@ def read(flags: Sequence[str], base: Base, *, idle: Iterable[str] = ()) -> Space
         axes=axes,
         rules=given.pop("rules", ("",) if "config.mesh.rules" in base.said else ("", SPREAD)),
         remat=remat,
-        micro_batches=_numbers(given.pop("micro_batches", None), base),
+        micro_batches=_micro_batches(given.pop("micro_batches", None), base),
         scan=_truths(given.pop("scan", None), base),
+        blocks=_blocks(given.pop("blocks", None), base),
         fields=given,
     )
 
@@ -145,13 +154,26 @@ def _refuse_said(given: Mapping[str, Any], base: Base) -> None:
             raise UsageError(f"{FLAG}{name} searches what --{said[0]} sets; leave one of them out")
 
 
-def _numbers(given: tuple[str, ...] | None, base: Base) -> tuple[int, ...]:
+def _micro_batches(given: tuple[str, ...] | None, base: Base) -> tuple[int, ...]:
     if given is None:
         usual = () if _FIELDS["micro_batches"] in base.said else MICRO_BATCHES
         return tuple(sorted({base.micro_batches, *usual}))
+    return _numbers("micro_batches", given)
+
+
+def _blocks(given: tuple[str, ...] | None, base: Base) -> tuple[int, ...]:
+    if given is None:
+        usual = () if _FIELDS["blocks"] in base.said else BLOCKS
+        divide = {block for block in usual if any(length % block == 0 for length in base.lengths)}
+        return tuple(sorted({base.attention_block, *divide}))
+    return _numbers("blocks", given, multiple=kernels.LANES)
+
+
+def _numbers(name: str, given: tuple[str, ...], *, multiple: int = 1) -> tuple[int, ...]:
     for text in given:
-        if not re.fullmatch("[1-9][0-9]*", text):
-            raise UsageError(f"{FLAG}micro_batches: {text!r} should be a number from 1")
+        if not re.fullmatch("[1-9][0-9]{0,8}", text) or int(text) % multiple:
+            what = f"a multiple of {multiple}" if multiple > 1 else "a number from 1"
+            raise UsageError(f"{FLAG}{name}: {text!r} should be {what}")
     return tuple(int(text) for text in given)
 
 
@@ -175,19 +197,21 @@ def points(space: Space, base: Base, devices: int, *, slices: int = 1) -> Iterat
             placed = _placed(shape, rules, base, settled=bool(settled))
             if placed is None:
                 continue
-            rest = (space.remat, space.micro_batches, space.scan, _fields(space.fields))
-            for remat, parts, scan, fields in itertools.product(*rest):
+            rest = (space.remat, space.micro_batches, space.scan, space.blocks, _fields(space.fields))
+            for remat, parts, scan, block, fields in itertools.product(*rest):
                 overrides = dict(placed)
                 for name, value, usual in (
                     ("remat", remat, base.remat),
                     ("micro_batches", parts, base.micro_batches),
                     ("scan", scan, base.scan),
+                    ("blocks", block, base.attention_block),
                 ):
                     if value != usual:
                         overrides[_FIELDS[name]] = value
                 overrides |= fields
                 words = [_mesh_name(shape), _plain(rules), remat, f"mb{parts}" if parts > 1 else ""]
-                words += ["" if scan else "unrolled", *(_field_name(*each) for each in fields.items())]
+                words += ["" if scan else "unrolled", f"blocks{block}" if block != base.attention_block else ""]
+                words += [*(_field_name(*each) for each in fields.items())]
                 name = "-".join(word for word in words if word)
                 if seen.get(name, overrides) != overrides:  # names leave out signs: -1 and 1 have one
                     name += f"-{_mark(overrides)}"

@@ -80,7 +80,7 @@ def test_cross_attention_reads_the_layer_of_its_number_and_no_padding():
     q_BTNH = jnp.asarray(generator.standard_normal((2, 3, 4, 4)), jnp.float32)
     segments = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     cross = kv_cache.Cross(k=k, v=v, segments=segments)
-    attend = jax.jit(lambda cross, layer: cross.attend(q_BTNH, None, layer=layer, scale=0.5, softcap=None))
+    attend = jax.jit(lambda cross, layer: cross.attend(q_BTNH, None, layer=layer, scale=0.5, softcap=None, block=1024))
     out_BTNH = attend(cross, 1)
     for row, length in enumerate((3, 5)):
         keys, values = (a[1, row : row + 1, :, :length].transpose(0, 2, 1, 3) for a in (k, v))
