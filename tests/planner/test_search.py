@@ -303,7 +303,7 @@ def test_a_point_whose_activations_no_host_holds_is_never_asked_about():
 @pytest.mark.parametrize(
     ("world", "points", "says"),
     [
-        ({"a": (1.0, 130, None, None), "b": (2.0, 120, None, None)}, 9, "the smallest of 2, b, needs about 120 B of 100"),
+        ({"a": (1.0, 130, None, None), "b": (2.0, 120, None, None)}, 9, "smallest of 2, b, needs about 120 B of 100"),
         ({"a": (1.0, 90, None, None), "b": (2.0, 80, 1.0, 80)}, 1, "b, needs about 80 B of 100 B a device by"),
         ({"a": (1.0, 90, None, None)}, 9, "and the compiler refuses it; give more chips"),
     ],

@@ -144,6 +144,23 @@ def test_names_that_nothing_has_and_replication_over_data_are_told():
     )
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ("data.length=1024", "model.attention_block=256"),
+            "attended to in blocks of 256; blocks below 512 take longer",
+        ),
+        (("data.length=1536", "model.attention_block=1024"), "attended to in blocks of 512: 1024 does not divide them"),
+        (("data.length=1024", "model.attention_block=1024"), ""),
+    ],
+)
+def test_blocks_of_attention_that_are_smaller_than_asked_or_than_is_fast_are_told(overrides, says):
+    report = examined(*(each for each in SOUND if not each.startswith("data.length")), *overrides)
+    told = [line for path, line in found(report, "note") if path == "config.model.attention_block"]
+    assert bool(told) == bool(says) and all(says in line for line in told)
+
+
 def test_kv_heads_that_are_replicated_are_told():
     heads = examined(*SOUND, "mesh.preset=fsdp_tensor", "mesh.tensor=4", "mesh.fsdp=1")
     assert any("2 kv heads do not divide over the 4 shards" in text for _, text in found(heads, "note"))

@@ -1,11 +1,14 @@
 """What is known of a point before a compile: that the two ways to count its memory agree, and what is refused."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
 
 from t5x_like.core import accelerators
+from t5x_like.core.errors import UsageError
+from t5x_like.parallel.rules import MESH_AXES
 from t5x_like.planner.search import analytic, space
 from t5x_like.planner.search.step import memory
 from t5x_like.runs.footprint import Footprints
@@ -57,6 +60,27 @@ def test_blocks_are_searched_for_rows_that_the_kernel_serves(llama):
     assert llama[0].around.lengths == (4096,) and llama[0].around.attention_block == 1024
     small = Prospects(["--config=configs/pretrain/t5_tiny.py"], jax.devices()[:8], own_options=True)
     assert small.around.lengths == ()  # relative positions are a bias, which it does not know
+
+
+@pytest.mark.parametrize("block", [128, 1024])
+def test_the_kernels_of_a_step_have_the_blocks_of_the_config(block):
+    """A row of 512 tokens: blocks of 512 where 1024 are allowed."""
+    given = ["--config=configs/pretrain/test.py", "--config.data.length=512", "--config.model.max_length=512"]
+    base = Prospects([*given, f"--config.model.attention_block={block}"], jax.devices()[:1], own_options=True).base
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    program = Footprints(platform="tpu", kind="TPU v5").program(base, sizes)
+    layout = program.layout
+    with jax.sharding.use_abstract_mesh(program.mesh):
+        text = str(program.step.trace(layout.state, layout.frozen, program.batch).jaxpr)
+    assert set(re.findall(r"block_(?:q|kv)(?:_dq|_dkv)?\W+(\d+)", text)) == {str(min(block, 512))}
+
+
+@pytest.mark.parametrize("block", [0, 64, 200, -128])
+def test_a_block_that_no_kernel_has_is_one_line(block):
+    given = ["--config=configs/pretrain/test.py", f"--config.model.attention_block={block}"]
+    with pytest.raises(UsageError) as error:
+        Prospects(given, jax.devices()[:1], own_options=True)
+    assert str(error.value) == f"config.model.attention_block={block} should be a multiple of 128"
 
 
 def test_other_blocks_change_the_time_of_attention_alone(llama):

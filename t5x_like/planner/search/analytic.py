@@ -1,4 +1,4 @@
-"""A train step estimated from sizes alone, in less than a millisecond: what prunes and orders a search.
+"""A train step estimated from sizes alone, in about a millisecond: what prunes and orders a search.
 
 Time is that of matrix products at the chip's peak, of attention by the roofline of its kernels, of what else moves
 through HBM, and of collectives by mesh axis, of which those of FSDP hide behind the work. A handful of shares stand in
@@ -186,13 +186,16 @@ def attention(step: Step, row: accelerators.Generation) -> _Attended:
         length = step.source_length if len(step.model.stacks) == 2 and name == "encoder" else step.length
         rows = count * shards(step, "length") / length
         heads = max(round(rows * stack.heads / shards(step, "act_heads")), 1)
-        for kind, policy in zip(stack.kinds, policies(step, stack), strict=True):
+        alike = collections.Counter(zip(stack.kinds, map(_runs_again, policies(step, stack)), strict=True))
+        for (kind, again), layers in alike.items():
             masks = [(length, length, name == "decoder", kind.window, stack.position in BIASED)]
             masks += [(length, step.source_length, False, 0, False)] if crossed else []
             for mask in masks:
-                for which, times in (("fwd", 2 if _runs_again(policy) else 1), ("dq", 1), ("dkv", 1)):
+                for which, times in (("fwd", 1 + again), ("dq", 1), ("dkv", 1)):
                     shape = _blocks(which, *mask, shards(step, "length"), step.model.attention_block)
-                    calls[kernels.Attention(which, heads, *shape, stack.head_size)] += times * step.micro_batches
+                    calls[kernels.Attention(which, heads, *shape, stack.head_size)] += (
+                        times * layers * step.micro_batches
+                    )
     found = [(call.roofline(row), times) for call, times in calls.items()]
     return _Attended(
         sum(each.flops * times for each, times in found), sum(each.seconds * times for each, times in found)

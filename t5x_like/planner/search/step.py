@@ -7,6 +7,7 @@ Legend: M tokens of one device and one micro-batch, D model, F mlp, L layers, V 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -79,7 +80,12 @@ def found_points(policy: str) -> set[str]:
 
 def policies(step: Step, stack: StackConfig) -> tuple[str, ...]:
     """The policy of each layer."""
-    return remats.by_layer(step.model.remat, stack.kinds)
+    return _by_layer(step.model.remat, stack)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_layer(remat: str, stack: StackConfig) -> tuple[str, ...]:
+    return remats.by_layer(remat, stack.kinds)
 
 
 def host_bytes(step: Step, stack: StackConfig, count: float) -> float:

@@ -88,6 +88,16 @@ def test_splash_equals_the_definition(name):
     assert_same(results, expected)
 
 
+@pytest.mark.slow
+def test_blocks_of_any_size_give_the_same():
+    q, k, v, g = arrays(rows=1, length=256, heads=2, kv_heads=1, head=128)
+
+    def function(block):
+        return lambda q, k, v: kernels.splash(q, k, v, spec(), scale=0.1, softcap=None, block=block, interpret=True)
+
+    assert_same(run(function(128), q, k, v, g), run(function(256), q, k, v, g))
+
+
 def test_heads_split_over_other_axes_than_kv_heads_is_an_error():
     q, k, v, _ = arrays(length=128, heads=8, kv_heads=4)
     table = rules.rules("act_kv_heads=sequence,length=")
