@@ -199,7 +199,7 @@ def stages(experiment: RlExperiment, program: Program) -> tuple[Stage, ...]:
     rows = f"{answers} rows" if rl.answers_per_row == 1 else f"{experiment.rows} rows of {rl.answers_per_row} answers"
     made = rl_programs(experiment, program, end_ids=tuple(range(len(rl.end_tokens))))
     params, frozen = layout.state["params"], layout.frozen
-    options = experiment.runtime.compiler_options.of(meshes.platform(program.mesh))
+    options = experiment.runtime.compiler_options.of(meshes.platform(program.mesh)) or {}
     policy, batches, sample = (params, frozen["base"]), -(-rl.answers // answers), made.sample
 
     def scores(name: str, does: str, step: Any, batch: Any, reads: Any) -> list[Stage]:

@@ -192,8 +192,8 @@ class _Walk:
             return None
         done = products.flops(self.module, instruction, computation)
         eight_bits = {kind: count for kind, count in done.items() if kind}
-        transfers = {"begins": tuple(begins), "ends": tuple(ends)}
-        return Op(name, source, instruction.cycles or 0, done.total(), eight_bits, lacks, **transfers)
+        op = Op(name, source, instruction.cycles or 0, done.total(), eight_bits, lacks)
+        return dataclasses.replace(op, begins=tuple(begins), ends=tuple(ends))
 
     def fused_collectives(self, fusion: hlo.Instruction) -> list[tuple[str, Collective]]:
         """(chain, collective) of each collective inside a fusion.
