@@ -336,7 +336,7 @@ PROGRAMS = (
     ),
     Program(
         name="llama31_70b_128k-tpu7x-256",
-        model=_llama70b(80),
+        model={**_llama70b(80), "attention_block": 2048},
         topology="tpu7x:4x8x8",
         batch=64,
         length=131_072,
