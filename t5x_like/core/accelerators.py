@@ -43,7 +43,6 @@ class Generation:
     peak: dense bf16 FLOP/s of a chip
     twice_as_fast: numbers of 8 bits ("integers", "floats") that the matrix units multiply at twice the bf16 peak
     cycle_flops: dense bf16 FLOPs of a device in one cycle of the compiler's estimates
-    mxu: rows and columns of a matrix unit (MXU): products with smaller dims leave a part of it idle
     hbm_speed: bytes a second between a chip and its memory
     ici: bytes a second of one link between neighbouring chips (interchip interconnect), one way
     dcn: bytes a second between a chip and other slices (data center network)
@@ -67,7 +66,6 @@ class Generation:
     peak: float
     twice_as_fast: tuple[str, ...]
     cycle_flops: int
-    mxu: int
     hbm_speed: float
     ici: float
     dcn: float
@@ -98,7 +96,6 @@ GENERATIONS = {
         peak=275e12,
         twice_as_fast=(),
         cycle_flops=262_144,
-        mxu=128,
         hbm_speed=1228e9,
         ici=50e9,
         dcn=6.25e9,
@@ -122,7 +119,6 @@ GENERATIONS = {
         peak=197e12,
         twice_as_fast=("integers",),
         cycle_flops=131_072,
-        mxu=128,
         hbm_speed=819e9,
         ici=50e9,
         dcn=3.125e9,
@@ -146,7 +142,6 @@ GENERATIONS = {
         peak=459e12,
         twice_as_fast=("integers",),
         cycle_flops=262_144,
-        mxu=128,
         hbm_speed=2765e9,
         ici=100e9,
         dcn=6.25e9,
@@ -170,7 +165,6 @@ GENERATIONS = {
         peak=918e12,
         twice_as_fast=("integers",),
         cycle_flops=524_288,
-        mxu=256,
         hbm_speed=1638e9,
         ici=100e9,
         dcn=12.5e9,
@@ -194,7 +188,6 @@ GENERATIONS = {
         peak=2307e12,
         twice_as_fast=("floats",),
         cycle_flops=524_288,
-        mxu=256,
         hbm_speed=7380e9,
         ici=100e9,
         dcn=12.5e9,

@@ -5,10 +5,9 @@ table of blocks that it is called with. A kernel computes whole blocks, and skip
 
     seconds = max(FLOPs / (EFFICIENCY x peak), bytes / HBM speed) + steps x STEP_SECONDS / cores
 
-The peak is that of the matrix units, which are filled in multiples of their size. Bytes are what a kernel reads and
-writes, some of it anew in every row of blocks; a step is one of the grid, that of an empty block too, and the cores of
-a device share them. EFFICIENCY and STEP_SECONDS are ASSUMPTIONS: no kernel was measured. Not here: how often a kernel
-runs (cost.py).
+The peak is that of the matrix units, with heads padded to LANES. Bytes are what a kernel reads and writes, some of it
+anew in every row of blocks; a step is one of the grid, that of an empty block too, and the cores of a device share
+them. EFFICIENCY and STEP_SECONDS are ASSUMPTIONS: no kernel was measured. Not here: how often a kernel runs (cost.py).
 
 Legend: T query length, S key length, H head size.
 """
@@ -25,6 +24,9 @@ from t5x_like.planner.time.schedule import KernelCall
 # Share of the peak that the matrix units reach within a block, where softmax runs between two products. With the time
 # of the steps, Llama 8B's three kernels with blocks of 1024 on v5p reach one half of the peak together.
 EFFICIENCY = 0.56
+# Heads are padded to so many. Not to the 256 of the matrix units of v6e and tpu7x: a published step on rows of 131,072
+# tokens (`tools/calibrate`) is shorter than its kernels would be if heads of 128 filled a half of these.
+LANES = 128
 # What the loop over the grid costs a core for each step: control, and copies that are begun and awaited. An order of
 # magnitude that is often told of Pallas kernels on TPUs; JAX's documentation has no figure (docs/pallas at cec06d1).
 STEP_SECONDS = 0.35e-6
@@ -79,7 +81,7 @@ class Attention:
         once, anew = self.grid[outer] * self.block[outer], self.seen * self.block[1 - outer]
         numbers = self.heads * self.size * (_ONCE[self.kind] * once + _ANEW[self.kind] * anew)
         steps = self.heads * self.steps * row.devices / row.cores
-        filled = math.ceil(self.size / row.mxu) * row.mxu / self.size
+        filled = math.ceil(self.size / LANES) * LANES / self.size
         computing = flops * filled / (row.peak / row.devices) / EFFICIENCY
         moving = numbers * self.itemsize / (row.hbm_speed / row.devices)
         return Roofline(flops, max(computing, moving) + steps * STEP_SECONDS, round(numbers * self.itemsize), steps)
