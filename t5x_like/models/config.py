@@ -174,9 +174,9 @@ class ModelConfig:
     vocab_size: tokens; stored rows are rounded up to vocab_multiple and masked. max_length: tokens of a text. width: of
     what passes from layer to layer. scalar_heads: names in SCALAR_HEADS, each of which gives a token one number.
     dropout: share of the embedding's and of each branch's output that is set to zero in training (attention weights are
-    never dropped). scan, remat: how the layers are run; what remat may be says
-    layers/remat.py. attention_block: queries and keys of a block of the TPU's attention kernels, or fewer where a row
-    does not divide into such blocks; nothing on other platforms.
+    never dropped). scan, remat: how the layers are run; what remat may be says layers/remat.py. attention_block:
+    queries and keys of a block of the TPU's attention kernels, or fewer where a row does not divide into such blocks;
+    nothing on other platforms.
     """
 
     family: str

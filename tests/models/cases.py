@@ -85,6 +85,7 @@ def section(**fields: Any) -> dict[str, Any]:
         "dropout": 0.0,
         "scan": True,
         "remat": "none",
+        "attention_block": 1024,
         "dtype": {"params": "float32", "compute": "float32", "products": "compute"},
     }  # fmt: skip
     stacks = STACKS[fields.get("architecture") or FAMILIES[fields["family"]][0]["architecture"]]
