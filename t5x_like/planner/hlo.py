@@ -186,10 +186,20 @@ def array_bytes(shape: str) -> tuple[int, ...]:
     """
     sizes = []
     for dtype, dims in _ARRAY.findall(_COMMENT.sub("", shape)):
-        bits = re.match(r"[a-z]+(\d+)", dtype)
-        width = 8 if dtype == "pred" else int(bits.group(1)) if bits else 0
-        sizes.append(math.ceil(math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d) * width / 8))
+        sizes.append(math.ceil(math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d) * bits(dtype) / 8))
     return tuple(sizes)
+
+
+def bits(dtype: str) -> int:
+    """Of a number; 0 for what is none.
+
+    >>> bits("bf16"), bits("f8e4m3fn"), bits("pred"), bits("token")
+    (16, 8, 8, 0)
+    """
+    if dtype == "pred":
+        return 8
+    found = re.match(r"[a-z]+(\d+)", dtype)
+    return int(found.group(1)) if found else 0
 
 
 # Trip counts. A loop that jax.lax.scan or fori_loop wrote counts a scalar from a constant by a constant to a constant,

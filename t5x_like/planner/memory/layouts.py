@@ -51,7 +51,9 @@ def tree(shape: str) -> Tree:
     space = _SPACE.search(layout or "")
     minor_to_major = [int(dim) for dim in order.split(",") if dim] if order else list(range(len(dims)))[::-1]
     count = math.prod(_padded([dims[dim] for dim in reversed(minor_to_major)], layout or ""))
-    return Array(f"{dtype}[{sizes}]", dims, math.ceil(count * _bits(dtype) / 8), int(space.group(1)) if space else HBM)
+    return Array(
+        f"{dtype}[{sizes}]", dims, math.ceil(count * hlo.bits(dtype) / 8), int(space.group(1)) if space else HBM
+    )
 
 
 def leaves(value: Tree) -> list[Array]:
@@ -68,10 +70,3 @@ def _padded(physical: list[int], layout: str) -> list[int]:
     physical = [1] * (len(tile) - len(physical)) + physical
     start = len(physical) - len(tile)
     return physical[:start] + [-(-size // part) * part for size, part in zip(physical[start:], tile, strict=True)]
-
-
-def _bits(dtype: str) -> int:
-    if dtype == "pred":
-        return 8
-    bits = re.match(r"[a-z]+(\d+)", dtype)
-    return int(bits.group(1)) if bits else 0
