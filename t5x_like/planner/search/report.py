@@ -29,19 +29,19 @@ def to_text(index: Index, hbm_bytes: int) -> str:
         dropped = _dropped(index, state)
         if dropped:
             example = dropped[0]
-            lines.append(f"{len(dropped):>6,} {kind}, such as {example.name}: {_why(example, index)}")
+            lines.append(f"{len(dropped):>6,} {kind}, such as {example.name}: {_why(example, _least(index))}")
     return "\n".join(line.rstrip() for line in lines)
 
 
 def to_markdown(index: Index, hbm_bytes: int) -> str:
     """The whole: every point that fits, then every other one with its reason."""
-    found = ranking(index)
+    found, least = ranking(index), _least(index)
     lines = [*head(index), "", "```", *table(found, hbm_bytes), "```", "", "## Dropped", ""]
     for state, kind in _KINDS.items():
         dropped = _dropped(index, state)
         if dropped:
             lines += [f"### {len(dropped):,} {kind}", ""]
-            lines += [f"- `{entry.name}`: {_why(entry, index)}" for entry in dropped]
+            lines += [f"- `{entry.name}`: {_why(entry, least)}" for entry in dropped]
             lines.append("")
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -95,12 +95,16 @@ def _dropped(index: Index, state: str) -> list[Entry]:
     return sorted(found, key=lambda entry: (entry.analytic.get("seconds", 0.0), entry.name))
 
 
-def _why(entry: Entry, index: Index) -> str:
+def _least(index: Index) -> float | None:
+    """The least analytic seconds of the points that were judged and fit."""
+    return min((entry.analytic["seconds"] for entry in ranking(index) if entry.analytic), default=None)
+
+
+def _why(entry: Entry, least: float | None) -> str:
     if entry.refused:
         return entry.refused
     if entry.said or entry.state != search_index.OPEN:
         return entry.said
     seconds = entry.analytic["seconds"]
-    known = [other.analytic["seconds"] for other in ranking(index) if other.analytic]
-    behind = f", {seconds / min(known) - 1:+.1%} beside the best of those that were judged" if known else ""
+    behind = f", {seconds / least - 1:+.1%} beside the best of those that were judged" if least else ""
     return f"about {seconds:.4g} s{behind}; --points=N judges more"
