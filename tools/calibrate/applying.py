@@ -67,7 +67,7 @@ def deepened(block: Block, few: int, many: int) -> Block:
         if item.loop and is_over_layers(item):
             turn, *asked = item.items
             assert isinstance(turn, Block) and turn.times == item.turns, item.loop
-            turns = item.turns + many - few
+            turns = turn.times + many - few
             return dataclasses.replace(item, items=(dataclasses.replace(turn, times=turns), *asked), turns=turns)
         return dataclasses.replace(item, items=tuple(map(of, item.items)))
 
