@@ -43,6 +43,10 @@ PINNED = dict(line.split("==") for line in LINES if line.startswith(("jax==", "l
 # layers' program nor its axes. Configs that are not named are planned as they are on one of 4 chips.
 TOPOLOGY, LARGE = "v5e:2x2", "v5e:2x4"
 _SHALLOW = {"model.decoder.layers": 2, "data.batch_size": 16}
+# Attention without a kernel takes minutes to compile as wide as it is.
+_NARROW = {"model.width": 1024, "data.batch_size": 32}
+_NARROW |= {"model.encoder.layers": 2, "model.encoder.heads": 16, "model.encoder.mlp": 2560}
+_NARROW |= {"model.decoder.layers": 2, "model.decoder.heads": 16, "model.decoder.mlp": 2560}
 SMALL: dict[str, tuple[str, dict[str, int | str]]] = {
     "distill/test": (TOPOLOGY, {"roles.teacher.source": "/nowhere/teacher"}),  # like the student, on every machine
     "instruct/llama3_8b_chat": (LARGE, _SHALLOW),
@@ -51,7 +55,7 @@ SMALL: dict[str, tuple[str, dict[str, int | str]]] = {
     "pretrain/llama3_70b": (LARGE, _SHALLOW | {"data.batch_size": 8}),
     "pretrain/llama3_8b": (LARGE, _SHALLOW),
     "pretrain/llama3_8b_128k": (LARGE, _SHALLOW | {"data.batch_size": 4, "data.length": 8192, "mesh.sequence": 2}),
-    "pretrain/t5_xxl": (LARGE, _SHALLOW | {"model.encoder.layers": 2, "data.batch_size": 32}),
+    "pretrain/t5_xxl": (LARGE, _NARROW),
     "rl/llama3_8b_grpo": (
         LARGE,
         _SHALLOW
