@@ -4,7 +4,8 @@
     t5x_like train --config=configs/pretrain/t5_xxl.py --workdir=gs://BUCKET/t5_xxl \\
         --config.data.source=jsonl:gs://BUCKET/text/*.jsonl --config.data.tokenizer=spiece.model
 Hardware: v5p-128 (64 chips). Global batch 512 x (512 source + 128 target tokens), fp32 master weights, bf16 compute;
-no matrix product is computed again (15 of 95 GiB). The tokenizer is T5's: 32,000 pieces and the 100 sentinels behind them.
+no matrix product is computed again (15 of 95 GiB). The tokenizer is T5's: 32,000 pieces and the 100 sentinels behind
+them.
 """
 
 from ml_collections import ConfigDict

@@ -26,7 +26,8 @@ def needed(arrays: Mapping[str, ArraySpec], names: tuple[str, ...], *, optional:
 
 def texts(batch: Batch) -> Batch:
     """The batch of 2B texts that a model reads: chosen answers at even rows, rejected ones at odd rows."""
-    names = {name.partition("/")[2] for name in batch if name.startswith(SIDES)}
+    # In the order of the batch: that of a set is another in each process, and the processes of a run need one program.
+    names = [name.partition("/")[2] for name in batch if name.startswith(SIDES[0])]
     both = {name: _interleaved([batch[f"{side}/{name}"] for side in SIDES]) for name in names}
     shared = {name: jnp.repeat(x, 2, axis=0) for name, x in batch.items() if not name.startswith(SIDES)}
     return shared | both

@@ -179,11 +179,12 @@ def test_no_plan_is_kept_of_a_config_that_is_gone():
     assert golden()["plans"].keys() == set(SHIPPED)
 
 
-def test_a_fingerprint_is_that_of_another_process_from_another_folder(tmp_path):
-    """With other hashes of strings, and the checkout under another path: of a program with kernels of attention."""
+@pytest.mark.parametrize("name", ["pretrain/llama3_8b", "preference/dpo"])
+def test_a_fingerprint_is_that_of_another_process_from_another_folder(tmp_path, name):
+    """With other hashes of strings, and the checkout under another path: of a program with kernels of attention, and of
+    one that joins arrays by their names."""
     needs_pinned("jax")
     os.symlink(ROOT, tmp_path / "elsewhere")
-    name = "pretrain/llama3_8b"
     code = f"from tests.planner.test_shipped import mark; print(mark({name!r}))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(tmp_path / "elsewhere")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
