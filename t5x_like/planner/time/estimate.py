@@ -26,7 +26,8 @@ CYCLE_SHARE = 0.35
 # Share of the peak of the matrix units that a product reaches of which the compiler expects all of it.
 MATRIX_SHARE = 0.99
 # Share of what the schedule leaves exposed within a slice (ICI, copies between HBM and VMEM) that a step waits for; why
-# so little, is not known (docs/planner.md). No row says anything of DCN and of the host: a step waits for all of these.
+# so little, is not known (docs/planner.md). The rows it was fitted to say nothing of DCN and of the host: a step waits
+# for all of these.
 EXPOSED_SHARE = 0.17
 
 OPERATIONS = 20  # so many of the longest are listed
