@@ -55,7 +55,7 @@ def found(pattern, paths):
 
 
 def test_the_patterns_find_what_they_are_for():
-    assert MACHINE_PATHS.findall("cd /" + "home/somebody/x") and not MACHINE_PATHS.findall("~/work/home/x")
+    assert MACHINE_PATHS.findall("cd /" + "home/somebody/x") and not MACHINE_PATHS.findall("~/texts/" + "home/x")
     assert INDEX_HOSTS.findall("https://pypi" + ".org/simple")
 
 
